@@ -1,0 +1,89 @@
+"""What selection costs: seconds and FLOPs of every phase, measured where they are spent."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+
+class Progress(Protocol):
+    """Shows a person what a round is doing."""
+
+    def start(self, phase: str, total: int, unit: str) -> None:
+        """Begin a phase of ``total`` units."""
+
+    def advance(self, amount: int) -> None:
+        """Report that ``amount`` more units of the current phase are done."""
+
+    def stop(self) -> None:
+        """End the current phase."""
+
+
+class SilentProgress:
+    """A progress display that shows nothing."""
+
+    def start(self, phase: str, total: int, unit: str) -> None:
+        """Show nothing."""
+
+    def advance(self, amount: int) -> None:
+        """Show nothing."""
+
+    def stop(self) -> None:
+        """Show nothing."""
+
+
+@dataclass
+class CostMeter:
+    """Adds up seconds and FLOPs by phase.
+
+    Phases may nest: a second belongs to the innermost open phase only, so the sums never count it twice.
+
+    Attributes:
+        seconds: wall-clock seconds of this rank by phase.
+        flops: floating point operations of this rank by phase (one multiply-add = 2), as told by the code that ran.
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _open: list[str] = field(default_factory=list)
+    _since: float = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Charge the time inside the block to ``name``."""
+        self._charge()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def add_flops(self, flops: float) -> None:
+        """Charge ``flops`` to the innermost open phase."""
+        self.flops[self._open[-1] if self._open else "other"] += flops
+
+    def _charge(self) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # kernels are asynchronous: without this the next phase would pay for this one
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+@contextmanager
+def tracked_phase(
+    meter: CostMeter, progress: Progress, name: str, total: int, unit: str
+) -> Iterator[Callable[[int], None]]:
+    """Open a phase on the meter and on the display; yields the function that advances the display."""
+    progress.start(name, total, unit)
+    try:
+        with meter.phase(name):
+            yield progress.advance
+    finally:
+        progress.stop()

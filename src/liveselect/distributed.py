@@ -1,0 +1,74 @@
+"""Every collective of liveselect. All functions work unchanged on a single process."""
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """Return this process's rank, 0 when training is not distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 when training is not distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def shard(total: int, index: int | None = None, count: int | None = None) -> slice:
+    """Return the contiguous share of ``total`` rows that belongs to one rank; shares differ by at most one row."""
+    index = rank() if index is None else index
+    count = world_size() if count is None else count
+    base, extra = divmod(total, count)
+    start = index * base + min(index, extra)
+    return slice(start, start + base + (index < extra))
+
+
+def gather_shards(local: Tensor, total: int) -> Tensor:
+    """Return the ``(total, ...)`` rows of all ranks in rank order, on CPU.
+
+    ``local`` holds the rows of :func:`shard`. Shares of unequal length are padded before the collective, because gloo
+    aborts the process when shapes differ.
+    """
+    ranks = world_size()
+    if ranks == 1:
+        return local.cpu()
+    lengths = [(lambda part: part.stop - part.start)(shard(total, index, ranks)) for index in range(ranks)]
+    device = _collective_device()
+    padded = torch.zeros((max(lengths), *local.shape[1:]), dtype=local.dtype, device=device)
+    padded[: len(local)] = local.to(device)
+    parts = [torch.empty_like(padded) for _ in range(ranks)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]).cpu()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the picklable ``value`` of every rank, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def check_agreement(what: str, value: Tensor) -> None:
+    """Raise RuntimeError, on every rank, when the ranks hold different values of a replicated decision."""
+    if world_size() == 1:
+        return
+    digest = hashlib.blake2b(value.cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+    digests = gather_objects(digest)
+    odd = [index for index, other in enumerate(digests) if other != digests[0]]
+    if odd:
+        raise RuntimeError(
+            f"ranks disagree about {what}: rank 0 holds {digests[0]}, ranks {odd} hold {[digests[i] for i in odd]}. "
+            "All ranks must see the same pool, reference set, seed and library versions"
+        )
+
+
+def _collective_device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,84 @@
+"""The pool: which candidates exist, which group each belongs to, and how often each was trained on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CandidatePool:
+    """All candidates of a run, addressed by the row ids ``0 .. size - 1``.
+
+    Args:
+        size: number of candidates.
+        fingerprint: identifies the content; a resumed run refuses a pool whose fingerprint changed.
+        groups: ``(size,)`` integer group (source, cluster) of every candidate, or None for a single group.
+        group_names: a name for each group code.
+
+    Attributes:
+        uses: ``(size,)`` int16, how often each candidate was put into a plan.
+    """
+
+    def __init__(
+        self, size: int, fingerprint: str, groups: Tensor | None = None, group_names: Sequence[str] | None = None
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"expected a pool of at least one candidate, got {size}")
+        if groups is None:
+            groups, group_names = None, tuple(group_names or ("pool",))
+        elif groups.shape != (size,):
+            raise ValueError(f"expected one group for each of the {size} candidates, got shape {tuple(groups.shape)}")
+        elif group_names is None or int(groups.max()) >= len(group_names) or int(groups.min()) < 0:
+            raise ValueError(
+                f"expected a name for every group code 0..{int(groups.max())}, got {group_names!r}; "
+                "pass group_names with one entry for each code"
+            )
+        self.size = size
+        self.fingerprint = fingerprint
+        self.groups = groups
+        self.group_names = tuple(group_names or ())
+        self.uses = torch.zeros(size, dtype=torch.int16)
+
+    def available(self, at_least: int = 1) -> Tensor:
+        """Return the ids of the least used candidates, ``(n,)`` ascending, at least ``at_least`` of them.
+
+        Candidates that were never used come first; repeats are admitted, one level of use at a time, only when there
+        are not enough of them.
+        """
+        if at_least > self.size:
+            raise ValueError(
+                f"a round needs {at_least} distinct candidates but the pool holds {self.size}: "
+                "shorten the rounds (every_n_steps), lower the batch size, or enlarge the pool"
+            )
+        level = int(self.uses.min())
+        while True:
+            ids = (self.uses <= level).nonzero().flatten()
+            if len(ids) >= at_least:
+                return ids
+            level += 1
+
+    def record_use(self, ids: Tensor) -> None:
+        """Count one use of each id in ``ids (k,)``; ids must be distinct."""
+        self.uses[ids] += 1
+
+    def group_counts(self, ids: Tensor) -> dict[str, int]:
+        """Return how many of ``ids (k,)`` belong to each group, by name."""
+        if self.groups is None:
+            return {self.group_names[0]: len(ids)}
+        counts = torch.bincount(self.groups[ids].long(), minlength=len(self.group_names))
+        return dict(zip(self.group_names, counts.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs: the uses, and the fingerprint that they belong to."""
+        return {"fingerprint": self.fingerprint, "uses": self.uses.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the uses; raise ValueError when the checkpoint belongs to another pool."""
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"the checkpoint was made with pool {state['fingerprint']!r} but this run was given pool "
+                f"{self.fingerprint!r}: its row ids would mean other texts. Point the run at the original pool, or "
+                "start a new run (without ckpt_path) on the new one"
+            )
+        self.uses = state["uses"].clone()

@@ -1,0 +1,169 @@
+"""The grammar of liveselect: who measures, who guesses, who chooses, and what they are told.
+
+Shape letters, used everywhere: ``B`` batch rows, ``T`` tokens, ``V`` vocabulary, ``n`` candidates, ``m`` measured,
+``k`` chosen, ``R`` ranks. Influence is *larger = lowers the reference loss more*, in nats per unit learning rate;
+methods whose papers use another sign are converted in one place each.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from liveselect.cost import CostMeter, Progress, SilentProgress, tracked_phase
+from liveselect.plan import Plan
+from liveselect.pool import CandidatePool
+from liveselect.seeding import generator_for
+
+Batch = Mapping[str, Tensor]
+"""``id (B,)`` int64, ``input_ids (B, T)``, ``labels (B, T)`` with -100 where no loss is taken; other keys pass through."""
+
+LossFn = Callable[[nn.Module, Batch], Tensor]
+"""Maps a model and a batch to ``(B,)`` mean losses, nats per token, one for each example."""
+
+IGNORE_INDEX = -100
+"""The label of a token that carries no loss."""
+
+
+class SelectionWarning(UserWarning):
+    """Something about selection is not as it should be, and training goes on."""
+
+
+@runtime_checkable
+class CandidateSource(Protocol):
+    """The data as the engine sees it; a datamodule implements it."""
+
+    pool: CandidatePool
+    batch_size: int  # rows in the training batch of one rank
+
+    def candidates(self, ids: Tensor) -> Iterable[Batch]:
+        """Yield batches of the candidates ``ids (n,)``, in their order."""
+
+    def reference(self) -> Iterable[Batch]:
+        """Yield the batches of the reference set, the same ones in the same order at each call."""
+
+    def decode(self, input_ids: Tensor) -> list[str]:
+        """Return the text of the token rows ``input_ids (B, T)``."""
+
+    def follow(self, plan: Plan) -> None:
+        """Serve training batches from ``plan``, starting at its cursor."""
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """Everything a part may look at during one round. Whoever changes the model puts it back.
+
+    Attributes:
+        round: index of the round.
+        step: optimizer steps done.
+        seed: seed of the selection; generators are derived from it by :meth:`generator`.
+        model: the live model, unwrapped; the module that ``loss_fn`` takes.
+        optimizer: the live optimizer, unwrapped.
+        loss_fn: per-example loss.
+        source: the data.
+        candidates: ``(n,)`` ids that may be chosen in this round.
+        global_batch: examples of one optimizer step, over accumulation and all ranks.
+        clip_gradients: clips the ``.grad`` of the given parameters in place, as training does.
+        forward_context: opens the precision context of training (autocast).
+        meter: where the parts charge what they cost.
+        progress: where the parts show what they do.
+    """
+
+    round: int
+    step: int
+    seed: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss_fn: LossFn
+    source: CandidateSource
+    candidates: Tensor
+    global_batch: int
+    clip_gradients: Callable[[list[nn.Parameter]], None] = lambda parameters: None
+    forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    meter: CostMeter = field(default_factory=CostMeter)
+    progress: Progress = field(default_factory=SilentProgress)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return next(self.model.parameters()).device
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return a fresh CPU generator for one purpose of this round, equal on all ranks."""
+        return generator_for(self.seed, self.round, purpose)
+
+    def to_device(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the batch with its tensors on the model's device."""
+        return {
+            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }
+
+    def phase(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
+        """Open a phase of ``total`` units on the meter and the display; yields the function that advances it."""
+        return tracked_phase(self.meter, self.progress, name, total, unit)
+
+    def candidate_batches(self, ids: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Yield the candidates ``ids (n,)`` in batches on the model's device."""
+        return (self.to_device(batch) for batch in self.source.candidates(ids))
+
+
+class InfluenceEstimator(Protocol):
+    """Measures influence with the live model."""
+
+    def fit(self, context: RoundContext) -> Mapping[str, float]:
+        """Prepare for a round (reference loss or gradient, curvature) and return what is worth recording."""
+
+    def score(self, context: RoundContext, batch: Batch) -> Tensor:
+        """Return the influence of each example, ``(B,)`` float32 on CPU, nats per unit learning rate."""
+
+
+class InfluenceRegressor(Protocol):
+    """Guesses influence where it was not measured."""
+
+    def fit(self, context: RoundContext, ids: Tensor, influence: Tensor) -> Mapping[str, float]:
+        """Learn from the measured ``ids (m,)`` and ``influence (m,)``.
+
+        Returns what is worth recording, ``spearman`` among it: the rank correlation on measured candidates that were
+        held out of the fit.
+        """
+
+    def predict(self, context: RoundContext, batch: Batch) -> Tensor:
+        """Return the predicted influence of each example, ``(B,)`` float32 on CPU, in the units of the fit's targets
+        or standardised; only order and relative size are used.
+        """
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selector chose, and what it knew when it did.
+
+    Attributes:
+        ids: ``(k,)`` int64 distinct ids, in training order.
+        scored: ``(n,)`` ids that were compared, or None when the choice used no scores.
+        scores: ``(n,)`` float32, their scores before any noise; larger is better.
+        metrics: scalars for the ledger.
+        notes: sentences for the ledger, such as the reason of a fallback.
+    """
+
+    ids: Tensor
+    scored: Tensor | None = None
+    scores: Tensor | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Selector(Protocol):
+    """Decides what to measure and what to train on: ask, tell, choose."""
+
+    def propose(self, context: RoundContext) -> Tensor:
+        """Return the ids to measure next, ``(m,)``; an empty tensor means that enough is known."""
+
+    def observe(self, ids: Tensor, influence: Tensor) -> None:
+        """Take note of the influence ``(m,)`` of the proposed ``ids (m,)``."""
+
+    def select(self, context: RoundContext, budget: int) -> Selection:
+        """Choose ``budget`` of the context's candidates."""
