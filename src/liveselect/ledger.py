@@ -1,0 +1,243 @@
+"""The ledger: what every round measured, chose and cost, and what training cost beside it."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One candidate as a person would read it.
+
+    Attributes:
+        id: row id in the pool.
+        group: name of its group.
+        score: the score it was compared by, None when the choice used no scores.
+        chosen: whether it is in the plan.
+        text: the beginning of its text.
+    """
+
+    id: int
+    group: str
+    score: float | None
+    chosen: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Scores of a round: ``counts[i]`` of all and ``chosen[i]`` of the chosen lie in ``edges[i] .. edges[i + 1]``."""
+
+    edges: list[float]
+    counts: list[int]
+    chosen: list[int]
+
+    @classmethod
+    def of(cls, scores: Tensor, chosen: Tensor, bins: int = 40) -> "Histogram":
+        """Bin finite ``scores (n,)``; ``chosen (n,)`` is a mask of the same candidates."""
+        finite = torch.isfinite(scores)
+        scores, chosen = scores[finite].float(), chosen[finite]
+        low, high = (float(scores.min()), float(scores.max())) if len(scores) else (0.0, 1.0)
+        if low == high:  # histc of a single value needs a range of its own
+            low, high = low - 0.5, high + 0.5
+        edges = torch.linspace(low, high, bins + 1).tolist()
+        count = torch.histc(scores, bins, low, high).long().tolist()
+        return cls(edges, count, torch.histc(scores[chosen], bins, low, high).long().tolist())
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round of selection.
+
+    Attributes:
+        round: index of the round.
+        step: optimizer steps done when it ran.
+        selector: class name of the selector that chose.
+        candidates: number of candidates that could be chosen.
+        chosen: number of candidates in the plan.
+        plan: fingerprint of the plan.
+        measured: ids whose influence was measured.
+        influence: their influence, nats per unit learning rate.
+        groups: for each group, how many candidates were ``available``, ``measured`` and ``chosen``.
+        histogram: scores of all compared candidates and of the chosen, None when the choice used no scores.
+        examples: a few chosen and rejected candidates.
+        metrics: scalars from the estimator, the regressor and the selector.
+        seconds: wall-clock seconds by phase, on rank 0.
+        flops: floating point operations by phase, summed over ranks.
+        notes: what a person should know, such as the reason of a fallback.
+    """
+
+    round: int
+    step: int
+    selector: str
+    candidates: int
+    chosen: int
+    plan: str
+    measured: list[int] = field(default_factory=list)
+    influence: list[float] = field(default_factory=list)
+    groups: dict[str, dict[str, int]] = field(default_factory=dict)
+    histogram: Histogram | None = None
+    examples: list[Example] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of the whole round."""
+        return sum(self.seconds.values())
+
+    @property
+    def total_flops(self) -> float:
+        """FLOPs of the whole round."""
+        return sum(self.flops.values())
+
+    def scalars(self) -> dict[str, float]:
+        """Return the numbers of this round for a logger, without a prefix."""
+        shares = {f"chosen_share/{name}": row["chosen"] / max(1, self.chosen) for name, row in self.groups.items()}
+        return {
+            "round": float(self.round),
+            "candidates": float(self.candidates),
+            "measured": float(len(self.measured)),
+            "chosen": float(self.chosen),
+            "round_seconds": self.total_seconds,
+            "round_flops": self.total_flops,
+            **self.metrics,
+            **shares,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of the model at one point of training, with what had been spent by then.
+
+    Seconds are wall-clock, FLOPs are summed over ranks; selection is not part of training.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    training_seconds: float
+    selection_seconds: float
+    training_flops: float
+    selection_flops: float
+
+
+@dataclass
+class Ledger:
+    """All rounds and evaluations of a run, and the cost of its training.
+
+    Attributes:
+        about: what kind of run it is, for a reader of the file (selector, seed, interval).
+        rounds: one record for each round.
+        evaluations: one entry for each validation.
+        training_seconds: wall-clock seconds spent between rounds, outside validation.
+        training_flops: floating point operations of the training steps, over all ranks.
+    """
+
+    about: dict[str, Any] = field(default_factory=dict)
+    rounds: list[RoundRecord] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    training_seconds: float = 0.0
+    training_flops: float = 0.0
+
+    @property
+    def selection_seconds(self) -> float:
+        """Seconds spent in rounds."""
+        return sum(record.total_seconds for record in self.rounds)
+
+    @property
+    def selection_flops(self) -> float:
+        """FLOPs spent in rounds."""
+        return sum(record.total_flops for record in self.rounds)
+
+    @property
+    def selection_share(self) -> float:
+        """Share of selection in the time of training and selection together."""
+        return self.selection_seconds / max(1e-9, self.selection_seconds + self.training_seconds)
+
+    def evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note the model's metrics at ``step`` beside what was spent so far."""
+        self.evaluations.append(
+            Evaluation(
+                step,
+                dict(metrics),
+                self.training_seconds,
+                self.selection_seconds,
+                self.training_flops,
+                self.selection_flops,
+            )
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the ledger as builtins, so that checkpoints load with ``weights_only=True``."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the ledger that :meth:`state_dict` described."""
+        restored = _ledger_from(state)
+        for entry in fields(self):
+            setattr(self, entry.name, getattr(restored, entry.name))
+
+    def write(self, path: Path) -> None:
+        """Write the ledger as JSON lines, replacing the file only when it is complete.
+
+        The first line describes the run, then one line for each round and evaluation, in order.
+        """
+        state = self.state_dict()
+        rounds, evaluations = state.pop("rounds"), state.pop("evaluations")
+        lines = [{"kind": "run", **state}]
+        lines += [{"kind": "round", **record} for record in rounds]
+        lines += [{"kind": "evaluation", **entry} for entry in evaluations]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def read(cls, path: Path) -> "Ledger":
+        """Read a ledger file; raise ValueError when it is none."""
+        try:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            kinds = [line.pop("kind") for line in lines]
+            state = dict(lines[kinds.index("run")])
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} is not a ledger: expected JSON lines that begin with a run ({error})") from error
+        for name, kind in (("rounds", "round"), ("evaluations", "evaluation")):
+            state[name] = [line for line, its_kind in zip(lines, kinds, strict=True) if its_kind == kind]
+        return _ledger_from(state)
+
+
+def _ledger_from(state: Mapping[str, Any]) -> Ledger:
+    return Ledger(
+        **{
+            **state,
+            "rounds": [_record_from(record) for record in state["rounds"]],
+            "evaluations": [Evaluation(**entry) for entry in state["evaluations"]],
+        }
+    )
+
+
+def _record_from(state: Mapping[str, Any]) -> RoundRecord:
+    histogram = state["histogram"]
+    return RoundRecord(
+        **{
+            **state,
+            "histogram": Histogram(**histogram) if histogram else None,
+            "examples": [Example(**example) for example in state["examples"]],
+        }
+    )
