@@ -1,0 +1,6 @@
+"""Lightning callbacks: they say when to select, and hand over the live model."""
+
+from liveselect.callbacks.mates import MATES
+from liveselect.callbacks.selection import DataSelection
+
+__all__ = ["MATES", "DataSelection"]

@@ -1,0 +1,83 @@
+"""What a run must look like for selection to be exact; everything else is refused before training starts."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from liveselect.protocols import CandidateSource
+
+
+def find_source(trainer: pl.Trainer) -> CandidateSource:
+    """Return the trainer's datamodule as a candidate source."""
+    source = trainer.datamodule
+    if not isinstance(source, CandidateSource):
+        raise MisconfigurationException(
+            f"DataSelection needs a datamodule that serves candidates, got {type(source).__name__}: use "
+            "trainer.fit(model, datamodule=SelectionDataModule(...)), or SelectionDataModule.wrap(your_datamodule)"
+        )
+    return source
+
+
+def check_setup(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Raise MisconfigurationException for settings that can be judged before the data are loaded."""
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise MisconfigurationException(
+            f"DataSelection works with a single device and with DDP, not yet with {type(trainer.strategy).__name__}: "
+            "use strategy='ddp'"
+        )
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            "DataSelection needs automatic optimization: with manual optimization it cannot know where an optimizer "
+            "step ends"
+        )
+    if trainer.precision == "16-mixed":
+        raise MisconfigurationException(
+            "DataSelection does not work with precision='16-mixed': single-example gradients underflow without the "
+            "loss scale. Use 'bf16-mixed' or '32-true'"
+        )
+    if trainer.overfit_batches:
+        raise MisconfigurationException("overfit_batches replaces the training data, so nothing could be selected")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, (GradientAccumulationScheduler, BatchSizeFinder)):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} changes the number of examples of an optimizer step while DataSelection "
+                "plans rounds of whole steps: set accumulate_grad_batches and batch_size to fixed numbers"
+            )
+
+
+def check_optimizers(trainer: pl.Trainer) -> None:
+    """Raise MisconfigurationException unless there is exactly one optimizer."""
+    if len(trainer.optimizers) != 1:
+        raise MisconfigurationException(
+            f"DataSelection measures with the optimizer of the run and needs exactly one, got {len(trainer.optimizers)}"
+        )
+
+
+def check_intervals(trainer: pl.Trainer) -> None:
+    """Raise MisconfigurationException when a checkpoint could be written inside an accumulation window.
+
+    Lightning saves no gradient buffers, so such a checkpoint never resumes exactly. Call it once the loaders exist.
+    """
+    window = trainer.accumulate_grad_batches
+    if window == 1:
+        return
+    intervals: dict[str, Any] = {
+        "the number of batches in an epoch (limit_train_batches)": trainer.num_training_batches
+    }
+    if trainer.enable_validation:
+        intervals["val_check_interval"] = trainer.val_check_batch
+    for name, batches in intervals.items():
+        if batches not in (None, float("inf")) and batches % window:
+            raise MisconfigurationException(
+                f"{name} is {batches} batches, which ends inside an accumulation window of {window} "
+                f"(accumulate_grad_batches): a checkpoint there would not resume exactly. Use a multiple of {window}"
+            )
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
+            raise MisconfigurationException(
+                "ModelCheckpoint(train_time_interval=...) can save inside an accumulation window "
+                f"(accumulate_grad_batches={window}), which would not resume exactly: use every_n_train_steps"
+            )

@@ -1,0 +1,346 @@
+"""DataSelection: runs selection rounds inside a Lightning training loop."""
+
+import logging
+import random
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from liveselect import distributed
+from liveselect.callbacks.compatibility import check_intervals, check_optimizers, check_setup, find_source
+from liveselect.callbacks.progress import RoundProgress
+from liveselect.cost import CostMeter
+from liveselect.functional.flops import forward_flops
+from liveselect.ledger import RoundRecord
+from liveselect.losses import causal_lm_loss
+from liveselect.plan import Plan
+from liveselect.protocols import CandidateSource, InfluenceEstimator, LossFn, RoundContext, SelectionWarning, Selector
+from liveselect.rounds import SelectionRun, run_round
+from liveselect.selectors import UniformSelector
+
+log = logging.getLogger("liveselect")
+
+LEDGER_FILE = "ledger.jsonl"
+
+
+class DataSelection(Callback):
+    """Chooses the training data while the model trains.
+
+    Training is cut into rounds of ``every_n_steps`` optimizer steps. Before each round the estimator measures, with
+    the live model and optimizer, how much some candidates would lower the reference loss; the selector chooses the
+    round's candidates; training then walks the resulting plan. Measuring leaves the model, the optimizer, gradients
+    and random states as they were, to the bit.
+
+    Life cycle: the first plan is made in ``on_train_start``, each further one in ``on_train_batch_end`` of the
+    round's last optimizer step, before any checkpoint of that step is written. The whole state, the random states of
+    all ranks included, is one entry of the checkpoint; a run that was killed continues with the same batches.
+
+    Works with a single device and with DDP, gradient accumulation, ``bf16-mixed`` and ``torch.compile``. Needs the
+    trainer's datamodule to be a :class:`~liveselect.datamodules.SelectionDataModule` and exactly one optimizer;
+    settings under which it could not be exact are refused at the start.
+
+    Args:
+        selector: decides what to measure and what to train on.
+        estimator: measures influence; not needed by selectors that measure nothing.
+        every_n_steps: optimizer steps of one round.
+        warmup_rounds: rounds at the beginning whose data are drawn uniformly.
+        loss_fn: maps ``(module, batch)`` to ``(B,)`` mean losses per example; the default understands Hugging Face
+            causal language models and modules that return logits.
+        seed: seed of every draw that selection makes.
+        dirpath: where ``ledger.jsonl`` is written; by default ``selection/`` in the logger's folder.
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        estimator: InfluenceEstimator | None = None,
+        every_n_steps: int = 1000,
+        warmup_rounds: int = 1,
+        loss_fn: LossFn | None = None,
+        seed: int = 0,
+        dirpath: str | Path | None = None,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"expected every_n_steps of at least one optimizer step, got {every_n_steps}")
+        if warmup_rounds < 0:
+            raise ValueError(f"expected warmup_rounds of zero or more, got {warmup_rounds}")
+        self.selector = selector
+        self.estimator = estimator
+        self.every_n_steps = every_n_steps
+        self.warmup_rounds = warmup_rounds
+        self.loss_fn = loss_fn or causal_lm_loss
+        self.seed = seed
+        self.dirpath = dirpath
+        self._run: SelectionRun | None = None
+        self._source: CandidateSource | None = None
+        self._ledger_path: Path | None = None
+        self._random_states: list[dict[str, Any]] | None = None
+        self._since: float | None = None
+        self._last_step = -1
+        self._flops_per_token = 0.0
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """The name of the one checkpoint entry; the same for all presets."""
+        return "DataSelection"
+
+    @property
+    def run(self) -> SelectionRun:
+        """The state of selection; raises RuntimeError before ``setup``."""
+        if self._run is None:
+            raise RuntimeError("selection has not begun: it is set up by trainer.fit")
+        return self._run
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is being trained on, None before the first round."""
+        return self.run.plan
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as tensors and builtins; a collective, which Lightning calls on every rank."""
+        if self._run is None:
+            return {}
+        return {
+            "seed": self.seed,
+            "run": self._run.state_dict(),
+            "random_states": distributed.gather_objects(_random_state()),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state that :meth:`state_dict` described."""
+        if not state_dict:
+            return
+        if state_dict["seed"] != self.seed:
+            rank_zero_warn(
+                f"the checkpoint was made with selection seed {state_dict['seed']}, this run uses {self.seed}: "
+                "rounds to come will differ from those of the original run",
+                category=SelectionWarning,
+            )
+        self.run.load_state_dict(state_dict["run"])
+        self._random_states = state_dict["random_states"]
+
+    # ---- hooks -------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the trainer's settings and take hold of the data."""
+        if stage != "fit":
+            return
+        self._source = find_source(trainer)
+        check_setup(trainer, pl_module)
+        if self._run is None or self._run.pool is not self._source.pool:
+            self._run = SelectionRun(
+                selector=self.selector,
+                estimator=self.estimator,
+                warmup=UniformSelector(),
+                warmup_rounds=self.warmup_rounds,
+                pool=self._source.pool,
+            )
+            self._run.ledger.about = self._about()
+        folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "selection"
+        self._ledger_path = Path(folder) / LEDGER_FILE
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the first plan, or continue the one of the checkpoint."""
+        check_optimizers(trainer)
+        check_intervals(trainer)
+        self._flops_per_token = 3 * forward_flops(pl_module, 1)  # backward costs twice the forward
+        self._last_step = trainer.global_step
+        if self.plan is None or self.plan.exhausted:
+            self._select(trainer, pl_module)
+        else:
+            self._follow(self.plan)
+        self._since = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Restore the random states of a checkpoint, as late as possible: other hooks draw before the first step."""
+        if self._random_states is not None:
+            states, self._random_states = self._random_states, None
+            if distributed.rank() < len(states):
+                _set_random_state(states[distributed.rank()])
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance the plan; at the round's last optimizer step make the next one."""
+        plan = self._current_plan()
+        plan.advance(self._source_or_raise().batch_size * trainer.world_size)
+        self.run.ledger.training_flops += self._flops_per_token * _tokens_in(batch) * trainer.world_size
+        at_boundary = trainer.global_step != self._last_step
+        self._last_step = trainer.global_step
+        if not plan.exhausted:
+            return
+        if not at_boundary:
+            raise RuntimeError(
+                f"the plan of round {plan.round} ended inside an accumulation window at batch {batch_idx}: "
+                "accumulate_grad_batches must not change within a round"
+            )
+        if trainer.global_step < trainer.estimated_stepping_batches and not trainer.should_stop:
+            self._charge_training()
+            self._select(trainer, pl_module)
+            self._since = time.perf_counter()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the training clock: validation is neither training nor selection."""
+        self._charge_training()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the model's metrics beside what was spent so far."""
+        if trainer.sanity_checking or self._run is None:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._run.ledger.evaluate(trainer.global_step, metrics)
+        self._write_ledger()
+        self._since = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the final ledger and say what selection cost."""
+        self._charge_training()
+        self._write_ledger()
+        ledger = self.run.ledger
+        log.info(
+            "selection: %d rounds, %.1f s of selection beside %.1f s of training (%.1f%%)",
+            len(ledger.rounds),
+            ledger.selection_seconds,
+            ledger.training_seconds,
+            100 * ledger.selection_share,
+        )
+
+    # ---- a round -----------------------------------------------------------------------------------------------
+
+    def _select(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Run a round and publish its plan."""
+        run = self.run
+        source = self._source_or_raise()
+        global_batch = source.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        steps = int(min(self.every_n_steps, trainer.estimated_stepping_batches - trainer.global_step))
+        budget = max(1, steps) * global_batch
+        selector = run.selector_for(run.next_round)
+        title = f"round {run.next_round} ({type(selector).__name__}, step {trainer.global_step})"
+        context = RoundContext(
+            round=run.next_round,
+            step=trainer.global_step,
+            seed=self.seed,
+            model=pl_module,
+            optimizer=trainer.optimizers[0],
+            loss_fn=self.loss_fn,
+            source=source,
+            candidates=run.pool.available(budget),
+            global_batch=global_batch,
+            clip_gradients=lambda parameters: _clip_gradients(trainer, pl_module, parameters),
+            forward_context=trainer.precision_plugin.forward_context,
+            meter=CostMeter(),
+            progress=RoundProgress(title, live=False if _has_live_display(trainer) else None),
+        )
+        self._follow(run_round(run, context, budget))
+        self._write_ledger()
+        self._log(trainer, run.ledger.rounds[-1])
+
+    def _follow(self, plan: Plan) -> None:
+        self._source_or_raise().follow(plan)
+
+    def _current_plan(self) -> Plan:
+        if self.plan is None:
+            raise RuntimeError("training has begun without a plan: DataSelection.on_train_start did not run")
+        return self.plan
+
+    def _source_or_raise(self) -> CandidateSource:
+        if self._source is None:
+            raise RuntimeError("selection has not begun: it is set up by trainer.fit")
+        return self._source
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "preset": type(self).__name__,
+            "selector": type(self.selector).__name__,
+            "estimator": None if self.estimator is None else type(self.estimator).__name__,
+            "every_n_steps": self.every_n_steps,
+            "warmup_rounds": self.warmup_rounds,
+            "seed": self.seed,
+        }
+
+    # ---- records -----------------------------------------------------------------------------------------------
+
+    def _charge_training(self) -> None:
+        """Add the time since the clock was started to the cost of training, and stop the clock."""
+        if self._since is not None:
+            self.run.ledger.training_seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def _log(self, trainer: pl.Trainer, record: RoundRecord) -> None:
+        """Send the round's numbers to every logger; one that fails costs a warning."""
+        scalars = {f"selection/{name}": value for name, value in record.scalars().items()}
+        scalars["selection/time_share"] = self.run.ledger.selection_share
+        for logger in trainer.loggers:
+            try:
+                logger.log_metrics(scalars, step=trainer.global_step)
+            except Exception as error:  # whatever a third-party logger raises: training matters more
+                rank_zero_warn(
+                    f"{type(logger).__name__} failed on selection metrics: {error}", category=SelectionWarning
+                )
+        for note in record.notes:
+            rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
+
+    def _write_ledger(self) -> None:
+        if self._ledger_path is None or distributed.rank() != 0:
+            return
+        try:
+            self.run.ledger.write(self._ledger_path)
+        except OSError as error:  # a full disk must not end the training; the checkpoint holds the ledger too
+            rank_zero_warn(f"could not write {self._ledger_path}: {error}", category=SelectionWarning)
+
+
+def _clip_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule, parameters: list[nn.Parameter]) -> None:
+    """Clip the gradients of ``parameters`` in place as the Trainer does."""
+    if is_overridden("configure_gradient_clipping", pl_module):
+        pl_module.configure_gradient_clipping(
+            trainer.optimizers[0], trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+        )
+    elif trainer.gradient_clip_val:
+        if str(trainer.gradient_clip_algorithm or "norm").endswith("value"):
+            nn.utils.clip_grad_value_(parameters, trainer.gradient_clip_val)
+        else:
+            nn.utils.clip_grad_norm_(parameters, trainer.gradient_clip_val)
+
+
+def _has_live_display(trainer: pl.Trainer) -> bool:
+    return isinstance(trainer.progress_bar_callback, RichProgressBar)
+
+
+def _tokens_in(batch: Any) -> int:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    return ids.numel() if isinstance(ids, torch.Tensor) else 0
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the random states of this process as tensors and builtins (checkpoints load with weights_only)."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the state of the user's draws
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(words), gauss],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    version, words, gauss = state["python"]
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    random.setstate((version, tuple(words), gauss))
