@@ -215,7 +215,7 @@ class Ledger:
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             kinds = [line.pop("kind") for line in lines]
             state = dict(lines[kinds.index("run")])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a ledger: expected JSON lines that begin with a run ({error})") from error
         for name, kind in (("rounds", "round"), ("evaluations", "evaluation")):
             state[name] = [line for line, its_kind in zip(lines, kinds, strict=True) if its_kind == kind]
