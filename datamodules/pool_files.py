@@ -1,0 +1,212 @@
+"""The files of a pool: what they hold, how they are written, how their content is named.
+
+``pool.json``          the manifest: shape, vocabulary, sources, settings, the size and hash of every other file
+``tokens.bin``         the blocks, ``(rows, T)`` little-endian uint16 or uint32, row after row
+``documents.parquet``  one row per document, in the order of the stream: ``id``, ``source``, ``start``, ``tokens``,
+                       ``hash``, and ``metadata``, a struct with the columns that came with the text
+``tokenizer/``         what ``AutoTokenizer.from_pretrained`` reads
+
+Documents are joined into one stream, each followed by the end-of-text token, and the stream is cut every ``T`` tokens.
+Which documents a block holds follows from their ``start`` alone: nothing else records it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FORMAT = "liveselect-pool"
+VERSION = 1
+MANIFEST, TOKENS, DOCUMENTS, TOKENIZER = "pool.json", "tokens.bin", "documents.parquet", "tokenizer"
+ROW_GROUP = 16384  # documents: what is decoded to show the metadata of a single one
+
+DOCUMENT_FIELDS = (
+    pa.field("id", pa.string()),
+    pa.field("source", pa.string()),
+    pa.field("start", pa.int64()),
+    pa.field("tokens", pa.int64()),
+    pa.field("hash", pa.uint64()),
+)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the narrowest type on disk that holds every id below ``vocab_size``."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def hash_tokens(ids: Any) -> int:
+    """Return the 64-bit name of a token sequence ``(n,)``; equal for equal ids, whatever type holds them."""
+    data = np.ascontiguousarray(ids, dtype="<u4").tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def hash_file(path: Path) -> str:
+    """Return the BLAKE2b hash of a file, read in pieces."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable, where the system can do that."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file so that after a crash it is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def pool_fingerprint(manifest: Mapping[str, Any]) -> str:
+    """Return the name of a pool's content: its tokens, their shape and meaning, and its documents.
+
+    Where the pool lies, how the files were compressed and how many workers made them do not enter.
+    """
+    keys = ("version", "rows", "block_size", "vocab_size", "eos_id", "sources", "documents_digest")
+    content = {key: manifest[key] for key in keys} | {"tokens": manifest["files"][TOKENS]["blake2b"]}
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class PoolWriter:
+    """Writes the files of a pool from pieces of the stream that arrive in order; holds less than a block of tokens.
+
+    What does not fill a last block is left out, and so are the documents that lie in it altogether.
+
+    Args:
+        folder: an existing empty folder.
+        block_size: T, tokens of a block.
+        vocab_size: every token id is below it.
+        eos_id: the token that follows each document, or None.
+        sources: names of the sources in the order of their group codes.
+        metadata: type of the metadata, or None when the documents carry none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        block_size: int,
+        vocab_size: int,
+        eos_id: int | None,
+        sources: Sequence[str],
+        metadata: pa.StructType | None = None,
+    ) -> None:
+        self.folder, self.block_size, self.vocab_size, self.eos_id = folder, block_size, vocab_size, eos_id
+        self.stream_tokens = 0
+        self._dtype = token_dtype(vocab_size)
+        self._counts: dict[str, dict[str, Any]] = {
+            name: {"name": name, "documents": 0, "tokens": 0} for name in sources
+        }
+        self._rest = np.empty(0, dtype=self._dtype)
+        self._written = 0
+        self._documents_digest = hashlib.blake2b(digest_size=16)
+        self._schema = pa.schema([*DOCUMENT_FIELDS, *([pa.field("metadata", metadata)] if metadata else [])])
+        self._waiting = self._schema.empty_table()
+        self._file = (folder / TOKENS).open("wb")
+        self._tokens_digest = hashlib.blake2b(digest_size=16)
+        self._parquet = pq.ParquetWriter(folder / DOCUMENTS, self._schema, compression="zstd")
+
+    def append(self, stream: np.ndarray, documents: pa.Table) -> None:
+        """Append a piece of the stream ``(n,)``, separators included, and the documents that start in it.
+
+        ``documents`` has the columns of the schema; its ``start`` counts from the beginning of the piece.
+        """
+        if len(stream) and int(stream.max()) >= self.vocab_size:
+            raise ValueError(f"expected token ids below vocab_size={self.vocab_size}, got {int(stream.max())}")
+        start = pa.array(documents["start"].to_numpy() + self.stream_tokens)
+        documents = documents.set_column(documents.schema.get_field_index("start"), "start", start)
+        self.stream_tokens += len(stream)
+        self._waiting = pa.concat_tables([self._waiting, documents.select(self._schema.names).cast(self._schema)])
+
+        stream = np.concatenate([self._rest, stream.astype(self._dtype, copy=False)])
+        whole = len(stream) - len(stream) % self.block_size
+        data = stream[:whole].tobytes()
+        self._file.write(data)
+        self._tokens_digest.update(data)
+        self._rest = stream[whole:].copy()
+        self._written += whole
+        self._write_documents()
+
+    def _write_documents(self, all_of_them: bool = False) -> None:
+        """Write the documents that start in written blocks, in row groups of equal size."""
+        ready = int(np.searchsorted(self._waiting["start"].to_numpy(), self._written))
+        size = ready if all_of_them else ready - ready % ROW_GROUP
+        for first in range(0, size, ROW_GROUP):
+            group = self._waiting.slice(first, min(ROW_GROUP, size - first)).combine_chunks()
+            self._parquet.write_table(group, row_group_size=ROW_GROUP)
+            sources = group["source"].to_pylist()
+            for name in ("start", "tokens", "hash"):
+                self._documents_digest.update(np.ascontiguousarray(group[name].to_numpy()).tobytes())
+            self._documents_digest.update(json.dumps([group["id"].to_pylist(), sources]).encode())
+            for source, tokens in zip(sources, group["tokens"].to_pylist(), strict=True):
+                self._counts[source]["documents"] += 1
+                self._counts[source]["tokens"] += tokens
+        self._waiting = self._waiting.slice(size)
+
+    def finish(self, settings: Mapping[str, Any], counts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Close the files, write the manifest last, and return it.
+
+        Args:
+            settings: how the pool was made; kept as it is.
+            counts: what is worth telling (documents skipped); kept as it is.
+        """
+        if not self._written:
+            raise ValueError(
+                f"expected at least one block of {self.block_size} tokens, got {self.stream_tokens} tokens in all: "
+                "use a smaller block size or more text"
+            )
+        self._write_documents(all_of_them=True)
+        self._parquet.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "rows": self._written // self.block_size,
+            "block_size": self.block_size,
+            "dtype": self._dtype.name,
+            "vocab_size": self.vocab_size,
+            "eos_id": self.eos_id,
+            "sources": list(self._counts.values()),
+            "left_out_tokens": len(self._rest),
+            "documents_digest": self._documents_digest.hexdigest(),
+            "counts": dict(counts or {}),
+            "settings": dict(settings),
+            "files": {
+                TOKENS: {"bytes": self._written * self._dtype.itemsize, "blake2b": self._tokens_digest.hexdigest()}
+            },
+        }
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file() and path.name != TOKENS):
+            entry = {"bytes": path.stat().st_size, "blake2b": hash_file(path)}
+            manifest["files"][path.relative_to(self.folder).as_posix()] = entry
+        manifest["fingerprint"] = pool_fingerprint(manifest)
+        write_durably(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        return manifest
+
+    def close(self) -> None:
+        """Close the files without finishing; for the way out of an error."""
+        self._file.close()
+        self._parquet.close()

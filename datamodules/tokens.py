@@ -1,0 +1,286 @@
+"""The token store: a finished pool folder, opened for reading."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from liveselect.datamodules.pool_files import (
+    DOCUMENTS,
+    FORMAT,
+    MANIFEST,
+    ROW_GROUP,
+    TOKENIZER,
+    TOKENS,
+    VERSION,
+    PoolWriter,
+    hash_file,
+    hash_tokens,
+    pool_fingerprint,
+)
+
+
+class TokenStore:
+    """Token blocks on disk, read through a memory map; row ``i`` is candidate ``i``.
+
+    It is a map-style dataset, and what was opened lazily is opened anew in every process that unpickles it.
+
+    Args:
+        path: folder made by ``liveselect prepare`` or :func:`write_store`.
+        verify: hash the files again, where opening otherwise compares their sizes.
+
+    Attributes:
+        rows: number of blocks.
+        block_size: T, tokens of a block.
+        vocab_size: the largest id that the tokenizer can make, plus one.
+        eos_id: the token that follows each document, or None.
+        fingerprint: hash of the content.
+        group_names: the sources, in the order of their group codes.
+
+    Raises:
+        FileNotFoundError: ``path`` holds no finished pool.
+        ValueError: the files are not the ones that the manifest describes.
+    """
+
+    def __init__(self, path: str | Path, verify: bool = False) -> None:
+        self.path = Path(path)
+        self.manifest = _read_manifest(self.path)
+        _check_files(self.path, self.manifest, verify)
+        self.rows: int = self.manifest["rows"]
+        self.block_size: int = self.manifest["block_size"]
+        self.vocab_size: int = self.manifest["vocab_size"]
+        self.eos_id: int | None = self.manifest["eos_id"]
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.group_names: tuple[str, ...] = tuple(source["name"] for source in self.manifest["sources"])
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __repr__(self) -> str:
+        return f"TokenStore({str(self.path)!r}, rows={self.rows}, block_size={self.block_size})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        lazy = {name for name, value in vars(type(self)).items() if isinstance(value, cached_property)}
+        return {name: value for name, value in vars(self).items() if name not in lazy}
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """Folder for ``AutoTokenizer.from_pretrained``, or None when the pool was made from ready ids."""
+        path = self.path / TOKENIZER
+        return path if path.is_dir() else None
+
+    @cached_property
+    def _tokens(self) -> np.ndarray:
+        dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+        return np.memmap(self.path / TOKENS, dtype=dtype, mode="r", shape=(self.rows, self.block_size))
+
+    @cached_property
+    def _parquet(self) -> pq.ParquetFile:
+        return pq.ParquetFile(self.path / DOCUMENTS)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return self._parquet.read(["start"])["start"].to_numpy()
+
+    @cached_property
+    def document_tokens(self) -> np.ndarray:
+        """``(documents,)`` int64, tokens of each document; the end of the pool may cut the last one."""
+        return self._parquet.read(["tokens"])["tokens"].to_numpy()
+
+    @cached_property
+    def document_hashes(self) -> np.ndarray:
+        """``(documents,)`` uint64, the :func:`hash_tokens` of each document's ids, without the separator."""
+        return self._parquet.read(["hash"])["hash"].to_numpy()
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """``(rows,)`` int32, the source that most tokens of each block come from."""
+        source = self._parquet.read(["source"])["source"].combine_chunks()
+        codes = pc.index_in(source, value_set=pa.array(self.group_names)).to_numpy(zero_copy_only=False)
+        return torch.from_numpy(_majority(self._starts, codes.astype(np.int64), self.rows, self.block_size))
+
+    def read(self, ids: Tensor | Sequence[int]) -> Tensor:
+        """Return the blocks ``ids (n,)`` as ``(n, T)`` int64."""
+        rows = np.asarray(ids, dtype=np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.rows):
+            raise IndexError(f"expected row ids in 0..{self.rows - 1}, got {rows.min()}..{rows.max()}")
+        return torch.from_numpy(self._tokens[rows].astype(np.int64))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        ids = torch.as_tensor(indices, dtype=torch.int64)
+        return [{"id": i, "input_ids": block} for i, block in zip(ids, self.read(ids), strict=True)]
+
+    def documents_of(self, row: int) -> list[dict[str, Any]]:
+        """Return the documents that a block holds, in their order.
+
+        Each is a dict of ``id``, ``source``, ``start`` and ``end`` (its tokens are ``block[start:end]``), ``offset``
+        (how many of its tokens lie in earlier blocks) and ``metadata``, the columns that came with the text.
+        """
+        if not 0 <= row < self.rows:
+            raise IndexError(f"expected a row id in 0..{self.rows - 1}, got {row}")
+        begin, end = row * self.block_size, (row + 1) * self.block_size
+        first = max(int(np.searchsorted(self._starts, begin, side="right")) - 1, 0)
+        last = int(np.searchsorted(self._starts, end, side="left"))
+        found = []
+        for index in range(first, last):
+            start = int(self._starts[index])
+            stop = start + int(self.document_tokens[index])
+            if stop <= begin:  # only its separator lies here
+                continue
+            span = {"start": max(start, begin) - begin, "end": min(stop, end) - begin, "offset": max(begin - start, 0)}
+            found.append({**self.document(index), **span})
+        return found
+
+    def document(self, index: int) -> dict[str, Any]:
+        """Return ``id``, ``source`` and ``metadata`` of the document at a position of ``documents.parquet``."""
+        group, position = divmod(index, ROW_GROUP)
+        row = self._row_group(group).slice(position, 1).to_pylist()[0]
+        return {"id": row["id"], "source": row["source"], "metadata": row.get("metadata") or {}}
+
+    def _row_group(self, group: int) -> pa.Table:
+        """Return one row group; the last one is kept, since neighbours are asked for together."""
+        kept = self._kept_group
+        if kept.get("group") != group:
+            kept.update(group=group, table=self._parquet.read_row_group(group))
+        return kept["table"]
+
+    @cached_property
+    def _kept_group(self) -> dict[str, Any]:
+        return {}
+
+    def rows_of(self, document_id: str) -> range:
+        """Return the blocks that hold tokens of a document.
+
+        Raises:
+            KeyError: no document has this id, or several have.
+        """
+        ids = self._parquet.read(["id"])["id"]
+        (matches,) = np.nonzero(pc.equal(ids, document_id).to_numpy())
+        if len(matches) != 1:
+            raise KeyError(f"expected one document with the id {document_id!r}, found {len(matches)}")
+        start = int(self._starts[matches[0]])
+        last = start + int(self.document_tokens[matches[0]]) - 1
+        return range(start // self.block_size, min(last // self.block_size + 1, self.rows))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.is_file():
+        partial = path.with_name(path.name + ".partial")
+        hint = f"; {partial} is unfinished: run the same `liveselect prepare` again" if partial.exists() else ""
+        raise FileNotFoundError(f"expected a pool made by `liveselect prepare`, found no {file}{hint}")
+    try:
+        manifest = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not the manifest of a pool ({error}): prepare the pool again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise ValueError(f"expected {file} to say format {FORMAT!r} version {VERSION}: prepare the pool again")
+    if pool_fingerprint(manifest) != manifest["fingerprint"]:
+        raise ValueError(f"{file} was changed after the pool was made: prepare the pool again")
+    return manifest
+
+
+def _check_files(path: Path, manifest: Mapping[str, Any], verify: bool) -> None:
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"the pool {path} lacks its file {name}: copy it again or prepare the pool again")
+        if file.stat().st_size != expected["bytes"]:
+            raise ValueError(
+                f"{file} has {file.stat().st_size} bytes where the manifest says {expected['bytes']}: it was changed "
+                "or copied in part; copy it again or prepare the pool again"
+            )
+        if verify and hash_file(file) != expected["blake2b"]:
+            raise ValueError(f"the content of {file} is not what the manifest says: prepare the pool again")
+
+
+def _majority(starts: np.ndarray, codes: np.ndarray, rows: int, block_size: int) -> np.ndarray:
+    """Return the most frequent code of each block ``(rows,)`` int32; the smaller code where two are equal.
+
+    ``starts (d,)`` are the stream positions where the documents with ``codes (d,)`` begin; a separator counts for the
+    document before it. The stream is cut at every document and every block, and the lengths of the pieces are summed.
+    """
+    cuts = np.unique(np.concatenate([starts, np.arange(rows, dtype=np.int64) * block_size]))
+    lengths = np.diff(cuts, append=rows * block_size)
+    row = cuts // block_size
+    code = codes[np.searchsorted(starts, cuts, side="right") - 1]
+    width = int(codes.max()) + 1
+    keys, piece = np.unique(row * width + code, return_inverse=True)
+    totals = np.bincount(piece, weights=lengths).astype(np.int64)
+    order = np.lexsort((-keys, totals, keys // width))  # within a row: the largest total last, the smaller code later
+    last = np.flatnonzero(np.diff(keys[order] // width, append=-1))
+    return (keys[order][last] % width).astype(np.int32)
+
+
+def write_store(
+    path: str | Path,
+    documents: Sequence[Any],
+    *,
+    block_size: int,
+    vocab_size: int,
+    eos_id: int | None = None,
+    sources: Sequence[str] | None = None,
+    ids: Sequence[str] | None = None,
+    metadata: Sequence[Mapping[str, Any]] | None = None,
+    tokenizer: Any = None,
+) -> TokenStore:
+    """Make a pool from documents in memory and open it; ready blocks ``(rows, T)`` are documents without ``eos_id``.
+
+    Args:
+        path: folder to make; it must not exist.
+        documents: token ids of each document, or an array ``(rows, T)``.
+        block_size: T, tokens of a block.
+        vocab_size: every token id is below it.
+        eos_id: appended to each document, or None.
+        sources: source name of each document.
+        ids: id of each document; their positions by default.
+        metadata: further columns of each document.
+        tokenizer: anything with ``save_pretrained``, kept in the pool.
+    """
+    path = Path(path)
+    path.mkdir(parents=True)
+    try:
+        names = [str(name) for name in sources] if sources is not None else ["pool"] * len(documents)
+        columns, stream = _columns(documents, eos_id)
+        columns |= {"id": [str(i) for i in (ids if ids is not None else range(len(documents)))], "source": names}
+        if metadata is not None:
+            columns["metadata"] = [dict(entry) for entry in metadata]
+        table = pa.table(columns)
+        kind = table.schema.field("metadata").type if metadata is not None else None
+        writer = PoolWriter(path, block_size, vocab_size, eos_id, list(dict.fromkeys(names)), kind)
+        try:
+            writer.append(stream, table)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(path / TOKENIZER)
+            writer.finish(settings={"made_by": "write_store"})
+        finally:
+            writer.close()
+    except BaseException:
+        shutil.rmtree(path)
+        raise
+    return TokenStore(path)
+
+
+def _columns(documents: Sequence[Any], eos_id: int | None) -> tuple[dict[str, Any], np.ndarray]:
+    """Return start, tokens and hash of each document, and the stream ``(n,)`` int64 that joins them."""
+    arrays = [np.asarray(document, dtype=np.int64) for document in documents]
+    if any(array.ndim != 1 or not array.size or array.min() < 0 for array in arrays):
+        raise ValueError("expected every document as a sequence of at least one token id, none of them negative")
+    separator = np.empty(0, np.int64) if eos_id is None else np.array([eos_id])
+    lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+    starts = np.cumsum(lengths + len(separator)) - lengths - len(separator)
+    stream = np.concatenate([part for array in arrays for part in (array, separator)] or [separator])
+    hashes = np.array([hash_tokens(array) for array in arrays], dtype=np.uint64)
+    return {"start": starts, "tokens": lengths, "hash": hashes}, stream
