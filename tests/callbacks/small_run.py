@@ -1,0 +1,234 @@
+"""One small run with everything that a resume must restore, and a way to kill it. Executed by test_resume.py.
+
+Dropout, warm AdamW moments, a learning-rate schedule, accumulation over three batches, bf16-mixed, clipping, an epoch
+that ends between two rounds, validation, and a selection that depends on the live weights.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from liveselect.callbacks import DataSelection
+from liveselect.datamodules import SelectionDataModule
+from liveselect.influence import OneStepInfluence
+from liveselect.protocols import Batch, RoundContext
+from liveselect.regressors import HashedRidgeRegressor
+from liveselect.selectors import RegressionSelector
+
+VOCABULARY, TOKENS = 50, 12
+STEPS, ROUND, ACCUMULATE, BATCH = 14, 4, 3, 2
+POOL = 60  # 30 batches, 10 optimizer steps: the epoch ends inside the third round
+
+
+class SmallLM(pl.LightningModule):
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # noqa: TID251 - the initial weights, not selection
+            self.model = GPTNeoXForCausalLM(
+                GPTNeoXConfig(
+                    vocab_size=VOCABULARY,
+                    hidden_size=16,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    intermediate_size=32,
+                    max_position_embeddings=TOKENS,
+                    hidden_dropout=dropout,
+                    attention_dropout=dropout,
+                )
+            )
+
+    def training_step(self, batch: Batch, batch_index: int) -> torch.Tensor:
+        return self.model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        loss = self.model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+        self.log("val_loss", loss, batch_size=len(batch["input_ids"]))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)} for _ in range(count)]
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in module.state_dict().values():
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Trace(Callback):
+    """Appends what every batch trained on, and the weights after it, to a file that survives a kill."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        place = trainer.callbacks[0].trace_key if hasattr(trainer.callbacks[0], "trace_key") else None
+        line = json.dumps([place, trainer.global_step, batch["id"].tolist(), weights_hash(pl_module)])
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(descriptor, (line + "\n").encode())
+        os.close(descriptor)
+
+
+class Place(Callback):
+    """Notes the batch's place in the plan before the selection callback moves on. Must be the first callback."""
+
+    trace_key = None
+
+    def __init__(self, selection: DataSelection) -> None:
+        self.selection = selection
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.trace_key = [self.selection.plan.round, self.selection.plan.cursor]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Killer(Callback):
+    """Kills the process at a named hook the first time that ``when(trainer)`` holds."""
+
+    def __init__(self, hook: str, step: int, every_batch: bool = False) -> None:
+        self.step = step
+        setattr(self, hook, self._maybe)
+
+    def _maybe(self, trainer, *arguments, **keywords):
+        if trainer.global_step == self.step:
+            die()
+
+
+class KilledInfluence(OneStepInfluence):
+    """Dies while it measures the second batch of a round, with a foreign model in place of the live one."""
+
+    def __init__(self, round_index: int) -> None:
+        super().__init__(step="in_batch")
+        self.round_index, self.batches = round_index, 0
+
+    def score(self, context: RoundContext, batch: Batch) -> torch.Tensor:
+        self.batches += context.round == self.round_index
+        if self.batches == 2:
+            with torch.no_grad():
+                for parameter in context.model.parameters():
+                    parameter.zero_()
+            die()
+        return super().score(context, batch)
+
+
+# name -> (hook, global step at which it strikes); the step-8 checkpoint is the border of a round, step 10 of an epoch
+HOOKS = {
+    "inside an accumulation window in mid-round": ("on_train_batch_start", 7),
+    "last batch of a round, before the round": ("before_selection", 8),
+    "first batch of a new round": ("on_train_batch_start", 8),
+    "first batch of a new epoch": ("on_train_batch_start", 10),
+    "during validation": ("on_validation_batch_start", 6),
+    "before the first checkpoint": ("on_train_batch_start", 1),
+}
+KILLS = [*HOOKS, "during a measurement", "during a checkpoint"]
+
+
+def run(folder: Path, workers: int, kill: str | None = None) -> None:
+    """Train to the end, from the last checkpoint if there is one, or until killed."""
+    torch.set_num_threads(1)
+    pl.seed_everything(1, verbose=False)
+    module = SmallLM()
+    data = SelectionDataModule(
+        pool=rows(POOL, seed=1), reference=rows(6, seed=2), batch_size=BATCH, num_workers=workers, probe_batch_size=4
+    )
+    selection = DataSelection(
+        RegressionSelector(HashedRidgeRegressor(), probes=12, ratio=0.5, min_spearman=None),
+        KilledInfluence(2) if kill == "during a measurement" else OneStepInfluence(step="in_batch"),
+        every_n_steps=ROUND,
+        dirpath=folder / "selection",
+    )
+    callbacks = [Place(selection), selection, Trace(folder / "trace")]
+    if kill in HOOKS:
+        hook, step = HOOKS[kill]
+        if hook == "before_selection":
+            callbacks.insert(1, Killer("on_train_batch_end", step))
+        else:
+            callbacks.append(Killer(hook, step))
+    if kill == "during a checkpoint":
+        die_inside_the_second_checkpoint_at_step_8()
+    callbacks.append(ModelCheckpoint(folder / "checkpoints", every_n_train_steps=2, save_top_k=-1, save_last=True))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=STEPS,
+        max_epochs=-1,
+        accumulate_grad_batches=ACCUMULATE,
+        gradient_clip_val=1.0,
+        precision="bf16-mixed",
+        val_check_interval=9,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path="last")
+    torch.save(trainer.optimizers[0].state_dict(), folder / "optimizer.pt")
+
+
+def die_inside_the_second_checkpoint_at_step_8() -> None:
+    save = torch.save
+
+    def half_a_save(state, file, *arguments, **keywords):
+        if isinstance(state, dict) and state.get("global_step") == 8:
+            save({"half": torch.zeros(1000)}, file)
+            die()
+        return save(state, file, *arguments, **keywords)
+
+    torch.save = half_a_save
+
+
+def main(folder: Path) -> None:
+    """Run every case in a forked child, so that the imports are paid once; write exit codes to ``codes.json``."""
+    codes = {}
+    for workers in (0, 2):
+        for name in [None, *KILLS]:
+            place = folder / f"{workers}" / str(name).replace(" ", "_")
+            place.mkdir(parents=True)
+            codes[f"{workers}/{name}"] = [forked(run, place, workers, name)]
+            if name is not None:
+                codes[f"{workers}/{name}"].append(forked(run, place, workers))
+    (folder / "codes.json").write_text(json.dumps(codes))
+
+
+def forked(function, *arguments) -> int:
+    """Return the exit status of ``function`` in a child: 0, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function(*arguments)
+            code = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

@@ -1,0 +1,98 @@
+"""Collectives on real processes over gloo."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from liveselect import distributed
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def on_ranks(function, ranks: int, *arguments) -> list:
+    """Run ``function(*arguments)`` in a group of forked processes; return what each rank returned, or raised."""
+    with mp.get_context("fork").Manager() as manager:
+        results = manager.dict()
+        mp.start_processes(
+            _worker, (function, ranks, free_port(), results, arguments), nprocs=ranks, start_method="fork"
+        )
+        return [results[rank] for rank in range(ranks)]
+
+
+def _worker(rank, function, ranks, port, results, arguments):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    try:
+        results[rank] = function(*arguments)
+    except Exception as error:
+        results[rank] = error
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("total", [0, 1, 2, 7, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_shards_partition_the_rows_in_order(total, ranks):
+    rows = torch.arange(total)
+    parts = [rows[distributed.shard(total, rank, ranks)] for rank in range(ranks)]
+    assert torch.cat(parts).tolist() == rows.tolist()
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def _gather(total: int) -> list:
+    rows = torch.arange(total * 2.0).view(total, 2)
+    return distributed.gather_shards(rows[distributed.shard(total)], total).tolist()
+
+
+@pytest.mark.parametrize("total", [1, 5, 6])
+def test_uneven_shards_come_back_whole_on_every_rank(total):
+    expected = torch.arange(total * 2.0).view(total, 2).tolist()
+    assert on_ranks(_gather, 2, total) == [expected, expected]
+
+
+def _agree(differ: bool) -> str:
+    value = torch.tensor([1, 2, 3 + (differ and distributed.rank())])
+    distributed.check_agreement("the plan of round 7", value)
+    return "agreed"
+
+
+def test_ranks_that_agree_go_on_and_ranks_that_differ_all_fail_naming_the_odd_one():
+    assert on_ranks(_agree, 2, False) == ["agreed", "agreed"]
+    for error in on_ranks(_agree, 2, True):
+        assert isinstance(error, RuntimeError)
+        assert "ranks disagree about the plan of round 7" in str(error)
+        assert "ranks [1]" in str(error)
+
+
+def _a_round() -> tuple:
+    from fakes import fake_context
+    from test_rounds import TokenSum, a_run
+
+    from liveselect.rounds import run_round
+
+    run, source = a_run(estimator=TokenSum())
+    plan = run_round(run, fake_context(source), budget=5)
+    record = run.ledger.rounds[0]
+    return plan.ids.tolist(), record.measured, record.influence, source.read
+
+
+def test_a_round_on_two_ranks_decides_as_on_one_and_shares_the_work():
+    *alone, read_alone = _a_round()
+    (*first, read_first), (*second, read_second) = on_ranks(_a_round, 2)
+    assert first == second == alone
+    shown = len(first[0]) + 6  # every rank decodes the examples of the record
+    assert max(read_first, read_second) < read_alone <= read_first + read_second <= read_alone + shown
+
+
+def test_a_single_process_needs_no_group():
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.gather_objects("x") == ["x"]
+    distributed.check_agreement("anything", torch.arange(3))
