@@ -1,0 +1,5 @@
+"""Estimators of influence: how much training on a candidate would lower the reference loss."""
+
+from liveselect.influence.one_step import OneStepInfluence
+
+__all__ = ["OneStepInfluence"]
