@@ -1,0 +1,227 @@
+"""Reading records out of files: JSON Lines, Parquet, text, and Arrow tables of ``datasets``.
+
+A record is one document with whatever columns came with it. Every reader streams: it holds one record, or one batch of
+a columnar file, at a time.
+"""
+
+import gzip
+import io
+import itertools
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+OnUndecodable = Literal["error", "replace", "skip"]
+ON_UNDECODABLE: tuple[OnUndecodable, ...] = ("error", "replace", "skip")
+BATCH = 1024  # rows of a columnar file decoded at once
+COMPRESSIONS = {".zst": "zstd", ".bz2": "bz2"}  # besides .gz
+BOM = b"\xef\xbb\xbf"
+
+
+class DataError(ValueError):
+    """The given data or settings cannot be used; the message says what to change."""
+
+
+class Record(NamedTuple):
+    """One document.
+
+    Attributes:
+        key: names the record within its source.
+        where: names it in messages.
+        values: the columns.
+        done: bytes of the part that were consumed, this record included; for progress.
+    """
+
+    key: str
+    where: str
+    values: dict[str, Any]
+    done: int
+
+
+@dataclass
+class Reading:
+    """What to read and how.
+
+    Attributes:
+        required: columns that must exist.
+        keep: the columns wanted, or None for all.
+        on_undecodable: what to do with text that is not UTF-8: raise, put U+FFFD for it, or leave the record out.
+        tally: counts what was replaced or left out.
+    """
+
+    required: Sequence[str] = ()
+    keep: Sequence[str] | None = None
+    on_undecodable: OnUndecodable = "error"
+    tally: Counter[str] = field(default_factory=Counter)
+
+    def check(self, where: str, columns: Iterable[str]) -> None:
+        """Raise DataError when a required column is missing from ``columns``."""
+        columns = list(columns)
+        if missing := [name for name in self.required if name not in columns]:
+            raise DataError(
+                f"{where}: no column {', '.join(map(repr, missing))}; the columns are "
+                f"{', '.join(map(repr, columns)) or 'none'}. Name one of these"
+            )
+
+    def wants(self, column: str) -> bool:
+        """Return whether a column is to be read."""
+        return self.keep is None or column in self.keep or column in self.required
+
+    def decode(self, data: bytes, where: str, offset: int = 0) -> str | None:
+        """Return the text of UTF-8 bytes, or None when the record is to be left out.
+
+        ``where`` and the byte ``offset`` of the data in it go into the error.
+        """
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if self.on_undecodable == "error":
+                raise DataError(
+                    f"{where}: byte {offset + error.start} (0x{data[error.start]:02x}) is not UTF-8 text. Convert the "
+                    "data to UTF-8, or set on-undecodable to replace (puts U+FFFD there) or skip (drops the document)"
+                ) from None
+            self.tally["undecodable"] += 1
+            return data.decode("utf-8", errors="replace") if self.on_undecodable == "replace" else None
+
+    def decode_required(self, values: dict[str, Any], where: str) -> bool:
+        """Make the required columns that hold text valid text; return False when the record is to be left out.
+
+        Arrow and JSON both let strings through that are none: bytes that nobody checked, halves of surrogate pairs.
+        """
+        for name in self.required:
+            value = values[name]
+            if isinstance(value, str) and not value.isascii():
+                value = value.encode("utf-8", errors="surrogatepass")
+            if isinstance(value, bytes):
+                values[name] = self.decode(value, f"{where}, column {name!r}")
+                if values[name] is None:
+                    return False
+        return True
+
+
+def read_json_lines(path: Path, key: str, reading: Reading) -> Iterator[Record]:
+    """Yield the objects of a JSON Lines file, compressed (.gz, .zst, .bz2) or not; blank lines are passed over."""
+    offset = 0
+    for number, (line, done) in enumerate(_lines(path), start=1):
+        begin, offset = offset, offset + len(line)
+        if number == 1 and line.startswith(BOM):
+            begin, line = begin + len(BOM), line[len(BOM) :]
+        where = f"{path}, line {number}"
+        text = reading.decode(line, where, begin)
+        if text is None or not text.strip():
+            continue
+        values = _json_object(text, where)
+        reading.check(where, values)
+        if reading.keep is not None:
+            values = {name: value for name, value in values.items() if reading.wants(name)}
+        if reading.decode_required(values, where):
+            yield Record(f"{key}:{number}", where, values, done)
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        hint = " (the file looks like one JSON array: write each of its objects on a line)" if text[0] == "[" else ""
+        raise DataError(
+            f"{where}: not valid JSON ({error}){hint}. Expected one JSON object on every line: mend or remove this one"
+        ) from None
+    if not isinstance(values, dict):
+        raise DataError(f'{where}: expected a JSON object such as {{"text": ...}}, got {type(values).__name__}')
+    return values
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Yield the lines of a file, decompressed, each with how many bytes of the file were consumed."""
+    try:
+        with path.open("rb") as raw:
+            for line in _decompressed(raw, path.suffix):
+                yield line, raw.tell()
+    except (EOFError, zlib.error, pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: cannot be decompressed ({error}): the file is damaged or incomplete") from None
+
+
+def _decompressed(raw: BinaryIO, suffix: str) -> Iterable[bytes]:
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if suffix in COMPRESSIONS:
+        return io.BufferedReader(pa.input_stream(raw, compression=COMPRESSIONS[suffix]))
+    return raw
+
+
+def read_text_file(path: Path, key: str, reading: Reading) -> Iterator[Record]:
+    """Yield a text file, compressed or not, as one record with the columns ``text`` and ``path``."""
+    reading.check(str(path), ("text", "path"))
+    data = b"".join(line for line, _ in _lines(path))
+    skipped = len(BOM) if data.startswith(BOM) else 0
+    text = reading.decode(data[skipped:], str(path), skipped)
+    if text is not None:
+        values = {name: value for name, value in (("text", text), ("path", key)) if reading.wants(name)}
+        yield Record(key, str(path), values, path.stat().st_size)
+
+
+def read_parquet(path: Path, key: str, reading: Reading) -> Iterator[Record]:
+    """Yield the rows of a Parquet file."""
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            reading.check(str(path), names)
+            batches = file.iter_batches(BATCH, columns=[name for name in names if reading.wants(name)])
+            tables = (pa.Table.from_batches([batch]) for batch in batches)
+            yield from _rows(tables, f"{key}:", str(path), path.stat().st_size, file.metadata.num_rows, reading)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet ({error}): the file is damaged or another kind") from None
+
+
+def read_dataset(dataset: Any, label: str, size: int, reading: Reading) -> Iterator[Record]:
+    """Yield the rows of a ``datasets.Dataset``; ``size`` bytes are shared out over its rows for progress."""
+    names = dataset.column_names
+    reading.check(label, names)
+    dataset = dataset.select_columns([name for name in names if reading.wants(name)])
+    tables = dataset.with_format("arrow").iter(BATCH)
+    yield from _rows(tables, "", label, size, len(dataset), reading)
+
+
+def _rows(
+    tables: Iterable[pa.Table], prefix: str, label: str, size: int, total: int, reading: Reading
+) -> Iterator[Record]:
+    row = 0
+    for table in tables:
+        columns = {name: _column(table[name]) for name in table.column_names}
+        for position in range(len(table)):
+            where = f"{label}, row {row}"
+            values = {name: column[position] for name, column in columns.items()}
+            row += 1
+            if reading.decode_required(values, where):
+                yield Record(f"{prefix}{row - 1}", where, values, size * row // total)
+
+
+def _column(column: pa.ChunkedArray) -> list[Any]:
+    """Return the values of a column as Python objects; lists of integers as arrays, which is many times faster."""
+    values: list[Any] = []
+    for chunk in column.chunks:
+        if _is_plain_list(chunk):
+            flat = chunk.values.to_numpy()
+            values += [flat[begin:end] for begin, end in itertools.pairwise(chunk.offsets.to_pylist())]
+            continue
+        try:
+            values += chunk.to_pylist()
+        except UnicodeDecodeError:
+            values += chunk.cast(pa.large_binary()).to_pylist()
+    return values
+
+
+def _is_plain_list(array: pa.Array) -> bool:
+    is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
+    if not is_list or not pa.types.is_integer(array.type.value_type):
+        return False
+    return not array.null_count and not array.values.null_count

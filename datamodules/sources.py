@@ -1,0 +1,223 @@
+"""Where text comes from: files, folders, patterns, ``datasets`` folders and the Hugging Face hub, read alike."""
+
+import glob
+import hashlib
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from liveselect.datamodules.readers import (
+    COMPRESSIONS,
+    DataError,
+    OnUndecodable,
+    Reading,
+    Record,
+    read_dataset,
+    read_json_lines,
+    read_parquet,
+    read_text_file,
+)
+
+HUB = "hub:"
+COMPRESSED = (".gz", *COMPRESSIONS)
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+PARQUET = (".parquet", ".pq")
+TEXT_PATTERN = "*.txt"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named origin of documents.
+
+    Args:
+        name: what reports call it; it becomes the group of its candidates.
+        location: a file, a folder, a pattern (``data/**/*.jsonl.gz``), a folder written by ``datasets.save_to_disk``,
+            or ``hub:NAME[:CONFIG[:SPLIT]]`` for ``datasets.load_dataset``.
+        include: patterns of the files to take from a folder. By default a folder gives its JSON Lines and Parquet
+            files, or if it has none its ``*.txt`` files.
+    """
+
+    name: str
+    location: str
+    include: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: "str | Path | Source", include: Sequence[str] = ()) -> "Source":
+        """Return the source that ``name=location`` or a bare location describes."""
+        if isinstance(text, Source):
+            return text
+        location = str(text)
+        name, separator, rest = location.partition("=")
+        if separator and re.fullmatch(r"[\w.+-]+", name) and rest and not Path(location).exists():
+            return cls(name, rest, tuple(include))
+        return cls(_default_name(location), location, tuple(include))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a source that is read by itself: a file, or a data set.
+
+    Attributes:
+        label: names it in messages.
+        size: bytes.
+        identity: changes when the content does.
+        read: yields its records.
+    """
+
+    label: str
+    size: int
+    identity: str
+    read: Callable[[Reading], Iterator[Record]]
+
+
+def parts_of(source: Source) -> list[Part]:
+    """Return the parts of a source in the order in which they are read.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    if source.location.startswith(HUB):
+        return [_hub_part(source.location)]
+    path = Path(source.location).expanduser()
+    if path.is_dir() and _is_dataset_folder(path):
+        return [_dataset_folder_part(path)]
+    return [_file_part(file, key) for key, file in _files(path, source.include)]
+
+
+def read_records(
+    source: "str | Path | Source",
+    columns: Sequence[str] | None = None,
+    *,
+    include: Sequence[str] = (),
+    on_undecodable: OnUndecodable = "error",
+) -> Iterator[dict[str, Any]]:
+    """Yield the records of a source as dicts, one at a time.
+
+    Args:
+        source: a :class:`Source`, or its location with or without ``name=``.
+        columns: the columns wanted, all of which must exist; None for whatever each record has. Text files have the
+            columns ``text`` and ``path``.
+        include: patterns of the files to take from a folder.
+        on_undecodable: what to do with text that is not UTF-8: ``error``, ``replace`` or ``skip``.
+
+    Raises:
+        DataError: nothing is there, a column is missing, or a record cannot be read; the message names file and line.
+    """
+    reading = Reading(required=columns or (), keep=columns, on_undecodable=on_undecodable, tally=Counter())
+    for part in parts_of(Source.parse(source, include)):
+        for record in part.read(reading):
+            yield record.values
+
+
+def _default_name(location: str) -> str:
+    if location.startswith(HUB):
+        location = location.removeprefix(HUB).split(":")[0]
+    name = Path(re.sub(r"[*?\[].*", "", location)).name or "data"
+    return re.sub(rf"({'|'.join(map(re.escape, JSON_LINES + PARQUET + COMPRESSED))}|\.txt)+$", "", name) or name
+
+
+def _kind(path: Path) -> str:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
+    suffix = suffixes[-1] if suffixes else ""
+    return "json" if suffix in JSON_LINES else "parquet" if suffix in PARQUET else "text"
+
+
+def _file_part(path: Path, key: str) -> Part:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    reader = {"json": read_json_lines, "parquet": read_parquet, "text": read_text_file}[_kind(path)]
+    return Part(str(path), stat.st_size, f"{key} {stat.st_size} {stat.st_mtime_ns}", partial(reader, path, key))
+
+
+def _files(path: Path, include: Sequence[str]) -> list[tuple[str, Path]]:
+    """Return the files of a path or pattern, each with its name below the root, sorted by it."""
+    if path.is_file():
+        return [(path.name, path)]
+    if path.is_dir():
+        return _files_in_folder(path, include)
+    if glob.has_magic(str(path)):
+        fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        files = sorted((file.relative_to(fixed).as_posix(), file) for file in found if file.is_file())
+        if not files:
+            raise DataError(f"the pattern {str(path)!r} matches no file: check it, and quote it in the shell")
+        return files
+    raise DataError(
+        f"no such file or folder: {str(path)!r}. For a data set of the Hugging Face hub write {HUB}{path.as_posix()}"
+    )
+
+
+def _files_in_folder(root: Path, include: Sequence[str]) -> list[tuple[str, Path]]:
+    everything = [file for file in root.rglob("*") if file.is_file()]
+    everything = [file for file in everything if not any(part[0] == "." for part in file.relative_to(root).parts)]
+    if include:
+        chosen = {file for pattern in include for file in root.rglob(pattern)}
+        files = [file for file in everything if file in chosen]
+    else:
+        files = [file for file in everything if _kind(file) != "text" and ".json" not in file.suffixes]
+        files = files or [file for file in everything if file.match(TEXT_PATTERN)]
+    if not files:
+        suffixes = Counter(file.suffix or "no suffix" for file in everything)
+        held = ", ".join(f"{suffix} ({count})" for suffix, count in suffixes.most_common(6)) or "no files"
+        wanted = " ".join(include) or f"*{JSON_LINES[0]}, *{PARQUET[0]} or {TEXT_PATTERN}"
+        raise DataError(f"the folder {root} has no file that matches {wanted}; it holds {held}. Choose with --include")
+    return sorted((file.relative_to(root).as_posix(), file) for file in files)
+
+
+def _is_dataset_folder(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _dataset_folder_part(path: Path) -> Part:
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(f"{path}: cannot be opened by datasets.load_from_disk ({error})") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if len(dataset) > 1:
+            choices = ", ".join(str(path / name) for name in dataset)
+            raise DataError(f"{path} holds several splits: name the folder of one, such as {choices}")
+        (dataset,) = dataset.values()
+    files = sorted((file.relative_to(path).as_posix(), file.stat()) for file in path.rglob("*") if file.is_file())
+    identity = " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)
+    size = sum(stat.st_size for _, stat in files)
+    return Part(str(path), size, identity, partial(read_dataset, dataset, str(path), size))
+
+
+def _hub_part(location: str) -> Part:
+    import datasets
+
+    name, config, split, *_ = [*location.removeprefix(HUB).split(":", 2), "", ""]
+    split = split or "train"
+    try:
+        dataset = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:
+        raise DataError(
+            f"{location}: datasets.load_dataset could not load {name!r}, configuration {config or 'default'!r}, split "
+            f"{split!r} ({type(error).__name__}: {error}). Check the name ({HUB}NAME:CONFIG:SPLIT) and the "
+            "connection, or download the data and pass its path"
+        ) from error
+    size = int(dataset.dataset_size or dataset.data.nbytes)
+    return Part(location, size, dataset._fingerprint, partial(read_dataset, dataset, location, size))
+
+
+def describe_source(source: Source, parts: Sequence[Part]) -> dict[str, Any]:
+    """Return what identifies a source and its content, for comparing two runs."""
+    identities = "\n".join(part.identity for part in parts)
+    return {
+        "name": source.name,
+        "location": source.location if source.location.startswith(HUB) else str(Path(source.location).absolute()),
+        "include": list(source.include),
+        "parts": len(parts),
+        "bytes": sum(part.size for part in parts),
+        "content": hashlib.blake2b(identities.encode(), digest_size=8).hexdigest(),
+    }
