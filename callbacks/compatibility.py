@@ -48,14 +48,6 @@ def check_setup(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             )
 
 
-def check_optimizers(trainer: pl.Trainer) -> None:
-    """Raise MisconfigurationException unless there is exactly one optimizer."""
-    if len(trainer.optimizers) != 1:
-        raise MisconfigurationException(
-            f"DataSelection measures with the optimizer of the run and needs exactly one, got {len(trainer.optimizers)}"
-        )
-
-
 def check_intervals(trainer: pl.Trainer) -> None:
     """Raise MisconfigurationException when a checkpoint could be written inside an accumulation window.
 

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from liveselect import distributed
-from liveselect.callbacks.compatibility import check_intervals, check_optimizers, check_setup, find_source
+from liveselect.callbacks.compatibility import check_intervals, check_setup, find_source
 from liveselect.callbacks.progress import RoundProgress
 from liveselect.cost import CostMeter
 from liveselect.functional.flops import forward_flops
@@ -45,8 +45,7 @@ class DataSelection(Callback):
     all ranks included, is one entry of the checkpoint; a run that was killed continues with the same batches.
 
     Works with a single device and with DDP, gradient accumulation, ``bf16-mixed`` and ``torch.compile``. Needs the
-    trainer's datamodule to be a :class:`~liveselect.datamodules.SelectionDataModule` and exactly one optimizer;
-    settings under which it could not be exact are refused at the start.
+    trainer's datamodule to be a :class:`~liveselect.datamodules.SelectionDataModule` and automatic optimization; settings under which it could not be exact are refused at the start.
 
     Args:
         selector: decides what to measure and what to train on.
@@ -152,7 +151,6 @@ class DataSelection(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the first plan, or continue the one of the checkpoint."""
-        check_optimizers(trainer)
         check_intervals(trainer)
         self._flops_per_token = 3 * forward_flops(pl_module, 1)  # backward costs twice the forward
         self._last_step = trainer.global_step

@@ -102,9 +102,9 @@ def die() -> None:
 
 
 class Killer(Callback):
-    """Kills the process at a named hook the first time that ``when(trainer)`` holds."""
+    """Kills the process at a named hook once the optimizer has done ``step`` steps."""
 
-    def __init__(self, hook: str, step: int, every_batch: bool = False) -> None:
+    def __init__(self, hook: str, step: int) -> None:
         self.step = step
         setattr(self, hook, self._maybe)
 
@@ -142,14 +142,35 @@ HOOKS = {
 KILLS = [*HOOKS, "during a measurement", "during a checkpoint"]
 
 
+def small_data(workers: int = 0) -> SelectionDataModule:
+    return SelectionDataModule(
+        pool=rows(POOL, seed=1), reference=rows(6, seed=2), batch_size=BATCH, num_workers=workers, probe_batch_size=4
+    )
+
+
+def small_trainer(folder: Path, callbacks: list[Callback], **settings) -> pl.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "max_steps": STEPS,
+        "max_epochs": -1,
+        "accumulate_grad_batches": ACCUMULATE,
+        "gradient_clip_val": 1.0,
+        "precision": "bf16-mixed",
+        "val_check_interval": 9,
+        "check_val_every_n_epoch": None,
+        "limit_val_batches": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+    }
+    return pl.Trainer(callbacks=callbacks, default_root_dir=folder, **{**defaults, **settings})
+
+
 def run(folder: Path, workers: int, kill: str | None = None) -> None:
     """Train to the end, from the last checkpoint if there is one, or until killed."""
     torch.set_num_threads(1)
     pl.seed_everything(1, verbose=False)
-    module = SmallLM()
-    data = SelectionDataModule(
-        pool=rows(POOL, seed=1), reference=rows(6, seed=2), batch_size=BATCH, num_workers=workers, probe_batch_size=4
-    )
     selection = DataSelection(
         RegressionSelector(HashedRidgeRegressor(), probes=12, ratio=0.5, min_spearman=None),
         KilledInfluence(2) if kill == "during a measurement" else OneStepInfluence(step="in_batch"),
@@ -164,29 +185,14 @@ def run(folder: Path, workers: int, kill: str | None = None) -> None:
         else:
             callbacks.append(Killer(hook, step))
     if kill == "during a checkpoint":
-        die_inside_the_second_checkpoint_at_step_8()
+        die_inside_the_checkpoint_of_step_8()
     callbacks.append(ModelCheckpoint(folder / "checkpoints", every_n_train_steps=2, save_top_k=-1, save_last=True))
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        max_epochs=-1,
-        accumulate_grad_batches=ACCUMULATE,
-        gradient_clip_val=1.0,
-        precision="bf16-mixed",
-        val_check_interval=9,
-        check_val_every_n_epoch=None,
-        limit_val_batches=1,
-        callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
-    trainer.fit(module, datamodule=data, ckpt_path="last")
+    trainer = small_trainer(folder, callbacks)
+    trainer.fit(SmallLM(), datamodule=small_data(workers), ckpt_path="last")
     torch.save(trainer.optimizers[0].state_dict(), folder / "optimizer.pt")
 
 
-def die_inside_the_second_checkpoint_at_step_8() -> None:
+def die_inside_the_checkpoint_of_step_8() -> None:
     save = torch.save
 
     def half_a_save(state, file, *arguments, **keywords):

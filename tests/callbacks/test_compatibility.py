@@ -1,0 +1,70 @@
+"""Settings under which selection could not be exact are refused before training starts."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from small_run import SmallLM, rows, small_data, small_trainer
+
+from liveselect.callbacks import DataSelection
+from liveselect.selectors import UniformSelector
+
+
+class Manual(SmallLM):
+    automatic_optimization = False
+
+
+def fit(tmp_path, module=None, callbacks=(), data=None, **settings):
+    selection = DataSelection(UniformSelector(), every_n_steps=2, dirpath=tmp_path)
+    trainer = small_trainer(tmp_path, [selection, *callbacks], **settings)
+    trainer.fit(module or SmallLM(), datamodule=data or small_data())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"val_check_interval": 7}, r"val_check_interval is 7 batches.*accumulation window of 3.*multiple of 3"),
+        ({"limit_train_batches": 10, "limit_val_batches": 0}, r"number of batches in an epoch.*10 batches"),
+        ({"precision": "16-mixed"}, "does not work with precision='16-mixed'.*bf16-mixed"),
+        ({"overfit_batches": 1, "val_check_interval": 1.0}, "overfit_batches replaces the training data"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 1})], "accumulate_grad_batches": 1}, "fixed numbers"),
+        (
+            {"callbacks": [ModelCheckpoint(train_time_interval=timedelta(hours=1))]},
+            "every_n_train",
+        ),
+        ({"module": Manual()}, "needs automatic optimization"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_settings_that_cannot_be_exact_are_refused(tmp_path, settings, message):
+    with pytest.raises((MisconfigurationException, ValueError), match=message):
+        fit(tmp_path, **settings)
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_a_datamodule_without_candidates_is_refused(tmp_path):
+    import lightning.pytorch as pl
+
+    class Plain(pl.LightningDataModule):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(rows(8, 0), batch_size=2)
+
+    with pytest.raises(MisconfigurationException, match=r"got Plain: use .*SelectionDataModule\.wrap"):
+        fit(tmp_path, data=Plain())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"every_n_steps": 0}, "at least one optimizer step, got 0"), ({"warmup_rounds": -1}, "zero or more, got -1")],
+)
+def test_impossible_arguments_are_refused_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DataSelection(UniformSelector(), **arguments)
+
+
+def test_a_round_longer_than_the_pool_is_refused_at_the_start(tmp_path):
+    selection = DataSelection(UniformSelector(), every_n_steps=11, dirpath=tmp_path)
+    with pytest.raises(ValueError, match="needs 66 distinct candidates but the pool holds 60"):
+        small_trainer(tmp_path, [selection]).fit(SmallLM(), datamodule=small_data())
