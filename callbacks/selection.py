@@ -45,7 +45,8 @@ class DataSelection(Callback):
     all ranks included, is one entry of the checkpoint; a run that was killed continues with the same batches.
 
     Works with a single device and with DDP, gradient accumulation, ``bf16-mixed`` and ``torch.compile``. Needs the
-    trainer's datamodule to be a :class:`~liveselect.datamodules.SelectionDataModule` and automatic optimization; settings under which it could not be exact are refused at the start.
+    trainer's datamodule to be a :class:`~liveselect.datamodules.SelectionDataModule` and automatic optimization;
+    settings under which it could not be exact are refused at the start.
 
     Args:
         selector: decides what to measure and what to train on.
