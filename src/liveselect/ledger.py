@@ -212,14 +212,14 @@ class Ledger:
     def read(cls, path: Path) -> "Ledger":
         """Read a ledger file; raise ValueError when it is none."""
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
             kinds = [line.pop("kind") for line in lines]
             state = dict(lines[kinds.index("run")])
+            for name, kind in (("rounds", "round"), ("evaluations", "evaluation")):
+                state[name] = [line for line, its_kind in zip(lines, kinds, strict=True) if its_kind == kind]
+            return _ledger_from(state)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a ledger: expected JSON lines that begin with a run ({error})") from error
-        for name, kind in (("rounds", "round"), ("evaluations", "evaluation")):
-            state[name] = [line for line, its_kind in zip(lines, kinds, strict=True) if its_kind == kind]
-        return _ledger_from(state)
 
 
 def _ledger_from(state: Mapping[str, Any]) -> Ledger:

@@ -1,0 +1,158 @@
+"""What one run chose: influence by round, sources, examples, and the table of all rounds."""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from liveselect.ledger import Example, RoundRecord
+from liveselect.report import elements, pictures, words
+from liveselect.report.runs import Run
+
+ROUNDS_PICTURED = 12
+SOURCES_PICTURED = 12
+SOURCES_LISTED = 40
+
+
+def what_it_chose(run: Run) -> str:
+    """Return the section about the choices of one run."""
+    rounds = run.ledger.rounds
+    if not rounds:
+        return f"<section><h2>What {words.escaped(run.name)} chose</h2><p>No round was recorded.</p></section>"
+    return (
+        f"<section><h2>What {words.escaped(run.name)} chose</h2>"
+        + _influence(rounds)
+        + _sources(rounds)
+        + _examples(rounds)
+        + _rounds(rounds)
+        + "</section>"
+    )
+
+
+def spread(rounds: Sequence[RoundRecord], most: int = ROUNDS_PICTURED) -> list[RoundRecord]:
+    """Return at most ``most`` of the rounds, evenly spread, the first and the last among them."""
+    if len(rounds) <= most:
+        return list(rounds)
+    return [rounds[round(index * (len(rounds) - 1) / (most - 1))] for index in range(most)]
+
+
+def _influence(rounds: Sequence[RoundRecord]) -> str:
+    scored = [record for record in rounds if record.histogram is not None or record.measured]
+    if not scored:
+        return "<h3>Influence</h3>" + elements.paragraph("No round measured or compared anything: the data were drawn.")
+    figures = []
+    for record in spread(scored):
+        when = f"round {record.round}, step {words.number(record.step)}"
+        if record.measured:
+            title = f"Measured, {when}"
+            picture = pictures.value_histogram(record.influence, "nats per unit learning rate", title)
+            figures.append(elements.figure(picture, title, f"{words.number(len(record.measured))} candidates."))
+        if record.histogram is not None:
+            title = f"Compared, {when}"
+            kept = (
+                f"{words.number(sum(record.histogram.chosen))} of {words.number(sum(record.histogram.counts))} chosen."
+            )
+            figures.append(elements.figure(pictures.histogram(record.histogram, "score", title), title, kept))
+    left_out = f" {len(scored)} rounds did so; {ROUNDS_PICTURED} are drawn." if len(scored) > ROUNDS_PICTURED else ""
+    return (
+        "<h3>Influence by round</h3>"
+        + elements.paragraph(
+            "Influence is how much training on a candidate lowers the reference loss: right of zero it helps. Measured "
+            "candidates were probed with the live model; compared ones carry the score that the choice was made by."
+            + left_out,
+            "note",
+        )
+        + elements.legend(
+            {
+                "measured": elements.AREA_KEY.format(colour="var(--series-1)", opacity=0.9),
+                "compared": elements.AREA_KEY.format(colour="var(--muted)", opacity=0.45),
+                "chosen": elements.AREA_KEY.format(colour="var(--series-0)", opacity=0.9),
+            }
+        )
+        + elements.grid(figures, small=True)
+    )
+
+
+def _sources(rounds: Sequence[RoundRecord]) -> str:
+    names = list(dict.fromkeys(name for record in rounds for name in record.groups))
+    if len(names) < 2:
+        return "<h3>Sources</h3>" + elements.paragraph("The pool has a single source, so there is no mixture to show.")
+    chosen = {name: [_share(record, name, "chosen") for record in rounds] for name in names}
+    available = {name: [_share(record, name, "available") for record in rounds] for name in names}
+    names.sort(key=lambda name: -max(chosen[name] + available[name]))
+    top = max(max(chosen[name] + available[name]) for name in names)
+    indices = [record.round for record in rounds]
+    figures = []
+    for name in names[:SOURCES_PICTURED]:
+        drawn = pictures.shares(indices, chosen[name], available[name], top, f"share of {name} over the rounds")
+        before, now = words.percent(available[name][-1]), words.percent(chosen[name][-1])
+        figures.append(elements.figure(drawn, name, f"{before} of the available, {now} of the last choice"))
+    rows = [
+        [words.escaped(name), words.percent(available[name][-1]), *(words.percent(share) for share in chosen[name])]
+        for name in names[:SOURCES_LISTED]
+    ]
+    columns = ["source", "available", *(f"round {index}" for index in indices)]
+    shown = elements.table(columns, rows, "Share of each source among the chosen")
+    more = len(names) - SOURCES_LISTED
+    return (
+        "<h3>Share of each source</h3>"
+        + elements.legend(
+            {
+                "share of the chosen": elements.LINE_KEY.format(colour="var(--series-0)", dash="none"),
+                "share of the available": elements.LINE_KEY.format(colour="var(--muted)", dash="4 4"),
+            }
+        )
+        + elements.grid(figures, small=True)
+        + elements.details("The same as numbers", shown + (elements.paragraph(f"and {more} more") if more > 0 else ""))
+    )
+
+
+def _share(record: RoundRecord, name: str, kind: str) -> float:
+    total = sum(row.get(kind, 0) for row in record.groups.values())
+    return record.groups.get(name, {}).get(kind, 0) / total if total else 0.0
+
+
+def _examples(rounds: Sequence[RoundRecord]) -> str:
+    with_examples = [record for record in rounds if record.examples]
+    scored = [record for record in with_examples if any(example.score is not None for example in record.examples)]
+    shown = spread(scored or with_examples[-1:])
+    if not shown:
+        return ""
+    parts = []
+    for record in reversed(shown):
+        columns = []
+        ordered = sorted(record.examples, key=lambda example: not example.chosen)
+        for chosen, examples in groupby(ordered, key=lambda example: example.chosen):
+            title = "Chosen" if chosen else "Rejected"
+            columns.append(f"<div><h3>{title}</h3>" + "".join(_example(example) for example in examples) + "</div>")
+        summary = f"Round {record.round}, step {words.number(record.step)}, {record.selector}"
+        html = '<div class="pair">' + "".join(columns) + "</div>"
+        parts.append(elements.details(summary, html, is_open=record is shown[-1]))
+    what = (
+        "The highest scores among the chosen and the lowest among the rejected." if scored else "The first chosen ones."
+    )
+    return "<h3>Examples</h3>" + elements.paragraph(what, "note") + "".join(parts)
+
+
+def _example(example: Example) -> str:
+    score = "no score" if example.score is None else f"score {words.number(example.score)}"
+    header = [example.group, score, f"candidate {words.number(example.id)}"]
+    return elements.article(header, example.text, "chosen" if example.chosen else "rejected")
+
+
+def _rounds(rounds: Sequence[RoundRecord]) -> str:
+    metrics = list(dict.fromkeys(name for record in rounds for name in record.metrics))
+    columns = ["round", "step", "selector", "candidates", "measured", "chosen", "time", "FLOPs", *metrics]
+    rows = [
+        [
+            words.number(record.round),
+            words.number(record.step),
+            words.escaped(record.selector),
+            words.number(record.candidates),
+            words.number(len(record.measured)),
+            words.number(record.chosen),
+            words.duration(record.total_seconds),
+            words.flops(record.total_flops),
+            *(words.number(record.metrics.get(name)) for name in metrics),
+        ]
+        for record in rounds
+    ]
+    return "<h3>All rounds</h3>" + elements.table(columns, rows, "All rounds")

@@ -1,0 +1,75 @@
+"""Pieces of HTML. Whatever is called ``html`` is markup already; every other text is escaped here."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from liveselect.report.words import escaped
+
+LINE_KEY = (
+    '<svg viewBox="0 0 40 10" aria-hidden="true"><line x1="0" y1="5" x2="40" y2="5" stroke="{colour}" '
+    'stroke-width="2.5" stroke-dasharray="{dash}"/></svg>'
+)
+AREA_KEY = (
+    '<svg viewBox="0 0 40 10" aria-hidden="true">'
+    '<rect width="40" height="10" fill="{colour}" opacity="{opacity}"/></svg>'
+)
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """Return a paragraph of the given class."""
+    return f'<p class="{kind}">{escaped(text)}</p>' if kind else f"<p>{escaped(text)}</p>"
+
+
+def bullets(texts: Iterable[str], kind: str = "") -> str:
+    """Return a list."""
+    return f'<ul class="{kind}">' + "".join(f"<li>{escaped(text)}</li>" for text in texts) + "</ul>"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str, total: bool = False) -> str:
+    """Return a table that scrolls sideways where it is too wide; cells are HTML, the last row may be a total."""
+    rows = list(rows)
+    head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in columns)
+    body = "".join(
+        f'<tr class="total">{_cells(row)}</tr>' if total and row is rows[-1] else f"<tr>{_cells(row)}</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escaped(caption)}"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def bar(share: float) -> str:
+    """Return a bar as long as its share of one."""
+    return f'<span class="bar" style="width: {100 * max(0.0, min(1.0, share)):.1f}%"></span>'
+
+
+def figure(picture_html: str, title: str, text: str = "") -> str:
+    """Return a picture under its title."""
+    return f"<figure><figcaption><b>{escaped(title)}</b> {escaped(text)}</figcaption>{picture_html}</figure>"
+
+
+def grid(figures_html: Iterable[str], small: bool = False) -> str:
+    """Return figures side by side as far as the width allows."""
+    return f'<div class="charts{" small" if small else ""}">' + "".join(figures_html) + "</div>"
+
+
+def legend(keys: Mapping[str, str]) -> str:
+    """Return the meaning of colours: the sign (HTML) for each text."""
+    return "<p>" + "".join(f'<span class="key">{html}{escaped(text)}</span>' for text, html in keys.items()) + "</p>"
+
+
+def details(summary: str, html: str, is_open: bool = False) -> str:
+    """Return a part that unfolds."""
+    return f"<details{' open' if is_open else ''}><summary>{escaped(summary)}</summary>{html}</details>"
+
+
+def article(header: Iterable[str], text: str, kind: str) -> str:
+    """Return a text of the pool under facts about it."""
+    facts = "".join(f"<span>{escaped(fact)}</span>" for fact in header)
+    return f'<article class="{kind}"><header>{facts}</header><pre dir="auto">{escaped(text)}</pre></article>'
+
+
+def _cells(row: Sequence[str]) -> str:
+    return "".join(
+        f'<td class="wide">{cell}</td>' if cell.startswith('<span class="bar"') else f"<td>{cell}</td>" for cell in row
+    )

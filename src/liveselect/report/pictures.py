@@ -1,0 +1,160 @@
+"""Pictures of the report: SVG that stands inside the page and takes its colours from it.
+
+Only numbers and fixed labels are drawn; names and texts of the user stay in the HTML around the pictures.
+"""
+
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from liveselect.ledger import Histogram
+from liveselect.report.runs import Point
+from liveselect.report.words import escaped
+
+# Colours that nobody would draw with: each is replaced by a variable of the page, so that dark mode works.
+_INK, _MUTED, _FAINT = "#010203", "#010204", "#010205"
+_SERIES = tuple(f"#0102{16 + index:02x}" for index in range(6))
+_VARIABLES = {_INK: "currentColor", _MUTED: "var(--muted)", _FAINT: "var(--line)"}
+_VARIABLES |= {colour: f"var(--series-{index})" for index, colour in enumerate(_SERIES)}
+SERIES_COLOURS = len(_SERIES)
+_DASHES = ("solid", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))  # colour is never the only difference
+HTML_DASHES = ("none", "9 3", "3 3", "11 3 3 3")  # the same for keys in the page
+_MARKERS = ("o", "s", "^", "D")
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 9.5,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _MUTED,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.7,
+    "axes.formatter.useoffset": False,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: its points and the number of its colour, dash and marker."""
+
+    points: Sequence[Point]
+    colour: int = 0
+
+
+def line_chart(lines: Sequence[Line], x_label: str, description: str, shorten: bool = False) -> str:
+    """Return a chart of the lines; ``shorten`` writes large numbers on the x axis with G, T and the like."""
+    with _picture(3.5, 2.6, description) as (axes, finish):
+        for line in lines:
+            style = line.colour % len(_DASHES)
+            axes.plot(
+                [x for x, _ in line.points],
+                [y for _, y in line.points],
+                color=_SERIES[line.colour % len(_SERIES)],
+                linestyle=_DASHES[style],
+                marker=_MARKERS[style],
+                markersize=3.5,
+                linewidth=1.8,
+            )
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        if shorten:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        return finish()
+
+
+def histogram(scores: Histogram, x_label: str, description: str) -> str:
+    """Return the histogram of all scores with that of the chosen ones in front."""
+    with _picture(2.6, 1.9, description) as (axes, finish):
+        axes.stairs(scores.counts, scores.edges, fill=True, color=_MUTED, alpha=0.45)
+        axes.stairs(scores.chosen, scores.edges, fill=True, color=_SERIES[0], alpha=0.9)
+        _count_axis(axes, x_label)
+        return finish()
+
+
+def value_histogram(values: Sequence[float], x_label: str, description: str) -> str:
+    """Return the histogram of finite ``values``, with a line at zero when they lie on both sides of it."""
+    values = [value for value in values if math.isfinite(value)]
+    with _picture(2.6, 1.9, description) as (axes, finish):
+        axes.hist(values, bins=min(40, max(8, math.isqrt(2 * len(values)))), color=_SERIES[1], alpha=0.9)
+        if values and min(values) < 0 < max(values):
+            axes.axvline(0.0, color=_INK, linewidth=1.0, linestyle=(0, (2, 2)))
+        _count_axis(axes, x_label)
+        return finish()
+
+
+def shares(rounds: Sequence[int], chosen: Sequence[float], available: Sequence[float], top: float, text: str) -> str:
+    """Return one source's share of the chosen over the rounds, and of the available; the axis ends at ``top``."""
+    with _picture(2.6, 1.7, text) as (axes, finish):
+        axes.plot(rounds, available, color=_MUTED, linestyle=(0, (2, 2)), linewidth=1.5)
+        axes.plot(rounds, chosen, color=_SERIES[0], marker="o", markersize=3.5, linewidth=1.8)
+        axes.set_ylim(0, max(top, 0.01) * 1.05)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xlabel("round")
+        return finish()
+
+
+def _count_axis(axes: Axes, x_label: str) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("candidates")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.grid(visible=False, axis="x")
+
+
+@contextmanager
+def _picture(width: float, height: float, description: str) -> Iterator[tuple[Axes, "_Finish"]]:
+    """Open axes of a figure of ``width`` by ``height`` inches; what is yielded beside them turns it into SVG."""
+    with mpl.rc_context():
+        mpl.rcdefaults()  # the look does not depend on a user's matplotlibrc
+        mpl.rcParams.update(_STYLE)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure.subplots(), _Finish(figure, description)
+
+
+class _Finish:
+    """Turns a figure into an ``<svg>`` element."""
+
+    def __init__(self, figure: Figure, description: str) -> None:
+        self._figure = figure
+        self._description = description
+
+    def __call__(self) -> str:
+        buffer = io.StringIO()
+        with mpl.rc_context({"svg.hashsalt": self._description}):
+            self._figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        return _inline(buffer.getvalue(), self._description)
+
+
+def _inline(document: str, description: str) -> str:
+    """Return an SVG document as an element of an HTML page: without references, in the page's colours and fonts."""
+    svg = document[document.index("<svg") :]
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'\s(width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = svg.replace("xlink:href", "href")
+    used = set(re.findall(r"#([\w.]+)", svg))  # other ids repeat from picture to picture
+    svg = re.sub(r'\sid="([^"]*)"', lambda found: found.group() if found.group(1) in used else "", svg)
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font-family: [^;\"]*;?\s*", "", svg)
+    for sentinel, variable in _VARIABLES.items():
+        svg = svg.replace(sentinel, variable)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escaped(description)}"', 1).strip()

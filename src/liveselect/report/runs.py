@@ -1,0 +1,141 @@
+"""Runs as the report sees them: ledgers found on disk, their names and their loss curves."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from liveselect.ledger import Evaluation, Ledger, RoundRecord
+
+LEDGER_NAME = "ledger.jsonl"
+PREFERRED_METRIC = "val_loss"
+RANDOM = "UniformSelector"
+
+Axis = Literal["step", "seconds", "flops"]
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        name: what the reader calls it; distinct among the runs of a report.
+        ledger: its record.
+    """
+
+    name: str
+    ledger: Ledger
+
+    @property
+    def method(self) -> str:
+        """How it chose: the preset, or else the selector that its ledger names."""
+        about = self.ledger.about
+        names = [str(about[key]) for key in ("preset", "selector") if about.get(key)]
+        return "random" if self.is_random else next((name for name in names if name != "DataSelection"), self.name)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it chose at random in all rounds, which makes it a baseline."""
+        chose = self.ledger.about.get("selector") or {record.selector for record in self.ledger.rounds}
+        return chose in (RANDOM, {RANDOM})
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of training and selection."""
+        return self.ledger.training_seconds + self.ledger.selection_seconds
+
+    @property
+    def total_flops(self) -> float:
+        """FLOPs of training and selection."""
+        return self.ledger.training_flops + self.ledger.selection_flops
+
+    def curve(self, metric: str, axis: Axis) -> list[Point]:
+        """Return ``metric`` against steps or total cost, ascending; values that are not finite are left out.
+
+        The cost of a loss is what was spent to get that model: a round that ran at the same step is paid by the steps
+        after it. The loss stays where it is while such a round runs, which is a level piece of the curve.
+        """
+        points: dict[float, float] = {}
+        for entry in self.ledger.evaluations:
+            x, y = self._cost_before(entry, axis), entry.metrics.get(metric, math.nan)
+            if math.isfinite(x) and math.isfinite(y):
+                points[x] = y
+                if axis != "step":
+                    points[x + sum(_cost(r, axis) for r in self.ledger.rounds if r.step == entry.step)] = y
+        return sorted(points.items())
+
+    def _cost_before(self, entry: Evaluation, axis: Axis) -> float:
+        if axis == "step":
+            return float(entry.step)
+        training = entry.training_seconds if axis == "seconds" else entry.training_flops
+        return training + sum(_cost(record, axis) for record in self.ledger.rounds if record.step < entry.step)
+
+
+def load_runs(paths: Iterable[Path]) -> list[Run]:
+    """Read the ledgers in ``paths``, each a ledger file or a folder that holds some at any depth.
+
+    Raises:
+        FileNotFoundError: a path does not exist or holds no ledger.
+        ValueError: a file is not a ledger.
+    """
+    files: dict[Path, None] = {}
+    for path in paths:
+        files.update(dict.fromkeys(_ledgers_in(path)))
+    names = _distinct_names([file.parent.resolve() for file in files])
+    return [Run(name, Ledger.read(file)) for name, file in zip(names, files, strict=True)]
+
+
+def choose_metric(runs: Sequence[Run]) -> str | None:
+    """Return the loss to compare the runs by: the validation loss, or another one that every run evaluated."""
+    evaluated = [entry.metrics for run in runs for entry in run.ledger.evaluations[:1]]
+    shared = [name for name in (evaluated[0] if evaluated else {}) if all(name in metrics for metrics in evaluated)]
+    losses = [name for name in shared if "loss" in name and not name.startswith("train")]
+    return PREFERRED_METRIC if PREFERRED_METRIC in shared else next(iter([*losses, *shared]), None)
+
+
+def value_at(curve: Sequence[Point], x: float) -> float | None:
+    """Return the value of a curve at ``x``, linear between its points; None outside of them."""
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if x0 <= x <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return next((y for x0, y in curve if x0 == x), None)
+
+
+def reaches(curve: Sequence[Point], level: float) -> float | None:
+    """Return where a curve is first at or below ``level``, linear between its points; None when it never is."""
+    if curve and curve[0][1] <= level:
+        return curve[0][0]
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if y1 <= level:
+            return x0 + (x1 - x0) * (y0 - level) / (y0 - y1)
+    return None
+
+
+def _cost(record: RoundRecord, axis: Axis) -> float:
+    return record.total_seconds if axis == "seconds" else record.total_flops
+
+
+def _ledgers_in(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: expected a {LEDGER_NAME} or a folder that holds one")
+    found = sorted(path.rglob(LEDGER_NAME))
+    if not found:
+        raise FileNotFoundError(
+            f"{path} holds no {LEDGER_NAME}: expected the folder that a run with the DataSelection callback wrote to; "
+            "the file appears after the first round"
+        )
+    return found
+
+
+def _distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Name each folder by as many of its last parts as tell it from the others."""
+    for depth in range(1, max((len(folder.parts) for folder in folders), default=1) + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{folder} ({index})" for index, folder in enumerate(folders)]

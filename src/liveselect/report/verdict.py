@@ -1,0 +1,139 @@
+"""What the numbers of two runs say, and what they do not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from liveselect.report import words
+from liveselect.report.runs import Axis, Run, reaches, value_at
+
+CLOSE = 0.002
+"""Losses closer than this share of each other are called equal: rounding in print is of that size."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs at the same place.
+
+    Attributes:
+        axis: what is equal: training steps, or total cost in seconds or FLOPs.
+        at: the place, the last one that both runs reached.
+        baseline: loss of the baseline there.
+        other: loss of the other run there.
+    """
+
+    axis: Axis
+    at: float
+    baseline: float
+    other: float
+
+    @property
+    def outcome(self) -> Literal["lower", "higher", "equal"]:
+        """How the other run's loss compares with the baseline's."""
+        if abs(self.other - self.baseline) <= CLOSE * abs(self.baseline):
+            return "equal"
+        return "lower" if self.other < self.baseline else "higher"
+
+
+def baseline_of(runs: Sequence[Run]) -> Run | None:
+    """Return the run that the others are held against: the first random one, or else the first of several."""
+    return next((run for run in runs if run.is_random), runs[0] if len(runs) > 1 else None)
+
+
+def compare(baseline: Run, other: Run, metric: str, axis: Axis) -> Comparison | None:
+    """Compare two runs at the last place that both reached; None when their curves do not overlap."""
+    curves = baseline.curve(metric, axis), other.curve(metric, axis)
+    if not all(curves):
+        return None
+    at = min(curve[-1][0] for curve in curves)
+    values = [value_at(curve, at) for curve in curves]
+    if at <= 0 or values[0] is None or values[1] is None:
+        return None
+    return Comparison(axis, at, values[0], values[1])
+
+
+def headline(runs: Sequence[Run], metric: str | None) -> str:
+    """Return the one sentence that a reader should take home."""
+    if not runs or metric is None or not any(run.curve(metric, "step") for run in runs):
+        return "No evaluation was recorded yet, so there is no loss to report."
+    baseline = baseline_of(runs)
+    others = [run for run in runs if run is not baseline]
+    if baseline is None or not others:
+        return _alone(runs[0], metric)
+    return " ".join(_against(baseline, other, metric) for other in others)
+
+
+def caveats(runs: Sequence[Run], metric: str | None) -> list[str]:
+    """Return what limits the verdict."""
+    said = []
+    if len(runs) == 1:
+        said.append(
+            "There is one run here. Train the same with random data (UniformSelector) and report both: without it, "
+            "nothing can be said about what selection brought."
+        )
+    if len(runs) > 1 and len({run.method for run in runs}) == len(runs):
+        said.append("There is one seed of each: how much of a difference is chance is not known.")
+    if metric is not None and any(_ends_above_its_best(run, metric) for run in runs):
+        said.append("At least one run ends above its own best loss: its last value is not its best.")
+    return said
+
+
+def _alone(run: Run, metric: str) -> str:
+    curve = run.curve(metric, "step")
+    start, end = curve[0], curve[-1]
+    moved = (
+        f"{metric} was {words.loss(end[1])} at step {words.number(end[0])}"
+        if start == end
+        else f"{metric} went from {words.loss(start[1])} at step {words.number(start[0])} to {words.loss(end[1])} "
+        f"at step {words.number(end[0])}"
+    )
+    share = f"; selection took {words.percent(run.ledger.selection_share)} of the time" if run.total_seconds else ""
+    return f"{run.name}: {moved}{share}."
+
+
+def _against(baseline: Run, other: Run, metric: str) -> str:
+    by_step = compare(baseline, other, metric, "step")
+    if by_step is None:
+        return f"{other.name} and {baseline.name} were not evaluated over the same steps."
+    parts = [f"After {words.number(by_step.at)} steps, {other.name} {_outcome(by_step, baseline.name, metric)}"]
+    by_time = compare(baseline, other, metric, "seconds")
+    if by_time is not None:
+        cost = f"selection took {words.percent(other.ledger.selection_share)} of its time"
+        same = _same_direction(by_step, by_time)
+        joint = "and" if same else "but"
+        parts.append(f"{cost}, {joint} at equal total time ({words.duration(by_time.at)}) it {_short(by_time)}")
+    return "; ".join(parts) + "."
+
+
+def _outcome(found: Comparison, baseline: str, metric: str) -> str:
+    values = f"{words.loss(found.other)} against {words.loss(found.baseline)}"
+    if found.outcome == "equal":
+        return f"and {baseline} have the same {metric}: {values}"
+    return f"has a {found.outcome} {metric} than {baseline}: {values}"
+
+
+def _short(found: Comparison) -> str:
+    values = f"{words.loss(found.other)} against {words.loss(found.baseline)}"
+    return f"is level: {values}" if found.outcome == "equal" else f"is {found.outcome}: {values}"
+
+
+def _same_direction(first: Comparison, second: Comparison) -> bool:
+    return first.outcome == second.outcome
+
+
+def _ends_above_its_best(run: Run, metric: str) -> bool:
+    values = [y for _, y in run.curve(metric, "step")]
+    return bool(values) and values[-1] > min(values) * (1 + CLOSE)
+
+
+def savings(baseline: Run, other: Run, metric: str) -> list[tuple[Axis, float, float]]:
+    """Return where the baseline ended and where the other run was first as good, for each axis where it ever was."""
+    found: list[tuple[Axis, float, float]] = []
+    for axis in ("step", "seconds", "flops"):
+        curve = baseline.curve(metric, axis)
+        if not curve or curve[-1][0] <= 0:
+            continue
+        there = reaches(other.curve(metric, axis), curve[-1][1])
+        if there is not None:
+            found.append((axis, curve[-1][0], there))
+    return found

@@ -1,0 +1,60 @@
+"""Numbers and foreign text as a person reads them."""
+
+import html
+import math
+
+_FLOP_UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP", "YFLOP")
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_VISIBLE |= dict.fromkeys([*range(0x80, 0xA0), 0x202D, 0x202E], 0xFFFD)  # the last two turn text around
+
+
+def escaped(text: object) -> str:
+    """Return any text safe to stand in HTML: markup is escaped, control characters become visible signs."""
+    clean = str(text).encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n").translate(_VISIBLE)
+    return html.escape(clean, quote=True)
+
+
+def number(value: float | int | None, digits: int = 4) -> str:
+    """Return a number with ``digits`` significant digits; integers whole, with thin groups; None as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a number" if math.isnan(value) else ("infinite" if value > 0 else "minus infinite")
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}".replace(",", "\u202f")
+    return f"{value:.{digits}g}"
+
+
+def loss(value: float | None) -> str:
+    """Return a loss in nats per token, three decimals."""
+    return "–" if value is None else (f"{value:.3f}" if math.isfinite(value) else number(value))
+
+
+def percent(share: float) -> str:
+    """Return a share of one as per cent; small ones keep a decimal."""
+    if not math.isfinite(share):
+        return "–"
+    return f"{share:.0%}" if share == 0 or share >= 0.0995 else f"{share:.1%}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as hours, minutes and seconds, the two largest of them."""
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def flops(amount: float) -> str:
+    """Return floating point operations with the unit that keeps the number short."""
+    if not math.isfinite(amount):
+        return "–"
+    unit = 0
+    while abs(amount) >= 1000 and unit + 1 < len(_FLOP_UNITS):
+        amount, unit = amount / 1000, unit + 1
+    return f"{amount:.3g} {_FLOP_UNITS[unit]}"

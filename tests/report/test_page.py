@@ -1,0 +1,177 @@
+"""The page: self-contained, safe, complete."""
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from report.ledgers import ledger_of
+
+from liveselect.ledger import Ledger
+from liveselect.report import Run, build_page, words, write_report
+
+EVIL = "<script>alert('x')</script><img src=x onerror=y> & \x00\x1b[31m \u202eback $\\frac$ ]]> </pre></main>"
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Reader(HTMLParser):
+    """Collects elements, their attributes and the text, and checks that elements close in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open, self.elements, self.text = [], [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def two_runs(text="some words"):
+    return [
+        Run("random", ledger_of("UniformSelector", [6.0, 5.0, 4.5], text=text)),
+        Run("mates", ledger_of("RegressionSelector", [6.0, 4.25, 2.125], round_seconds=10.0, text=text)),
+    ]
+
+
+@pytest.mark.parametrize("runs", [two_runs(), two_runs()[:1], two_runs()[1:], two_runs(EVIL)])
+def test_the_page_is_well_formed_and_refers_to_nothing_outside_itself(runs):
+    page = build_page(runs)
+    reader = Reader(page)
+    assert reader.open == []
+    for tag, attributes in reader.elements:
+        assert tag not in {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in {"src", "href", "xlink:href", "action"}:
+                assert value.startswith("#")
+    css = "".join(re.findall(r"<style.*?</style>", page, flags=re.DOTALL))
+    assert "@import" not in css
+    assert re.findall(r"url\((?!#)", page) == []
+
+
+def test_inner_references_of_pictures_point_into_the_page():
+    reader = Reader(build_page(two_runs()))
+    ids = [attributes["id"] for _, attributes in reader.elements if "id" in attributes]
+    wanted = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", build_page(two_runs())))
+    for pair in wanted:
+        assert ids.count(pair[0] or pair[1]) >= 1
+
+
+def test_text_of_the_pool_stays_text():
+    page = build_page(two_runs(EVIL))
+    shown = "".join(Reader(page).text)
+    assert "<script>alert('x')</script><img src=x onerror=y> & " in shown
+    assert not set(page) & {"\x00", "\x1b", "\u202e"}
+    assert "\u2400\u241b[31m" in shown  # visible signs in their place
+
+
+def test_names_and_notes_and_settings_are_escaped_too():
+    runs = [Run("<b>run</b>", ledger_of("<i>Selector</i>", [2.0]))]
+    runs[0].ledger.about["<u>key</u>"] = "<u>value</u>"
+    runs[0].ledger.rounds[0].notes.append("<u>note</u>")
+    runs[0].ledger.rounds[0].groups["<u>group</u>"] = {"available": 1, "measured": 0, "chosen": 1}
+    runs[0].ledger.rounds[0].metrics["<u>metric</u>"] = 1.0
+    runs[0].ledger.evaluations[0].metrics["<u>loss</u>"] = 1.0
+    page = build_page(runs)
+    assert not re.search(r"<[bui]>(?!</b>)\w+</[ui]>", page)
+    assert "<u>" not in page
+    assert "<i>" not in page
+    assert build_page(runs, "<u>loss</u>").count("<u>") == 0
+
+
+def test_every_number_of_every_round_and_evaluation_is_in_the_page():
+    runs = two_runs()
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", build_page(runs))
+    for record in runs[1].ledger.rounds:
+        row = [record.round, record.step, record.selector, record.candidates, len(record.measured), record.chosen]
+        shown = [str(value) if isinstance(value, str) else words.number(value) for value in row]
+        shown += [words.duration(record.total_seconds), words.flops(record.total_flops)]
+        shown += [words.number(value) for value in record.metrics.values()]
+        assert contains(cells, shown)
+    for run in runs:
+        for entry in run.ledger.evaluations:
+            assert contains(cells, [run.name, str(entry.step)])
+            assert all(words.number(value) in cells for value in entry.metrics.values())
+
+
+def contains(cells, row):
+    return any(cells[start : start + len(row)] == row for start in range(len(cells)))
+
+
+def test_shares_of_sources_are_the_ledger_s():
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", build_page(two_runs()))
+    assert contains(cells, ["prose", "75%", "25%", words.percent(11 / 40), words.percent(12 / 40)])
+    assert contains(cells, ["code", "25%", "75%", words.percent(29 / 40), words.percent(28 / 40)])
+
+
+def test_the_cost_of_all_phases_adds_up_to_the_total():
+    page = build_page(two_runs())
+    section = page[page.index("Where the cost went") : page.index("What mates chose")]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", section)
+    assert contains(cells, ["training", "30 s", "50%"])
+    assert contains(cells, ["choose", "30 s", "50%"])
+    assert contains(cells, ["total", "1 min 00 s"])
+
+
+def test_an_empty_ledger_makes_a_page_that_says_so():
+    shown = "".join(Reader(build_page([Run("empty", Ledger())])).text)
+    assert "No evaluation was recorded yet" in shown
+    assert "No round was recorded" in shown
+
+
+def test_values_that_are_not_finite_do_not_stop_the_report():
+    runs = two_runs()
+    record = runs[1].ledger.rounds[0]
+    record.influence[:] = [math.nan, math.inf, -math.inf]
+    record.metrics["spearman"] = math.nan
+    runs[1].ledger.evaluate(40, {"val_loss": math.nan})
+    runs[0].ledger.evaluate(40, {"val_loss": math.inf})
+    assert "not a number" in "".join(Reader(build_page(runs)).text)
+
+
+def test_many_rounds_and_sources_are_all_in_the_table_and_some_are_drawn():
+    ledger = ledger_of("RegressionSelector", [9.0 - index / 10 for index in range(30)])
+    for record in ledger.rounds:
+        record.groups.update({f"s{k}": {"available": k + 1, "measured": 0, "chosen": 1} for k in range(60)})
+    page = build_page([Run("long", ledger)])
+    assert page.count("<svg role") == 3 + 2 * 12 + 12
+    assert "30 rounds did so; 12 are drawn" in page
+    assert "and 22 more" in page
+
+
+def test_the_same_ledgers_give_the_same_page():
+    assert build_page(two_runs()) == build_page(two_runs())
+
+
+def test_pictures_take_their_colours_from_the_page():
+    page = build_page(two_runs())
+    pictures = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
+    assert set(re.findall(r"#[0-9a-fA-F]{6}\b(?!\w)", pictures)) == set()
+    for name in set(re.findall(r"var\((--[\w-]+)\)", page)):
+        assert page.count(f"{name}:") == 2  # light and dark
+
+
+def test_an_unknown_metric_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="no run evaluated 'accuracy'; evaluated were train_loss, val_loss"):
+        build_page(two_runs(), "accuracy")
+    with pytest.raises(ValueError, match="at least one run"):
+        build_page([])
+
+
+def test_the_report_is_written_where_it_was_asked_for(tmp_path: Path):
+    ledger_of("UniformSelector", [3.0]).write(tmp_path / "run" / "ledger.jsonl")
+    out = write_report([tmp_path], tmp_path / "pages" / "report.html")
+    assert out.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")

@@ -1,0 +1,70 @@
+"""The verdict says what the numbers say, in both directions."""
+
+import pytest
+from report.ledgers import ledger_of
+
+from liveselect.report.runs import Run
+from liveselect.report.verdict import baseline_of, caveats, compare, headline, savings
+
+RANDOM = Run("random", ledger_of("UniformSelector", [6.0, 5.0, 4.5]))
+
+
+def chosen(losses, round_seconds=0.0):
+    return Run("mates", ledger_of("RegressionSelector", losses, round_seconds))
+
+
+def test_a_run_compared_with_itself_is_equal_everywhere():
+    for axis in ("step", "seconds", "flops"):
+        found = compare(RANDOM, RANDOM, "val_loss", axis)
+        assert found is not None
+        assert found.outcome == "equal"
+        assert found.baseline == found.other == 4.5
+
+
+def test_equal_cost_is_where_the_cheaper_run_ended():
+    found = compare(RANDOM, chosen([6.0, 4.0, 2.0], round_seconds=10.0), "val_loss", "seconds")
+    assert found is not None
+    # 30 s: the other run has had its first 10 steps, its second round, and stands at the loss of step 10
+    assert (found.at, found.baseline, found.other, found.outcome) == (30.0, 4.5, 6.0, "higher")
+
+
+def test_the_headline_tells_that_a_win_in_steps_is_a_loss_in_time():
+    said = headline([RANDOM, chosen([6.0, 4.0, 2.0], round_seconds=10.0)], "val_loss")
+    assert "After 30 steps, mates has a lower val_loss than random: 2.000 against 4.500" in said
+    assert "selection took 50% of its time, but at equal total time (30 s) it is higher: 6.000 against 4.500" in said
+
+
+def test_the_headline_tells_a_defeat_as_plainly_as_a_win():
+    said = headline([RANDOM, chosen([6.0, 5.5, 5.0])], "val_loss")
+    assert "mates has a higher val_loss than random: 5.000 against 4.500" in said
+    assert "and at equal total time" in said
+
+
+def test_the_baseline_is_the_random_run_wherever_it_stands():
+    other = chosen([6.0, 4.0])
+    assert baseline_of([other, RANDOM]) is RANDOM
+    assert baseline_of([other]) is None
+    assert headline([other, RANDOM], "val_loss") == headline([RANDOM, other], "val_loss")
+
+
+def test_savings_are_where_the_other_run_crosses_the_last_loss_of_the_baseline():
+    found = {axis: (end, there) for axis, end, there in savings(RANDOM, chosen([6.0, 3.0, 2.0]), "val_loss")}
+    assert found["step"] == (30.0, pytest.approx(15.0))
+    assert savings(RANDOM, chosen([6.0, 5.5, 5.0]), "val_loss") == []
+
+
+def test_a_single_run_and_single_seeds_are_named_as_limits():
+    assert any("Train the same with random data" in text for text in caveats([RANDOM], "val_loss"))
+    assert any("one seed" in text for text in caveats([RANDOM, chosen([5.0])], "val_loss"))
+    two_seeds = [RANDOM, Run("again", RANDOM.ledger), chosen([5.0])]
+    assert not any("one seed" in text for text in caveats(two_seeds, "val_loss"))
+
+
+def test_a_loss_that_rose_again_is_named():
+    assert any("ends above its own best" in text for text in caveats([chosen([5.0, 4.0, 4.5])], "val_loss"))
+
+
+def test_without_evaluations_nothing_is_claimed():
+    empty = Run("empty", ledger_of("UniformSelector", []))
+    assert "No evaluation" in headline([empty], None)
+    assert "not evaluated over the same steps" in headline([RANDOM, empty], "val_loss")
