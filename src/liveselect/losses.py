@@ -119,7 +119,7 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 
 def _defines_forward(model: nn.Module) -> bool:
     # LightningModule.forward only calls nn.Module's, which raises: neither counts as defined
-    return type(model).forward.__qualname__ not in {"LightningModule.forward", "_forward_unimplemented"}
+    return getattr(model.forward, "__qualname__", "") not in {"LightningModule.forward", "_forward_unimplemented"}
 
 
 def _is_language_model(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """The locally probed oracle of MATES: take one optimizer step on a candidate and see what the reference loss does."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -91,7 +91,10 @@ class OneStepInfluence:
         }
 
     def score(self, context: RoundContext, batch: Batch) -> Tensor:
-        """Return the influence of each example, ``(B,)`` float32 on CPU; NaN where its loss or step is not finite."""
+        """Return the influence of each example, ``(B,)`` float32 on CPU.
+
+        NaN stands where the loss or the gradient of an example, or the reference loss after its step, is not finite.
+        """
         base = self._baseline
         if base is None:
             raise RuntimeError("OneStepInfluence.score was called before fit: call fit(context) once in each round")
@@ -119,15 +122,13 @@ class _Probe:
             self._gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
 
     def loss_after_example(self, row: Batch) -> float:
-        """Return the reference loss after one step on one example, NaN when its own loss is not finite."""
+        """Return the reference loss after one step on one example, NaN when its own loss or gradient is not finite."""
         context = self._context
         with context.meter.phase("probe step"):
             torch.clear_autocast_cache()
             with context.forward_context():
                 loss = context.loss_fn(context.model, row).sum()
             context.meter.add_flops(3 * forward_flops(context.model, row["input_ids"].numel()))
-            if not torch.isfinite(loss):
-                return math.nan
             if not loss.requires_grad:
                 raise ValueError(
                     "the loss of a candidate does not depend on any parameter that is trained: expected loss_fn to "
@@ -135,6 +136,8 @@ class _Probe:
                 )
             # not backward(): it would run hooks on the accumulation of gradients, which may communicate or step
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            if not _all_finite(loss, gradients):
+                return math.nan
         return self.loss_after(list(gradients))
 
     def loss_after(self, gradients: list[Tensor | None]) -> float:
@@ -207,6 +210,12 @@ def _refuse_unfit(context: RoundContext) -> None:
             f"modules {sparse} make sparse gradients, for which a zero-gradient step is not defined: "
             "build them with sparse=False"
         )
+
+
+def _all_finite(loss: Tensor, gradients: Sequence[Tensor | None]) -> bool:
+    # one wait for the device; without it a gradient that clipping scales to zero would pass for no influence
+    largest = torch._foreach_norm([gradient for gradient in gradients if gradient is not None], math.inf)
+    return bool(torch.stack([loss, *(norm.to(loss) for norm in largest)]).isfinite().all())
 
 
 def _require_finite(loss: float, when: str, cure: str) -> None:
