@@ -1,0 +1,6 @@
+"""What to measure, and what to train on."""
+
+from liveselect.selectors.regression import RegressionSelector
+from liveselect.selectors.uniform import UniformSelector
+
+__all__ = ["RegressionSelector", "UniformSelector"]

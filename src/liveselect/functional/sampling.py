@@ -1,0 +1,212 @@
+"""Draw k of n without replacement, exactly, for n up to hundreds of millions, in bounded memory."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+# Part of every draw: the noise of candidate i is entry i % _CHUNK of the stream of chunk i // _CHUNK, so it depends on
+# neither the number of threads nor the order in which chunks are visited. 512 KiB of float64 stay in a core's cache.
+_CHUNK = 1 << 16
+_SAMPLE = 1 << 17  # keys drawn to guess where the k-th largest lies; up to here all keys are simply sorted
+_HOTTEST = 1e300  # keys stay finite below it
+_MARGIN = 6.0  # standard deviations on either side of the guess: one draw in 10^8 needs a second pass
+
+_Rows = slice | npt.NDArray[np.int64]
+_Keys = Callable[[_Rows, int, tuple[int, int]], npt.NDArray[np.float64]]
+# the keys of ``size`` rows of the candidates, with the noise of one (stream, chunk)
+
+_KEYS, _SAMPLE_KEYS, _SAMPLE_ROWS = range(3)  # the independent streams of noise
+
+
+def gumbel_topk(scores: Tensor, k: int, temperature: float, generator: torch.Generator) -> Tensor:
+    """Draw ``k`` of ``n`` candidates without replacement, with weights ``exp(score / temperature)``.
+
+    The k largest of ``scores + temperature * Gumbel(0, 1)``: exactly the set that the Plackett-Luce model draws one
+    after the other (Kool et al. 2019, arXiv 1903.06059). Temperature 0 takes the k largest, of equal scores the first;
+    a temperature far above the spread of the scores draws uniformly. A score of -inf has weight 0.
+
+    The noise is derived from one integer of the generator and the position of the candidate, in float64. Equal
+    arguments give the same set on every rank, with any number of threads. (Other platforms may round a logarithm in
+    its last bit: candidates whose keys agree in 15 digits could change places there.) Beside the scores the call needs
+    one byte for each candidate, the result, and a few dozen MB.
+
+    Args:
+        scores: ``(n,)`` floating point, larger is better.
+        k: how many to draw, 0..n.
+        temperature: strength of the noise, in the unit of the scores.
+        generator: advanced by one draw.
+
+    Returns:
+        ``(k,)`` int64 distinct positions in ``scores``, ascending, on CPU.
+
+    Raises:
+        ValueError: NaN or +inf among the scores, fewer than k scores above -inf, or arguments out of range.
+    """
+    return _perturbed_topk(scores, k, temperature, generator, sign=1.0)
+
+
+def released_bottomk(scores: Tensor, k: int, temperature: float, generator: torch.Generator) -> Tensor:
+    """Draw ``k`` of ``n`` candidates as the released code of MATES does.
+
+    That code keeps the k smallest of ``loss / temperature + Gumbel(0, 1)``. With larger-is-better scores this is the k
+    largest of ``scores - temperature * Gumbel(0, 1)``: the complement of a Plackett-Luce draw of n - k candidates with
+    weights ``exp(-score / temperature)``. It selects harder than :func:`gumbel_topk` at the same temperature.
+    Arguments, result and errors are those of :func:`gumbel_topk`.
+    """
+    return _perturbed_topk(scores, k, temperature, generator, sign=-1.0)
+
+
+def uniform_subset(n: int, k: int, generator: torch.Generator) -> Tensor:
+    """Draw ``k`` of ``n`` candidates without replacement, all subsets equally likely.
+
+    Returns ``(k,)`` int64 positions, ascending, on CPU; equal on every rank, like those of :func:`gumbel_topk`, and in
+    the same memory.
+
+    Raises:
+        ValueError: k is not in 0..n.
+    """
+    _check_k(k, n)
+    seed = _draw_seed(generator)
+
+    def keys(_: _Rows, size: int, place: tuple[int, int]) -> npt.NDArray[np.float64]:
+        return _uniform(seed, place, size)
+
+    return _largest(n, k, keys, seed)
+
+
+def _perturbed_topk(scores: Tensor, k: int, temperature: float, generator: torch.Generator, sign: float) -> Tensor:
+    if scores.dim() != 1 or not scores.is_floating_point():
+        raise ValueError(f"expected scores (n,) of a floating point type, got {tuple(scores.shape)} {scores.dtype}")
+    if not 0.0 <= temperature <= _HOTTEST:
+        raise ValueError(f"expected a temperature in 0..{_HOTTEST:g}, got {temperature}")
+    scores = scores.detach().cpu()
+    _check_k(k, len(scores))
+    _check_scores(scores, k)
+    seed = _draw_seed(generator)
+    # scores + temperature * noise orders like scores / temperature + noise, and has the limit 0 without overflow
+    scale = sign * temperature
+
+    def keys(rows: _Rows, size: int, place: tuple[int, int]) -> npt.NDArray[np.float64]:
+        values = scores[rows].double().numpy()
+        return values + scale * _gumbel(seed, place, size) if scale else values
+
+    return _largest(len(scores), k, keys, seed)
+
+
+def _check_k(k: int, n: int) -> None:
+    if not 0 <= k <= n:
+        raise ValueError(f"cannot draw {k} of {n} candidates without replacement: expected k in 0..{n}")
+
+
+def _check_scores(scores: Tensor, k: int) -> None:
+    counts = {"NaN": 0, "+inf": 0, "-inf": 0}
+    for start, stop in _chunks(len(scores)):
+        part = scores[start:stop]
+        if not part.isfinite().all():
+            counts["NaN"] += int(part.isnan().sum())
+            counts["+inf"] += int(part.isposinf().sum())
+            counts["-inf"] += int(part.isneginf().sum())
+    if counts["NaN"] or counts["+inf"]:
+        raise ValueError(
+            f"expected scores that can be compared, got {counts['NaN']} NaN and {counts['+inf']} +inf among "
+            f"{len(scores)}: drop these candidates, or give them the score -inf so that they are never drawn"
+        )
+    if len(scores) - counts["-inf"] < k:
+        raise ValueError(
+            f"cannot draw {k} candidates: {counts['-inf']} of {len(scores)} have the score -inf and are never drawn"
+        )
+
+
+def _draw_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+
+
+def _uniform(seed: int, place: tuple[int, int], size: int) -> npt.NDArray[np.float64]:
+    # raw bits and not numpy's own distributions, whose streams may change with its version. The centres of 2^52 cells:
+    # neither 0 nor 1 occurs, so the logarithms below are finite
+    bits = np.random.SFC64(np.random.SeedSequence((seed, *place))).random_raw(size)
+    uniform = (bits >> np.uint64(12)).view(np.int64).astype(np.float64)  # signed: conversion is ten times as fast
+    uniform += 0.5
+    uniform *= 2.0**-52
+    return uniform
+
+
+def _gumbel(seed: int, place: tuple[int, int], size: int) -> npt.NDArray[np.float64]:
+    noise = _uniform(seed, place, size)
+    np.log(noise, out=noise)
+    np.negative(noise, out=noise)
+    np.log(noise, out=noise)
+    return np.negative(noise, out=noise)
+
+
+def _chunks(n: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(n, start + _CHUNK)) for start in range(0, n, _CHUNK))
+
+
+class _Bound(NamedTuple):
+    """A place in the order of all candidates: by key, descending, then by position, so that no two are equal."""
+
+    key: float
+    position: int
+
+    def precede(
+        self, keys: npt.NDArray[np.float64], positions: npt.NDArray[np.int64], inclusive: bool
+    ) -> npt.NDArray[np.bool_]:
+        """Return which candidates come before this place, ``(n,)``; at it too when ``inclusive``."""
+        before = keys > self.key
+        tied = keys == self.key
+        if tied.any():
+            before |= tied & (positions <= self.position if inclusive else positions < self.position)
+        return before
+
+
+def _largest(n: int, k: int, keys: _Keys, seed: int) -> Tensor:
+    """Return the positions of the ``k`` largest keys, ascending; of equal keys the first.
+
+    A sample of keys brackets the k-th largest; one pass takes what lies above the bracket and sorts what lies inside.
+    Positions break ties, so the bracket holds a small share of the candidates whatever the scores, all equal included.
+    """
+    if k in (0, n):
+        return torch.arange(k)
+    margin = _MARGIN
+    while True:
+        upper, lower = _bracket(n, k, keys, seed, margin)
+        chosen = np.zeros(n, dtype=np.bool_)
+        inside = [(np.empty(0), np.empty(0, dtype=np.int64))]
+        above = 0
+        for start, stop in _chunks(n):
+            values = keys(slice(start, stop), stop - start, (_KEYS, start // _CHUNK))
+            positions = np.arange(start, stop)
+            rows = np.flatnonzero(lower.precede(values, positions, inclusive=True))
+            values, positions = values[rows], positions[rows]
+            surely = upper.precede(values, positions, inclusive=False)
+            chosen[positions[surely]] = True
+            above += int(surely.sum())
+            inside.append((values[~surely], positions[~surely]))
+        values, positions = (np.concatenate(parts) for parts in zip(*inside, strict=True))
+        if above <= k <= above + len(values):
+            order = np.lexsort((positions, -values))
+            chosen[positions[order[: k - above]]] = True
+            return torch.from_numpy(np.flatnonzero(chosen))
+        margin *= 4  # the bracket missed; in the end it holds everything
+
+
+def _bracket(n: int, k: int, keys: _Keys, seed: int, margin: float) -> tuple[_Bound, _Bound]:
+    """Return an upper and a lower bound of the k-th largest key."""
+    everything = _Bound(np.inf, -1), _Bound(-np.inf, n)
+    if n <= _SAMPLE:
+        return everything
+    positions = (_uniform(seed, (_SAMPLE_ROWS, 0), _SAMPLE) * n).astype(np.int64)
+    values = keys(positions, _SAMPLE, (_SAMPLE_KEYS, 0))
+    order = np.lexsort((positions, -values))
+    share = k / n
+    expected = share * _SAMPLE
+    deviation = _SAMPLE * (share * (1 - share) * (1 / _SAMPLE + 1 / n)) ** 0.5 + 1
+    first, last = int(expected - margin * deviation), int(expected + margin * deviation) + 1
+    upper = everything[0] if first < 0 else _Bound(float(values[order[first]]), int(positions[order[first]]))
+    lower = everything[1] if last >= _SAMPLE else _Bound(float(values[order[last]]), int(positions[order[last]]))
+    return upper, lower
