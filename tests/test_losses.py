@@ -223,10 +223,10 @@ def test_modules_may_return_logits_in_any_common_form(wrap):
         lambda model: torch.compile(Holder(model=model)),
         lambda model: torch.compile(Forwarding(model=model)),
     ],
-    ids=(
-        "no forward,with other parts,compiled inside,forwards all,returns logits,compiled,compiled outside,"
-        "compiled forward"
-    ).split(","),
+    ids=[
+        *("no forward", "with other parts", "compiled inside", "forwards all", "returns logits", "compiled"),
+        *("compiled outside", "compiled forward"),
+    ],
 )
 def test_wrappers_have_the_losses_of_the_model_that_they_hold(wrapper):
     network = build()

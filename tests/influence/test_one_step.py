@@ -204,18 +204,19 @@ def test_a_candidate_that_leaves_a_parameter_untouched_still_carries_its_momentu
             self.second = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
 
     def loss(model, batch):
-        if len(batch["x"]) == 1:  # a candidate: touches the first parameter only, and not with its gradient
-            return (model.first * 0 + batch["x"]).flatten()
+        if len(batch["x"]) == 1 and batch["x"].item() == 0:
+            return (model.first * 0).reshape(1)  # zero slope in one parameter, the other is not touched
         return (model.first + model.second).expand(len(batch["x"]))
 
     model = TwoWays()
-    source = RegressionSource(*(torch.ones(2, dtype=torch.float64) for _ in range(4)))
+    source = RegressionSource(torch.tensor([1.0, 0.0]), *(torch.ones(2) for _ in range(3)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     (model.first + model.second).backward()
     optimizer.step()
     context = fake_context(source, model=model, optimizer=optimizer, loss_fn=loss)
-    batch = {key: value[:1] for key, value in candidate_batch(context, 2).items()}
-    assert measure(context, batch).item() == 0  # zero gradient everywhere: exactly the zero-gradient step
+    touching, untouching = measure(context, candidate_batch(context, 2)).tolist()
+    assert touching == pytest.approx(2)  # a gradient of 1 in each of two parameters, the reference slope too
+    assert untouching == 0  # exactly the zero-gradient step, with nothing left of the candidate before
 
 
 @pytest.mark.parametrize("step", ["published", "in_batch"])
