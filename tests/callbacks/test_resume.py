@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from small_run import ACCUMULATE, KILLS, STEPS
 
 
@@ -16,7 +14,7 @@ from small_run import ACCUMULATE, KILLS, STEPS
 def runs(tmp_path_factory) -> Path:
     """Every run, killed and resumed, in one process that forks: importing costs more than running."""
     folder = tmp_path_factory.mktemp("runs")
-    script = Path(__file__).with_name("small_run.py")
+    script = Path(__file__).parents[1] / "small_run.py"
     done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     (folder / "log").write_text(done.stdout + done.stderr)
