@@ -1,0 +1,81 @@
+"""The ``liveselect`` console script. Importing it imports nothing heavy: each command brings what it needs."""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+TRACEBACK_FLAG = "LIVESELECT_TRACEBACK"
+
+COMMANDS = {
+    "demo": "train a small model twice on this machine's own texts, at random and with live selection",
+    "prepare": "turn texts into a pool of training sequences on disk",
+    "fit": "train a model while its data is selected, from a YAML file (LightningCLI)",
+    "report": "write one HTML page about one or several runs",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status.
+
+    Problems that liveselect expected are told in a paragraph; LIVESELECT_TRACEBACK=1 shows where they were raised.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(usage())
+        return 0
+    if arguments[0] == "--version":
+        import liveselect
+
+        sys.stdout.write(f"liveselect {liveselect.__version__}\n")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        return _complain("liveselect", f"there is no command {command!r}.{hint}\n\n{usage()}", 2)
+    return _run(command, rest)
+
+
+def usage() -> str:
+    """Return the help text."""
+    lines = "".join(f"  {name:<9} {text}\n" for name, text in COMMANDS.items())
+    return (
+        "usage: liveselect COMMAND ...\n\nLive, model-aware data selection for language model pretraining.\n\n"
+        f"commands:\n{lines}\n"
+        "options:\n  -h, --help  show this text; 'liveselect COMMAND --help' tells what a command takes\n"
+        "  --version   show the version\n"
+    )
+
+
+def _run(command: str, arguments: Sequence[str]) -> int:
+    name = f"liveselect {command}"
+    try:
+        status: int = importlib.import_module(f"liveselect.cli.{command}").main(arguments)
+    except KeyboardInterrupt:
+        return _complain(name, "stopped.", 130)
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get(TRACEBACK_FLAG, "0") not in ("", "0") or not _is_expected(error):
+            raise
+        return _complain(name, f"{error}\n(set {TRACEBACK_FLAG}=1 to see where this was raised)", 1)
+    return status
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the error tells the user about their input: raised by liveselect itself, or about a file or a setting."""
+    if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    return isinstance(error, (ValueError, TypeError, ImportError)) and raised_in.split(".")[0] == "liveselect"
+
+
+def _complain(name: str, text: str, status: int) -> int:
+    sys.stderr.write(f"{name}: {text.rstrip()}\n")
+    return status

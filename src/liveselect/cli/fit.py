@@ -1,0 +1,54 @@
+"""``liveselect fit``: training with selection from a YAML file, by LightningCLI."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from liveselect.callbacks import DataSelection
+from liveselect.cli.output import show_progress_lines
+
+
+class SelectionCLI(LightningCLI):
+    """A LightningCLI whose selection callback has a section of its own, ``select``.
+
+    ``select`` takes a class path (``liveselect.callbacks.MATES``) and ``init_args``, so that a second file or an option
+    such as ``--select.init_args.ratio=0.1`` changes one setting; elements of ``trainer.callbacks``, where the callback
+    may stand too, cannot be addressed like that. Model and data may be any LightningModule and LightningDataModule.
+    """
+
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        super().__init__(
+            save_config_kwargs={"overwrite": True},  # a resumed run writes to the same folder
+            parser_kwargs={"prog": "liveselect"},
+            seed_everything_default=0,
+            args=args,
+            run=run,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the one method of the Trainer that is offered here."""
+        return {"fit": LightningCLI.subcommands()["fit"]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the section of the selection callback."""
+        parser.add_lightning_class_args(DataSelection, "select", subclass_mode=True, required=False)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse ``args``; unlike Lightning's, without a warning that the process has arguments too."""
+        self.config = parser.parse_args(args) if isinstance(args, list) else parser.parse_object(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the Trainer, with the selection callback when there is one."""
+        settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        select = self._get(self.config_init, "select")
+        return self._instantiate_trainer(settings, [] if select is None else [select])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    show_progress_lines()
+    SelectionCLI(["fit", *argv])
+    return 0
