@@ -98,7 +98,10 @@ def fake_context(
     **kwargs,
 ) -> RoundContext:
     """A round's context over ``source`` with, unless one is given, a model of one weight."""
-    model = nn.Linear(1, 1) if model is None else model
+    if model is None:
+        model = nn.utils.skip_init(nn.Linear, 1, 1)  # draws nothing from the global stream
+        nn.init.zeros_(model.weight)
+        nn.init.zeros_(model.bias)
     return RoundContext(
         round=round_index,
         step=0,

@@ -1,0 +1,5 @@
+"""Guess influence where it was not measured."""
+
+from liveselect.regressors.hashed import HashedRidgeRegressor
+
+__all__ = ["HashedRidgeRegressor"]

@@ -1,0 +1,43 @@
+"""Token n-grams hashed into buckets: text features that cost next to nothing."""
+
+import torch
+from torch import Tensor
+
+# odd 64-bit multipliers (as signed numbers); products wrap around, and the highest bits of the sum are the bucket
+_SINGLE, _FIRST, _SECOND, _OFFSET = (
+    value - 2**64 if value >= 2**63 else value
+    for value in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5)
+)
+
+
+def hashed_ngrams(input_ids: Tensor, buckets: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the buckets and the weights of all tokens and pairs of neighbours of each row.
+
+    Summed over the occurrences in a bucket, the weights of a row are ``log(1 + count)``, divided by the norm of these
+    values over all buckets. So a linear function is a gather and a sum, ``(w[bucket] * weight).sum(1)``.
+
+    Args:
+        input_ids: ``(B, T)`` integer token ids.
+        buckets: a power of two.
+        mask: ``(B, T)``, zero or False where a token does not count, or None when all do.
+
+    Returns:
+        buckets ``(B, 2 T - 1)`` int64 and weights ``(B, 2 T - 1)`` float32; a row without tokens weighs 0 everywhere.
+
+    Raises:
+        ValueError: buckets is not a power of two.
+    """
+    if buckets < 2 or buckets & (buckets - 1):
+        raise ValueError(f"expected the number of buckets to be a power of two, got {buckets}")
+    tokens = input_ids.long()
+    counted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    pairs = tokens[:, :-1] * _FIRST + tokens[:, 1:] * _SECOND + _OFFSET
+    mixed = torch.cat([tokens * _SINGLE, pairs], dim=1)
+    bucket = (mixed >> (65 - buckets.bit_length())) & (buckets - 1)
+    counted = torch.cat([counted, counted[:, :-1] & counted[:, 1:]], dim=1)
+    counts = torch.zeros(len(tokens), buckets, dtype=torch.int32, device=tokens.device)
+    counts.scatter_add_(1, bucket, counted.int())
+    count = counts.gather(1, bucket).clamp(min=1).float()
+    value = torch.log1p(count)
+    norm = (counted * value.square() / count).sum(dim=1, keepdim=True).sqrt()
+    return bucket, counted * value / count / norm.clamp(min=torch.finfo(norm.dtype).tiny)

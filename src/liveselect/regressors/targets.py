@@ -1,0 +1,53 @@
+"""What regressors share: targets of unit variance, and how well their order was guessed."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FEWEST_MEASURED = 8
+"""Fewer measurements than this cannot be split into a part to learn from and a part to check on."""
+
+
+class Targets(NamedTuple):
+    """Distinct measured candidates: ``ids (m,)`` ascending and ``influence (m,)`` float64."""
+
+    ids: Tensor
+    influence: Tensor
+
+
+def distinct_targets(ids: Tensor, influence: Tensor) -> Targets:
+    """Return every candidate once, with the mean of its measurements: a split must not put one on both sides.
+
+    Raises:
+        ValueError: the shapes differ, an influence is not finite, or fewer than 8 candidates are left.
+    """
+    if ids.shape != influence.shape or ids.dim() != 1:
+        raise ValueError(f"expected ids (m,) and influence (m,), got {tuple(ids.shape)} and {tuple(influence.shape)}")
+    broken = int((~influence.isfinite()).sum())
+    if broken:
+        raise ValueError(
+            f"expected finite influence, got {broken} of {len(ids)} that are not: leave them out of the fit"
+        )
+    unique, place, repeats = torch.unique(ids.cpu(), return_inverse=True, return_counts=True)
+    if len(unique) < FEWEST_MEASURED:
+        raise ValueError(
+            f"expected at least {FEWEST_MEASURED} distinct measured candidates to learn from, got {len(unique)}: "
+            "measure more (probes)"
+        )
+    sums = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, place, influence.double().cpu())
+    return Targets(unique, sums / repeats)
+
+
+def standardized(values: Tensor, mean: float, std: float) -> Tensor:
+    """Return ``(values - mean) / std``; zeros when nothing varies."""
+    return (values - mean) / std if std > 0 else torch.zeros_like(values)
+
+
+def rank_correlation(predicted: Tensor, actual: Tensor) -> float:
+    """Return Spearman's correlation of two ``(m,)`` tensors; NaN below 3 values or when either is constant."""
+    if len(actual) < 3 or bool((predicted == predicted[0]).all()) or bool((actual == actual[0]).all()):
+        return float("nan")
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(predicted.numpy(), actual.numpy()).statistic)
