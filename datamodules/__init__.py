@@ -1,0 +1,30 @@
+"""The data plane: pools on disk, and the datamodule that serves them.
+
+Names are imported when they are first asked for: the worker processes of ``liveselect prepare`` need a few modules of
+this package and must not wait for Lightning.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from liveselect.datamodules.loader import PlanLoader
+    from liveselect.datamodules.reference import ReferenceSet
+    from liveselect.datamodules.selection import SelectionDataModule
+    from liveselect.datamodules.tokens import TokenStore, write_store
+
+_HOMES = {
+    "PlanLoader": "loader",
+    "ReferenceSet": "reference",
+    "SelectionDataModule": "selection",
+    "TokenStore": "tokens",
+    "write_store": "tokens",
+}
+
+__all__ = ["PlanLoader", "ReferenceSet", "SelectionDataModule", "TokenStore", "write_store"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"liveselect.datamodules.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,80 @@
+"""Text to tokens of which only some count."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from liveselect.protocols import SelectionWarning
+
+
+class Encoded(NamedTuple):
+    """Tokens of one text.
+
+    Attributes:
+        input_ids: ``(T,)`` int64.
+        counts: ``(T,)`` bool, whether the token carries loss.
+    """
+
+    input_ids: np.ndarray
+    counts: np.ndarray
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
+    """Return the tokens of each text; every token counts."""
+    if not texts:
+        return []
+    encoded = [np.asarray(ids, dtype=np.int64) for ids in _call(tokenizer, texts)["input_ids"]]
+    return [Encoded(ids, np.ones(len(ids), bool)) for ids in encoded]
+
+
+def encode_answers(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+    """Return the tokens of each ``(prompt, answer)``, joined as they are; only the answer's tokens count.
+
+    The two are tokenised as one text, as the model would meet them, and character offsets tell which tokens reach into
+    the answer: white space at the border goes into the answer's first token, as it does in running text. Where a
+    token would hold letters of both, or the tokenizer knows no offsets, the two are tokenised one by one.
+    """
+    if not pairs:
+        return []
+    _warn_of_glued_words(pairs)
+    if not tokenizer.is_fast:
+        return [_one_by_one(tokenizer, prompt, answer) for prompt, answer in pairs]
+    encoded = _call(tokenizer, [prompt + answer for prompt, answer in pairs], return_offsets_mapping=True)
+    found = []
+    for (prompt, answer), ids, spans in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        offsets = np.asarray(spans, dtype=np.int64).reshape(-1, 2)
+        counts = offsets[:, 1] > len(prompt)
+        if (counts & (offsets[:, 0] < len(prompt.rstrip()))).any():
+            found.append(_one_by_one(tokenizer, prompt, answer))
+        else:
+            found.append(Encoded(np.asarray(ids, dtype=np.int64), counts))
+    return found
+
+
+def _one_by_one(tokenizer: Any, prompt: str, answer: str) -> Encoded:
+    context = prompt.rstrip()
+    answer = prompt[len(context) :] + answer  # tokenizers join white space to the word that follows
+    before, after = _call(tokenizer, [context, answer])["input_ids"]
+    ids = np.asarray([*before, *after], dtype=np.int64)
+    return Encoded(ids, np.arange(len(ids)) >= len(before))
+
+
+def _warn_of_glued_words(pairs: Sequence[tuple[str, str]]) -> None:
+    glued = [(prompt, answer) for prompt, answer in pairs if prompt[-1:].isalnum() and answer[:1].isalnum()]
+    if len(glued) > len(pairs) // 2:
+        prompt, answer = glued[0]
+        warnings.warn(
+            f"prompts and answers join without a space, as in {prompt[-12:] + answer[:12]!r}: if that is not meant, "
+            "begin the answers with a space or pass ReferenceSet(separator=' ')",
+            SelectionWarning,
+            stacklevel=2,
+        )
+
+
+def _call(tokenizer: Any, texts: Sequence[str], **settings: Any) -> Any:
+    # special tokens are neither added nor recognised, as in the pool
+    return tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, truncation=False, verbose=False, **settings
+    )

@@ -1,0 +1,226 @@
+"""PlanLoader: serves the training batches of the plan in hand."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from liveselect.datamodules.rows import Rows
+from liveselect.plan import Plan
+
+STARTING_PAYS = 8  # batches for each worker that make up for starting it
+
+
+class PlanBatches:
+    """The batch sampler of the inner DataLoader: yields the ids of one rank's batches, as lists.
+
+    Attributes:
+        rows: ``(steps, B)`` ids of the walk that the next iterator will make.
+    """
+
+    def __init__(self) -> None:
+        self.rows = torch.empty((0, 1), dtype=torch.int64)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (row.tolist() for row in self.rows)  # bound to the rows of this moment
+
+
+class PlanLoader:
+    """One loader for a whole run: walks whatever plan was published last.
+
+    It is not a ``torch.utils.data.DataLoader``, so Lightning leaves it alone: no sampler is injected, and slicing by
+    rank happens here. It has a length, so Lightning fetches no batch ahead of the one that it trains on. Iterating is
+    lazy: nothing is looked at before the first batch is asked for, because Lightning builds the iterator before
+    ``on_train_start``, where the first plan is made.
+
+    ``plan.cursor`` belongs to whoever trains (the DataSelection callback advances it in ``on_train_batch_end``). The
+    loader reads it when an iterator begins and when a plan is published; in between it keeps its own position.
+
+    Args:
+        dataset: map-style dataset of the pool; ``__getitems__`` is used where it exists.
+        batch_size: rows of one batch of this rank.
+        length: batches of one epoch of this rank.
+        rank: index of this rank.
+        world_size: number of ranks.
+        seed: seeds the private generator from which workers are seeded.
+        options: further arguments of the inner ``DataLoader``: ``num_workers``, ``collate_fn``, ``pin_memory``, ...
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        length: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.options = dict(options or {})
+        self.plan: Plan | None = None
+        self._length = length
+        self._batches = PlanBatches()
+        self._inner: DataLoader | None = None
+        self._walk: Iterator[Any] | None = None  # None: the next batch begins a new walk at the plan's cursor
+        self._position = 0
+
+    @property
+    def global_batch(self) -> int:
+        """Examples by which the plan advances with every batch, all ranks together."""
+        return self.batch_size * self.world_size
+
+    def follow(self, plan: Plan) -> None:
+        """Serve ``plan`` from its cursor on, beginning with the next batch; prefetched batches are dropped.
+
+        Raises:
+            ValueError: the ranks cannot share what remains of the plan evenly.
+        """
+        self._remaining(plan)
+        self.plan = plan
+        self._walk = None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.plan is not None and self.plan.cursor != self._position:
+            self._walk = None  # batches that were fetched but not trained on are served again
+        for _ in range(self._length):
+            yield self._next_batch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the cursor in the DataSelection callback's checkpoint entry is the only truth.
+
+        The method exists because Lightning calls a loader without it "not resumable". A state of its own would be a
+        second truth, and one that Lightning does not restore in all cases.
+        """
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Do nothing: see :meth:`state_dict`."""
+
+    def shutdown(self) -> None:
+        """End the workers; a later iteration starts new ones."""
+        self._walk = None
+        self._inner = None  # the DataLoader ends its workers when the last reference to it is gone
+
+    def _next_batch(self) -> Any:
+        plan = self.plan
+        if plan is None:
+            raise RuntimeError(
+                "there is no plan to train on: add DataSelection, or a preset such as MATES, to the Trainer's callbacks"
+            )
+        if self._walk is None:
+            self._walk = self._start_walk(plan)
+        elif plan.cursor > self._position:
+            raise RuntimeError(
+                f"the cursor of the plan of round {plan.round} stands at {plan.cursor}, but only {self._position} "
+                f"examples were served: advance it by {self.global_batch} (batch size x ranks) for every batch"
+            )
+        try:
+            batch = next(self._walk)
+        except StopIteration:
+            raise RuntimeError(
+                f"the plan of round {plan.round} was walked to its end ({len(plan.ids)} examples) and no further plan "
+                "was published: the DataSelection callback is missing from the Trainer's callbacks, or the plan was "
+                "published later than in on_train_batch_end of its last batch"
+            ) from None
+        self._position += self.global_batch
+        return batch
+
+    def _start_walk(self, plan: Plan) -> Iterator[Any]:
+        """Point the inner DataLoader at what remains of the plan; its workers live on and drop what they fetched."""
+        if self._inner is None:
+            workers = self.options.get("num_workers", 0)
+            self._inner = DataLoader(
+                self.dataset,
+                batch_sampler=self._batches,
+                persistent_workers=workers > 0,
+                # without a generator of its own, every new iterator would draw from the global random state
+                generator=torch.Generator().manual_seed(self.seed + self.rank),
+                **self.options,
+            )
+        self._batches.rows = self._remaining(plan)
+        self._position = plan.cursor
+        return iter(self._inner)
+
+    def _remaining(self, plan: Plan) -> Tensor:
+        return plan.remaining(self.rank, self.world_size, self.batch_size)
+
+
+class ShardedBatches:
+    """Ready batches, shared out over the ranks: one rank's share is every R-th batch.
+
+    Shares are equally long, because ranks that validate together must take equally many steps: where the batches do not
+    come out even, the last ranks repeat the first batches, as a ``DistributedSampler`` does. Like :class:`PlanLoader`
+    it is no ``DataLoader``: walking it draws nothing from the global random state.
+    """
+
+    def __init__(self, batches: Sequence[Any], rank: int = 0, world_size: int = 1) -> None:
+        self.batches, self.rank, self.world_size = batches, rank, world_size
+
+    def __len__(self) -> int:
+        return -(-len(self.batches) // self.world_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        for step in range(len(self)):
+            yield self.batches[(step * self.world_size + self.rank) % len(self.batches)]
+
+
+def candidate_batches(rows: Rows, ids: Tensor, batch_size: int, options: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the candidates ``ids (n,)`` in batches, in their order.
+
+    ``options`` are those of a ``DataLoader``. Its workers take part only where there are enough batches to pay for
+    starting them.
+    """
+    parts = [part.tolist() for part in ids.split(batch_size)]
+    workers = options.get("num_workers", 0)
+    if workers == 0 or len(parts) < STARTING_PAYS * workers:
+        yield from (rows.candidates(part) for part in parts)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        yield from DataLoader(_Parts(rows, parts), batch_size=None, generator=generator, **options)
+
+
+class _Parts(Dataset):
+    """A dataset whose examples are whole batches of candidates."""
+
+    def __init__(self, rows: Rows, parts: Sequence[Sequence[int]]) -> None:
+        self.rows, self.parts = rows, parts
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows.candidates(self.parts[index])
+
+
+def epoch_length(examples: int, global_batch: int, accumulate: int) -> int:
+    """Return the batches of one epoch of one rank, a multiple of ``accumulate``, at least one window.
+
+    Lightning makes an optimizer step on the last batch of an epoch, complete window or not, so an epoch must end where
+    a window ends.
+
+    Args:
+        examples: examples of one epoch, all ranks together.
+        global_batch: examples of one batch, all ranks together.
+        accumulate: batches of one optimizer step.
+
+    Raises:
+        ValueError: an epoch holds less than one optimizer step.
+    """
+    windows = examples // (global_batch * accumulate)
+    if windows < 1:
+        raise ValueError(
+            f"an epoch of {examples} examples is less than one optimizer step of {global_batch * accumulate} examples "
+            f"({global_batch} a batch over all ranks, accumulate_grad_batches={accumulate}): enlarge the pool or "
+            "epoch_examples, or lower batch_size, accumulate_grad_batches or the number of ranks"
+        )
+    return windows * accumulate

@@ -1,0 +1,262 @@
+"""The reference set: what selection aims to improve, read from whatever holds it."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, RandomSampler
+
+from liveselect.datamodules.batching import Item
+from liveselect.datamodules.encoding import Encoded, encode_answers, encode_texts
+from liveselect.datamodules.pool_files import MANIFEST, hash_tokens
+from liveselect.datamodules.rows import check_map_style, fetch, token_row
+from liveselect.datamodules.sources import read_records
+from liveselect.datamodules.tokens import TokenStore
+from liveselect.protocols import IGNORE_INDEX
+from liveselect.seeding import generator_for
+
+TOGETHER = 1024  # records tokenised at once
+
+
+@dataclass
+class ReferenceSet:
+    """A reference set, before it is read.
+
+    The source may be the path of a prepared pool; a file, folder, pattern, ``datasets`` folder or ``hub:NAME`` with
+    records; a list of strings or dicts; a map-style dataset; or a ``DataLoader``, whose batches are used as they come.
+    A record is one of these:
+
+    - ``text``: every token counts; a text longer than ``max_length`` is cut into several examples.
+    - ``prompt`` and ``answer``: only the tokens of the answer count; of a long prompt the end is kept.
+    - ``input_ids`` and, if given, ``labels`` and ``attention_mask``.
+
+    Args:
+        source: where the examples are.
+        answer: ``last_word`` makes the last word of each ``text`` its answer, as LAMBADA is scored.
+        max_examples: use this many examples, drawn with ``seed``; all by default.
+        separator: what to put between prompt and answer, which are otherwise joined as they are.
+        columns: names of the columns, where they are not called ``text``, ``prompt``, ``answer``, ``input_ids``:
+            for example ``{"text": "content"}``.
+        max_length: longest example in tokens; by default the block size of the pool.
+        seed: seed of the draw.
+    """
+
+    source: Any
+    answer: Literal["all", "last_word"] = "all"
+    max_examples: int | None = None
+    separator: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
+    max_length: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.answer not in ("all", "last_word"):
+            raise ValueError(f"expected answer='all' or 'last_word', got {self.answer!r}")
+        for name in ("max_examples", "max_length"):
+            if (value := getattr(self, name)) is not None and value < (2 if name == "max_length" else 1):
+                raise ValueError(f"expected {name} of at least {2 if name == 'max_length' else 1}, got {value}")
+
+    @classmethod
+    def of(cls, source: Any) -> "ReferenceSet":
+        """Return ``source`` itself, or a reference set with the default settings around it."""
+        return source if isinstance(source, cls) else cls(source)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A reference set that was read.
+
+    Attributes:
+        items: its examples.
+        documents: ``(records,)`` uint64, the hash of each record's tokens before any cutting.
+        left_out: records without a token that could count.
+        fingerprint: fingerprint of the prepared pool that it was read from, or None.
+    """
+
+    items: list[Item]
+    documents: np.ndarray
+    left_out: int = 0
+    fingerprint: str | None = None
+
+
+def load_reference(reference: ReferenceSet, tokenizer: Any = None, max_length: int | None = None) -> Loaded:
+    """Read and tokenise a reference set.
+
+    Args:
+        reference: what to read; anything but a ``DataLoader``.
+        tokenizer: Hugging Face tokenizer, needed for text.
+        max_length: longest example in tokens where the reference set itself names none.
+
+    Raises:
+        ValueError: it is empty, has unknown columns, or holds text while there is no tokenizer.
+        TypeError: it is of an unknown kind.
+    """
+    store = as_store(reference.source)
+    records = _store_records(store, reference) if store else _records(reference)
+    longest = reference.max_length or max_length
+    items: list[Item] = []
+    documents: list[int] = []
+    left_out = 0
+    for position, encoded in enumerate(_encode(records, reference, tokenizer)):
+        documents.append(hash_tokens(encoded.input_ids))
+        parts = [item for item in _cut(encoded, longest, position) if item.targets]
+        left_out += not parts
+        items += parts
+    items = [items[i] for i in _drawn(len(items), reference)]
+    if not items:
+        raise ValueError(
+            f"the reference set is empty: of its {len(documents)} records none has a token that could count (a text "
+            f"needs two tokens, an answer needs a prompt before it). It was read from {_name(reference.source)}"
+        )
+    return Loaded(items, np.array(documents, np.uint64), left_out, store.fingerprint if store else None)
+
+
+def as_store(source: Any) -> TokenStore | None:
+    """Return the prepared pool that ``source`` is or names, or None."""
+    if isinstance(source, TokenStore):
+        return source
+    if isinstance(source, (str, Path)) and (Path(source) / MANIFEST).is_file():
+        return TokenStore(source)
+    return None
+
+
+def loader_batches(loader: DataLoader) -> list[Any]:
+    """Return the batches of an existing ``DataLoader``, which must be the same ones whenever it is walked."""
+    if isinstance(getattr(loader, "sampler", None), RandomSampler):
+        raise ValueError(
+            "the reference DataLoader shuffles, so its batches would differ between ranks and after a resume: make it "
+            "with shuffle=False"
+        )
+    batches = list(loader)
+    if not batches:
+        raise ValueError("the reference set is empty: its DataLoader yields no batch")
+    return batches
+
+
+def _drawn(size: int, reference: ReferenceSet) -> list[int]:
+    """Return the positions of up to ``max_examples`` of ``size`` examples, ascending."""
+    if reference.max_examples is None or size <= reference.max_examples:
+        return list(range(size))
+    order = torch.randperm(size, generator=generator_for(reference.seed, 0, "reference"))
+    return sorted(order[: reference.max_examples].tolist())
+
+
+def _store_records(store: TokenStore, reference: ReferenceSet) -> Iterator[Any]:
+    for ids in _together(_drawn(len(store), reference)):
+        yield from ({"input_ids": block} for block in store.read(ids).numpy())
+
+
+def _records(reference: ReferenceSet) -> Iterator[Any]:
+    source = reference.source
+    if isinstance(source, (str, Path)):
+        return _reservoir(read_records(source), reference)
+    check_map_style(source, "the reference set")
+    return (record for ids in _together(_drawn(len(source), reference)) for record in fetch(source, ids))
+
+
+def _together(ids: list[int]) -> Iterator[list[int]]:
+    return (ids[first : first + TOGETHER] for first in range(0, len(ids), TOGETHER))
+
+
+def _reservoir(records: Iterable[Any], reference: ReferenceSet) -> Iterator[Any]:
+    """Yield up to ``max_examples`` records of a stream, every one equally likely, in their order."""
+    if reference.max_examples is None:
+        yield from records
+        return
+    generator = generator_for(reference.seed, 0, "reference stream")
+    kept: list[tuple[int, Any]] = []
+    for position, record in enumerate(records):
+        if position < reference.max_examples:
+            kept.append((position, record))
+            continue
+        slot = int(torch.randint(position + 1, (), generator=generator))
+        if slot < reference.max_examples:
+            kept[slot] = (position, record)
+    yield from (record for _, record in sorted(kept, key=lambda pair: pair[0]))
+
+
+def _encode(records: Iterator[Any], reference: ReferenceSet, tokenizer: Any) -> Iterator[Encoded]:
+    """Yield each record's tokens and which of them count."""
+    position = 0
+    while part := list(itertools.islice(records, TOGETHER)):
+        rows = [_named(record, reference, position + i) for i, record in enumerate(part)]
+        kinds = {kind for kind, _ in rows}
+        if kinds & {"text", "pair"} and tokenizer is None:
+            raise ValueError(
+                f"the reference set ({_name(reference.source)}) holds text, but there is no tokenizer: the pool was "
+                "made without one. Pass tokenizer= (a name, a path or a tokenizer), or give the reference as input_ids"
+            )
+        ids = [encoded for kind, encoded in rows if kind == "ids"]
+        texts = encode_texts(tokenizer, [value for kind, value in rows if kind == "text"])
+        pairs = encode_answers(tokenizer, [value for kind, value in rows if kind == "pair"])
+        of_kind = {"ids": iter(ids), "text": iter(texts), "pair": iter(pairs)}
+        yield from (next(of_kind[kind]) for kind, _ in rows)
+        position += len(part)
+
+
+def _named(record: Any, reference: ReferenceSet, position: int) -> tuple[str, Any]:
+    """Return what kind of record it is, and its content."""
+    where = f"record {position} of the reference set ({_name(reference.source)})"
+    if isinstance(record, str):
+        record = {"text": record}
+    if not isinstance(record, Mapping):
+        raise TypeError(f"expected {where} as a string or a dict, got {type(record).__name__}")
+    names = {role: reference.columns.get(role, role) for role in ("input_ids", "prompt", "answer", "text")}
+    if names["input_ids"] in record:
+        tokens, labels = token_row({**record, "input_ids": record[names["input_ids"]]}, where)
+        seen = np.asarray(record["attention_mask"], bool) if "attention_mask" in record else np.ones(len(tokens), bool)
+        return "ids", Encoded(tokens[seen], labels[seen] != IGNORE_INDEX)
+    if names["prompt"] in record and names["answer"] in record:
+        prompt, answer = (_text(record[names[role]], names[role], where) for role in ("prompt", "answer"))
+        return "pair", (prompt + reference.separator, answer)
+    if names["text"] in record:
+        text = _text(record[names["text"]], names["text"], where)
+        return ("pair", _last_word(text)) if reference.answer == "last_word" else ("text", text)
+    raise ValueError(
+        f"expected {where} to have {names['text']!r}, {names['prompt']!r} and {names['answer']!r}, or "
+        f"{names['input_ids']!r}, got the columns {sorted(map(str, record))}: name yours, as in "
+        'ReferenceSet(source, columns={"text": "content"})'
+    )
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text in column {column!r} of {where}, got {type(value).__name__}")
+    return value
+
+
+def _last_word(text: str) -> tuple[str, str]:
+    """Return the text up to its last word, and the last word with the white space before it."""
+    text = text.rstrip()
+    words = text.rsplit(maxsplit=1)
+    start = len(text) - len(words[-1]) if words else 0
+    prompt = text[:start].rstrip()
+    return prompt, text[len(prompt) :]
+
+
+def _cut(encoded: Encoded, longest: int | None, record: int) -> list[Item]:
+    """Return the examples of one record, none longer than ``longest`` tokens.
+
+    Where every token counts, all of them are kept, in several pieces; where only some count, what stands before them
+    is context, and its end is the part that matters.
+    """
+    tokens, counts = encoded
+    labels = np.where(counts, tokens, IGNORE_INDEX)
+    if longest is None or len(tokens) <= longest:
+        return [Item(tokens, labels, record)]
+    if not counts.all():
+        return [Item(tokens[-longest:], labels[-longest:], record)]
+    starts = range(0, len(tokens), longest)
+    return [Item(tokens[i : i + longest], labels[i : i + longest], record) for i in starts]
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, (str, Path)):
+        return repr(str(source))
+    if isinstance(source, Sequence):
+        return f"a {type(source).__name__} of {len(source)}"
+    return f"a {type(source).__name__}"
