@@ -1,0 +1,253 @@
+"""What optimizers and clipping do to one gradient, and the transpose of it: plain tensor arithmetic.
+
+A rule is the update of one parameter; a clip acts on the whole gradient before. Each comes with ``pull_back``, which
+takes how a later quantity F changes with what came out (costates) to how it changes with what went in. Vectors in
+parameter space are dicts from parameter names to tensors.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Vector = dict[str, Tensor]
+Moments = tuple[Tensor, ...]
+
+_CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by the norm plus this
+
+
+class Pull(NamedTuple):
+    r"""What one update hands back for one parameter, each of the parameter's shape.
+
+    Attributes:
+        gradient: part of :math:`p_t`, how F changes with the gradient that the optimizer was given.
+        parameter: :math:`A_t^\top \lambda_{t+1}`, how F changes with the parameter while the gradient is held.
+        moments: costates of the moments before the step.
+    """
+
+    gradient: Tensor
+    parameter: Tensor
+    moments: Moments
+
+
+class Rule(Protocol):
+    """The update of one parameter, elementwise, and its transpose.
+
+    Attributes:
+        rate: learning rate before any schedule.
+        moments: how many moments the optimizer keeps for a parameter.
+    """
+
+    @property
+    def rate(self) -> float:
+        """Learning rate before any schedule."""
+
+    @property
+    def moments(self) -> int:
+        """How many moments there are."""
+
+    def step(
+        self, parameter: Tensor, gradient: Tensor, moments: Moments, count: int, rate: float
+    ) -> tuple[Tensor, Moments]:
+        """Return parameter and moments after update number ``count`` (from 1) at learning rate ``rate``."""
+
+    def pull_back(
+        self,
+        costate: Tensor,
+        moment_costates: Moments,
+        parameter: Tensor,
+        gradient: Tensor,
+        moments_after: Moments,
+        count: int,
+        rate: float,
+    ) -> Pull:
+        r"""Return what the costates after the update are before it.
+
+        Args:
+            costate: :math:`\lambda_{t+1}`, as all tensors of the parameter's shape.
+            moment_costates: those of the moments after the update.
+            parameter: before the update.
+            gradient: that the update was given.
+            moments_after: moments after the update.
+            count: number of the update, from 1.
+            rate: its learning rate.
+        """
+
+
+@dataclass(frozen=True)
+class SGDRule:
+    """``torch.optim.SGD``: momentum, dampening, Nesterov, and weight decay that is added to the gradient."""
+
+    rate: float
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    @property
+    def moments(self) -> int:
+        """One buffer when there is momentum."""
+        return int(self.momentum != 0)
+
+    def step(
+        self, parameter: Tensor, gradient: Tensor, moments: Moments, count: int, rate: float
+    ) -> tuple[Tensor, Moments]:
+        """See :class:`Rule`."""
+        gradient = gradient.add(parameter, alpha=self.weight_decay) if self.weight_decay else gradient
+        if not self.moments:
+            return parameter.sub(gradient, alpha=rate), ()
+        buffer = moments[0].mul(self.momentum).add_(gradient, alpha=self._gain(count))
+        update = gradient.add(buffer, alpha=self.momentum) if self.nesterov else buffer
+        return parameter.sub(update, alpha=rate), (buffer,)
+
+    def pull_back(
+        self,
+        costate: Tensor,
+        moment_costates: Moments,
+        parameter: Tensor,
+        gradient: Tensor,
+        moments_after: Moments,
+        count: int,
+        rate: float,
+    ) -> Pull:
+        """See :class:`Rule`; needs neither the gradient nor the moments, because the update is linear in both."""
+        before: Moments = ()
+        if self.moments:
+            through_buffer = moment_costates[0].sub(costate, alpha=rate * (self.momentum if self.nesterov else 1.0))
+            pulled = through_buffer.mul(self._gain(count))
+            if self.nesterov:
+                pulled.sub_(costate, alpha=rate)
+            before = (through_buffer.mul_(self.momentum),)
+        else:
+            pulled = costate.mul(-rate)
+        held = costate.add(pulled, alpha=self.weight_decay) if self.weight_decay else costate
+        return Pull(pulled, held, before)
+
+    def _gain(self, count: int) -> float:
+        return 1.0 if count == 1 else 1.0 - self.dampening  # the first gradient fills the buffer undampened
+
+
+@dataclass(frozen=True)
+class AdamRule:
+    """``torch.optim.Adam`` and ``AdamW``, with bias correction; ``decoupled`` decay is that of AdamW."""
+
+    rate: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = True
+
+    @property
+    def moments(self) -> int:
+        """Two: the running means of the gradient and of its square."""
+        return 2
+
+    def step(
+        self, parameter: Tensor, gradient: Tensor, moments: Moments, count: int, rate: float
+    ) -> tuple[Tensor, Moments]:
+        """See :class:`Rule`."""
+        gradient = self._decayed(gradient, parameter)
+        first = moments[0].lerp(gradient, 1 - self.beta1)
+        second = moments[1].mul(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        _, denominator = self._scale(second, count)
+        shrunk = parameter.mul(1 - rate * self.weight_decay) if self.decoupled else parameter
+        return shrunk.addcdiv(first, denominator, value=-rate / (1 - self.beta1**count)), (first, second)
+
+    def pull_back(
+        self,
+        costate: Tensor,
+        moment_costates: Moments,
+        parameter: Tensor,
+        gradient: Tensor,
+        moments_after: Moments,
+        count: int,
+        rate: float,
+    ) -> Pull:
+        """See :class:`Rule`."""
+        first, second = moments_after
+        correction1, correction2 = 1 - self.beta1**count, 1 - self.beta2**count
+        root, denominator = self._scale(second, count)
+        gradient = self._decayed(gradient, parameter)
+        to_first = moment_costates[0].addcdiv(costate, denominator, value=-rate / correction1)
+        slope = first.div(denominator).div_(denominator).div_(root).mul_(rate / (2 * correction1 * correction2))
+        # where no gradient ever arrived the square root has no slope; the first moment is zero there as well
+        slope = slope.where(second > 0, 0.0)
+        to_second = moment_costates[1].addcmul(slope, costate)
+        pulled = to_first.mul(1 - self.beta1).addcmul_(gradient, to_second, value=2 * (1 - self.beta2))
+        if self.decoupled:
+            held = costate.mul(1 - rate * self.weight_decay)
+        else:
+            held = costate.add(pulled, alpha=self.weight_decay)
+        return Pull(pulled, held, (to_first.mul_(self.beta1), to_second.mul_(self.beta2)))
+
+    def _decayed(self, gradient: Tensor, parameter: Tensor) -> Tensor:
+        if self.decoupled or not self.weight_decay:
+            return gradient
+        return gradient.add(parameter, alpha=self.weight_decay)
+
+    def _scale(self, second: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the corrected root of the second moment, and what the update is divided by."""
+        root = second.sqrt().div_((1 - self.beta2**count) ** 0.5)
+        return root, root.add(self.eps)
+
+
+class Clip(Protocol):
+    """What happens to the whole gradient before the optimizer sees it, and its transpose."""
+
+    def apply(self, gradient: Vector) -> Vector:
+        """Return the clipped gradient."""
+
+    def pull_back(self, costate: Vector, gradient: Vector) -> Vector:
+        """Return the costate of the gradient before clipping, given that of the clipped one."""
+
+
+@dataclass(frozen=True)
+class ClipNorm:
+    """``torch.nn.utils.clip_grad_norm_``: scale the gradient so that its length is at most ``limit``."""
+
+    limit: float
+
+    def apply(self, gradient: Vector) -> Vector:
+        """See :class:`Clip`."""
+        factor = self._factor(norm(gradient))
+        return gradient if factor is None else {name: value.mul(factor) for name, value in gradient.items()}
+
+    def pull_back(self, costate: Vector, gradient: Vector) -> Vector:
+        """See :class:`Clip`; the factor itself depends on the gradient's length."""
+        length = norm(gradient)
+        factor = self._factor(length)
+        if factor is None:
+            return costate
+        along = inner(gradient, costate) / (length * (length + _CLIP_EPS))
+        return {name: costate[name].sub(along * value).mul_(factor) for name, value in gradient.items()}
+
+    def _factor(self, length: Tensor) -> Tensor | None:
+        factor = self.limit / (length + _CLIP_EPS)
+        return factor if bool(factor < 1) else None
+
+
+@dataclass(frozen=True)
+class ClipValue:
+    """``torch.nn.utils.clip_grad_value_``: cut every coordinate to ``[-limit, limit]``."""
+
+    limit: float
+
+    def apply(self, gradient: Vector) -> Vector:
+        """See :class:`Clip`."""
+        return {name: value.clamp(-self.limit, self.limit) for name, value in gradient.items()}
+
+    def pull_back(self, costate: Vector, gradient: Vector) -> Vector:
+        """See :class:`Clip`; a coordinate that was cut no longer depends on the gradient."""
+        return {name: costate[name].where(value.abs() <= self.limit, 0.0) for name, value in gradient.items()}
+
+
+def inner(first: Vector, second: Vector) -> Tensor:
+    """Return the inner product of two vectors, a scalar."""
+    return torch.stack([torch.dot(value.flatten(), second[name].flatten()) for name, value in first.items()]).sum()
+
+
+def norm(vector: Vector) -> Tensor:
+    """Return the Euclidean length of a vector, a scalar."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value) for value in vector.values()]))
