@@ -55,6 +55,12 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable, where the system can do that."""
     if os.name == "posix":
@@ -88,6 +94,44 @@ def pool_fingerprint(manifest: Mapping[str, Any]) -> str:
     keys = ("version", "rows", "block_size", "vocab_size", "eos_id", "sources", "documents_digest")
     content = {key: manifest[key] for key in keys} | {"tokens": manifest["files"][TOKENS]["blake2b"]}
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a pool.
+
+    Raises:
+        FileNotFoundError: ``path`` holds no finished pool.
+        ValueError: the manifest is not what was written.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        partial = path.with_name(path.name + ".partial")
+        hint = f"; {partial} is unfinished: run the same `liveselect prepare` again" if partial.exists() else ""
+        raise FileNotFoundError(f"expected a pool made by `liveselect prepare`, found no {file}{hint}")
+    try:
+        manifest = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not the manifest of a pool ({error}): prepare the pool again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise ValueError(f"expected {file} to say format {FORMAT!r} version {VERSION}: prepare the pool again")
+    if pool_fingerprint(manifest) != manifest["fingerprint"]:
+        raise ValueError(f"{file} was changed after the pool was made: prepare the pool again")
+    return manifest
+
+
+def check_files(path: Path, manifest: Mapping[str, Any], verify: bool = False) -> None:
+    """Raise ValueError unless every file has the size, and with ``verify`` the hash, that the manifest says."""
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"the pool {path} lacks its file {name}: copy it again or prepare the pool again")
+        if file.stat().st_size != expected["bytes"]:
+            raise ValueError(
+                f"{file} has {file.stat().st_size} bytes where the manifest says {expected['bytes']}: it was changed "
+                "or copied in part; copy it again or prepare the pool again"
+            )
+        if verify and hash_file(file) != expected["blake2b"]:
+            raise ValueError(f"the content of {file} is not what the manifest says: prepare the pool again")
 
 
 class PoolWriter:
@@ -178,10 +222,7 @@ class PoolWriter:
                 "use a smaller block size or more text"
             )
         self._write_documents(all_of_them=True)
-        self._parquet.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self.close()
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -207,6 +248,6 @@ class PoolWriter:
         return manifest
 
     def close(self) -> None:
-        """Close the files without finishing; for the way out of an error."""
+        """Close the files; without :meth:`finish` they are no pool."""
         self._file.close()
         self._parquet.close()

@@ -1,6 +1,5 @@
 """The token store: a finished pool folder, opened for reading."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -16,16 +15,13 @@ from torch import Tensor
 
 from liveselect.datamodules.pool_files import (
     DOCUMENTS,
-    FORMAT,
-    MANIFEST,
     ROW_GROUP,
     TOKENIZER,
     TOKENS,
-    VERSION,
     PoolWriter,
-    hash_file,
+    check_files,
     hash_tokens,
-    pool_fingerprint,
+    read_manifest,
 )
 
 
@@ -53,8 +49,8 @@ class TokenStore:
 
     def __init__(self, path: str | Path, verify: bool = False) -> None:
         self.path = Path(path)
-        self.manifest = _read_manifest(self.path)
-        _check_files(self.path, self.manifest, verify)
+        self.manifest = read_manifest(self.path)
+        check_files(self.path, self.manifest, verify)
         self.rows: int = self.manifest["rows"]
         self.block_size: int = self.manifest["block_size"]
         self.vocab_size: int = self.manifest["vocab_size"]
@@ -173,37 +169,6 @@ class TokenStore:
         start = int(self._starts[matches[0]])
         last = start + int(self.document_tokens[matches[0]]) - 1
         return range(start // self.block_size, min(last // self.block_size + 1, self.rows))
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    if not file.is_file():
-        partial = path.with_name(path.name + ".partial")
-        hint = f"; {partial} is unfinished: run the same `liveselect prepare` again" if partial.exists() else ""
-        raise FileNotFoundError(f"expected a pool made by `liveselect prepare`, found no {file}{hint}")
-    try:
-        manifest = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not the manifest of a pool ({error}): prepare the pool again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise ValueError(f"expected {file} to say format {FORMAT!r} version {VERSION}: prepare the pool again")
-    if pool_fingerprint(manifest) != manifest["fingerprint"]:
-        raise ValueError(f"{file} was changed after the pool was made: prepare the pool again")
-    return manifest
-
-
-def _check_files(path: Path, manifest: Mapping[str, Any], verify: bool) -> None:
-    for name, expected in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"the pool {path} lacks its file {name}: copy it again or prepare the pool again")
-        if file.stat().st_size != expected["bytes"]:
-            raise ValueError(
-                f"{file} has {file.stat().st_size} bytes where the manifest says {expected['bytes']}: it was changed "
-                "or copied in part; copy it again or prepare the pool again"
-            )
-        if verify and hash_file(file) != expected["blake2b"]:
-            raise ValueError(f"the content of {file} is not what the manifest says: prepare the pool again")
 
 
 def _majority(starts: np.ndarray, codes: np.ndarray, rows: int, block_size: int) -> np.ndarray:

@@ -1,0 +1,182 @@
+"""The corpus: all sources and the recipe that turns them into a pool, read as one stream of documents."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from liveselect.datamodules.parts import Document
+from liveselect.datamodules.pool_files import hash_file
+from liveselect.datamodules.readers import ON_UNDECODABLE, DataError, OnUndecodable, Reading, Record
+from liveselect.datamodules.sources import Source, describe_source, parts_of
+from liveselect.datamodules.tokenizers import bpe_size
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the content of a pool, besides the sources.
+
+    Attributes:
+        tokenizer: name or path of a Hugging Face tokenizer, or ``bpe:N`` to train one on the sources;
+            it may be None with ready ids.
+        block_size: T, tokens of a block.
+        text_column: the column with the text.
+        ids_column: a column with ready token ids; the text is then not looked at.
+        id_column: a column that identifies each document. By default documents are named by source, file and line.
+        metadata: the other columns to keep, or None for all.
+        separate: whether to put the end-of-text token after each document.
+        eos_id: that token, where the tokenizer names none or another is wanted.
+        vocab_size: every id is below it; needed with ready ids that come without a tokenizer.
+        on_undecodable: what to do with text that is not UTF-8: ``error``, ``replace`` or ``skip``.
+    """
+
+    tokenizer: str | None = None
+    block_size: int = 1024
+    text_column: str = "text"
+    ids_column: str | None = None
+    id_column: str | None = None
+    metadata: tuple[str, ...] | None = None
+    separate: bool = True
+    eos_id: int | None = None
+    vocab_size: int | None = None
+    on_undecodable: OnUndecodable = "error"
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise DataError(f"expected a block of at least one token, got block_size={self.block_size}")
+        if self.on_undecodable not in ON_UNDECODABLE:
+            raise DataError(f"expected on_undecodable to be one of {ON_UNDECODABLE}, got {self.on_undecodable!r}")
+        if self.ids_column is None and self.tokenizer is None:
+            raise DataError(
+                "text needs a tokenizer: pass a Hugging Face name, a path, or bpe:N to train one (bpe:4096)"
+            )
+        if self.ids_column is not None and self.tokenizer is None and self.vocab_size is None:
+            raise DataError(
+                "ready token ids need the tokenizer that made them, or vocab_size (the largest id plus one)"
+            )
+        if self.tokenizer is not None and bpe_size(self.tokenizer) is not None and self.ids_column is not None:
+            raise DataError("a tokenizer cannot be trained on ready token ids: name the one that made them")
+
+    @property
+    def content_column(self) -> str:
+        """The column that becomes the tokens."""
+        return self.ids_column or self.text_column
+
+    def reading(self) -> Reading:
+        """Return what to read of every record."""
+        required = [self.content_column, *([self.id_column] if self.id_column else [])]
+        keep = None if self.metadata is None else [*required, *self.metadata]
+        return Reading(required=required, keep=keep, on_undecodable=self.on_undecodable)
+
+
+class Corpus:
+    """Sources under a recipe.
+
+    Args:
+        sources: in the order of their documents in the pool.
+        recipe: what to read and what to make of it.
+
+    Attributes:
+        size: bytes of all sources.
+        settings: what identifies sources and recipe, for comparing two runs.
+        tally: how many documents were left out or mended, after :meth:`documents` was read to its end.
+    """
+
+    def __init__(self, sources: Sequence[Source], recipe: Recipe) -> None:
+        if not sources:
+            raise DataError("expected at least one source: a file, a folder, a pattern, or hub:NAME")
+        names = Counter(source.name for source in sources)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise DataError(f"several sources are called {twice[0]!r}: give each its own name with name=location")
+        self.sources, self.recipe = list(sources), recipe
+        self._parts = [(source, parts_of(source)) for source in sources]
+        self.size = sum(part.size for _, parts in self._parts for part in parts)
+        self.tally: Counter[str] = Counter()
+        self.settings = {
+            "sources": [describe_source(source, parts) for source, parts in self._parts],
+            **asdict(recipe),
+            "metadata": None if recipe.metadata is None else list(recipe.metadata),
+            "tokenizer_files": _identity(recipe.tokenizer),
+        }
+
+    def documents(self) -> Iterator[Document]:
+        """Yield every document that is not empty, in order."""
+        reading = self.recipe.reading()
+        self.tally = reading.tally
+        before = 0
+        for source, parts in self._parts:
+            for part in parts:
+                for record in part.read(reading):
+                    content = self._content(record)
+                    if content is None:
+                        reading.tally["empty"] += 1
+                        continue
+                    name = self._document_id(source, record)
+                    values = {key: value for key, value in record.values.items() if key not in reading.required}
+                    metadata = json.dumps(values, default=_plain)
+                    yield Document(source.name, name, record.where, content, metadata, before + record.done)
+                before += part.size
+
+    def sample(self, characters: int) -> list[str]:
+        """Return the beginnings of all sources and their files, shared out evenly, ``characters`` at the most."""
+        texts: list[str] = []
+        left = characters
+        for index, (_, parts) in enumerate(self._parts):
+            for_source = left // (len(self._parts) - index)
+            left -= for_source
+            for position, part in enumerate(parts):
+                for_part = for_source // (len(parts) - position)
+                for record in part.read(self.recipe.reading()):
+                    if for_part <= 0:
+                        break
+                    text = (self._content(record) or "")[:for_part]
+                    texts.append(text)
+                    for_part -= len(text)
+                    for_source -= len(text)
+            left += for_source
+        return texts
+
+    def _content(self, record: Record) -> Any:
+        """Return the text or ids of a record, or None when it is empty."""
+        column = self.recipe.content_column
+        content = record.values[column]
+        if self.recipe.ids_column is not None:
+            if content is not None and not isinstance(content, (list, np.ndarray)):
+                raise DataError(
+                    f"{record.where}: expected a list of token ids in column {column!r}, got {content!r:.60}"
+                )
+            return None if content is None or not len(content) else content
+        if content is not None and not isinstance(content, str):
+            kind = type(content).__name__
+            raise DataError(
+                f"{record.where}: expected text in column {column!r}, got {kind}. Name the column with the text, or "
+                "for ready token ids pass their column as ids_column (--ids-column)"
+            )
+        return content if content and not content.isspace() else None
+
+    def _document_id(self, source: Source, record: Record) -> str:
+        column = self.recipe.id_column
+        if column is None:
+            return f"{source.name}/{record.key}"
+        if record.values[column] is None:
+            raise DataError(f"{record.where}: the id column {column!r} is empty; choose another, or none")
+        return str(record.values[column])
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can say of a metadata value; binary data (images, sound) is dropped."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return None if isinstance(value, (bytes, bytearray)) else str(value)
+
+
+def _identity(tokenizer: str | None) -> dict[str, str] | None:
+    """Return the hashes of the files of a tokenizer that is given by its path."""
+    if tokenizer is None or not Path(tokenizer).is_dir():
+        return None
+    files = sorted(file for file in Path(tokenizer).iterdir() if file.is_file() and "token" in file.name)
+    return {file.name: hash_file(file) for file in files}

@@ -1,0 +1,132 @@
+"""``liveselect prepare``: sources of text in, a pool of token blocks out."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from liveselect.datamodules.prepare import Prepared
+
+DESCRIPTION = """\
+Turn sources of text into a pool: fixed-length blocks of token ids on disk, each traceable to its documents.
+An interrupted command continues when it is repeated; the same sources and options always give the same pool.
+"""
+
+EXAMPLES = """\
+a source is
+  corpus.jsonl.gz, shard.parquet    a file: JSON Lines (.jsonl .ndjson .json, also .gz .zst .bz2), Parquet, else text
+  data/                             a folder: its JSON Lines and Parquet files, its *.txt files, or what --include says
+  'data/**/*.parquet'               a pattern
+  saved/                            a folder written by datasets' save_to_disk
+  hub:NAME[:CONFIG[:SPLIT]]         a data set of the Hugging Face hub (SPLIT is train by default)
+each may be given a name: web=crawl/ books=books.parquet
+
+examples
+  liveselect prepare corpus.jsonl --out pool --tokenizer gpt2
+  liveselect prepare code=src/ text=docs/ --include '*.py' --include '*.md' --out pool --tokenizer bpe:8192
+  liveselect prepare hub:wikitext:wikitext-103-raw-v1 --out pool --tokenizer EleutherAI/pythia-160m --block-size 1024
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    result = argparse.ArgumentParser(
+        prog="liveselect prepare",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("sources", nargs="+", metavar="[NAME=]SOURCE", help="where the text is; see below")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="the pool to make")
+    add(
+        "--tokenizer", metavar="T", help="Hugging Face name or path, or bpe:N to train a BPE of N tokens on the sources"
+    )
+    add("--block-size", type=int, default=1024, metavar="N", help="tokens of a block (default: %(default)s)")
+    add("--include", action="append", default=[], metavar="PATTERN", help="files to take from folders; may be repeated")
+    add("--text-column", default="text", metavar="C", help="column with the text (default: %(default)s)")
+    add("--ids-column", metavar="C", help="column with ready token ids, instead of text")
+    add("--id-column", metavar="C", help="column that names each document (default: source, file and line)")
+    add("--metadata", metavar="C,C", help="other columns to keep for each document, separated by commas (default: all)")
+    add("--no-separator", action="store_true", help="put no end-of-text token after each document")
+    add("--eos-id", type=int, metavar="N", help="the end-of-text token (default: the tokenizer's)")
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="largest token id plus one; needed with ready ids without a tokenizer",
+    )
+    add(
+        "--on-undecodable",
+        choices=("error", "replace", "skip"),
+        default="error",
+        help="text that is not UTF-8: stop, put U+FFFD, or drop the document (default: %(default)s)",
+    )
+    add("--workers", type=int, metavar="N", help="processes that encode (default: one for each core)")
+    add("--overwrite", action="store_true", help="replace a pool that was made from other sources or in another way")
+    add("--quiet", action="store_true", help="show no progress")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    arguments = parser().parse_args(argv)
+
+    from liveselect.datamodules.display import PrepareDisplay
+    from liveselect.datamodules.readers import DataError
+
+    complaints = PrepareDisplay()
+    try:
+        prepared = _prepare(arguments)
+    except KeyboardInterrupt:
+        complaints.say("interrupted: nothing is finished, and the same command continues from here")
+        return 130
+    except (DataError, OSError) as error:
+        complaints.say(f"error: {error}")
+        return 1
+    if not arguments.quiet:
+        sys.stdout.write(summary(prepared))
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> "Prepared":
+    from liveselect.datamodules.corpus import Corpus, Recipe
+    from liveselect.datamodules.display import PrepareDisplay
+    from liveselect.datamodules.prepare import prepare_pool
+    from liveselect.datamodules.sources import Source
+
+    recipe = Recipe(
+        tokenizer=arguments.tokenizer,
+        block_size=arguments.block_size,
+        text_column=arguments.text_column,
+        ids_column=arguments.ids_column,
+        id_column=arguments.id_column,
+        metadata=None if arguments.metadata is None else tuple(filter(None, arguments.metadata.split(","))),
+        separate=not arguments.no_separator,
+        eos_id=arguments.eos_id,
+        vocab_size=arguments.vocab_size,
+        on_undecodable=arguments.on_undecodable,
+    )
+    corpus = Corpus([Source.parse(source, arguments.include) for source in arguments.sources], recipe)
+    display = PrepareDisplay(quiet=arguments.quiet)
+    return prepare_pool(corpus, arguments.out, display, arguments.workers, arguments.overwrite)
+
+
+def summary(prepared: "Prepared") -> str:
+    """Return what a pool holds, as text for people."""
+    manifest = prepared.manifest
+    tokens = manifest["rows"] * manifest["block_size"]
+    lines = [
+        f"{prepared.path}",
+        f"  {manifest['rows']} blocks of {manifest['block_size']} tokens ({tokens / 1e6:.1f}M), vocabulary of "
+        f"{manifest['vocab_size']}, fingerprint {manifest['fingerprint']}",
+    ]
+    lines += [
+        f"  {source['name']}: {source['documents']} documents, {source['tokens'] / 1e6:.1f}M tokens"
+        for source in manifest["sources"]
+    ]
+    left_out = [f"{count} {reason}" for reason, count in manifest["counts"].items() if count]
+    lines += [f"  documents left out or mended: {', '.join(left_out)}"] if left_out else []
+    return "\n".join(lines) + "\n"
