@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -107,7 +109,8 @@ def test_positions_without_loss_are_left_out_without_changing_losses_or_gradient
         return torch.autograd.grad((losses * weights).sum(), list(model.parameters()), allow_unused=True)
 
     # prepared as if every position carried loss: nothing is cut, all logits are computed
-    uncut = {"labels": batch["input_ids"], **batch, TARGET_COLUMNS: torch.arange(batch["input_ids"].shape[1] - 1)}
+    rows, width = batch["input_ids"].shape
+    uncut = {**batch, TARGET_COLUMNS: torch.arange(width - 1).expand(rows, -1)}
     expected, found = causal_lm_loss(model, uncut), causal_lm_loss(model, batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for first, second in zip(gradients(found), gradients(expected), strict=True):
@@ -128,16 +131,39 @@ def test_a_batch_prepared_beforehand_has_the_same_losses(model, form):
     assert torch.equal(causal_lm_loss(model, at_targets(batch)), causal_lm_loss(model, batch))
 
 
-def test_only_positions_up_to_the_last_target_reach_the_model_and_only_targets_its_head(monkeypatch):
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: Forwarding(model=model)], ids=["bare", "wrapped"])
+def test_only_positions_up_to_the_last_target_reach_the_model_and_only_targets_its_head(wrap):
     network = build()
     shapes = {}
     network.gpt_neox.register_forward_hook(lambda module, args, out: shapes.update(body=out[0].shape))
     network.lm_head.register_forward_hook(lambda module, args, out: shapes.update(head=args[0].shape))
     labels = torch.full((4, 12), -100)
-    labels[:, [4, 6]] = 1
-    causal_lm_loss(network, {"input_ids": draw_tokens(), "labels": labels})
-    assert shapes["body"][1] == 7  # columns 0..6: the target in column 6 is predicted in column 5
-    assert shapes["head"][1] == 2
+    labels[torch.arange(4), [2, 4, 5, 6]] = 1
+    labels[0, 5] = 1
+    causal_lm_loss(wrap(network), {"input_ids": draw_tokens(), "labels": labels})
+    assert shapes["body"][:2] == (4, 7)  # columns 0..6: the target in column 6 is predicted in column 5
+    assert shapes["head"][:2] == (4, 2)  # no row has more than two targets
+
+
+def test_the_model_keeps_no_hook_of_ours_also_when_it_fails():
+    network = build()
+    batch = batches()["last word"]
+    causal_lm_loss(network, batch)
+    with pytest.raises(IndexError):
+        causal_lm_loss(network, {**batch, "input_ids": batch["input_ids"] + VOCAB})
+    assert not network.lm_head._forward_pre_hooks
+
+
+def test_what_a_model_does_to_its_logits_is_done_to_those_that_are_left():
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(0)
+        config = Gemma2Config(vocab_size=VOCAB, num_key_value_heads=1, head_dim=16, **WIDTH)
+        network = Gemma2ForCausalLM(config).eval()
+    network.lm_head.weight.data.mul_(100)  # far into the cap of the logits
+    batch = batches()["last word"]
+    assert config.final_logit_softcapping
+    own = network(**batch).loss
+    assert causal_lm_loss(network, batch).mean().item() == pytest.approx(own.item(), rel=2e-6)
 
 
 def test_an_example_without_targets_has_loss_zero_and_no_gradient():

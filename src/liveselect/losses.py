@@ -1,7 +1,8 @@
 """Per-example losses of causal language models."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from liveselect.protocols import IGNORE_INDEX, Batch
 
 TARGET_COLUMNS = "target_columns"
-"""Key of what :func:`at_targets` adds: ``(K,)`` int64, the positions whose next token carries loss in some row."""
+"""Key of what :func:`at_targets` adds: ``(B, K)`` int64, the columns of each row whose next token carries loss.
+
+Rows with fewer than K of them are filled up with their last column, which has no next token.
+"""
 
 _MODEL_INPUTS = ("attention_mask", "position_ids")
 
@@ -33,11 +37,16 @@ def at_targets(batch: Batch) -> dict[str, Tensor]:
     A causal model looks only to the left, so the loss is that of the whole batch. A batch that is used many times is
     best prepared once, on CPU: the columns decide shapes, and finding them on an accelerator makes it wait.
     """
-    columns = (shifted_targets(batch) != IGNORE_INDEX).any(dim=0).nonzero().flatten()
-    width = batch["input_ids"].shape[1]
+    carries = shifted_targets(batch) != IGNORE_INDEX
+    rows, width = batch["input_ids"].shape
+    columns = torch.arange(width - 1, device=carries.device).expand(rows, -1)
+    most = max(int(carries.sum(dim=1).max()), 1) if width > 1 else 0
     kept = width
-    if 0 < len(columns) < width - 1 and all(batch[key].dim() == 2 for key in _MODEL_INPUTS if key in batch):
-        kept = int(columns[-1]) + 2  # the last target is predicted one column before its own
+    if most < width - 1:
+        columns = columns.masked_fill(~carries, width).sort(dim=1).values[:, :most]
+        if (columns < width).any() and all(batch[key].dim() == 2 for key in _MODEL_INPUTS if key in batch):
+            kept = int(columns[columns < width].max()) + 2  # the last target is predicted one column before its own
+        columns = columns.clamp(max=kept - 1)
     return {key: _cut(value, width, kept) for key, value in batch.items()} | {TARGET_COLUMNS: columns}
 
 
@@ -46,29 +55,19 @@ def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
 
     Understands Hugging Face causal language models, modules that return logits ``(B, T, V)`` (bare, as the first
     element of a tuple, or under ``logits``), and wrappers, such as a LightningModule, whose ``forward`` is one of these
-    or that hold exactly one such model. Columns after the last target are not fed to the model, and where it can
-    restrict its output head to given positions (``logits_to_keep``), only positions that carry loss are computed. An
-    example without any target has loss 0.
+    or that hold exactly one such model. Columns after the last target are not fed to the model, and a Hugging Face
+    model computes the logits of positions that carry loss only. An example without any target has loss 0.
 
     Raises:
         TypeError: the module cannot be called with token ids, or returns no logits; pass a ``loss_fn``.
     """
     if TARGET_COLUMNS not in batch:
         batch = at_targets(batch)
-    network = find_language_model(model)
-    accepted = inspect.signature(network.forward).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    options: dict[str, Any] = {
-        key: batch[key] for key in _MODEL_INPUTS if key in batch and (key in accepted or takes_any)
-    }
-    if "use_cache" in accepted:
-        options["use_cache"] = False
-    targets, columns = shifted_targets(batch), batch[TARGET_COLUMNS]
-    if "logits_to_keep" in accepted and 0 < len(columns) < targets.shape[1]:
-        logits = _logits(network(batch["input_ids"], logits_to_keep=columns, **options), network)
-        targets = targets[:, columns]
-    else:
-        logits = _logits(network(batch["input_ids"], **options), network)[:, : targets.shape[1]]
+    columns = batch[TARGET_COLUMNS]
+    labels = batch["labels"] if "labels" in batch else batch["input_ids"]
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)[rows, columns]
+    logits = _logits_at(find_language_model(model), batch, rows, columns)
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()  # the differences that selection looks at are lost in a short softmax
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
@@ -105,6 +104,53 @@ def find_language_model(model: nn.Module) -> nn.Module:
         f"{len(language_models)} Hugging Face language models among {len(inner)} modules with parameters, where one "
         "was expected. Define forward(input_ids), or pass loss_fn=(model, batch) -> (B,) losses"
     )
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Return the layer of a Hugging Face language model that makes the logits, or None where there is no such one."""
+    language_models: list[Any] = [module for module in model.modules() if _is_language_model(module)]
+    heads = {id(head): head for each in language_models if isinstance(head := each.get_output_embeddings(), nn.Module)}
+    return next(iter(heads.values())) if len(heads) == 1 else None
+
+
+def _logits_at(network: nn.Module, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the logits ``(B, K, V)`` of the positions ``columns (B, K)`` of the ``rows (B, 1)``."""
+    accepted = inspect.signature(network.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    options: dict[str, Any] = {
+        key: batch[key] for key in _MODEL_INPUTS if key in batch and (key in accepted or takes_any)
+    }
+    if "use_cache" in accepted:
+        options["use_cache"] = False
+    width, wanted = batch["input_ids"].shape[1], columns.shape[1]
+    with _head_narrowed(network, rows, columns, width):
+        logits = _logits(network(batch["input_ids"], **options), network)
+    if logits.shape[1] == wanted:
+        return logits
+    return logits[:, :wanted] if wanted == width - 1 else logits[rows, columns]
+
+
+@contextmanager
+def _head_narrowed(network: nn.Module, rows: Tensor, columns: Tensor, width: int) -> Iterator[None]:
+    """Let the output head see the positions ``columns`` only, where they are few.
+
+    A hook, and not the models' own ``logits_to_keep``, because that keeps the same columns in all rows. Whatever the
+    model does to its logits afterwards (scaling, capping) is done to those that are left.
+    """
+    head = output_head(network) if columns.shape[1] < width - 1 else None
+    if head is None:
+        yield
+        return
+
+    def narrow(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = inputs[0]
+        return (hidden[rows, columns], *inputs[1:]) if hidden.shape[:2] == (len(rows), width) else inputs
+
+    handle = head.register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _cut(value: Any, width: int, kept: int) -> Any:

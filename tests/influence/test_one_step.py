@@ -22,7 +22,7 @@ from probing import (
 from torch import nn
 
 from liveselect.influence import OneStepInfluence
-from liveselect.influence.reference import ReferenceSet
+from liveselect.influence.reference import ReferencePass
 
 
 def stepped_copy(context, tokens, divisor=1, fresh_optimizer=None):
@@ -62,7 +62,7 @@ def test_influence_is_what_stepping_a_deep_copy_gives(optimizer, step):
 def test_the_loss_after_the_step_equals_that_of_a_deep_copy_to_the_last_bit(dtype):
     context = warm_context(model=tiny_model(dtype))
     batch = candidate_batch(context)
-    reference = ReferenceSet.load(context)
+    reference = ReferencePass.load(context)
     loss = [
         reference.loss(replace(context, model=stepped_copy(context, row)))
         for row in [None, *batch["input_ids"].split(1)]

@@ -7,7 +7,7 @@ import torch
 from fakes import FakeSource
 from probing import VOCAB, mean_loss, tiny_model, warm_context
 
-from liveselect.influence.reference import ReferenceSet, group_by_length
+from liveselect.influence.reference import ReferencePass, group_by_length
 from liveselect.losses import causal_lm_loss
 
 
@@ -86,11 +86,29 @@ def test_batches_that_cannot_be_cut_by_columns_are_left_alone(extra):
     assert group_by_length(batches) is batches
 
 
+def test_a_mask_is_dropped_where_it_hides_nothing_to_the_left_of_a_target():
+    assert all("attention_mask" not in batch for batch in group_by_length(ragged_batches(left=False)))
+    assert all("attention_mask" in batch for batch in group_by_length(ragged_batches(left=True)))
+
+
+def test_flops_count_the_head_at_targets_only():
+    context = replace(warm_context(), source=RaggedSource(ragged_batches()))
+    reference = ReferencePass.load(context)
+    found = []
+    for module in context.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda layer, args, out: found.append(2 * layer.weight.numel() * args[0].shape[:-1].numel())
+            )
+    reference.loss(context)
+    assert context.meter.flops["other"] == sum(found)
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_the_reference_loss_is_the_mean_over_all_targets(left):
     context = replace(warm_context(), source=RaggedSource(ragged_batches(left)))
     context.model.eval()
-    reference = ReferenceSet.load(context)
+    reference = ReferencePass.load(context)
     loss, count = total(context.model, context.source.batches)
     assert reference.targets == count
     assert reference.examples == 14  # the row without targets is left out
@@ -106,7 +124,7 @@ def test_a_custom_loss_is_given_the_batches_of_the_source():
         return mean_loss(model, batch["input_ids"]).expand(len(batch["input_ids"]))
 
     context = replace(context, source=RaggedSource(ragged_batches()), loss_fn=loss_fn)
-    ReferenceSet.load(context).loss(context)
+    ReferencePass.load(context).loss(context)
     for given, own in zip(seen, context.source.batches, strict=True):
         assert given.keys() == own.keys()
         assert all(torch.equal(given[key], own[key]) for key in own)
@@ -121,6 +139,6 @@ def test_the_reference_is_read_from_the_source_once():
             return super().reference()
 
     context = replace(warm_context(), source=Counting(ragged_batches()))
-    reference = ReferenceSet.load(context)
+    reference = ReferencePass.load(context)
     assert reference.loss(context) == reference.loss(context)
     assert context.source.reads == 1

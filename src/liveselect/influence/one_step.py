@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from liveselect.functional.flops import forward_flops
-from liveselect.influence.reference import Precision, ReferenceSet
+from liveselect.influence.reference import Precision, ReferencePass
 from liveselect.protocols import Batch, RoundContext
 from liveselect.snapshot import Snapshot, measuring, refuse_closure
 
@@ -19,7 +19,7 @@ StepSize = Literal["published", "in_batch"]
 
 @dataclass(frozen=True)
 class _Baseline:
-    reference: ReferenceSet
+    reference: ReferencePass
     learning_rate: float
     loss: float  # after the zero-gradient step
 
@@ -75,7 +75,7 @@ class OneStepInfluence:
         _refuse_unfit(context)
         learning_rate = live_learning_rate(context.optimizer)
         with measuring(context.model, context.optimizer), context.meter.phase("reference pass"):
-            reference = ReferenceSet.load(context)
+            reference = ReferencePass.load(context)
             before = reference.loss(context, self.reference_precision)
             _require_finite(before, "before any step", "look at the training loss: the model may have diverged")
             probe = _Probe(context, reference, self.reference_precision)
@@ -110,7 +110,7 @@ class _Probe:
     """Takes steps from one state of the model and returns to it after each."""
 
     def __init__(
-        self, context: RoundContext, reference: ReferenceSet, precision: Precision, gradient_divisor: int = 1
+        self, context: RoundContext, reference: ReferencePass, precision: Precision, gradient_divisor: int = 1
     ) -> None:
         self.parameters = trainable_parameters(context.optimizer)
         self._context = context

@@ -1,37 +1,48 @@
-"""The reference set on the device, arranged so that one pass over it costs little."""
+"""The loss over the reference set, arranged so that one pass costs little."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from liveselect.functional.flops import forward_flops
-from liveselect.losses import at_targets, causal_lm_loss, reference_loss, target_counts
+from liveselect.losses import (
+    TARGET_COLUMNS,
+    at_targets,
+    causal_lm_loss,
+    output_head,
+    reference_loss,
+    target_counts,
+)
 from liveselect.protocols import IGNORE_INDEX, Batch, RoundContext
 
 Precision = Literal["float32", "training"]
 
+_WORTH_A_BATCH = 2048  # positions; smaller batches leave an accelerator idle
+_ALIKE = 0.8  # rows this much shorter than the longest of their batch are better served by the next one
 _PADDING = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "labels": IGNORE_INDEX}
 
 
 @dataclass(frozen=True)
-class ReferenceSet:
+class ReferencePass:
     """The batches of the reference set, on the model's device.
 
     Attributes:
         batches: what the loss is computed on.
         counts: for each batch ``(B,)`` int64 on CPU, how many tokens of each example carry loss.
         tokens: positions that the model reads in one pass, padding included.
+        flops: floating point operations of one pass.
     """
 
     batches: list[Batch]
     counts: list[Tensor]
     tokens: int
+    flops: float
 
     @classmethod
-    def load(cls, context: RoundContext) -> "ReferenceSet":
+    def load(cls, context: RoundContext) -> "ReferencePass":
         """Fetch the reference set once.
 
         For :func:`causal_lm_loss` rows are cut after their last target and grouped with rows of like length, which
@@ -50,7 +61,8 @@ class ReferenceSet:
                 f"{IGNORE_INDEX} beyond the first column. Check how the reference set is prepared and masked"
             )
         tokens = sum(batch["input_ids"].numel() for batch in batches)
-        return cls([context.to_device(batch) for batch in batches], counts, tokens)
+        flops = sum(batch_flops(context.model, batch) for batch in batches)
+        return cls([context.to_device(batch) for batch in batches], counts, tokens, flops)
 
     @property
     def examples(self) -> int:
@@ -73,28 +85,46 @@ class ReferenceSet:
         full = torch.autocast(context.device.type, enabled=False)
         with full if precision == "float32" else context.forward_context():
             losses = [context.loss_fn(context.model, batch) for batch in self.batches]
-        context.meter.add_flops(forward_flops(context.model, self.tokens))
+        context.meter.add_flops(self.flops)
         return reference_loss(losses, self.counts)
+
+
+def batch_flops(model: nn.Module, batch: Batch) -> float:
+    """Return the FLOPs of one forward over a batch; a head that is told where the targets are computes only those."""
+    rows, width = batch["input_ids"].shape
+    wanted = batch[TARGET_COLUMNS].shape[1] if TARGET_COLUMNS in batch else width
+    head = output_head(model) if wanted < width - 1 else None
+    return forward_flops(model, rows * width) - (forward_flops(head, rows * (width - wanted)) if head else 0.0)
 
 
 def group_by_length(batches: list[Batch]) -> list[Batch]:
     """Return the rows of all batches cut after their last target, longest first, in batches of like length.
 
     No batch holds more tokens than the largest one given. Rows without targets are left out, and of the keys only those
-    that :func:`causal_lm_loss` reads are kept.
+    that :func:`causal_lm_loss` reads are kept. A mask that hides nothing to the left of a target is dropped, because
+    attention is faster without one.
     """
     keys = [key for key in _PADDING if key == "labels" or any(key in batch for batch in batches)]
     if any(key not in batch or batch[key].dim() != 2 for batch in batches for key in keys if key != "labels"):
         return batches
     room = max((batch["input_ids"].numel() for batch in batches), default=0)
     rows = [row for batch in batches for row in _rows_to_last_target(batch, keys)]
+    if all(bool(row["attention_mask"].all()) for row in rows if "attention_mask" in row):
+        keys = [key for key in keys if key != "attention_mask"]
     rows.sort(key=_length, reverse=True)
     groups: list[list[dict[str, Tensor]]] = []
     for row in rows:
-        if not groups or (len(groups[-1]) + 1) * _length(groups[-1][0]) > room:
+        if not groups or _is_complete(groups[-1], _length(row), room):
             groups.append([])
         groups[-1].append(row)
     return [_stack(group, keys) for group in groups]
+
+
+def _is_complete(group: list[dict[str, Tensor]], next_length: int, room: int) -> bool:
+    """Whether the next row begins a new group: there is no room, or much padding and enough rows without it."""
+    width = _length(group[0])
+    full = (len(group) + 1) * width > room
+    return full or (len(group) * width >= _WORTH_A_BATCH and next_length < _ALIKE * width)
 
 
 def _rows_to_last_target(batch: Batch, keys: list[str]) -> list[dict[str, Tensor]]:

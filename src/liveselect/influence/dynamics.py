@@ -1,0 +1,146 @@
+"""Reads how the live run trains (optimizer, moments, clipping) into the terms of :mod:`liveselect.functional.adjoint`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liveselect.functional.adjoint import Dynamics, State
+from liveselect.functional.updates import AdamRule, Clip, ClipNorm, ClipValue, Moments, Rule, SGDRule, Vector, norm
+from liveselect.protocols import RoundContext
+
+_MOMENTS = {SGDRule: ("momentum_buffer",), AdamRule: ("exp_avg", "exp_avg_sq")}
+
+
+def moving_parameters(context: RoundContext) -> dict[str, nn.Parameter]:
+    """Return the parameters that both the model and the optimizer hold, and that are trained, by name.
+
+    Raises:
+        ValueError: there is none.
+        TypeError: some are kept in 16 bits, in which a costate is lost in rounding.
+    """
+    trained = {id(parameter) for group in context.optimizer.param_groups for parameter in group["params"]}
+    found = {
+        name: parameter
+        for name, parameter in context.model.named_parameters()
+        if parameter.requires_grad and id(parameter) in trained
+    }
+    if not found:
+        raise ValueError("expected an optimizer over trainable parameters of the model, got none: unfreeze some")
+    short = sorted(name for name, parameter in found.items() if parameter.dtype.itemsize < 4)
+    if short:
+        raise TypeError(
+            f"expected parameters in float32 or float64, got 16 bits in {short[:3]}{'...' if short[3:] else ''}: train "
+            'with precision="bf16-mixed", which keeps the parameters in float32'
+        )
+    return found
+
+
+def live_dynamics(context: RoundContext, schedule: Sequence[float] = ()) -> Dynamics:
+    """Return the dynamics of the live optimizer, with the clipping that training does.
+
+    Raises:
+        TypeError: the optimizer is another than ``torch.optim``'s SGD, Adam and AdamW, or has settings whose adjoint is
+            not written here; or clipping is neither by norm nor by value.
+    """
+    optimizer = context.optimizer
+    if type(optimizer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        raise TypeError(
+            f"expected torch.optim's SGD, Adam or AdamW, got {type(optimizer).__name__}, whose adjoint is not known: "
+            'unroll plain SGD, as published, with dynamics="sgd"'
+        )
+    group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    rules = {
+        name: _rule(optimizer, group_of[id(parameter)]) for name, parameter in moving_parameters(context).items()
+    }
+    return Dynamics(rules, find_clip(context), tuple(schedule))
+
+
+def sgd_dynamics(context: RoundContext, rate: float, schedule: Sequence[float] = ()) -> Dynamics:
+    """Return plain SGD: no momentum, decay or clipping."""
+    return Dynamics({name: SGDRule(rate) for name in moving_parameters(context)}, None, tuple(schedule))
+
+
+def live_state(context: RoundContext, dynamics: Dynamics) -> State:
+    """Return copies of the live parameters, of the moments that the dynamics' rules know, and the counts of updates.
+
+    What the optimizer has not made yet is zero.
+    """
+    parameters: Vector = {}
+    moments: dict[str, Moments] = {}
+    counts: dict[str, int] = {}
+    for name, parameter in moving_parameters(context).items():
+        rule = dynamics.rules[name]
+        kept = context.optimizer.state.get(parameter, {})
+        names = _MOMENTS[type(rule)][: rule.moments]
+        warm = all(isinstance(kept.get(moment), Tensor) for moment in names)
+        parameters[name] = parameter.detach().clone()
+        moments[name] = tuple(
+            kept[moment].detach().clone() if warm else torch.zeros_like(parameter.detach()) for moment in names
+        )
+        counts[name] = int(kept.get("step", 1)) if warm else 0
+    return State(parameters, moments, counts)
+
+
+def find_clip(context: RoundContext) -> Clip | None:
+    """Return what the context's ``clip_gradients`` does, found by clipping two gradients that are surely too long.
+
+    Call inside :func:`liveselect.snapshot.measuring`, which takes care of the live gradients.
+
+    Raises:
+        TypeError: it neither scales the whole gradient to a norm nor cuts its values.
+    """
+    parameters = moving_parameters(context)
+    found = [_clip_of(context, parameters, size) for size in (1e4, 3e5)]
+    same = type(found[0]) is type(found[1])
+    if same and (found[0] is None or torch.tensor(found[0].limit).isclose(torch.tensor(found[1].limit), rtol=1e-4)):
+        return found[1]
+    raise TypeError(
+        f"clipping acts as {found[0]} on one gradient and as {found[1]} on a longer one: expected clipping to a fixed "
+        'norm or value, whose adjoint is known. Unroll plain SGD, as published, with dynamics="sgd"'
+    )
+
+
+def _clip_of(context: RoundContext, parameters: Mapping[str, nn.Parameter], size: float) -> ClipNorm | ClipValue | None:
+    given: Vector = {}
+    for name, parameter in parameters.items():
+        ramp = torch.linspace(-size, size, parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+        given[name] = ramp.view(parameter.shape)
+        parameter.grad = given[name].clone()
+    context.clip_gradients(list(parameters.values()))
+    clipped: Vector = {}
+    for name, parameter in parameters.items():
+        clipped[name] = torch.zeros_like(given[name]) if parameter.grad is None else parameter.grad
+        parameter.grad = None
+    if _equal(clipped, given):
+        return None
+    length, limit = norm(given), norm(clipped)
+    if _equal(clipped, {name: value * (limit / length) for name, value in given.items()}):
+        return ClipNorm(float(limit) * (1 + 1e-6 / float(length)))
+    largest = max(float(value.abs().max()) for value in clipped.values())
+    if _equal(clipped, {name: value.clamp(-largest, largest) for name, value in given.items()}):
+        return ClipValue(largest)
+    raise TypeError(
+        "expected gradients clipped to a norm or a value, as the Trainer does, found something else: "
+        'unroll plain SGD, as published, with dynamics="sgd"'
+    )
+
+
+def _equal(first: Vector, second: Vector) -> bool:
+    return all(torch.allclose(first[name], second[name], rtol=1e-4) for name in first)
+
+
+def _rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Rule:
+    odd = [name for name in ("amsgrad", "maximize") if group.get(name)]
+    if odd:
+        raise TypeError(
+            f"the adjoint of {type(optimizer).__name__} with {', '.join(odd)} is not known: train without, or unroll "
+            'plain SGD, as published, with dynamics="sgd"'
+        )
+    rate, decay = float(group["lr"]), float(group["weight_decay"])
+    if isinstance(optimizer, torch.optim.SGD):
+        return SGDRule(rate, float(group["momentum"]), float(group["dampening"]), bool(group["nesterov"]), decay)
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+    return AdamRule(rate, beta1, beta2, float(group["eps"]), decay, decoupled)

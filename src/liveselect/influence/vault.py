@@ -1,0 +1,109 @@
+"""Where large things of a computation wait: in memory, or on disk, from where an interrupted one goes on."""
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_SUFFIX = ".vault.pt"
+_OWNER = "owner"
+
+
+class Vault(Protocol):
+    """Named values: nested dicts, tuples and lists of tensors, numbers and strings."""
+
+    durable: bool  # whether what was put is still there in another process
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there is a value of this name."""
+
+    def put(self, name: str, value: Any) -> None:
+        """Keep a value under a name."""
+
+    def get(self, name: str) -> Any:
+        """Return the value; its tensors are on CPU and must not be written to."""
+
+    def drop(self, name: str) -> None:
+        """Forget the value, if there is one."""
+
+
+class MemoryVault:
+    """Keeps values in the memory of the host."""
+
+    durable = False
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def put(self, name: str, value: Any) -> None:
+        """Keep a value; tensors on CPU are kept as they are, not copied."""
+        self._values[name] = to_device(value, torch.device("cpu"))
+
+    def get(self, name: str) -> Any:
+        """Return the value."""
+        return self._values[name]
+
+    def drop(self, name: str) -> None:
+        """Forget the value."""
+        self._values.pop(name, None)
+
+
+class DiskVault:
+    """Keeps every value in a file of a folder, whole or not at all; reading maps the file into memory.
+
+    Args:
+        folder: made if need be.
+        owner: names the computation. Values that another one left in the folder are deleted.
+    """
+
+    durable = True
+
+    def __init__(self, folder: str | Path, owner: str) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if _OWNER not in self or self.get(_OWNER) != owner:
+            for file in self._folder.glob(f"*{_SUFFIX}"):
+                file.unlink()
+            self.put(_OWNER, owner)
+
+    def __contains__(self, name: object) -> bool:
+        return self._file(str(name)).exists()
+
+    def put(self, name: str, value: Any) -> None:
+        """Write a value."""
+        file = self._file(name)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            torch.save(to_device(value, torch.device("cpu")), temporary)
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def get(self, name: str) -> Any:
+        """Return the value, its tensors read from the file when they are used."""
+        return torch.load(self._file(name), map_location="cpu", mmap=True, weights_only=True)
+
+    def drop(self, name: str) -> None:
+        """Delete the value."""
+        self._file(name).unlink(missing_ok=True)
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}{_SUFFIX}"
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Return a nested value with its tensors on ``device``; those that are there already are not copied."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(item, device) for item in value)
+    return value
