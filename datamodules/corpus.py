@@ -27,7 +27,7 @@ class Recipe:
         text_column: the column with the text.
         ids_column: a column with ready token ids; the text is then not looked at.
         id_column: a column that identifies each document. By default documents are named by source, file and line.
-        metadata: the other columns to keep, or None for all.
+        metadata: the other columns to keep. None keeps all, but beside ready ids neither the text nor other lists.
         separate: whether to put the end-of-text token after each document.
         eos_id: that token, where the tokenizer names none or another is wanted.
         vocab_size: every id is below it; needed with ready ids that come without a tokenizer.
@@ -116,8 +116,7 @@ class Corpus:
                         reading.tally["empty"] += 1
                         continue
                     name = self._document_id(source, record)
-                    values = {key: value for key, value in record.values.items() if key not in reading.required}
-                    metadata = json.dumps(values, default=_plain)
+                    metadata = json.dumps(self._metadata(record), default=_plain)
                     yield Document(source.name, name, record.where, content, metadata, before + record.done)
                 before += part.size
 
@@ -157,6 +156,15 @@ class Corpus:
                 "for ready token ids pass their column as ids_column (--ids-column)"
             )
         return content if content and not content.isspace() else None
+
+    def _metadata(self, record: Record) -> dict[str, Any]:
+        recipe = self.recipe
+        used = {recipe.content_column, recipe.id_column}
+        values = {name: value for name, value in record.values.items() if name not in used}
+        if recipe.metadata is not None or recipe.ids_column is None:
+            return values
+        values.pop(recipe.text_column, None)
+        return {name: value for name, value in values.items() if not isinstance(value, (list, np.ndarray))}
 
     def _document_id(self, source: Source, record: Record) -> str:
         column = self.recipe.id_column

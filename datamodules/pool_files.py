@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 FORMAT = "liveselect-pool"
 VERSION = 1
 MANIFEST, TOKENS, DOCUMENTS, TOKENIZER = "pool.json", "tokens.bin", "documents.parquet", "tokenizer"
+PARTIAL, LOCK = ".partial", "lock"  # the folder in which a pool is made, and the file that says who makes it
 ROW_GROUP = 16384  # documents: what is decoded to show the metadata of a single one
 
 DOCUMENT_FIELDS = (
@@ -105,7 +106,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     if not file.is_file():
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(path.name + PARTIAL)
         hint = f"; {partial} is unfinished: run the same `liveselect prepare` again" if partial.exists() else ""
         raise FileNotFoundError(f"expected a pool made by `liveselect prepare`, found no {file}{hint}")
     try:

@@ -20,7 +20,7 @@ from liveselect.datamodules.assemble import DiskFullError, Space, assemble
 from liveselect.datamodules.corpus import Corpus, Recipe
 from liveselect.datamodules.display import PrepareDisplay
 from liveselect.datamodules.parts import UNIT_BYTES, Encoding, part_facts, units_of
-from liveselect.datamodules.pool_files import MANIFEST, check_files, read_manifest, sync_folder
+from liveselect.datamodules.pool_files import LOCK, MANIFEST, PARTIAL, check_files, read_manifest, sync_folder
 from liveselect.datamodules.readers import DataError
 from liveselect.datamodules.sources import Source
 from liveselect.datamodules.tokenizers import end_of_text_id, make_tokenizer, vocabulary_size
@@ -46,7 +46,7 @@ class Prepared:
 
 
 def prepare(
-    sources: Sequence[str | Path | Source],
+    sources: str | Path | Source | Sequence[str | Path | Source],
     out: str | Path,
     *,
     tokenizer: str | Path | None = None,
@@ -64,7 +64,7 @@ def prepare(
     pool that is there already is returned as it is.
 
     Args:
-        sources: each a :class:`Source`, or its location with or without ``name=``.
+        sources: one or several, each a :class:`Source`, or its location with or without ``name=``.
         out: folder to make.
         tokenizer: as in :class:`Recipe`.
         block_size: T, tokens of a block.
@@ -82,7 +82,8 @@ def prepare(
     from liveselect.datamodules.tokens import TokenStore
 
     made = Recipe(tokenizer=None if tokenizer is None else str(tokenizer), block_size=block_size, **recipe)
-    corpus = Corpus([Source.parse(source, include) for source in sources], made)
+    listed = [sources] if isinstance(sources, (str, Path, Source)) else sources
+    corpus = Corpus([Source.parse(source, include) for source in listed], made)
     display = PrepareDisplay(quiet=quiet)
     return TokenStore(prepare_pool(corpus, Path(out), display, workers, overwrite, unit_bytes).path)
 
@@ -97,7 +98,7 @@ def prepare_pool(
 ) -> Prepared:
     """Do what :func:`prepare` says, without opening the pool."""
     out = out.absolute()  # workers may have another current folder
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(out.name + PARTIAL)
     found = None if overwrite else _existing(out, corpus.settings)
     if found is None or partial.exists():  # an interruption may leave the folder behind a finished pool
         with _working_folder(partial):
@@ -269,14 +270,16 @@ def _working_folder(partial: Path) -> Iterator[None]:
     """Hold the working folder for this process alone; after an error it stays if there is something in it to continue.
 
     Raises:
-        DataError: another process holds it.
+        DataError: another process holds it, or it is not ours.
     """
+    if partial.exists() and not (partial / LOCK).exists() and any(partial.iterdir()):
+        raise DataError(f"{partial} is needed to work in, and holds something else: choose another place for the pool")
     partial.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(partial / "lock")
+    lock = FileLock(partial / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise DataError(f"another process is preparing this pool (it holds {partial / 'lock'}): wait for it") from None
+        raise DataError(f"another process is preparing this pool (it holds {partial / LOCK}): wait for it") from None
     try:
         yield
     except BaseException as error:

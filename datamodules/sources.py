@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from liveselect.datamodules.pool_files import LOCK, MANIFEST, PARTIAL
 from liveselect.datamodules.readers import (
     COMPRESSIONS,
     DataError,
@@ -157,6 +158,9 @@ def _files(path: Path, include: Sequence[str]) -> list[tuple[str, Path]]:
 def _files_in_folder(root: Path, include: Sequence[str]) -> list[tuple[str, Path]]:
     everything = [file for file in root.rglob("*") if file.is_file()]
     everything = [file for file in everything if not any(part[0] == "." for part in file.relative_to(root).parts)]
+    ours = {file.parent for file in everything if file.name == MANIFEST}
+    ours |= {file.parent for file in everything if file.name == LOCK and file.parent.suffix == PARTIAL}
+    everything = [file for file in everything if ours.isdisjoint(file.parents)]  # pools made below their source
     if include:
         chosen = {file for pattern in include for file in root.rglob(pattern)}
         files = [file for file in everything if file in chosen]

@@ -85,6 +85,8 @@ def _finished(path: Path, done: int, future: "Future[None] | None") -> tuple[Pat
     if future is not None:
         try:
             future.result()
+        except DataError as error:
+            raise DataError(str(error)) from error  # a traceback of this process, for who looks where it was raised
         except BrokenProcessPool as error:
             raise DataError(
                 "a worker process died, perhaps for lack of memory: use fewer --workers. (A script that calls prepare "

@@ -74,20 +74,15 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     arguments = parser().parse_args(argv)
 
-    from liveselect.datamodules.display import PrepareDisplay
-    from liveselect.datamodules.readers import DataError
+    from liveselect.cli.output import say
 
-    complaints = PrepareDisplay()
     try:
         prepared = _prepare(arguments)
     except KeyboardInterrupt:
-        complaints.say("interrupted: nothing is finished, and the same command continues from here")
+        sys.stderr.write("\nliveselect prepare: interrupted; the same command continues from here\n")
         return 130
-    except (DataError, OSError) as error:
-        complaints.say(f"error: {error}")
-        return 1
     if not arguments.quiet:
-        sys.stdout.write(summary(prepared))
+        say(summary(prepared))
     return 0
 
 
@@ -129,4 +124,4 @@ def summary(prepared: "Prepared") -> str:
     ]
     left_out = [f"{count} {reason}" for reason, count in manifest["counts"].items() if count]
     lines += [f"  documents left out or mended: {', '.join(left_out)}"] if left_out else []
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
