@@ -1,4 +1,4 @@
-"""What tests of the data plane share: a pool, a model that remembers its batches, and a callback that publishes plans."""
+"""What tests of the loader share: a pool, a model that remembers its batches, a callback that publishes plans."""
 
 import lightning.pytorch as pl
 import torch
@@ -80,6 +80,21 @@ class PublishPlans(pl.Callback):
 
     def load_state_dict(self, state):
         self.plan, self.rng = Plan.from_state_dict(state["plan"]), state["rng"]
+
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        """Let a run that continues after the end of an epoch begin the next epoch.
+
+        With ``max_steps`` set, Lightning takes up the epoch that had ended: it trains one more batch in it and, as on
+        every last batch of an epoch, makes an optimizer step, complete accumulation window or not.
+        """
+        loop = checkpoint["loops"]["fit_loop"]
+        epoch, batch = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+        now = epoch["current"]
+        if now["processed"] == now["ready"] and now["completed"] == now["processed"] - 1:
+            now["completed"] += 1
+            epoch["total"]["completed"] += 1
+            batch["current"] = dict.fromkeys(batch["current"], 0)
+            batch["is_last_batch"] = False
 
     def on_train_start(self, trainer, pl_module):
         if self.plan is None or self.plan.exhausted:
