@@ -80,6 +80,10 @@ def batches():
         },
         "holes": {"input_ids": tokens, "labels": tokens.masked_fill(tokens % 3 == 0, -100)},
         "last target before the end": {"input_ids": tokens, "labels": tokens.masked_fill(position > 5, -100)},
+        "last target before the end, and one prompt": {
+            "input_ids": tokens,
+            "labels": tokens.masked_fill((position > 5) | ((torch.arange(4)[:, None] == 1) & (position < 3)), -100),
+        },
         "one target": {"input_ids": tokens[:1], "labels": tokens[:1].masked_fill(position != 1, -100)},
         "two columns": {"input_ids": tokens[:, :2], "labels": tokens[:, :2]},
     }

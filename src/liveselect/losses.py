@@ -47,6 +47,8 @@ def at_targets(batch: Batch) -> dict[str, Tensor]:
         if (columns < width).any() and all(batch[key].dim() == 2 for key in _MODEL_INPUTS if key in batch):
             kept = int(columns[columns < width].max()) + 2  # the last target is predicted one column before its own
         columns = columns.clamp(max=kept - 1)
+        if most == kept - 1:  # some row needs every column that is left, so none is worth leaving out
+            columns = torch.arange(most, device=carries.device).expand(rows, -1)
     return {key: _cut(value, width, kept) for key, value in batch.items()} | {TARGET_COLUMNS: columns}
 
 
