@@ -34,7 +34,7 @@ ALLOWED = {
     },
     "datamodules": {"protocols", "pool", "plan", "seeding", "distributed"},
 }
-ONLY_MATH = {"torch", "numpy", "math", "collections", "typing", "dataclasses", "functools", "inspect"}
+ONLY_MATH = {"torch", "numpy", "math", "collections", "typing", "dataclasses", "functools", "inspect", "contextlib"}
 
 
 def room_of(path: Path) -> str:

@@ -1,0 +1,342 @@
+"""Gradients of single examples, met with one direction in parameter space: exactly, and without forming them."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from liveselect.functional.layers import Rule, any_dot, rule_for
+from liveselect.functional.taps import Observer, TapLog, missed_uses, tapped
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+"""Maps a model and a batch to ``(B,)`` losses, one for each example."""
+
+
+def example_dot(
+    model: nn.Module, loss_fn: LossFn, batch: Any, direction: Mapping[str, Tensor | None], check: bool = True
+) -> Tensor:
+    r"""Return the exact inner product of every example's gradient with one direction, ``(B,)``.
+
+    Entry i is :math:`\langle \nabla_\theta \ell_i, V \rangle` for the loss :math:`\ell_i` that ``loss_fn`` gives the
+    example, in units of the loss when the direction has those of the parameters. It costs one forward, one backward
+    through activations only, and one product of forward size; no gradient of a parameter is formed, and no ``.grad`` is
+    read or written. Works with activation checkpointing (``use_reentrant=False``), autocast and every attention kernel;
+    compiled models run eagerly. The model is left without hooks, also after an exception.
+
+    Args:
+        model: in the mode (train, eval) in which the gradient is wanted.
+        loss_fn: per-example losses; examples must not influence each other.
+        batch: a mapping of tensors with one row per example, ``input_ids`` among them or first.
+        direction: for each parameter that takes part a tensor of its shape; what is missing or None is left out.
+        check: look through the graph of the loss for uses of parameters that no layer saw; a few milliseconds.
+
+    Raises:
+        ValueError: the direction names parameters that the model lacks, that no rule covers, or that the loss uses
+            past their layers; shapes do not fit; or a layer ran without gradients (reentrant checkpointing).
+
+    Source: the product of layer inputs and output gradients is that of Goodfellow 2015, arXiv 1510.01799; its use for
+    data selection during training that of Wang et al. 2024, arXiv 2406.11011.
+    """
+    plan = plan_products(model, direction)
+    rows = count_rows(batch)
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        anchor = make_anchor(plan, rows)
+        with tapped(model, plan.observers, anchor, rows) as log:
+            losses = loss_fn(model, batch)
+            if losses.shape != (rows,):
+                raise ValueError(f"expected loss_fn to return ({rows},) losses, one per row, got {tuple(losses.shape)}")
+            total = losses.sum()
+            if check:
+                check_coverage(plan, total, log)
+            if not total.requires_grad:
+                return torch.zeros_like(anchor)
+            (product,) = torch.autograd.grad(total, [anchor], allow_unused=True)
+    return torch.zeros_like(anchor) if product is None else product
+
+
+@dataclass(frozen=True)
+class ProductPlan:
+    """How a direction is met layer by layer.
+
+    Attributes:
+        observers: for each module name, the product of gradient and direction in its own parameters.
+        parameters: the parameters with a direction, by name.
+        holders: for each parameter name, the modules that hold it; tied weights have several.
+        opaque: parameters of layers that may read them several times in one call.
+    """
+
+    observers: Mapping[str, Observer]
+    parameters: Mapping[str, nn.Parameter]
+    holders: Mapping[str, tuple[str, ...]]
+    opaque: frozenset[str]
+
+
+def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None]) -> ProductPlan:
+    """Find for every parameter of the direction the layers that hold it, and their rules.
+
+    Raises:
+        ValueError: unknown names, shapes that do not fit, or parameters that no rule covers.
+    """
+    parameters, values = _match(model, direction)
+    observers: dict[str, Observer] = {}
+    holders: dict[str, list[str]] = {name: [] for name in parameters}
+    opaque: set[str] = set()
+    uncovered: list[str] = []
+    for module_name, module, own in _owners(model, parameters):
+        rule = rule_for(module)
+        if rule is None:
+            uncovered += own.values()
+            continue
+        local = {local_name: values[name] for local_name, name in own.items()}
+        observers[module_name] = _bind(rule, module, local)
+        for name in own.values():
+            holders[name].append(module_name)
+        if rule is any_dot:
+            opaque.update(own.values())
+    if uncovered:
+        raise ValueError(
+            f"no rule gives the gradients of single examples for parameters {sorted(set(uncovered))}: their modules "
+            "hold other layers, or mix the examples of a batch. Leave them out of the direction (exclude), or use "
+            "central_difference_dot or forward_mode_dot"
+        )
+    return ProductPlan(observers, parameters, {n: tuple(h) for n, h in holders.items()}, frozenset(opaque))
+
+
+def uncovered_parameters(model: nn.Module) -> list[str]:
+    """Return the names of the trainable parameters for which :func:`example_dot` has no rule."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    owners = _owners(model, parameters)
+    return sorted({name for _, module, own in owners if rule_for(module) is None for name in own.values()})
+
+
+def check_coverage(plan: ProductPlan, loss: Tensor, log: TapLog) -> None:
+    """Raise ValueError when the graph of ``loss`` uses parameters of the plan in ways that its taps did not see."""
+    blind = sorted(log.unseen - set(log.calls))
+    if blind:
+        raise ValueError(
+            f"modules {blind} ran without gradients, so their examples' gradients were not seen: use activation "
+            "checkpointing with use_reentrant=False, and compute the loss outside of torch.no_grad"
+        )
+    calls: Counter[str] = Counter()
+    for name, modules in plan.holders.items():
+        seen = sum(log.calls[module] for module in modules)
+        calls[name] = 1 << 30 if name in plan.opaque and seen else seen
+    missed = missed_uses(loss, plan.parameters, calls) if loss.requires_grad else {}
+    if missed:
+        raise ValueError(
+            f"the loss uses parameters {sorted(missed)} past the layers that hold them (a functional call, a fused "
+            "kernel), where their examples' gradients cannot be seen: leave them out of the direction (exclude), or "
+            "use central_difference_dot or forward_mode_dot"
+        )
+
+
+def central_difference_dot(
+    model: nn.Module, loss_fn: LossFn, batch: Any, direction: Mapping[str, Tensor | None], step: float = 1e-3
+) -> Tensor:
+    r"""Return the products of :func:`example_dot` by finite differences, ``(B,)``: two forwards, any architecture.
+
+    :math:`(\ell_i(\theta + hV) - \ell_i(\theta - hV)) / 2h`, with an error of order :math:`h^2` from curvature and
+    :math:`1/h` from rounding. Parameters are displaced in place and put back from copies, bit for bit.
+
+    Args:
+        model: its parameters move while the call lasts.
+        loss_fn: per-example losses, computed in float32 or finer: 16-bit rounding is larger than the differences.
+        batch: passed to ``loss_fn``.
+        direction: as in :func:`example_dot`; any parameter may take part.
+        step: length of the displacement as a share of that of the parameters, :math:`|hV| / |\theta|`. In float32
+            1e-3 to 1e-2 is a plateau; in float64 1e-5.
+
+    Raises:
+        ValueError: unknown names or shapes that do not fit.
+    """
+    parameters, values = _match(model, direction)
+    live = [parameter.detach() for parameter in parameters.values()]
+    moves = [values[name] for name in parameters]
+    kept = [parameter.clone() for parameter in live]
+    length = _length(moves)
+    h = step * max(_length(live), torch.finfo(live[0].dtype).tiny) / length if length else 1.0
+    losses = []
+    try:
+        for signed in (h, -h):
+            with torch.no_grad():
+                for parameter, start, move in zip(live, kept, moves, strict=True):
+                    parameter.copy_(start.add(move.to(start.dtype), alpha=signed))
+                torch.clear_autocast_cache()  # casts of the weights before the move would be used again
+                with torch.compiler.set_stance("force_eager"):
+                    losses.append(loss_fn(model, batch))
+    finally:
+        torch._foreach_copy_(live, kept)
+        torch.clear_autocast_cache()
+    return (losses[0] - losses[1]) / (2 * h)
+
+
+def forward_mode_dot(model: nn.Module, loss_fn: LossFn, batch: Any, direction: Mapping[str, Tensor | None]) -> Tensor:
+    """Return the products of :func:`example_dot` by forward-mode AD, ``(B,)``: exact, any architecture, no backward.
+
+    Attention runs in plain operations, since fused kernels have no forward-mode rule. Arguments are those of
+    :func:`example_dot`; any parameter may take part.
+    """
+    parameters, values = _match(model, direction)
+    primals = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    tangents = {f"model.{name}": values[name].to(parameter.dtype) for name, parameter in parameters.items()}
+    holder = _LossOf(model, loss_fn)
+    evaluate = partial(_evaluate, holder, batch)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        product: Tensor = torch.func.jvp(evaluate, (primals,), (tangents,))[1]
+    return product
+
+
+def mean_loss_and_gradient(
+    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], weights: Iterable[Tensor] | None = None
+) -> tuple[float, dict[str, Tensor]]:
+    """Return the weighted mean loss over all examples, and its gradient in every trainable parameter.
+
+    Gradients are accumulated in float32, or float64 for parameters of that type; ``.grad`` is neither read nor
+    written. Parameters that the loss does not reach have zero gradients.
+
+    Args:
+        model: in the mode in which the gradient is wanted.
+        loss_fn: per-example losses.
+        batches: passed to ``loss_fn`` one after the other.
+        weights: for each batch ``(B,)``. The numbers of target tokens make the mean one over tokens; None counts every
+            example once.
+
+    Raises:
+        ValueError: no trainable parameter, or the weights sum to zero.
+    """
+    total_loss, total_weight, gradient = summed_loss_and_gradient(model, loss_fn, batches, weights)
+    if not total_weight > 0:
+        raise ValueError(f"expected weights with a positive sum for a mean gradient, got a sum of {total_weight}")
+    return total_loss / total_weight, {name: value / total_weight for name, value in gradient.items()}
+
+
+def mean_gradient(
+    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], weights: Iterable[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return the gradient half of :func:`mean_loss_and_gradient`."""
+    return mean_loss_and_gradient(model, loss_fn, batches, weights)[1]
+
+
+def summed_loss_and_gradient(
+    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], weights: Iterable[Tensor] | None = None
+) -> tuple[float, float, dict[str, Tensor]]:
+    """Return the weighted sum of losses, the sum of weights, and the gradient of the former: what ranks add up.
+
+    Arguments and errors are those of :func:`mean_loss_and_gradient`.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not parameters:
+        raise ValueError("expected a model with trainable parameters, got none: unfreeze some")
+    sums = {name: _wide_zeros(parameter) for name, parameter in parameters.items()}
+    total_loss = total_weight = 0.0
+    given = iter(weights) if weights is not None else None
+    for batch in batches:
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            losses = loss_fn(model, batch)
+            weight = torch.ones_like(losses) if given is None else next(given).to(losses)
+            weighted = losses @ weight
+            gradients = torch.autograd.grad(weighted, list(parameters.values()), allow_unused=True)
+        for total, gradient in zip(sums.values(), gradients, strict=True):
+            if gradient is not None:
+                total.add_(gradient)
+        total_loss += float(weighted.detach())
+        total_weight += float(weight.sum(dtype=torch.float64))
+    return total_loss, total_weight, sums
+
+
+def count_rows(batch: Any) -> int:
+    """Return B, the number of examples in a batch: the length of ``input_ids``, else of the first tensor."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    named = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    for value in (named, *values):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return len(value)
+    raise ValueError(f"expected a batch that holds tensors with one row per example, got a {type(batch).__name__}")
+
+
+def make_anchor(plan: ProductPlan, rows: int) -> Tensor:
+    """Return the zeros ``(B,)`` whose gradient will be the products of the plan."""
+    first = next(iter(plan.parameters.values()))
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    return torch.zeros(rows, dtype=dtype, device=first.device, requires_grad=True)
+
+
+def _match(
+    model: nn.Module, direction: Mapping[str, Tensor | None]
+) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """Return the parameters that a direction moves, and the direction's tensors on their devices, both by name."""
+    known = dict(model.named_parameters(remove_duplicate=False))
+    unknown = sorted(set(direction) - set(known))
+    if unknown:
+        raise ValueError(f"the direction names parameters that the model does not have: {unknown}")
+    parameters: dict[str, nn.Parameter] = {}
+    values: dict[str, Tensor] = {}
+    for name, value in direction.items():
+        if value is None:
+            continue
+        parameter = known[name]
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"expected a direction of shape {tuple(parameter.shape)} for {name!r}, got {tuple(value.shape)}"
+            )
+        parameters[name] = parameter
+        values[name] = value.detach().to(parameter.device)
+    if not parameters:
+        raise ValueError("expected a direction in at least one parameter, got none")
+    if len({id(parameter) for parameter in parameters.values()}) < len(parameters):
+        raise ValueError(
+            "the direction names one tied parameter twice: give it once, under the name of model.named_parameters()"
+        )
+    return parameters, values
+
+
+def _owners(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> Iterable[tuple[str, nn.Module, dict[str, str]]]:
+    """Yield (module name, module, {its own name: full name}) for every module that holds one of the parameters."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for module_name, module in model.named_modules():
+        own = {
+            local: names[id(parameter)]
+            for local, parameter in module._parameters.items()
+            if parameter is not None and id(parameter) in names
+        }
+        if own:
+            yield module_name, module, own
+
+
+def _bind(rule: Rule, module: nn.Module, direction: Mapping[str, Tensor]) -> Observer:
+    return lambda inputs, delta: rule(module, inputs, delta, direction)
+
+
+def _length(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+def _wide_zeros(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+
+class _LossOf(nn.Module):
+    """Holds the model, so that ``functional_call`` can exchange its parameters while ``loss_fn`` is at work."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss_fn(self.model, batch)
+
+
+def _evaluate(holder: nn.Module, batch: Any, parameters: dict[str, Tensor]) -> Tensor:
+    losses: Tensor = torch.func.functional_call(holder, parameters, (batch,))
+    return losses

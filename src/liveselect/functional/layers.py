@@ -1,0 +1,153 @@
+"""How each kind of layer turns its input and output gradient into a product of gradient and direction."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Direction = Mapping[str, Tensor]
+"""A direction in the parameters of one layer, by the layer's own names (``weight``, ``bias``)."""
+
+Rule = Callable[[Any, Tensor, Tensor, Direction], Tensor]
+"""``rule(layer, x, delta, direction) -> (B,)``: with input ``x (B, ..., D_in)`` and output gradient ``delta (B, ...,
+D_out)``, the product of every example's gradient with the direction, summed over positions."""
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """Return the rule for a layer's own parameters, None when there is none.
+
+    Layers whose forward is the library's have closed forms. Any other layer that holds its parameters itself, and no
+    layers with parameters below it, is differentiated forward through its own ``forward``: norms and embeddings of all
+    kinds come this way. Layers that mix the examples of a batch have no gradient of one example, and no rule.
+    """
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "scale_grad_by_freq", False):
+        return None
+    for kind, rule in _CLOSED_FORMS.items():
+        if isinstance(module, kind) and _forward_is(module, kind):
+            return rule
+    if is_transposed_linear(module):
+        return transposed_linear_dot
+    if any(next(child.parameters(), None) is not None for child in module.children()):
+        return None
+    return any_dot
+
+
+def linear_dot(layer: nn.Module, x: Tensor, delta: Tensor, direction: Direction) -> Tensor:
+    r"""Return :math:`\sum_t \delta_t^\top (V x_t + v)` for ``y = W x + b`` with ``V (D_out, D_in)`` and ``v (D_out,)``.
+
+    The gradients ``(D_out, D_in)`` of the examples are never formed: the product is applied on the narrower side.
+    """
+    return _matrix_dot(x, delta, direction.get("weight"), direction.get("bias"))
+
+
+def transposed_linear_dot(layer: nn.Module, x: Tensor, delta: Tensor, direction: Direction) -> Tensor:
+    """Return :func:`linear_dot` for Hugging Face's ``Conv1D``, whose weight is ``(D_in, D_out)``."""
+    weight = direction.get("weight")
+    return _matrix_dot(x, delta, None if weight is None else weight.t(), direction.get("bias"))
+
+
+def embedding_dot(layer: nn.Embedding, x: Tensor, delta: Tensor, direction: Direction) -> Tensor:
+    r"""Return :math:`\sum_t \delta_t^\top V[x_t]` for token ids ``x (B, T)``: a look-up and no matrix product."""
+    moved = F.embedding(x, direction["weight"])
+    return row_dot(delta, _without_padding(layer, x, moved))
+
+
+def layer_norm_dot(layer: nn.LayerNorm, x: Tensor, delta: Tensor, direction: Direction) -> Tensor:
+    r"""Return :math:`\sum_t \delta_t^\top (\hat x_t \odot v_w + v_b)` with the normalised input :math:`\hat x`."""
+    x, delta, direction = _in_full_precision(x, delta, direction)
+    gain, shift = direction.get("weight"), direction.get("bias")
+    if gain is None:
+        return row_dot(delta, shift.expand_as(delta)) if shift is not None else delta.new_zeros(len(delta))
+    return row_dot(delta, F.layer_norm(x, layer.normalized_shape, gain, shift, layer.eps))
+
+
+def rms_norm_dot(layer: nn.RMSNorm, x: Tensor, delta: Tensor, direction: Direction) -> Tensor:
+    r"""Return :math:`\sum_t \delta_t^\top (\hat x_t \odot v)` with the root-mean-square normalised input."""
+    x, delta, direction = _in_full_precision(x, delta, direction)
+    return row_dot(delta, F.rms_norm(x, layer.normalized_shape, direction["weight"], layer.eps))
+
+
+def any_dot(layer: nn.Module, x: Tensor, delta: Tensor, direction: Direction) -> Tensor:
+    r"""Return :math:`\langle \delta, \partial_\theta f(x) V \rangle` by forward-mode AD through ``layer.forward``.
+
+    The layer computes once more, with dual numbers in place of its parameters; its hooks do not run. The layer must be
+    deterministic and must have an output that depends on its parameters.
+    """
+    own = dict(layer._parameters)
+    try:
+        with torch.no_grad(), forward_ad.dual_level():
+            for name, value in direction.items():
+                parameter = own[name]
+                if parameter is not None:
+                    dual = forward_ad.make_dual(parameter.detach(), value.to(parameter.dtype))
+                    layer._parameters[name] = dual
+            moved = forward_ad.unpack_dual(layer.forward(x)).tangent
+    finally:
+        layer._parameters.update(own)
+    if moved is None:
+        return delta.new_zeros(len(delta))
+    return row_dot(delta, _without_padding(layer, x, moved) if isinstance(layer, nn.Embedding) else moved)
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner product of each row of ``a (B, ...)`` with that of ``b (B, ...)``, ``(B,)``.
+
+    Summed in float32 or finer. A row that all examples share, ``b (1, ...)``, is met by every row of ``a``.
+    """
+    a, b = a.flatten(1), b.reshape(-1, a[0].numel())
+    if a.dtype in (torch.bfloat16, torch.float16) or b.dtype != a.dtype:
+        finer = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        a, b = a.to(finer), b.to(finer)
+    if len(b) == 1:
+        return a @ b[0]
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten()
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Return whether a module is the linear layer of Hugging Face GPT-2, known by name so as not to import it."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module.weight, "ndim", 0) == 2
+
+
+def _matrix_dot(x: Tensor, delta: Tensor, matrix: Tensor | None, shift: Tensor | None) -> Tensor:
+    # the product is as exact as the layer's own; only float16, whose range a direction may leave, is widened
+    dtype = torch.float32 if delta.dtype == torch.float16 else delta.dtype
+    x, delta = x.to(dtype), delta.to(dtype)
+    total = delta.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
+    if matrix is not None:
+        matrix = matrix.to(dtype)
+        if matrix.shape[0] < matrix.shape[1]:
+            total = total + row_dot(delta, x @ matrix.t())
+        else:
+            total = total + row_dot(delta @ matrix, x)
+    if shift is not None:
+        finer = torch.promote_types(dtype, torch.float32)
+        total = total + delta.flatten(1, -2).sum(dim=1, dtype=finer) @ shift.to(finer)
+    return total.expand(len(delta))
+
+
+def _without_padding(layer: nn.Embedding, x: Tensor, moved: Tensor) -> Tensor:
+    # backward gives the padding token's row no gradient, although the forward reads it
+    if layer.padding_idx is None:
+        return moved
+    return moved.masked_fill((x == layer.padding_idx).unsqueeze(-1), 0.0)
+
+
+def _in_full_precision(x: Tensor, delta: Tensor, direction: Direction) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype), delta.to(dtype), {name: value.to(dtype) for name, value in direction.items()}
+
+
+def _forward_is(module: nn.Module, kind: type[nn.Module]) -> bool:
+    # a subclass, or a patched instance, may scale or quantise what its parent computes
+    return type(module).forward is kind.forward and "forward" not in vars(module)
+
+
+_CLOSED_FORMS: dict[type[nn.Module], Rule] = {
+    nn.Linear: linear_dot,
+    nn.Embedding: embedding_dot,
+    nn.LayerNorm: layer_norm_dot,
+    nn.RMSNorm: rms_norm_dot,
+}

@@ -1,0 +1,167 @@
+"""Taps: see the input and the output gradient of chosen layers during a backward, and leave the model as it was."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Observer = Callable[[Tensor, Tensor], Tensor | None]
+"""Called in the backward with a layer's input ``(B, ...)`` and output gradient ``(B, ...)``; what it returns is added
+to the gradient of the anchor. Inputs that all examples share (position ids) keep their own shape."""
+
+
+@dataclass
+class TapLog:
+    """What the taps met while they were in place.
+
+    Attributes:
+        calls: how often each tapped module ran with gradients.
+        unseen: modules that ran while gradients were switched off.
+    """
+
+    calls: Counter[str] = field(default_factory=Counter)
+    unseen: set[str] = field(default_factory=set)
+
+
+@contextmanager
+def tapped(model: nn.Module, observers: Mapping[str, Observer], anchor: Tensor, rows: int) -> Iterator[TapLog]:
+    r"""Tap the modules of ``model`` named in ``observers`` while the block is open.
+
+    Each call of a tapped module passes its output on unchanged, and ties it to ``anchor``. In the backward the
+    observer receives the call's input and output gradient, and its result becomes a part of the anchor's gradient. So
+    ``torch.autograd.grad(loss, anchor)`` visits all tapped layers, makes no gradient of any parameter, and holds the
+    output gradient of one layer at a time. With an observer that returns :math:`\langle\delta_i, z_i\rangle` for each
+    example that gradient is the derivative of the loss when each output moves by :math:`z_i`.
+
+    What a tap needs in the backward is saved through autograd: activation checkpointing drops and recomputes it (the
+    block must then stay open during the backward), and calls in a recomputation count once.
+
+    An output without a batch dimension, ``(1, ...)`` or an embedding of ``(L,)`` positions, is expanded to ``rows``, so
+    that its gradient arrives for each example rather than summed over them.
+
+    Args:
+        model: holds the modules; it gets no hooks beyond the block.
+        observers: what to call, by module name.
+        anchor: a leaf that requires a gradient.
+        rows: B, the examples in the batch.
+
+    Raises:
+        ValueError: from within the forward, when a tapped module's input or output does not have one row per example.
+    """
+    log = TapLog()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    with ExitStack() as stack:
+        for name, observe in observers.items():
+            hook = _Hook(name, observe, anchor, rows, log)
+            # first in line: the layer's own output, before other hooks may change it
+            handle = modules[name].register_forward_hook(hook, with_kwargs=True, prepend=True)
+            stack.callback(handle.remove)
+        yield log
+
+
+@dataclass
+class _Hook:
+    name: str
+    observe: Observer
+    anchor: Tensor
+    rows: int
+    log: TapLog
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            self.log.unseen.add(self.name)
+            return None
+        self.log.calls[self.name] += 1
+        inputs = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
+        if len(inputs) != 1 or not isinstance(output, Tensor):
+            raise ValueError(
+                f"expected module {self.name!r} ({type(module).__name__}) to map one tensor to one tensor, got "
+                f"{len(inputs)} tensors and a {type(output).__name__}: leave its parameters out of the direction, or "
+                "use central_difference_dot"
+            )
+        expanded = _per_example(self.name, module, inputs[0], output, self.rows)
+        # detached: an edge from the tap to the input's history would only tell the engine to wait for it
+        tied: Tensor = _Tap.apply(expanded, self.anchor, inputs[0].detach(), self.observe)
+        return tied
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on ``output``, whose backward also shows the gradient to an observer."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, inputs: Tensor, observe: Observer) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs)
+        ctx.observe = observe
+        return output.detach()  # not a view of the output: what follows may then work in place
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor | None) -> tuple[Tensor | None, ...]:
+        if delta is None:
+            return None, None, None, None
+        (inputs,) = ctx.saved_tensors
+        with torch.autocast(delta.device.type, enabled=False):
+            return delta, ctx.observe(inputs, delta), None, None
+
+
+def _per_example(name: str, module: nn.Module, inputs: Tensor, output: Tensor, rows: int) -> Tensor:
+    """Return the output with one row for each example, expanded where all examples share it."""
+    positions = inputs.dim() == 1 and not inputs.is_floating_point() and output.dim() == 2
+    if positions and len(inputs) == rows > 1:
+        raise ValueError(
+            f"cannot tell whether the {rows} entries that module {name!r} ({type(module).__name__}) looked up belong "
+            f"to the {rows} examples of the batch or to {rows} positions: use another batch size"
+        )
+    if positions:
+        output = output.unsqueeze(0)
+    if output.dim() < 2 or output.shape[0] not in (1, rows):
+        raise ValueError(
+            f"expected module {name!r} ({type(module).__name__}) to return one row for each of the {rows} examples, "
+            f"got shape {tuple(output.shape)} from input {tuple(inputs.shape)}: leave its parameters out of the "
+            "direction, or use central_difference_dot"
+        )
+    return output if output.shape[0] == rows else output.expand(rows, *output.shape[1:])
+
+
+def missed_uses(loss: Tensor, parameters: Mapping[str, nn.Parameter], calls: Mapping[str, int]) -> dict[str, int]:
+    """Return the parameters that the graph of ``loss`` uses more often than taps saw, and how often it does.
+
+    A weight that is used without its module being called (``F.linear(x, module.weight)``, a fused kernel) is invisible
+    to hooks; autograd's graph shows it. Parameters outside of the graph have no gradient and are not reported.
+
+    Args:
+        loss: any tensor computed under grad.
+        parameters: by name.
+        calls: for each name, how many calls of modules that hold the parameter were tapped.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    uses = _count_uses(loss, names)
+    return {name: count for name, count in uses.items() if count > calls.get(name, 0)}
+
+
+def _count_uses(loss: Tensor, names: Mapping[int, str]) -> Counter[str]:
+    """Return how many operations read each parameter; a cast, which autocast caches, counts as its readers do."""
+    readers: Counter[Any] = Counter()
+    edges: list[tuple[Any, Any]] = []
+    seen = {loss.grad_fn}
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        for child, _ in node.next_functions if node is not None else ():
+            if child is None:
+                continue
+            readers[child] += 1
+            edges.append((node, child))
+            if child not in seen:
+                seen.add(child)
+                stack.append(child)
+    uses: Counter[str] = Counter()
+    for node, child in edges:
+        name = names.get(id(getattr(child, "variable", None)))
+        if name is not None:
+            uses[name] += readers[node] if type(node).__name__ == "ToCopyBackward0" else 1
+    return uses
