@@ -25,6 +25,12 @@ from liveselect.selectors import RegressionSelector
 
 VOCABULARY, TOKENS = 50, 12
 STEPS, ROUND, ACCUMULATE, BATCH = 14, 4, 3, 2
+SIMPLE = {
+    "accumulate_grad_batches": 1,
+    "val_check_interval": 1.0,
+    "check_val_every_n_epoch": 1,
+    "limit_val_batches": 0,
+}
 POOL = 60  # 30 batches, 10 optimizer steps: the epoch ends inside the third round
 
 

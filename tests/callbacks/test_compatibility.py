@@ -5,8 +5,9 @@ from datetime import timedelta
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from small_run import SmallLM, rows, small_data, small_trainer
+from small_run import SIMPLE, SmallLM, rows, small_data, small_trainer
 
 from liveselect.callbacks import DataSelection
 from liveselect.selectors import UniformSelector
@@ -27,14 +28,17 @@ def fit(tmp_path, module=None, callbacks=(), data=None, **settings):
     [
         ({"val_check_interval": 7}, r"val_check_interval is 7 batches.*accumulation window of 3.*multiple of 3"),
         ({"limit_train_batches": 10, "limit_val_batches": 0}, r"number of batches in an epoch.*10 batches"),
-        ({"precision": "16-mixed"}, "does not work with precision='16-mixed'.*bf16-mixed"),
-        ({"overfit_batches": 1, "val_check_interval": 1.0}, "overfit_batches replaces the training data"),
+        (
+            {"plugins": [MixedPrecision("16-mixed", "cpu")], "precision": None},
+            "does not work with precision='16-mixed'.*bf16-mixed",
+        ),
+        ({"overfit_batches": 1, **SIMPLE}, "overfit_batches replaces the training data"),
         ({"callbacks": [GradientAccumulationScheduler({0: 1})], "accumulate_grad_batches": 1}, "fixed numbers"),
         (
             {"callbacks": [ModelCheckpoint(train_time_interval=timedelta(hours=1))]},
             "every_n_train",
         ),
-        ({"module": Manual()}, "needs automatic optimization"),
+        ({"module": Manual(), **SIMPLE, "gradient_clip_val": None}, "needs automatic optimization"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )

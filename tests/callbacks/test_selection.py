@@ -7,7 +7,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from small_run import BATCH, POOL, SmallLM, rows, small_data, small_trainer
+from rich.console import Console
+from small_run import BATCH, POOL, SIMPLE, SmallLM, rows, small_data, small_trainer
 
 from liveselect.callbacks import MATES, DataSelection
 from liveselect.callbacks.progress import RoundProgress
@@ -17,8 +18,6 @@ from liveselect.ledger import Ledger
 from liveselect.protocols import SelectionWarning
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import RegressionSelector, UniformSelector
-
-SIMPLE = {"accumulate_grad_batches": 1, "val_check_interval": 1.0, "limit_val_batches": 0}
 
 
 def small_mates(folder, **arguments) -> MATES:
@@ -222,8 +221,9 @@ def test_a_compiled_module_is_measured_like_an_eager_one(tmp_path):
 
 def test_the_probe_clips_as_the_trainer_does(tmp_path):
     def influence(**settings):
+        pl.seed_everything(0, verbose=False)
         mates = small_mates(tmp_path, warmup_rounds=0, step="published")
-        small_trainer(tmp_path, [mates], max_steps=1, precision="32-true", **SIMPLE, **settings).fit(
+        small_trainer(tmp_path, [mates], **{**SIMPLE, "max_steps": 1, "precision": "64-true", **settings}).fit(
             LogitsLM(), datamodule=small_data()
         )
         return torch.tensor(mates.run.ledger.rounds[0].influence)
@@ -253,8 +253,7 @@ def test_a_round_tells_what_it_does_in_plain_lines_without_a_terminal(caplog, mo
 def test_a_round_draws_a_bar_in_a_terminal(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(
-        "liveselect.callbacks.progress.Console",
-        lambda stderr: __import__("rich").console.Console(file=screen, force_terminal=True, width=100),
+        "liveselect.callbacks.progress.Console", lambda stderr: Console(file=screen, force_terminal=True, color_system=None, width=100)
     )
     display = RoundProgress("round 3", live=True)
     display.start("measure influence", 30, "candidates")

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from small_run import Place, SmallLM, Trace, rows, small_data, small_trainer
+from small_run import SIMPLE, Place, SmallLM, Trace, rows, small_data, small_trainer
 from torch import Tensor
 
 from liveselect.callbacks import DataSelection
@@ -73,7 +73,7 @@ def test_the_comparison_sees_a_probe_that_does_not_restore(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"precision": "32-true", "accumulate_grad_batches": 1, "val_check_interval": 1.0, "limit_val_batches": 0},
+        {"precision": "32-true", **SIMPLE},
         {"gradient_clip_algorithm": "value", "gradient_clip_val": 0.01},
     ],
     ids=["fp32", "clip by value"],
@@ -115,7 +115,7 @@ def test_a_wrapped_datamodule_trains_on_its_own_batches(tmp_path):
     data = SelectionDataModule.wrap(Plain(), reference=rows(4, seed=2))
     selection = DataSelection(UniformSelector(), every_n_steps=2, dirpath=tmp_path)
     module = Module()
-    small_trainer(tmp_path, [selection], max_steps=6, accumulate_grad_batches=1, val_check_interval=1.0).fit(
+    small_trainer(tmp_path, [selection], max_steps=6, **SIMPLE).fit(
         module, data
     )
     pool = {tuple(row["input_ids"].tolist()) for row in rows(24, seed=3)}

@@ -42,3 +42,13 @@ def test_a_round_is_drawn_again_alike_and_another_round_differently():
 def test_a_budget_larger_than_the_candidates_is_refused():
     with pytest.raises(ValueError, match="cannot choose 65 of 64 candidates"):
         UniformSelector().select(fake_context(random_source()), 65)
+
+
+def test_no_candidate_repeats_before_all_were_used():
+    source = random_source(candidates=30)
+    for round_index in range(6):
+        context = fake_context(source, round_index=round_index, candidates=source.pool.available(25))
+        source.pool.record_use(UniformSelector().select(context, 25).ids)
+        uses = source.pool.uses
+        assert uses.max() - uses.min() <= 1
+    assert (uses == 5).all()

@@ -10,7 +10,11 @@ from liveselect.protocols import RoundContext, Selection
 
 
 class UniformSelector:
-    """Draws candidates uniformly without replacement, in random training order; measures nothing."""
+    """Draws candidates uniformly without replacement, in random training order; measures nothing.
+
+    Candidates that were trained on less often come first, so that no candidate repeats before the pool is used up: an
+    epoch of uniform selection is an epoch of ordinary shuffled training.
+    """
 
     def propose(self, context: RoundContext) -> Tensor:
         """Return no ids, ``(0,)``: nothing needs to be measured."""
@@ -20,7 +24,7 @@ class UniformSelector:
         """Take no note: all candidates are drawn alike."""
 
     def select(self, context: RoundContext, budget: int) -> Selection:
-        """Choose ``budget`` of the context's candidates, all subsets and all orders equally likely.
+        """Choose ``budget`` of the context's candidates; among equally used ones all subsets are equally likely.
 
         Raises:
             ValueError: there are fewer candidates than the budget.
@@ -31,14 +35,20 @@ class UniformSelector:
 def uniform_selection(
     context: RoundContext, budget: int, metrics: Mapping[str, float] | None = None, notes: tuple[str, ...] = ()
 ) -> Selection:
-    """Return a uniform draw of ``budget`` candidates in random order, with metrics and notes for the ledger.
+    """Return a uniform draw of ``budget`` least used candidates in random order, with metrics and notes for the ledger.
 
     Raises:
         ValueError: there are fewer candidates than the budget.
     """
     check_budget(context, budget)
-    drawn = uniform_subset(len(context.candidates), budget, context.generator("select"))
-    return Selection(training_order(context, context.candidates[drawn]), metrics=metrics or {}, notes=notes)
+    generator = context.generator("select")
+    uses = context.source.pool.uses[context.candidates]
+    drawn = [context.candidates[:0]]
+    for level in uses.unique():  # ascending
+        equal = context.candidates[uses == level]
+        left = budget - sum(len(part) for part in drawn)
+        drawn.append(equal if len(equal) <= left else equal[uniform_subset(len(equal), left, generator)])
+    return Selection(training_order(context, torch.cat(drawn)), metrics=metrics or {}, notes=notes)
 
 
 def training_order(context: RoundContext, ids: Tensor) -> Tensor:
