@@ -215,7 +215,7 @@ def _named(record: Any, reference: ReferenceSet, position: int) -> tuple[str, An
         return "pair", (prompt + reference.separator, answer)
     if names["text"] in record:
         text = _text(record[names["text"]], names["text"], where)
-        return ("pair", _last_word(text)) if reference.answer == "last_word" else ("text", text)
+        return _last_word(text) if reference.answer == "last_word" else ("text", text)
     raise ValueError(
         f"expected {where} to have {names['text']!r}, {names['prompt']!r} and {names['answer']!r}, or "
         f"{names['input_ids']!r}, got the columns {sorted(map(str, record))}: name yours, as in "
@@ -229,13 +229,14 @@ def _text(value: Any, column: str, where: str) -> str:
     return value
 
 
-def _last_word(text: str) -> tuple[str, str]:
-    """Return the text up to its last word, and the last word with the white space before it."""
+def _last_word(text: str) -> tuple[str, Any]:
+    """Return the text before the last word, and that word with the white space before it; a lone word is no answer."""
     text = text.rstrip()
     words = text.rsplit(maxsplit=1)
-    start = len(text) - len(words[-1]) if words else 0
-    prompt = text[:start].rstrip()
-    return prompt, text[len(prompt) :]
+    if len(words) < 2:
+        return "ids", Encoded(np.empty(0, np.int64), np.empty(0, bool))
+    prompt = text[: len(text) - len(words[-1])].rstrip()
+    return "pair", (prompt, text[len(prompt) :])
 
 
 def _cut(encoded: Encoded, longest: int | None, record: int) -> list[Item]:
