@@ -11,7 +11,14 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from liveselect.datamodules.overlap import Overlap, pool_tokens, scan_limit, shared_documents, shared_passages
+from liveselect.datamodules.overlap import (
+    Overlap,
+    pool_tokens,
+    scan_limit,
+    shared_documents,
+    shared_passages,
+    shared_rows,
+)
 from liveselect.datamodules.pool_files import TOKENIZER
 from liveselect.datamodules.reference import Loaded
 from liveselect.datamodules.rows import Rows
@@ -25,8 +32,9 @@ PACKABLE = ("gpt2", "gpt_neox", "llama")
 def check_no_overlap(rows: Rows, reference: Loaded, decode: Callable[[Tensor], list[str]]) -> None:
     """Raise ValueError when reference examples are in the pool; warn where that was not looked for in full.
 
-    Whole documents are compared by their hashes (prepared pools), and a passage from the middle of every example with
-    every position of pools up to :func:`~liveselect.datamodules.overlap.scan_limit` tokens.
+    Whole documents of prepared pools are compared by their hashes. In pools up to
+    :func:`~liveselect.datamodules.overlap.scan_limit` tokens, a passage from the middle of every example is looked for
+    at every position, and short examples are compared with the rows of a dataset.
     """
     remedy = (
         "Selection would be rewarded for choosing the very text that it is judged by. Remove them from the pool or "
@@ -41,6 +49,8 @@ def check_no_overlap(rows: Rows, reference: Loaded, decode: Callable[[Tensor], l
         size = pool_tokens(rows)
         if size <= scan_limit(rows):
             found = shared_passages(rows, reference.items)
+            if not found and rows.store is None:
+                found = shared_rows(rows, reference.items)
         else:
             compared = "nothing was compared" if rows.store is None else "only whole documents were compared"
             warnings.warn(
@@ -103,11 +113,7 @@ def model_vocabulary(module: nn.Module) -> int | None:
 
 def check_packing(module: nn.Module) -> None:
     """Raise ValueError unless the model gets the positions of packed examples and keeps these apart by them."""
-    kinds = {
-        str(getattr(part.config, "model_type", None))
-        for part in module.modules()
-        if _is_transformer(part)
-    }
+    kinds = {str(getattr(part.config, "model_type", None)) for part in module.modules() if _is_transformer(part)}
     hides = (
         isinstance(module, pl.LightningModule)
         and is_overridden("forward", module)

@@ -7,6 +7,7 @@ import numpy as np
 
 from liveselect.datamodules.batching import Item
 from liveselect.datamodules.rows import Rows
+from liveselect.protocols import IGNORE_INDEX
 
 PASSAGE = 32  # tokens of a passage; long enough not to be shared by chance or by idiom
 PIECE_TOKENS = 1 << 16  # what is hashed at once stays in cache
@@ -39,16 +40,17 @@ def shared_documents(pool: np.ndarray, reference: np.ndarray) -> list[Overlap]:
 def shared_passages(rows: Rows, items: Sequence[Item]) -> list[Overlap]:
     """Return one overlap for every reference record whose inner passage occurs in the pool.
 
-    Each item is represented by the ``PASSAGE`` tokens in its middle (fewer where rows of the pool are shorter), since
-    at the edges of a text tokens depend on what was cut there. The pool is read as one stream, block after block, as
-    it was packed. Every match is compared token by token. Shorter items are not looked for.
+    Each item is represented by the ``PASSAGE`` tokens in its middle, since at the edges of a text tokens depend on what
+    was cut there. A prepared pool is read as the one stream that it was cut from; rows of a dataset stand for
+    themselves, and passages are no longer than these. Every match is compared token by token. Items shorter than a
+    passage are not looked for.
     """
-    length = min(PASSAGE, rows.block_size or PASSAGE)
-    passages: dict[bytes, int] = {}
+    length = PASSAGE if rows.store else min(PASSAGE, rows.block_size or PASSAGE)
+    passages: dict[bytes, list[int]] = {}
     for item in items:
         if len(item) >= length:
             start = (len(item) - length) // 2
-            passages.setdefault(_key(item.input_ids[start : start + length]), item.record)
+            passages.setdefault(_key(item.input_ids[start : start + length]), []).append(item.record)
     if not passages:
         return []
     wanted = np.array([_hashes(np.frombuffer(key, np.int64), length)[0] for key in passages], np.uint64)
@@ -56,9 +58,29 @@ def shared_passages(rows: Rows, items: Sequence[Item]) -> list[Overlap]:
     for piece in _pieces(rows, length):
         for position in _matches(_hashes(piece.tokens, length), wanted).tolist():
             tokens = piece.tokens[position : position + length]
-            record = passages.get(_key(tokens))
-            if record is not None and record not in found:
-                found[record] = Overlap(record, piece.candidate_at(position), tokens.copy())
+            if rows.store is None and not piece.within_a_row(position, length):
+                continue
+            for record in passages.get(_key(tokens), []):
+                found.setdefault(record, Overlap(record, piece.candidate_at(position), tokens.copy()))
+    return [found[record] for record in sorted(found)]
+
+
+def shared_rows(rows: Rows, items: Sequence[Item]) -> list[Overlap]:
+    """Return one overlap for every reference record that has an item equal to a whole row of a dataset.
+
+    This finds the short ones, which :func:`shared_passages` does not look for. Padding does not count.
+    """
+    wanted: dict[bytes, list[int]] = {}
+    for item in items:
+        if len(item) < PASSAGE:
+            wanted.setdefault(_key(item.input_ids), []).append(item.record)
+    found: dict[int, Overlap] = {}
+    for first in range(0, len(rows) if wanted else 0, 1024):
+        batch = rows.candidates(range(first, min(first + 1024, len(rows))))
+        inputs, counted = batch["input_ids"].numpy(), batch["labels"].numpy() != IGNORE_INDEX
+        for i, (tokens, seen) in enumerate(zip(inputs, counted, strict=True)):
+            for record in wanted.get(_key(tokens[seen]), []):
+                found.setdefault(record, Overlap(record, first + i, tokens[seen]))
     return [found[record] for record in sorted(found)]
 
 
@@ -121,6 +143,9 @@ class _Piece(NamedTuple):
     carried: int
     first: int
     width: int
+
+    def within_a_row(self, position: int, length: int) -> bool:
+        return position >= self.carried and (position - self.carried) % self.width + length <= self.width
 
     def candidate_at(self, position: int) -> int:
         return self.first + (position - self.carried) // self.width

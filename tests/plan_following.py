@@ -115,7 +115,8 @@ class PublishPlans(pl.Callback):
     def publish(self, trainer):
         index = 0 if self.plan is None else self.plan.round + 1
         count = self.steps * trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        ids = torch.randperm(POOL, generator=generator_for(self.seed, index, "test"))[:count]
+        size = trainer.datamodule.pool.size if hasattr(trainer.datamodule, "pool") else POOL
+        ids = torch.randperm(size, generator=generator_for(self.seed, index, "test"))[:count]
         self.plan = Plan(index, ids)
         self.published.append(self.plan)
         trainer.datamodule.follow(self.plan)
