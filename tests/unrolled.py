@@ -159,7 +159,12 @@ def hessian_product(function, parameters, vector):
     return dict(zip(leaves, products, strict=True))
 
 
-def written_out(problem, parameters, gradient, moments, step):
+def guarded_sqrt(value):
+    """The square root with slope zero at zero, where autograd's own would be infinite."""
+    return torch.sqrt(value.where(value > 0, 1.0)).where(value > 0, 0.0)
+
+
+def written_out(problem, parameters, gradient, moments, step, sqrt=torch.sqrt):
     """One update of SGD, momentum, Adam or AdamW in formulas of the textbook, open to autograd."""
     settings, rate, count = SETTINGS[problem.name], problem.rate(step), problem.count + step + 1
     if problem.limit is not None:
@@ -175,7 +180,7 @@ def written_out(problem, parameters, gradient, moments, step):
             (beta1, beta2), eps = settings["betas"], settings["eps"]
             m = beta1 * moments[name][0] + (1 - beta1) * g
             v = beta2 * moments[name][1] + (1 - beta2) * g**2
-            update = (m / (1 - beta1**count)) / (torch.sqrt(v / (1 - beta2**count)) + eps)
+            update = (m / (1 - beta1**count)) / (sqrt(v / (1 - beta2**count)) + eps)
             moments_after[name] = (m, v)
         elif "momentum" in settings:
             beta = settings["momentum"]

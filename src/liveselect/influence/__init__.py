@@ -1,5 +1,6 @@
 """Estimators of influence: how much training on a candidate would lower the reference loss."""
 
 from liveselect.influence.one_step import OneStepInfluence
+from liveselect.influence.pmp import PMPInfluence
 
-__all__ = ["OneStepInfluence"]
+__all__ = ["OneStepInfluence", "PMPInfluence"]

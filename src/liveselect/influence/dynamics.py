@@ -1,5 +1,6 @@
-"""Reads how the live run trains (optimizer, moments, clipping) into the terms of :mod:`liveselect.functional.adjoint`."""
+"""Reads how the live run trains: optimizer, moments and clipping, as rules with an adjoint."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,9 +52,7 @@ def live_dynamics(context: RoundContext, schedule: Sequence[float] = ()) -> Dyna
             'unroll plain SGD, as published, with dynamics="sgd"'
         )
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    rules = {
-        name: _rule(optimizer, group_of[id(parameter)]) for name, parameter in moving_parameters(context).items()
-    }
+    rules = {name: _rule(optimizer, group_of[id(parameter)]) for name, parameter in moving_parameters(context).items()}
     return Dynamics(rules, find_clip(context), tuple(schedule))
 
 
@@ -92,12 +91,13 @@ def find_clip(context: RoundContext) -> Clip | None:
         TypeError: it neither scales the whole gradient to a norm nor cuts its values.
     """
     parameters = moving_parameters(context)
-    found = [_clip_of(context, parameters, size) for size in (1e4, 3e5)]
-    same = type(found[0]) is type(found[1])
-    if same and (found[0] is None or torch.tensor(found[0].limit).isclose(torch.tensor(found[1].limit), rtol=1e-4)):
-        return found[1]
+    short, long = (_clip_of(context, parameters, size) for size in (1e4, 3e5))
+    if short is None and long is None:
+        return None
+    if short is not None and type(short) is type(long) and math.isclose(short.limit, long.limit, rel_tol=1e-4):
+        return long
     raise TypeError(
-        f"clipping acts as {found[0]} on one gradient and as {found[1]} on a longer one: expected clipping to a fixed "
+        f"clipping acts as {short} on one gradient and as {long} on a longer one: expected clipping to a fixed "
         'norm or value, whose adjoint is known. Unroll plain SGD, as published, with dynamics="sgd"'
     )
 

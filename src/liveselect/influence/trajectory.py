@@ -15,8 +15,8 @@ GradientAt = Callable[[State, int], Vector]
 class Trajectory:
     """Unrolls training forwards once, and hands out its transitions from the last to the first.
 
-    States are kept every ``interval`` steps, and the steps between two of them are taken again on the way back, with the
-    same result to the last bit where the gradients are reproducible. The last stretch is never taken twice: an
+    States are kept every ``interval`` steps, and the steps between two of them are taken again on the way back, with
+    the same result to the last bit where the gradients are reproducible. The last stretch is never taken twice: an
     ``interval`` of ``steps`` holds all states and repeats nothing; one of about the square root of ``steps`` holds the
     fewest, for almost one more forward pass.
 
@@ -45,15 +45,21 @@ class Trajectory:
         self._interval, self._vault, self._device = interval, vault, device
         self._last: list[Transition] = []
 
-    def forward(self) -> State:
-        """Unroll all steps, or those after the last state that a durable vault still holds; return the final state."""
+    def forward(self, advance: Callable[[int], None] = lambda steps: None) -> State:
+        """Unroll all steps, or those after the last state that a durable vault still holds; return the final state.
+
+        Args:
+            advance: told of every few steps that are done.
+        """
         begins = range(0, self.steps, self._interval)
         resumed = [begin for begin in begins if self._name(begin) in self._vault]
         begin = resumed[-1] if resumed else 0
+        advance(begin)
         state = self._state_at(begin)
         while True:
             self._last = self._stretch(state, begin)
             state = self._last[-1].after
+            advance(len(self._last))
             begin += self._interval
             if begin >= self.steps:
                 return state
@@ -61,7 +67,9 @@ class Trajectory:
             self._vault.put(self._name(begin), pack_state(state))
 
     def backward(self, before: int) -> Iterator[tuple[int, list[Transition]]]:
-        """Yield ``(begin, transitions)`` of each stretch, latest stretch first, transitions latest first.
+        """Yield ``(begin, transitions)`` of each stretch, latest first; its transitions in their order.
+
+        Take transitions off the end of the list as they are used: two stretches need then not be held at once.
 
         Args:
             before: walk only steps below this one; it must be where a stretch ends.
@@ -69,7 +77,7 @@ class Trajectory:
         for begin in reversed(range(0, before, self._interval)):
             stretch = self._last if begin + self._interval >= self.steps and self._last else None
             self._last = []
-            yield begin, (stretch or self._stretch(self._state_at(begin), begin))[::-1]
+            yield begin, stretch or self._stretch(self._state_at(begin), begin)
 
     def forget(self) -> None:
         """Drop the kept states."""
@@ -101,9 +109,7 @@ def pack_state(state: State) -> dict[str, Any]:
 
 def unpack_state(packed: dict[str, Any], device: torch.device) -> State:
     """Return the state that :func:`pack_state` described, on ``device``."""
-    return State(
-        to_device(packed["parameters"], device), to_device(packed["moments"], device), dict(packed["counts"])
-    )
+    return State(to_device(packed["parameters"], device), to_device(packed["moments"], device), dict(packed["counts"]))
 
 
 def pack_costate(costate: Costate) -> dict[str, Any]:

@@ -1,0 +1,246 @@
+"""PDS's influence by Pontryagin's maximum principle: what an example does to the whole future of the reference loss."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from liveselect import distributed
+from liveselect.functional.adjoint import Dynamics
+from liveselect.functional.flops import forward_flops
+from liveselect.functional.gradients import central_difference_dot, example_dot
+from liveselect.functional.hessian import parameters_kept
+from liveselect.influence.dynamics import live_dynamics, moving_parameters, sgd_dynamics
+from liveselect.influence.reference import ReferencePass
+from liveselect.influence.unroll import HessianKind, Unroll, Weighting, load_parameters, pair_name, unrolled_ids
+from liveselect.influence.vault import DiskVault, MemoryVault, Vault, to_device
+from liveselect.protocols import Batch, RoundContext
+from liveselect.snapshot import checksum, measuring
+
+DynamicsKind = Literal["live", "sgd"]
+ProductKind = Literal["exact", "central_difference"]
+
+PUBLISHED_RATE = 0.008
+
+_PRODUCTS = {"exact": example_dot, "central_difference": central_difference_dot}
+_FORWARDS = {"exact": 3, "central_difference": 2}
+
+
+class PMPInfluence:
+    r"""Measures influence on the future: the reference loss summed over the next T steps of training.
+
+    Training is unrolled for T steps from the live model on random candidates. With :math:`J` the reference loss,
+    :math:`F = \sum_{t=1}^{T} J(\theta_t)`, and an example added with weight :math:`\epsilon` to the mean loss of the
+    scored steps S, the influence is
+
+    .. math:: I_n = -\frac{1}{\eta} \frac{dF}{d\epsilon}
+                  = -\frac{1}{\eta} \sum_{t \in S} p_t \cdot \nabla \ell_n(\theta_t)
+
+    in nats per unit learning rate :math:`\eta` (the largest of the first unrolled step); larger lowers the future loss
+    more. :math:`p_t` comes from the costate recursion, see :mod:`liveselect.functional.adjoint`; for plain SGD
+    :math:`I_n = \sum_t \lambda_{t+1} \cdot \nabla \ell_n(\theta_t)`, the published score over :math:`\eta`. With one
+    step it is the gradient dot product with the reference gradient after that step.
+
+    ``fit`` unrolls and pulls back, and keeps :math:`(\theta_t, p_t)` of the scored steps; ``score`` takes the inner
+    products. In units of one forward of one sequence the costs are T (6 B + h B + 3 r) for fit, with B the batch of a
+    step, h = 9 or 6 for a Hessian product by double backward or central differences, and r the reference set, and 3 or
+    2 per scored step and candidate for exact products or central differences. It holds about
+    :math:`2 \sqrt{T}` states (parameters and moments) while fitting, and 2 |S| copies of the parameters afterwards, in
+    the memory of the host or in ``directory``. Each rank unrolls for itself; candidates are shared out.
+
+    Args:
+        steps: T, how far the future goes.
+        score_every: candidates take part in every n-th step, from the first.
+        dynamics: ``live`` unrolls the live optimizer (SGD, Adam, AdamW) with its moments, settings and clipping;
+            ``sgd`` unrolls plain SGD, as published.
+        learning_rate: of the unroll; by default the live one, or the published 0.008 for ``sgd``. Groups keep their
+            ratios.
+        schedule: factor on the learning rate for each of the steps; by default it stays.
+        batch_size: examples of an unrolled step; by default those of the run's global batch.
+        hessian: ``double_backward`` is exact and runs attention in plain operations; ``central_difference`` works
+            with any kernel, is cheaper, and right to about three digits in float32.
+        hessian_rows: examples differentiated twice at once, which needs several times the memory of training; by
+            default a batch of candidates.
+        products: ``exact``, or ``central_difference`` for models whose layers have no rule for exact products.
+        reference_weighting: J is the mean over reference ``tokens``, or of the means of ``examples``, as published.
+            What counts in an example is a matter of the reference set's labels.
+        snapshot_every: steps between two kept states. ``steps`` keeps all, and unrolls once; less repeats steps.
+        directory: folder for what is kept, by default in memory. A fit that was interrupted goes on from there, and one
+            that was finished is not repeated, as long as the model, the data and these settings are the same.
+
+    Source: Gu et al. 2024, "Data Selection via Optimal Control for Language Models", arXiv 2410.07064.
+    """
+
+    def __init__(
+        self,
+        steps: int = 100,
+        score_every: int = 10,
+        dynamics: DynamicsKind = "live",
+        learning_rate: float | None = None,
+        schedule: Sequence[float] = (),
+        batch_size: int | None = None,
+        hessian: HessianKind = "double_backward",
+        hessian_rows: int | None = None,
+        products: ProductKind = "exact",
+        reference_weighting: Weighting = "tokens",
+        snapshot_every: int | None = None,
+        directory: str | Path | None = None,
+    ) -> None:
+        self.steps = steps
+        self.score_every = score_every
+        self.dynamics: DynamicsKind = dynamics
+        self.learning_rate = learning_rate
+        self.schedule = tuple(schedule)
+        self.batch_size = batch_size
+        self.hessian: HessianKind = hessian
+        self.hessian_rows = hessian_rows
+        self.products: ProductKind = products
+        self.reference_weighting: Weighting = reference_weighting
+        self.snapshot_every = snapshot_every
+        self.directory = directory
+        self._check()
+        self._solved: tuple[Vault, dict[str, nn.Parameter]] | None = None
+
+    @property
+    def scored_steps(self) -> range:
+        """The steps in which candidates take part."""
+        return range(0, self.steps, self.score_every)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What influence depends on, as plain values; where it is kept on the way is left out."""
+        hidden = {"directory", "snapshot_every", "hessian_rows"}
+        return {name: value for name, value in vars(self).items() if not name.startswith("_") and name not in hidden}
+
+    def fit(self, context: RoundContext) -> Mapping[str, float]:
+        """Unroll the future and pull the reference loss back through it.
+
+        Raises:
+            ValueError: no learning rate, nothing to train, or an unroll whose reference loss is not finite.
+            TypeError: an optimizer or clipping whose adjoint is not known, or parameters in 16 bits.
+            RuntimeError: the model cannot be differentiated twice.
+        """
+        self._solved = None
+        with measuring(context.model, context.optimizer), _full_precision(context):
+            parameters = moving_parameters(context)
+            reference = ReferencePass.load(context)
+            before = reference.loss(context)
+            dynamics, rate = self._dynamics(context)
+            ids = unrolled_ids(context, self.steps, self.batch_size or context.global_batch)
+            vault = self._vault(context, ids, reference)
+            unroll = Unroll(
+                context=context,
+                parameters=parameters,
+                reference=reference,
+                ids=ids,
+                dynamics=dynamics,
+                hessian=self.hessian,
+                weighting=self.reference_weighting,
+                interval=min(self.steps, self.snapshot_every or math.isqrt(self.steps)),
+                scored_steps=self.scored_steps,
+                hessian_rows=self.hessian_rows,
+                rate=rate,
+            )
+            with parameters_kept(parameters.values()):
+                metrics = unroll.solve(vault)
+        self._solved = vault, parameters
+        return {
+            "reference_loss": before,
+            **metrics,
+            "reference_examples": float(reference.examples),
+            "reference_tokens": float(reference.targets),
+            "unroll_learning_rate": rate,
+        }
+
+    def score(self, context: RoundContext, batch: Batch) -> Tensor:
+        """Return the influence of each example, ``(B,)`` float32 on CPU.
+
+        NaN stands where a loss or a gradient of an example is not finite.
+        """
+        return self._score(context, lambda: [context.to_device(batch)]).float()
+
+    def score_ids(self, context: RoundContext, ids: Tensor) -> Tensor:
+        """Return the influence of the candidates ``ids (m,)``, ``(m,)`` float64 on CPU.
+
+        The same as :meth:`score` batch by batch, but each scored step is loaded once for all of them, and the
+        candidates are read once for each.
+        """
+        return self._score(context, lambda: context.candidate_batches(ids))
+
+    def _score(self, context: RoundContext, batches: Callable[[], Iterable[Batch]]) -> Tensor:
+        if self._solved is None:
+            raise RuntimeError("PMPInfluence was asked for scores before fit: call fit(context) once in each round")
+        vault, live = self._solved
+        product = _PRODUCTS[self.products]
+        by_step = []
+        with measuring(context.model, context.optimizer), _full_precision(context), parameters_kept(live.values()):
+            for index in self.scored_steps:
+                at, direction = to_device(vault.get(pair_name(index)), context.device)
+                load_parameters(live, at)
+                parts = []
+                for batch in batches():
+                    parts.append(product(context.model, context.loss_fn, batch, direction).double().cpu())
+                    flops = _FORWARDS[self.products] * forward_flops(context.model, batch["input_ids"].numel())
+                    context.meter.add_flops(flops)
+                by_step.append(torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64))
+        influence = torch.stack(by_step).sum(dim=0)
+        return influence.where(influence.isfinite(), math.nan)
+
+    def _dynamics(self, context: RoundContext) -> tuple[Dynamics, float]:
+        """Return how training moves, and the largest learning rate before the schedule."""
+        if self.dynamics == "sgd":
+            rate = self.learning_rate or PUBLISHED_RATE
+            return sgd_dynamics(context, rate, self.schedule), rate
+        dynamics = live_dynamics(context, self.schedule)
+        largest = max(rule.rate for rule in dynamics.rules.values())
+        if not 0 < largest < math.inf:
+            raise ValueError(
+                f"expected a positive learning rate to unroll training with, got {largest}: begin measuring after the "
+                "first step of the learning-rate warm-up (more warm-up rounds)"
+            )
+        if self.learning_rate is None:
+            return dynamics, largest
+        factor = self.learning_rate / largest
+        schedule = self.schedule or (1.0,) * self.steps
+        return replace(dynamics, schedule=tuple(factor * each for each in schedule)), self.learning_rate
+
+    def _vault(self, context: RoundContext, ids: Sequence[Tensor], reference: ReferencePass) -> Vault:
+        if self.directory is None:
+            return MemoryVault()
+        owner = hashlib.blake2b(digest_size=16)
+        owner.update(repr(sorted(self.settings.items())).encode())
+        owner.update(f"{context.source.pool.fingerprint} {checksum(context.model, context.optimizer)}".encode())
+        for tensor in (*ids, *(value for batch in reference.batches for value in batch.values())):
+            owner.update(tensor.cpu().contiguous().numpy().tobytes())
+        return DiskVault(Path(self.directory) / f"rank-{distributed.rank()}", owner.hexdigest())
+
+    def _check(self) -> None:
+        for name, kind in (
+            ("dynamics", DynamicsKind),
+            ("hessian", HessianKind),
+            ("products", ProductKind),
+            ("reference_weighting", Weighting),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"expected {name} to be one of {get_args(kind)}, got {getattr(self, name)!r}")
+        for name in ("steps", "score_every", "batch_size", "hessian_rows", "snapshot_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"expected {name} of at least 1, got {value}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"expected a positive learning_rate, got {self.learning_rate}")
+        if self.schedule and len(self.schedule) != self.steps:
+            raise ValueError(
+                f"expected a schedule with one factor for each of the {self.steps} steps, got {len(self.schedule)}"
+            )
+
+
+def _full_precision(context: RoundContext) -> AbstractContextManager[Any]:
+    # second derivatives and differences of losses are lost in 16 bits
+    return torch.autocast(context.device.type, enabled=False)

@@ -1,0 +1,194 @@
+"""Unrolls training with the model at hand, and pulls the reference loss back through it."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from liveselect.functional.adjoint import Costate, Dynamics, State, Transition, final_costate, walk_back
+from liveselect.functional.flops import forward_flops
+from liveselect.functional.gradients import count_rows, mean_gradient, mean_loss_and_gradient
+from liveselect.functional.hessian import HessianProduct, central_difference_product, double_backward_product
+from liveselect.functional.sampling import uniform_subset
+from liveselect.functional.updates import Vector
+from liveselect.influence.dynamics import live_state
+from liveselect.influence.reference import ReferencePass
+from liveselect.influence.trajectory import Trajectory, pack_costate, unpack_costate
+from liveselect.influence.vault import Vault
+from liveselect.protocols import Batch, RoundContext
+
+HessianKind = Literal["double_backward", "central_difference"]
+Weighting = Literal["tokens", "examples"]
+
+_PRODUCTS: dict[HessianKind, HessianProduct] = {
+    "double_backward": double_backward_product,
+    "central_difference": central_difference_product,
+}
+_FORWARDS: dict[HessianKind, int] = {
+    "double_backward": 9,
+    "central_difference": 6,
+}  # a forward and backward is worth three forwards
+_COSTATE, _METRICS = "costate", "metrics"
+
+
+@dataclass(frozen=True)
+class Unroll:
+    """A stretch of future training, and what is to be kept of it.
+
+    Attributes:
+        context: of the round.
+        parameters: what moves, by name; the live tensors, written to in place.
+        reference: gives the reference loss J.
+        ids: for each step the candidates in its batch, ``(batch,)``.
+        dynamics: how the parameters move.
+        hessian: how Hessian products are taken.
+        weighting: whether J is a mean over tokens or over examples.
+        interval: steps between two kept states.
+        scored_steps: the steps whose parameters and gradient costates are kept.
+        hessian_rows: examples differentiated twice at once; None takes the batches as they come.
+        rate: what gradient costates are divided by, so that influence comes per unit learning rate.
+    """
+
+    context: RoundContext
+    parameters: Mapping[str, nn.Parameter]
+    reference: ReferencePass
+    ids: Sequence[Tensor]
+    dynamics: Dynamics
+    hessian: HessianKind
+    weighting: Weighting
+    interval: int
+    scored_steps: Sequence[int]
+    hessian_rows: int | None
+    rate: float
+
+    def solve(self, vault: Vault) -> dict[str, float]:
+        r"""Put :math:`(\theta_t, -p_t / \eta)` of every scored step into the vault, and return what is worth recording.
+
+        The parameters are left at some step of the unroll. What a durable vault holds already is not computed again.
+
+        Raises:
+            ValueError: the unroll diverges.
+        """
+        context, steps = self.context, len(self.ids)
+        start = live_state(context, self.dynamics)
+        trajectory = Trajectory(self.dynamics, start, self._gradient, steps, self.interval, vault, context.device)
+        if _COSTATE in vault:
+            below, packed = vault.get(_COSTATE)
+            costate: Costate | None = unpack_costate(packed, context.device) if below else None
+        else:
+            with context.phase("unroll training", steps, "steps") as advance:
+                end = trajectory.forward(advance)
+                loss, gradient = self._reference_gradient(end)
+            below, costate = steps, final_costate(gradient, end)
+            vault.put(_METRICS, {"reference_loss_unrolled": loss})
+        with context.phase("pull back", below, "steps") as advance:
+            for begin, transitions in trajectory.backward(below):
+                for step, toward, earlier in self._walk(_present(costate), transitions):
+                    costate = earlier
+                    if step.index in self.scored_steps:
+                        direction = {name: value / -self.rate for name, value in toward.items()}
+                        vault.put(pair_name(step.index), (step.before.parameters, direction))
+                    advance(1)
+                vault.put(_COSTATE, (begin, {} if costate is None else pack_costate(costate)))
+        trajectory.forget()
+        return dict(vault.get(_METRICS))
+
+    def _walk(
+        self, costate: Costate, transitions: list[Transition]
+    ) -> Iterator[tuple[Transition, Vector, Costate | None]]:
+        def latest_first() -> Iterator[Transition]:
+            while transitions:
+                yield transitions.pop()
+
+        return walk_back(
+            self.dynamics, costate, latest_first(), lambda state: self._reference_gradient(state)[1], self._curved
+        )
+
+    def _gradient(self, state: State, index: int) -> Vector:
+        """Return the gradient of the mean loss of a step's batch."""
+        context = self.context
+        self._load(state)
+        batches = list(context.candidate_batches(self.ids[index]))
+        self._charge(3, batches)
+        gradient = mean_gradient(context.model, context.loss_fn, batches)
+        return {name: gradient[name] for name in self.parameters}
+
+    def _curved(self, transition: Transition, vector: Vector) -> Vector:
+        """Return the Hessian of that mean loss times a vector."""
+        context = self.context
+        self._load(transition.before)
+        batches = [
+            part
+            for batch in context.candidate_batches(self.ids[transition.index])
+            for part in split_rows(batch, self.hessian_rows)
+        ]
+        self._charge(_FORWARDS[self.hessian], batches)
+        return _PRODUCTS[self.hessian](context.model, context.loss_fn, batches, vector)
+
+    def _reference_gradient(self, state: State) -> tuple[float, Vector]:
+        """Return J at a state, and its gradient."""
+        context, reference = self.context, self.reference
+        self._load(state)
+        context.meter.add_flops(3 * reference.flops)
+        weights = reference.counts if self.weighting == "tokens" else [count > 0 for count in reference.counts]
+        loss, gradient = mean_loss_and_gradient(context.model, context.loss_fn, reference.batches, weights)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the reference loss became {loss} while {len(self.ids)} steps of training were unrolled: "
+                "lower learning_rate, unroll fewer steps, or look at the training loss"
+            )
+        return loss, {name: gradient[name] for name in self.parameters}
+
+    def _load(self, state: State) -> None:
+        load_parameters(self.parameters, state.parameters)
+
+    def _charge(self, forwards: int, batches: Sequence[Batch]) -> None:
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        self.context.meter.add_flops(forwards * forward_flops(self.context.model, tokens))
+
+
+def unrolled_ids(context: RoundContext, steps: int, size: int) -> list[Tensor]:
+    """Draw the candidates of every unrolled step, ``(size,)`` each; no candidate twice while there are others."""
+    generator = context.generator("unrolled batches")
+    drawn: list[Tensor] = []
+    missing = steps * size
+    while missing > 0:
+        count = min(missing, len(context.candidates))
+        rows = uniform_subset(len(context.candidates), count, generator)
+        drawn.append(context.candidates[rows[torch.randperm(count, generator=generator)]])
+        missing -= count
+    return list(torch.cat(drawn).split(size))
+
+
+def load_parameters(parameters: Mapping[str, nn.Parameter], values: Vector) -> None:
+    """Write values into the live parameters, in place."""
+    with torch.no_grad():
+        torch._foreach_copy_(list(parameters.values()), [values[name] for name in parameters])
+    torch.clear_autocast_cache()  # casts of the weights before this would be used again
+
+
+def split_rows(batch: Batch, rows: int | None) -> list[dict[str, Any]]:
+    """Return a batch in parts of at most ``rows`` examples; what has no row for each example goes into every part."""
+    count = count_rows(batch)
+    if rows is None or rows >= count:
+        return [dict(batch)]
+
+    def part(value: Any, begin: int) -> Any:
+        per_example = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+        return value[begin : begin + rows] if per_example else value
+
+    return [{key: part(value, begin) for key, value in batch.items()} for begin in range(0, count, rows)]
+
+
+def _present(costate: Costate | None) -> Costate:
+    if costate is None:
+        raise RuntimeError("the costate of an earlier step is missing, although not all steps were pulled back")
+    return costate
+
+
+def pair_name(index: int) -> str:
+    """Return the name under which a scored step's parameters and direction are kept."""
+    return f"pair-{index}"
