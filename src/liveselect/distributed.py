@@ -45,6 +45,15 @@ def gather_shards(local: Tensor, total: int) -> Tensor:
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]).cpu()
 
 
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Return the elementwise sum of ``value`` over all ranks, on its device; equal on all of them."""
+    if world_size() == 1:
+        return value
+    total = value.to(_collective_device(), copy=True)
+    dist.all_reduce(total)
+    return total.to(value.device)
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Return the picklable ``value`` of every rank, in rank order."""
     if world_size() == 1:

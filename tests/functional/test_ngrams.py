@@ -35,6 +35,7 @@ def test_what_the_mask_hides_does_not_count():
     row = torch.tensor([[4, 8, 15, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 0, 0]])
     assert torch.equal(dense(row, 2**12, mask), dense(row[:, :3], 2**12))
+    assert torch.equal(dense(row.flip(1), 2**12, mask.flip(1)), dense(row[:, :3].flip(1), 2**12))
     assert dense(row, 2**12, torch.zeros_like(mask)).count_nonzero() == 0
 
 

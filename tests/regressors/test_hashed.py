@@ -152,8 +152,15 @@ def test_an_unfitted_regressor_can_be_saved_and_restored():
         predictions(restored, fake_context(random_source()))
 
 
-def test_fit_and_predict_leave_the_global_random_state_alone():
+def test_fit_and_predict_leave_the_random_state_and_the_default_type_alone():
     state = torch.get_rng_state()
-    regressor, context, _ = fitted()
-    predictions(regressor, context)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        source = random_source(candidates=32)
+        regressor = HashedRidgeRegressor(2**8)
+        regressor.fit(fake_context(source), torch.arange(32), (source.tokens < 20).float().sum(dim=1))
+        assert predictions(regressor, fake_context(source)).dtype == torch.float32
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,5 +1,6 @@
 """Guess influence where it was not measured."""
 
+from liveselect.regressors.encoder import EncoderRegressor
 from liveselect.regressors.hashed import HashedRidgeRegressor
 
-__all__ = ["HashedRidgeRegressor"]
+__all__ = ["EncoderRegressor", "HashedRidgeRegressor"]

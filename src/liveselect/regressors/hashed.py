@@ -27,8 +27,8 @@ class HashedRidgeRegressor:
     of a fit that did not see the fold. (Pooled over folds, or with single examples left out, it would lie below zero
     where nothing can be learned, because the mean of the others is low where the left-out target is high.)
 
-    The fit runs on CPU, in time that grows with ``min(m, buckets)^3`` and a few times ``4 m buckets`` bytes: seconds for
-    two thousand candidates. A prediction is one gather and one sum for each row.
+    The fit runs on CPU: of m candidates it takes a few times ``4 m buckets`` bytes, and time that grows with
+    ``min(m, buckets)^3``, seconds up to two thousand. A prediction is one gather and one sum for each row.
 
     Args:
         buckets: number of features, a power of two.
@@ -53,13 +53,13 @@ class HashedRidgeRegressor:
         std = float(known.influence.std(correction=0))
         targets = standardized(known.influence, float(known.influence.mean()), std)
         if std == 0.0:
-            self._weights, self._intercept = torch.zeros(self.buckets), 0.0
+            self._weights, self._intercept = torch.zeros(self.buckets, dtype=torch.float32), 0.0
             return {"spearman": float("nan"), "r2": float("nan"), "penalty": float("nan")}
         m = len(targets)
         count = min(_MOST_FOLDS, m // _SMALLEST_FOLD)
         folds = torch.randperm(m, generator=context.generator("regressor/folds")) % count
         with context.phase("fit regressor", m, "candidates") as advance:
-            features = torch.zeros(m, self.buckets)
+            features = torch.zeros(m, self.buckets, dtype=torch.float32)
             row = 0
             for batch in context.source.candidates(known.ids):
                 bucket, weight = self._features(batch)

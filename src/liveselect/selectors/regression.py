@@ -29,7 +29,7 @@ class _Measured:
 
     round: int = -1
     ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    influence: Tensor = field(default_factory=lambda: torch.empty(0))
+    influence: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
 
 
 class RegressionSelector:
@@ -182,7 +182,7 @@ class RegressionSelector:
     def _predict(self, context: RoundContext, ids: Tensor) -> Tensor:
         """Return the predicted influence of ``ids (n,)``, ``(n,)`` float32, each rank predicting its share."""
         mine = ids[shard(len(ids))]
-        parts = [torch.empty(0)]
+        parts = [torch.empty(0, dtype=torch.float32)]
         with context.phase("predict influence", len(mine), "candidates") as advance:
             for batch in context.candidate_batches(mine):
                 parts.append(self.regressor.predict(context, batch).float().cpu())
