@@ -25,7 +25,7 @@ ALLOWED = {
     "snapshot": {"protocols"},
     "influence": {"protocols", "losses", "distributed", "functional", "snapshot"},
     "regressors": {"protocols", "losses", "distributed", "functional", "seeding"},
-    "selectors": {"protocols", "distributed", "functional"},
+    "selectors": {"protocols", "distributed", "functional", "seeding"},
     "rounds": {"protocols", "pool", "plan", "ledger", "seeding", "distributed", "functional", "snapshot"},
     "report": {"ledger"},
     "callbacks": {

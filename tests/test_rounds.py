@@ -6,7 +6,7 @@ from fakes import fake_context, random_source
 from torch import Tensor, nn
 
 from liveselect.protocols import Batch, RoundContext, Selection
-from liveselect.rounds import SelectionRun, round_slices, run_round
+from liveselect.rounds import GROUPS_RECORDED, SelectionRun, round_slices, run_round
 from liveselect.snapshot import checksum
 
 PER_PROPOSAL = 10
@@ -114,6 +114,30 @@ def test_the_record_adds_up():
         assert example.text == source.decode(source.tokens[example.id : example.id + 1])[0]
     assert record.seconds["measure influence"] >= 0
     assert record.plan == plan.fingerprint
+
+
+def test_of_many_groups_the_record_keeps_those_that_the_round_touched():
+    names = tuple(f"cluster {i}" for i in range(GROUPS_RECORDED + 1))
+    groups = torch.arange(60) % len(names)
+    run, source = a_run(estimator=TokenSum(), groups=groups, group_names=names)
+    plan = run_round(run, fake_context(source), budget=5)
+    record = run.ledger.rounds[0]
+    touched = {names[groups[i]] for i in [*plan.ids.tolist(), *record.measured]}
+    assert set(record.groups) == touched
+    assert sum(row["chosen"] for row in record.groups.values()) == 5
+
+
+def test_what_a_selector_knows_of_a_group_stands_in_its_row_where_it_is_finite():
+    class Knows(Fixed):
+        def select(self, context, budget):
+            return Selection(self.ids, group_metrics={"reward": torch.tensor([0.5, torch.nan, torch.inf])})
+
+    run, source = a_run(selector=Knows(torch.arange(5)), groups=torch.arange(60) % 3, group_names=("a", "b", "c"))
+    run_round(run, fake_context(source), budget=5)
+    rows = run.ledger.rounds[0].groups
+    assert rows["a"]["reward"] == 0.5
+    assert "reward" not in rows["b"]
+    assert "reward" not in rows["c"]
 
 
 def test_between_slices_the_model_is_as_training_left_it():

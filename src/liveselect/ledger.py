@@ -65,7 +65,8 @@ class RoundRecord:
         plan: fingerprint of the plan.
         measured: ids whose influence was measured.
         influence: their influence, nats per unit learning rate.
-        groups: for each group, how many candidates were ``available``, ``measured`` and ``chosen``.
+        groups: for each group, how many candidates were ``available``, ``measured`` and ``chosen``, and what else the
+            selector knows of it. Of many groups only those that the round measured or chose from.
         histogram: scores of all compared candidates and of the chosen, None when the choice used no scores.
         examples: a few chosen and rejected candidates.
         metrics: scalars from the estimator, the regressor and the selector.
@@ -82,7 +83,7 @@ class RoundRecord:
     plan: str
     measured: list[int] = field(default_factory=list)
     influence: list[float] = field(default_factory=list)
-    groups: dict[str, dict[str, int]] = field(default_factory=dict)
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
     histogram: Histogram | None = None
     examples: list[Example] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)

@@ -1,10 +1,30 @@
 """The pool: which candidates exist, which group each belongs to, and how often each was trained on."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroupGeometry:
+    """Where the groups of a pool lie in the space that they were made in.
+
+    Attributes:
+        starts: ``(G + 1,)`` int64; ``starts[i]:starts[i + 1]`` are the places of group i's neighbours in:
+        columns: ``(nnz,)`` int64 groups near it, and
+        distances: ``(nnz,)`` float32 their cosine distances.
+        typical: ``(G,)`` int64, the candidate nearest to each group's centre.
+        offsets: ``(size,)`` floating point, the distance of each candidate to its group's centre.
+    """
+
+    starts: Tensor
+    columns: Tensor
+    distances: Tensor
+    typical: Tensor
+    offsets: Tensor
 
 
 class CandidatePool:
@@ -15,13 +35,19 @@ class CandidatePool:
         fingerprint: identifies the content; a resumed run refuses a pool whose fingerprint changed.
         groups: ``(size,)`` integer group (source, cluster) of every candidate, or None for a single group.
         group_names: a name for each group code.
+        geometry: which groups are near each other, where that is known.
 
     Attributes:
         uses: ``(size,)`` int16, how often each candidate was put into a plan.
     """
 
     def __init__(
-        self, size: int, fingerprint: str, groups: Tensor | None = None, group_names: Sequence[str] | None = None
+        self,
+        size: int,
+        fingerprint: str,
+        groups: Tensor | None = None,
+        group_names: Sequence[str] | None = None,
+        geometry: GroupGeometry | None = None,
     ) -> None:
         if size < 1:
             raise ValueError(f"expected a pool of at least one candidate, got {size}")
@@ -38,6 +64,7 @@ class CandidatePool:
         self.fingerprint = fingerprint
         self.groups = groups
         self.group_names = tuple(group_names or ())
+        self.geometry = geometry
         self.uses = torch.zeros(size, dtype=torch.int16)
 
     def available(self, at_least: int = 1) -> Tensor:

@@ -147,6 +147,7 @@ class Selection:
         scores: ``(n,)`` float32, their scores before any noise; larger is better.
         metrics: scalars for the ledger.
         notes: sentences for the ledger, such as the reason of a fallback.
+        group_metrics: ``(G,)`` numbers for the ledger, one for each group of the pool; NaN where there is none.
     """
 
     ids: Tensor
@@ -154,6 +155,7 @@ class Selection:
     scores: Tensor | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    group_metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Selector(Protocol):

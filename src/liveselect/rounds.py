@@ -1,5 +1,6 @@
 """One round of selection: measure what the selector proposes, let it choose, record it."""
 
+import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from liveselect.snapshot import measuring
 
 EXAMPLES_SHOWN = 6
 CHARACTERS_SHOWN = 600
+GROUPS_RECORDED = 64
+"""A pool with more groups records only those that a round touched: thousands of clusters would swell the ledger."""
 
 
 @dataclass
@@ -105,7 +108,9 @@ def _measure(
     estimator: InfluenceEstimator | None, selector: Selector, context: RoundContext
 ) -> Generator[None, None, tuple[Tensor, Tensor, dict[str, float]]]:
     """Measure until the selector has asked enough; returns ids (m,), influence (m,) and the estimator's metrics."""
-    all_ids, all_influence, metrics = [], [], {}
+    all_ids: list[Tensor] = []
+    all_influence: list[Tensor] = []
+    metrics: dict[str, float] = {}
     while len(ids := selector.propose(context)):
         if estimator is None:
             raise ValueError(
@@ -160,11 +165,6 @@ def _record(
     influence: Tensor,
     metrics: Mapping[str, float],
 ) -> RoundRecord:
-    counts = {
-        "available": pool.group_counts(context.candidates),
-        "measured": pool.group_counts(measured),
-        "chosen": pool.group_counts(plan.ids),
-    }
     histogram = None
     if selection.scored is not None and selection.scores is not None:
         chosen = torch.isin(selection.scored, plan.ids)
@@ -183,7 +183,7 @@ def _record(
         plan=plan.fingerprint,
         measured=measured.tolist(),
         influence=influence.tolist(),
-        groups={name: {kind: counts[kind][name] for kind in counts} for name in pool.group_names},
+        groups=_groups(pool, context.candidates, measured, plan.ids, selection.group_metrics),
         histogram=histogram,
         examples=examples,
         metrics={**metrics, **selection.metrics},
@@ -191,6 +191,22 @@ def _record(
         flops=flops,
         notes=list(selection.notes),
     )
+
+
+def _groups(
+    pool: CandidatePool, available: Tensor, measured: Tensor, chosen: Tensor, metrics: Mapping[str, Tensor]
+) -> dict[str, dict[str, float]]:
+    """Return the rows of the record's table of groups, by name."""
+    counts = {kind: pool.group_counts(ids) for kind, ids in (("measured", measured), ("chosen", chosen))}
+    counts = {"available": pool.group_counts(available), **counts}
+    rows: dict[str, dict[str, float]] = {}
+    for code, name in enumerate(pool.group_names):
+        if len(pool.group_names) > GROUPS_RECORDED and not (counts["measured"][name] or counts["chosen"][name]):
+            continue
+        known = {key: float(values[code]) for key, values in metrics.items()}
+        rows[name] = {kind: counts[kind][name] for kind in counts}
+        rows[name] |= {key: value for key, value in known.items() if math.isfinite(value)}
+    return rows
 
 
 def _examples(pool: CandidatePool, context: RoundContext, selection: Selection) -> list[Example]:

@@ -1,6 +1,7 @@
 """What to measure, and what to train on."""
 
 from liveselect.selectors.regression import RegressionSelector
+from liveselect.selectors.ucb import UCBSelector
 from liveselect.selectors.uniform import UniformSelector
 
-__all__ = ["RegressionSelector", "UniformSelector"]
+__all__ = ["RegressionSelector", "UCBSelector", "UniformSelector"]
