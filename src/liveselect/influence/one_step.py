@@ -214,8 +214,8 @@ def _refuse_unfit(context: RoundContext) -> None:
 
 def _all_finite(loss: Tensor, gradients: Sequence[Tensor | None]) -> bool:
     # one wait for the device; without it a gradient that clipping scales to zero would pass for no influence
-    largest = torch._foreach_norm([gradient for gradient in gradients if gradient is not None], math.inf)
-    return bool(torch.stack([loss, *(norm.to(loss) for norm in largest)]).isfinite().all())
+    norms = torch._foreach_norm([gradient for gradient in gradients if gradient is not None])
+    return bool(torch.stack([loss, *(norm.to(loss) for norm in norms)]).isfinite().all())
 
 
 def _require_finite(loss: float, when: str, cure: str) -> None:
