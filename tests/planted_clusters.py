@@ -1,0 +1,64 @@
+"""Clusters of sequences from different Markov chains; the reference set comes from some of them."""
+
+from collections.abc import Sequence
+
+import torch
+from fakes import FakeSource
+from torch import Tensor
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from liveselect.losses import causal_lm_loss
+
+VOCABULARY = 40
+
+
+def chains(clusters: int, generator: torch.Generator, sharpness: float = 2.0) -> Tensor:
+    """Transition probabilities ``(clusters, V, V)``."""
+    return torch.softmax(sharpness * torch.randn(clusters, VOCABULARY, VOCABULARY, generator=generator), dim=-1)
+
+
+def walk(chain: Tensor, rows: int, length: int, generator: torch.Generator) -> Tensor:
+    """Sequences ``(rows, length)`` of one chain."""
+    tokens = torch.randint(0, VOCABULARY, (rows, 1), generator=generator)
+    for _ in range(length - 1):
+        tokens = torch.cat([tokens, torch.multinomial(chain[tokens[:, -1]], 1, generator=generator)], dim=1)
+    return tokens
+
+
+def planted_clusters(
+    clusters: int = 8, wanted: Sequence[int] = (2, 5), rows: int = 60, length: int = 24, seed: int = 0, **kwargs
+) -> tuple[FakeSource, Tensor]:
+    """A source with ``rows`` candidates of each cluster, and the chains; the reference set comes from ``wanted``."""
+    generator = torch.Generator().manual_seed(seed)
+    matrices = chains(clusters, generator)
+    tokens = torch.cat([walk(chain, rows, length, generator) for chain in matrices])
+    order = torch.randperm(len(tokens), generator=generator)
+    groups = torch.arange(clusters).repeat_interleave(rows)[order]
+    reference = torch.cat([walk(matrices[index], 8, length, generator) for index in wanted])
+    names = tuple(f"chain {index}" for index in range(clusters))
+    return FakeSource(tokens[order], reference, groups=groups.int(), group_names=names, **kwargs), matrices
+
+
+def small_lm(seed: int = 0) -> GPTNeoXForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # noqa: TID251 - the initial weights, not selection
+        return GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                max_position_embeddings=64,
+            )
+        )
+
+
+def train(model, optimizer, source: FakeSource, ids: Tensor, batch_size: int = 16) -> None:
+    """Take one step on each batch of ``ids``."""
+    model.train()
+    for part in ids.split(batch_size):
+        batch = {"input_ids": source.tokens[part], "labels": source.labels[part]}
+        optimizer.zero_grad()
+        causal_lm_loss(model, batch).mean().backward()
+        optimizer.step()
