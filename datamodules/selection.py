@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -98,6 +97,8 @@ class SelectionDataModule(pl.LightningDataModule):
         self._plan: Plan | None = None
         if self._existing is not None:
             wrapping.adopt_hooks(self, self._existing)
+            if validation is None:  # also where it has none: Lightning then sees that there is nothing to override it
+                self.val_dataloader = self._existing.val_dataloader  # type: ignore[method-assign]
 
     @classmethod
     def wrap(
@@ -166,11 +167,8 @@ class SelectionDataModule(pl.LightningDataModule):
                 self._loader.follow(self._plan)
         return self._loader
 
-    def val_dataloader(self) -> Any:
-        """Return the validation set, by default the reference set; a wrapped module keeps its own."""
-        if not self._serves_validation:
-            overridden = is_overridden("val_dataloader", self._existing)
-            return self._existing.val_dataloader() if self._existing is not None and overridden else []
+    def val_dataloader(self) -> ShardedBatches:
+        """Return the validation set, by default the reference set."""
         if self._validation is None:
             raise RuntimeError(f"the validation set is not read yet: {NOT_SET_UP}")
         return ShardedBatches(self._validation, self._rank, self._world_size)
