@@ -1,7 +1,8 @@
 """What to measure, and what to train on."""
 
 from liveselect.selectors.regression import RegressionSelector
+from liveselect.selectors.scored import PriorSelector, ScoredSelector
 from liveselect.selectors.ucb import UCBSelector
 from liveselect.selectors.uniform import UniformSelector
 
-__all__ = ["RegressionSelector", "UCBSelector", "UniformSelector"]
+__all__ = ["PriorSelector", "RegressionSelector", "ScoredSelector", "UCBSelector", "UniformSelector"]

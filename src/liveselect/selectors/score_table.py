@@ -1,0 +1,115 @@
+"""Scores of a pool, and the draw of its better part."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from liveselect.functional.sampling import gumbel_topk
+from liveselect.protocols import RoundContext, SelectionWarning
+from liveselect.scores import Scores, read_scores
+
+
+class BetterPart(NamedTuple):
+    """The candidates of a round that a draw by score kept.
+
+    Attributes:
+        ids: ``(k,)``, in the order of the round's candidates.
+        beyond: how many of them had to be taken from below the share that was asked for.
+    """
+
+    ids: Tensor
+    beyond: int
+
+
+class ScoreTable:
+    """Scores of a pool, and the draw of its better part.
+
+    Args:
+        scores: what :func:`liveselect.scores.read_scores` takes.
+        column: name of the Parquet column.
+        groups: names of the groups that may be chosen; all by default.
+        standardize: divide the scores by their standard deviation over these groups.
+    """
+
+    def __init__(
+        self, scores: Any, column: str = "score", groups: Sequence[str] | None = None, standardize: bool = False
+    ) -> None:
+        self.scores: Scores = read_scores(scores, column)
+        self.groups = None if groups is None else tuple(groups)
+        self.standardize = standardize
+        self._values: Tensor | None = None
+        self._count = 0
+
+    def check(self, ratio: float, temperature: float) -> None:
+        """Raise ValueError when these cannot be the arguments of a draw."""
+        if not 0.0 < ratio <= 1.0:
+            raise ValueError(f"expected ratio, the share that is kept, above 0 and up to 1, got {ratio}")
+        if not 0.0 <= temperature < float("inf"):
+            raise ValueError(f"expected a finite temperature of at least 0, got {temperature}")
+
+    def values(self, context: RoundContext) -> Tensor:
+        """Return the scores of the pool, ``(n,)``, -inf for what is in none of the groups.
+
+        Raises:
+            ValueError: the scores or the groups are not of this pool, or nothing may be chosen.
+        """
+        if self._values is None:
+            pool = context.source.pool
+            self.scores.check_fit(pool.size, pool.fingerprint)
+            if self.scores.pool is None:
+                warnings.warn(
+                    f"{self.scores.name} does not say of which pool its scores are: only their number was checked",
+                    SelectionWarning,
+                    stacklevel=2,
+                )
+            values = self.scores.values
+            if self.groups is not None:
+                values = values.where(self._in_groups(context), -torch.inf)
+            eligible = values > -torch.inf
+            self._count = int(eligible.sum())
+            if not self._count:
+                raise ValueError(f"no candidate in the groups {self.groups or 'of the pool'} has a score above -inf")
+            if self.standardize:
+                values = values / (float(values[eligible].double().std(correction=0)) or 1.0)
+            self._values = values
+        return self._values
+
+    def better_part(self, context: RoundContext, ratio: float, temperature: float, at_least: int) -> BetterPart:
+        """Draw the share ``ratio`` of the pool by score, and return the round's candidates among the drawn.
+
+        The draw is one of all candidates that may be chosen, used or not, so that the share means the same in every
+        round. When fewer than ``at_least`` of the drawn are left, it goes on among the round's candidates.
+
+        Raises:
+            ValueError: fewer than ``at_least`` of the round's candidates may be chosen at all.
+        """
+        values = self.values(context)
+        candidates = context.candidates
+        kept = torch.zeros(len(values), dtype=torch.bool)
+        kept[gumbel_topk(values, max(1, round(ratio * self._count)), temperature, context.generator("scores"))] = True
+        is_kept = kept[candidates]
+        beyond = max(0, at_least - int(is_kept.sum()))
+        if beyond:
+            rest = (~is_kept & (values[candidates] > -torch.inf)).nonzero().flatten()
+            if len(rest) < beyond:
+                raise ValueError(
+                    f"round {context.round} needs {at_least} candidates, but of the {len(candidates)} that are left "
+                    f"{int(is_kept.sum()) + len(rest)} may be chosen by their scores and groups: name more groups, "
+                    "or train for fewer steps"
+                )
+            generator = context.generator("scores beyond the ratio")
+            is_kept[rest[gumbel_topk(values[candidates[rest]], beyond, temperature, generator)]] = True
+        return BetterPart(candidates[is_kept], beyond)
+
+    def _in_groups(self, context: RoundContext) -> Tensor:
+        pool = context.source.pool
+        unknown = sorted(set(self.groups or ()) - set(pool.group_names))
+        if unknown:
+            raise ValueError(f"the pool has no groups {unknown}: its groups are {list(pool.group_names)}")
+        if pool.groups is None:
+            return torch.ones(pool.size, dtype=torch.bool)
+        codes = torch.tensor([pool.group_names.index(name) for name in self.groups or ()])
+        return torch.isin(pool.groups, codes.to(pool.groups.dtype))

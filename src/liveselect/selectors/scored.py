@@ -1,0 +1,216 @@
+"""Selection by precomputed scores, drawn live, and scores as a prior of another selector."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liveselect.functional.sampling import uniform_subset
+from liveselect.protocols import RoundContext, Selection, Selector
+from liveselect.selectors.score_table import ScoreTable
+from liveselect.selectors.uniform import check_budget, training_order
+
+
+class ScoredSelector:
+    """Draws by scores that were made before training; measures nothing. The policy of PDS.
+
+    In every round the share ``ratio`` of the pool is drawn with fresh noise, with weights ``exp(score / temperature)``
+    and without replacement, and the round's budget is taken at random from what is left of it. Candidates that were
+    trained on do not come again before the pool is used up, so a run that consumes the share trains on it once, as a
+    pool that was filtered before training would be; what the noise decides near its edge is decided anew in each round.
+    A run that consumes more goes on with the next best, and says so.
+
+    Args:
+        scores: a folder made by ``liveselect score``; a ``.npy`` or ``.parquet`` file with one number for each
+            candidate; or an array. Larger is better, -inf is never drawn. See :mod:`liveselect.scores`.
+        ratio: share of the pool that is drawn, above 0 and up to 1.
+        temperature: strength of the noise, in units of the scores; 0 draws the best.
+        final_temperature: where the temperature arrives after ``anneal_rounds``, changing by equal steps; by default it
+            stays.
+        anneal_rounds: rounds until then.
+        groups: names of the groups that may be chosen; all by default.
+        random_share: share of the budget that is drawn uniformly instead, 0..1, from the same groups.
+        standardize: divide the scores by their standard deviation, for scores on scales of their own.
+        column: name of the column of a Parquet file.
+
+    Raises:
+        FileNotFoundError: there are no scores.
+        ValueError: the file or a setting is not what it should be.
+
+    Source: Gu et al. 2024, "Data Selection via Optimal Control", arXiv 2410.07064 (ratio 0.4, temperature 0.1 on scores
+    of unit variance).
+    """
+
+    def __init__(
+        self,
+        scores: Any,
+        ratio: float = 0.4,
+        temperature: float = 0.1,
+        final_temperature: float | None = None,
+        anneal_rounds: int | None = None,
+        groups: Sequence[str] | None = None,
+        random_share: float = 0.0,
+        standardize: bool = False,
+        column: str = "score",
+    ) -> None:
+        self._table = ScoreTable(scores, column, groups, standardize)
+        for value in (temperature, temperature if final_temperature is None else final_temperature):
+            self._table.check(ratio, value)
+        if (final_temperature is None) != (anneal_rounds is None) or (anneal_rounds is not None and anneal_rounds < 1):
+            raise ValueError(
+                "expected final_temperature together with anneal_rounds of at least 1, or neither, got "
+                f"{final_temperature} and {anneal_rounds}"
+            )
+        if not 0.0 <= random_share <= 1.0:
+            raise ValueError(f"expected random_share in 0..1, got {random_share}")
+        self.ratio = ratio
+        self.temperature = temperature
+        self.final_temperature = final_temperature
+        self.anneal_rounds = anneal_rounds
+        self.random_share = random_share
+
+    def propose(self, context: RoundContext) -> Tensor:
+        """Return no ids, ``(0,)``: the scores are there already."""
+        return torch.empty(0, dtype=torch.int64)
+
+    def observe(self, ids: Tensor, influence: Tensor) -> None:
+        """Take no note."""
+
+    def select(self, context: RoundContext, budget: int) -> Selection:
+        """Draw ``budget`` of the context's candidates, in random training order.
+
+        Raises:
+            ValueError: the scores are not of this pool, or too few candidates may be chosen.
+        """
+        check_budget(context, budget)
+        temperature = self.temperature_in(context.round)
+        by_score = budget - round(self.random_share * budget)
+        better = self._table.better_part(context, self.ratio, temperature, by_score)
+        values = self._table.values(context)
+        drawn = better.ids[uniform_subset(len(better.ids), by_score, context.generator("select"))]
+        scored = context.candidates[values[context.candidates] > -torch.inf]
+        rest = scored[~torch.isin(scored, drawn)]
+        if len(rest) < budget - by_score:
+            raise ValueError(
+                f"round {context.round} needs {budget} candidates, but of the {len(context.candidates)} that are left "
+                f"{len(scored)} may be chosen by their scores and groups: name more groups, or train for fewer steps"
+            )
+        others = rest[uniform_subset(len(rest), budget - by_score, context.generator("random share"))]
+        ids = training_order(context, torch.cat([drawn, others]))
+        metrics = {
+            "temperature": temperature,
+            "scores/std": float(values[scored].double().std(correction=0)),
+            "left_in_ratio": float(len(better.ids) - better.beyond),
+            "beyond_ratio": float(better.beyond),
+        }
+        return Selection(ids, scored, values[scored].float(), metrics, _notes(self.ratio, better.beyond))
+
+    def temperature_in(self, round_index: int) -> float:
+        """Return the temperature of a round."""
+        if self.final_temperature is None or self.anneal_rounds is None:
+            return self.temperature
+        done = min(1.0, round_index / self.anneal_rounds)
+        return self.temperature + done * (self.final_temperature - self.temperature)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which scores are drawn from."""
+        return {"scores": self._table.scores.digest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError when the checkpoint was made with other scores."""
+        _check_same_scores(self._table, state)
+
+
+class PriorSelector:
+    """Lets another selector choose from the better part of the pool, by scores that were made before training.
+
+    A cheap quality score narrows the pool; a method that measures the live model, or arms, chooses from what is left.
+    Each round draws its part afresh, with noise, as :class:`ScoredSelector` does.
+
+    Args:
+        selector: sees only the candidates that the prior kept.
+        scores: as in :class:`ScoredSelector`.
+        ratio: share of the pool that is kept, above 0 and up to 1.
+        temperature: strength of the noise, in units of the scores; 0 keeps the best.
+        groups: names of the groups that may be chosen; all by default.
+        standardize: divide the scores by their standard deviation.
+        column: name of the column of a Parquet file.
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        scores: Any,
+        ratio: float = 0.5,
+        temperature: float = 0.0,
+        groups: Sequence[str] | None = None,
+        standardize: bool = False,
+        column: str = "score",
+    ) -> None:
+        self._table = ScoreTable(scores, column, groups, standardize)
+        self._table.check(ratio, temperature)
+        self.selector = selector
+        self.ratio = ratio
+        self.temperature = temperature
+
+    def propose(self, context: RoundContext) -> Tensor:
+        """Return what the selector wants measured among the kept candidates."""
+        return self.selector.propose(self._narrowed(context, 1)[0])
+
+    def observe(self, ids: Tensor, influence: Tensor) -> None:
+        """Tell the selector."""
+        self.selector.observe(ids, influence)
+
+    def select(self, context: RoundContext, budget: int) -> Selection:
+        """Let the selector choose ``budget`` of the kept candidates.
+
+        Raises:
+            ValueError: the scores are not of this pool, or too few candidates may be chosen.
+        """
+        check_budget(context, budget)
+        narrowed, beyond = self._narrowed(context, budget)
+        selection = self.selector.select(narrowed, budget)
+        metrics = {**selection.metrics, "prior/candidates": float(len(narrowed.candidates))}
+        return replace(selection, metrics=metrics, notes=selection.notes + _notes(self.ratio, beyond))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which scores are the prior, and the selector's state if it has one."""
+        stateful = hasattr(self.selector, "state_dict")
+        state = self.selector.state_dict() if stateful else None  # type: ignore[attr-defined]
+        return {"scores": self._table.scores.digest, "selector": state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the selector's state.
+
+        Raises:
+            ValueError: the checkpoint was made with other scores, or with another kind of selector.
+        """
+        _check_same_scores(self._table, state)
+        stateful = hasattr(self.selector, "load_state_dict")
+        if stateful != (state["selector"] is not None):
+            raise ValueError(
+                f"the checkpoint holds {'no' if stateful else 'a'} selector state, which does not fit "
+                f"{type(self.selector).__name__}: resume with the selector that the run began with"
+            )
+        if stateful:
+            self.selector.load_state_dict(state["selector"])  # type: ignore[attr-defined]
+
+    def _narrowed(self, context: RoundContext, at_least: int) -> tuple[RoundContext, int]:
+        better = self._table.better_part(context, self.ratio, self.temperature, at_least)
+        return replace(context, candidates=better.ids), better.beyond
+
+
+def _notes(ratio: float, beyond: int) -> tuple[str, ...]:
+    if not beyond:
+        return ()
+    return (f"too few of the best {ratio:.0%} of the pool are left: {beyond} candidates come from below",)
+
+
+def _check_same_scores(table: ScoreTable, state: Mapping[str, Any]) -> None:
+    if state["scores"] != table.scores.digest:
+        raise ValueError(
+            f"the checkpoint was made with other scores than those of {table.scores.name}: resume with the scores that "
+            "the run began with, or start a new run"
+        )

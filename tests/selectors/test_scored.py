@@ -1,0 +1,234 @@
+"""Drawing by precomputed scores against exact probabilities and limits, and what does not fit."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from fakes import FakeSource, fake_context, random_source
+
+from liveselect.protocols import SelectionWarning
+from liveselect.scores import write_scores
+from liveselect.selectors import PriorSelector, RegressionSelector, ScoredSelector, UniformSelector
+
+pytestmark = pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
+
+
+def context_of(count, round_index=0, **kwargs):
+    return fake_context(random_source(candidates=count, **kwargs), round_index=round_index)
+
+
+def frequencies(selector, context, budget, rounds):
+    counts = torch.zeros(context.source.pool.size)
+    for index in range(rounds):
+        counts[selector.select(replace(context, round=index), budget).ids] += 1
+    return (counts / rounds).tolist()
+
+
+def plackett_luce(scores, k, temperature):
+    weights = [math.exp(score / temperature) for score in scores]
+    inclusion = [0.0] * len(weights)
+    for order in itertools.permutations(range(len(weights)), k):
+        probability, left = 1.0, sum(weights)
+        for i in order:
+            probability *= weights[i] / left
+            left -= weights[i]
+        for i in order:
+            inclusion[i] += probability
+    return inclusion
+
+
+def test_inclusion_follows_plackett_luce_weights():
+    scores, rounds = [1.0, 0.8, 0.6, 0.4], 1500
+    expected = plackett_luce(scores, 2, 0.1)
+    assert expected == pytest.approx([0.99541, 0.86895, 0.11944, 0.01620], abs=1e-5)
+    found = frequencies(ScoredSelector(scores, ratio=0.5, temperature=0.1), context_of(4), 2, rounds)
+    assert found == pytest.approx(expected, abs=4 * 0.5 / rounds**0.5)
+
+
+def test_a_budget_below_the_share_is_a_uniform_part_of_it():
+    scores, rounds = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0], 1500
+    expected = [probability / 3 for probability in plackett_luce(scores, 3, 0.2)]
+    found = frequencies(ScoredSelector(scores, ratio=0.5, temperature=0.2), context_of(6), 1, rounds)
+    assert found == pytest.approx(expected, abs=4 * 0.5 / rounds**0.5)
+
+
+def test_without_noise_the_best_share_is_used_up_before_anything_else():
+    context = context_of(20)
+    scores = torch.arange(20.0)
+    selector = ScoredSelector(scores, ratio=0.4, temperature=0.0)
+    pool = context.source.pool
+    drawn = []
+    for index in range(3):
+        selection = selector.select(replace(context, round=index, candidates=pool.available(4)), 4)
+        assert not set(selection.ids.tolist()) & set(drawn)
+        pool.record_use(selection.ids)
+        drawn += selection.ids.tolist()
+        assert selection.metrics["beyond_ratio"] == (4 if index == 2 else 0)
+        assert any("come from below" in note for note in selection.notes) == (index == 2)
+    assert sorted(drawn[:8]) == list(range(12, 20))
+    assert sorted(drawn[8:]) == [8, 9, 10, 11]
+
+
+def test_a_temperature_far_above_the_scores_draws_uniformly():
+    found = frequencies(ScoredSelector(torch.arange(5.0), ratio=0.4, temperature=1e6), context_of(5), 2, 1500)
+    assert found == pytest.approx([0.4] * 5, abs=0.05)
+
+
+def test_equal_rounds_draw_equally_and_other_rounds_otherwise():
+    context = context_of(200)
+    selectors = [ScoredSelector(torch.zeros(200), ratio=0.5) for _ in range(2)]
+    first, again = (selector.select(context, 20).ids for selector in selectors)
+    assert torch.equal(first, again)
+    assert not torch.equal(selectors[0].select(replace(context, round=1), 20).ids, first)
+    assert not torch.equal(first, first.sort().values)  # training order is random
+
+
+def test_the_temperature_moves_by_equal_steps_and_then_stays():
+    selector = ScoredSelector(torch.zeros(4), temperature=1.0, final_temperature=0.2, anneal_rounds=4)
+    assert [selector.temperature_in(r) for r in range(6)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
+    selection = selector.select(context_of(4, round_index=2), 2)
+    assert selection.metrics["temperature"] == pytest.approx(0.6)
+    assert ScoredSelector(torch.zeros(4), temperature=0.3).temperature_in(9) == 0.3
+
+
+def test_only_the_named_groups_are_chosen():
+    groups = torch.arange(30) % 3
+    source = random_source(candidates=30, groups=groups, group_names=("code", "prose", "tables"))
+    context = fake_context(source)
+    selection = ScoredSelector(torch.randn(30), groups=["code", "tables"], ratio=0.3).select(context, 8)
+    assert not (groups[selection.ids] == 1).any()
+    assert sorted(selection.scored.tolist()) == [i for i in range(30) if i % 3 != 1]
+    assert len(selection.scores) == 20
+    with pytest.raises(ValueError, match=r"no groups \['news'\]"):
+        ScoredSelector(torch.zeros(30), groups=["news"]).select(context, 8)
+    with pytest.raises(ValueError, match="name more groups"):
+        ScoredSelector(torch.zeros(30), groups=["prose"]).select(context, 11)
+
+
+def test_a_random_share_is_drawn_from_all_that_the_scores_left():
+    context, scores, rounds = context_of(10), torch.arange(10.0), 1500
+    found = frequencies(ScoredSelector(scores, ratio=0.2, temperature=0.0, random_share=0.5), context, 4, rounds)
+    assert found[8:] == [1.0, 1.0]
+    assert found[:8] == pytest.approx([0.25] * 8, abs=0.05)
+    whole = ScoredSelector(scores, ratio=0.2, temperature=0.0, random_share=1.0)
+    assert frequencies(whole, context, 4, rounds) == pytest.approx([0.4] * 10, abs=0.05)
+
+
+def test_candidates_without_a_score_are_never_drawn():
+    scores = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0, 2.0])
+    context = context_of(5)
+    for random_share in (0.0, 0.5):
+        selector = ScoredSelector(scores, ratio=1.0, temperature=10.0, random_share=random_share)
+        assert frequencies(selector, context, 3, 50) == [0.0, 1.0, 0.0, 1.0, 1.0]
+        with pytest.raises(ValueError, match="train for fewer steps"):
+            selector.select(context, 4)
+
+
+def test_standardised_scores_do_not_depend_on_their_scale():
+    scores, context = torch.randn(60, generator=torch.Generator().manual_seed(0)), context_of(60)
+    plain, scaled = (
+        ScoredSelector(scores * scale, ratio=0.3, temperature=0.5, standardize=True).select(context, 10)
+        for scale in (1.0, 64.0)
+    )
+    assert torch.equal(plain.ids, scaled.ids)
+    assert scaled.metrics["scores/std"] == pytest.approx(1.0)
+
+
+def test_scores_of_another_pool_are_refused_when_they_are_first_used(tmp_path):
+    context = context_of(6)
+    write_scores(tmp_path / "right", torch.arange(6.0), context.source.pool.fingerprint, {})
+    write_scores(tmp_path / "wrong", torch.arange(6.0), "another pool", {})
+    assert ScoredSelector(tmp_path / "right", temperature=0.0).select(context, 2).ids.sort().values.tolist() == [4, 5]
+    with pytest.raises(ValueError, match="another pool"):
+        ScoredSelector(tmp_path / "wrong").select(context, 2)
+    with pytest.raises(ValueError, match="7 scores, the pool 6 candidates"):
+        ScoredSelector(torch.zeros(7)).select(context, 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_scores_that_name_no_pool_are_used_with_a_warning(tmp_path):
+    context = context_of(6)
+    with pytest.warns(SelectionWarning, match="only their number was checked"):
+        ScoredSelector(torch.zeros(6)).select(context, 2)
+    write_scores(tmp_path / "s", torch.zeros(6), context.source.pool.fingerprint, {})
+    ScoredSelector(tmp_path / "s").select(context, 2)
+
+
+def test_a_run_is_resumed_with_the_scores_that_it_began_with():
+    first, same, other = (ScoredSelector(values) for values in ([1.0, 2.0], [1.0, 2.0], [2.0, 1.0]))
+    same.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="other scores"):
+        other.load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ratio": 0.0},
+        {"ratio": 1.5},
+        {"temperature": -1.0},
+        {"temperature": float("inf")},
+        {"final_temperature": 0.1},
+        {"anneal_rounds": 3},
+        {"final_temperature": -0.1, "anneal_rounds": 3},
+        {"final_temperature": 0.1, "anneal_rounds": 0},
+        {"random_share": 1.1},
+    ],
+)
+def test_impossible_settings_are_refused_at_construction(settings):
+    with pytest.raises(ValueError, match="expected"):
+        ScoredSelector(torch.zeros(3), **settings)
+
+
+# ---- as a prior -------------------------------------------------------------------------------------------------
+
+
+def test_a_prior_lets_the_other_selector_see_the_better_part_only():
+    context = context_of(40)
+    selector = PriorSelector(UniformSelector(), torch.arange(40.0), ratio=0.25)
+    found = frequencies(selector, context, 5, 400)
+    assert found[:30] == [0.0] * 30
+    assert found[30:] == pytest.approx([0.5] * 10, abs=0.12)
+    assert selector.select(context, 5).metrics["prior/candidates"] == 10
+
+
+def test_a_prior_that_keeps_too_few_goes_on_with_the_next_best():
+    selection = PriorSelector(UniformSelector(), torch.arange(40.0), ratio=0.05).select(context_of(40), 6)
+    assert sorted(selection.ids.tolist()) == [34, 35, 36, 37, 38, 39]
+    assert "come from below" in selection.notes[-1]
+
+
+class FirstTokenRegressor:
+    """Predicts the first token."""
+
+    def fit(self, context, ids, influence):
+        return {"spearman": 1.0}
+
+    def predict(self, context, batch):
+        return batch["input_ids"][:, 0].float()
+
+
+def test_a_prior_narrows_what_is_measured_and_what_is_predicted():
+    tokens = torch.arange(60).repeat_interleave(2).view(60, 2)
+    context = fake_context(FakeSource(tokens))
+    scores = (torch.arange(60) % 2).float()  # odd candidates are good
+    inner = RegressionSelector(FirstTokenRegressor(), probes=10, ratio=0.3, temperature=0.0)
+    selector = PriorSelector(inner, scores, ratio=0.5)
+    probes = selector.propose(context)
+    assert len(probes) == 10
+    assert (probes % 2 == 1).all()
+    selector.observe(probes, torch.arange(10.0))
+    assert len(selector.propose(context)) == 0
+    selection = selector.select(context, 9)
+    assert (selection.ids % 2 == 1).all()
+    assert sorted(selection.ids.tolist()) == list(range(43, 60, 2))  # ratio 0.3 of 30: the best 9 predictions
+
+    resumed = PriorSelector(
+        RegressionSelector(FirstTokenRegressor(), probes=10, ratio=0.3, temperature=0.0), scores, 0.5
+    )
+    resumed.load_state_dict(selector.state_dict())
+    assert torch.equal(resumed.select(context, 9).ids, selection.ids)
+    with pytest.raises(ValueError, match="selector state"):
+        PriorSelector(UniformSelector(), scores, ratio=0.5).load_state_dict(selector.state_dict())
