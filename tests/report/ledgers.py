@@ -22,7 +22,7 @@ def ledger_of(selector: str, losses: list[float], round_seconds: float = 0.0, te
                 measured=[] if drawn else [1, 2, 3],
                 influence=[] if drawn else [-0.25, 0.5, 1.0 + index],
                 groups={
-                    "prose": {"available": 750, "measured": 2, "chosen": 10 + index},
+                    "prose": {"available": 750 - index, "measured": 2, "chosen": 10 + index},
                     "code": {"available": 250, "measured": 1, "chosen": 30 - index},
                 },
                 histogram=None if drawn else Histogram.of(scores, scores > 4, bins=4),

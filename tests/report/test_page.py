@@ -117,6 +117,16 @@ def test_shares_of_sources_are_the_ledger_s():
     assert contains(cells, ["code", "25%", "75%", words.percent(29 / 40), words.percent(28 / 40)])
 
 
+def test_of_very_many_sources_the_recorded_ones_keep_their_share_of_the_whole():
+    runs = two_runs()
+    for record in runs[1].ledger.rounds:
+        del record.groups["code"]  # what was not touched is not recorded
+        record.groups["other"] = {"available": 1, "measured": 0, "chosen": 0, "reward": 0.125}
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", build_page(runs))
+    assert contains(cells, ["prose", "75%", "25%", words.percent(11 / 40), words.percent(12 / 40)])
+    assert contains(cells, ["prose", "–", "other", "0.125"])  # what else the selector knows
+
+
 def test_the_cost_of_all_phases_adds_up_to_the_total():
     page = build_page(two_runs())
     section = page[page.index("Where the cost went") : page.index("What mates chose")]

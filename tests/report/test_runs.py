@@ -59,11 +59,13 @@ def test_the_validation_loss_is_preferred_and_the_training_loss_is_never_taken_f
 
 
 def test_runs_are_found_at_any_depth_and_named_by_what_tells_them_apart(tmp_path):
-    for folder in ("a/selection", "b/selection"):
+    for folder in ("a/selection", "b/selection"):  # where DataSelection puts it
         ledger_of("UniformSelector", [1.0]).write(tmp_path / folder / "ledger.jsonl")
-    assert [run.name for run in load_runs([tmp_path])] == ["a/selection", "b/selection"]
-    assert [run.name for run in load_runs([tmp_path / "a" / "selection" / "ledger.jsonl"])] == ["selection"]
+    assert [run.name for run in load_runs([tmp_path])] == ["a", "b"]
+    assert [run.name for run in load_runs([tmp_path / "a" / "selection" / "ledger.jsonl"])] == ["a"]
     assert len(load_runs([tmp_path, tmp_path / "a"])) == 2  # the same file twice is one run
+    ledger_of("UniformSelector", [1.0]).write(tmp_path / "c" / "b" / "ledger.jsonl")
+    assert [run.name for run in load_runs([tmp_path])][1:] == [f"{tmp_path.name}/b", "c/b"]
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty"])

@@ -101,13 +101,35 @@ def _sources(rounds: Sequence[RoundRecord]) -> str:
             }
         )
         + elements.grid(figures, small=True)
-        + elements.details("The same as numbers", shown + (elements.paragraph(f"and {more} more") if more > 0 else ""))
+        + elements.details(
+            "The same as numbers",
+            shown
+            + (elements.paragraph(f"and {more} more") if more > 0 else "")
+            + _known_about_sources(rounds[-1], names[:SOURCES_LISTED]),
+        )
     )
 
 
 def _share(record: RoundRecord, name: str, kind: str) -> float:
-    total = sum(row.get(kind, 0) for row in record.groups.values())
+    # of very many groups a record holds only those that the round touched, so their sum is no total
+    total = record.chosen if kind == "chosen" else record.candidates
     return record.groups.get(name, {}).get(kind, 0) / total if total else 0.0
+
+
+def _known_about_sources(record: RoundRecord, names: Sequence[str]) -> str:
+    """Return a table of what else the selector knows of each source, such as the reward of a bandit's arm."""
+    counted = {"available", "measured", "chosen"}
+    keys = list(dict.fromkeys(key for row in record.groups.values() for key in row if key not in counted))
+    if not keys:
+        return ""
+    rows = [
+        [words.escaped(name), *(words.number(record.groups[name].get(key)) for key in keys)]
+        for name in names
+        if name in record.groups
+    ]
+    return elements.paragraph(f"What the selector knew in round {record.round}:") + elements.table(
+        ["source", *keys], rows, "What the selector knew of each source"
+    )
 
 
 def _examples(rounds: Sequence[RoundRecord]) -> str:

@@ -10,6 +10,8 @@ from typing import Literal
 from liveselect.ledger import Evaluation, Ledger, RoundRecord
 
 LEDGER_NAME = "ledger.jsonl"
+DEFAULT_FOLDER = "selection"
+"""Where DataSelection puts the ledger inside of the run's folder; says nothing about the run."""
 PREFERRED_METRIC = "val_loss"
 RANDOM = "UniformSelector"
 
@@ -84,7 +86,8 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
     files: dict[Path, None] = {}
     for path in paths:
         files.update(dict.fromkeys(_ledgers_in(path)))
-    names = _distinct_names([file.parent.resolve() for file in files])
+    folders = [file.parent.resolve() for file in files]
+    names = _distinct_names([folder.parent if folder.name == DEFAULT_FOLDER else folder for folder in folders])
     return [Run(name, Ledger.read(file)) for name, file in zip(names, files, strict=True)]
 
 
