@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from liveselect.functional.adjoint import Costate, Dynamics, State, Transition, final_costate, walk_back
 from liveselect.functional.flops import forward_flops
-from liveselect.functional.gradients import count_rows, mean_gradient, mean_loss_and_gradient
+from liveselect.functional.gradients import mean_gradient, mean_loss_and_gradient
 from liveselect.functional.hessian import HessianProduct, central_difference_product, double_backward_product
 from liveselect.functional.sampling import uniform_subset
 from liveselect.functional.updates import Vector
@@ -172,7 +172,7 @@ def load_parameters(parameters: Mapping[str, nn.Parameter], values: Vector) -> N
 
 def split_rows(batch: Batch, rows: int | None) -> list[dict[str, Any]]:
     """Return a batch in parts of at most ``rows`` examples; what has no row for each example goes into every part."""
-    count = count_rows(batch)
+    count = len(batch["input_ids"])
     if rows is None or rows >= count:
         return [dict(batch)]
 
