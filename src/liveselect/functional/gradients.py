@@ -1,9 +1,7 @@
 """Gradients of single examples, met with one direction in parameter space: exactly, and without forming them."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from liveselect.functional.layer_pass import LayerPlan, LossFn, backward_through_layers
 from liveselect.functional.layers import Rule, any_dot, rule_for
-from liveselect.functional.taps import Observer, TapLog, missed_uses, tapped
-
-LossFn = Callable[[nn.Module, Any], Tensor]
-"""Maps a model and a batch to ``(B,)`` losses, one for each example."""
+from liveselect.functional.taps import Observer
 
 
 def example_dot(
@@ -43,41 +39,10 @@ def example_dot(
     Source: the product of layer inputs and output gradients is that of Goodfellow 2015, arXiv 1510.01799; its use for
     data selection during training that of Wang et al. 2024, arXiv 2406.11011.
     """
-    plan = plan_products(model, direction)
-    rows = count_rows(batch)
-    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        anchor = make_anchor(plan, rows)
-        with tapped(model, plan.observers, anchor, rows) as log:
-            losses = loss_fn(model, batch)
-            if losses.shape != (rows,):
-                raise ValueError(f"expected loss_fn to return ({rows},) losses, one per row, got {tuple(losses.shape)}")
-            total = losses.sum()
-            if check:
-                check_coverage(plan, total, log)
-            if not total.requires_grad:
-                return torch.zeros_like(anchor)
-            (product,) = torch.autograd.grad(total, [anchor], allow_unused=True)
-    return torch.zeros_like(anchor) if product is None else product
+    return backward_through_layers(model, loss_fn, batch, plan_products(model, direction), check=check)
 
 
-@dataclass(frozen=True)
-class ProductPlan:
-    """How a direction is met layer by layer.
-
-    Attributes:
-        observers: for each module name, the product of gradient and direction in its own parameters.
-        parameters: the parameters with a direction, by name.
-        holders: for each parameter name, the modules that hold it; tied weights have several.
-        opaque: parameters of layers that may read them several times in one call.
-    """
-
-    observers: Mapping[str, Observer]
-    parameters: Mapping[str, nn.Parameter]
-    holders: Mapping[str, tuple[str, ...]]
-    opaque: frozenset[str]
-
-
-def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None]) -> ProductPlan:
+def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None]) -> LayerPlan:
     """Find for every parameter of the direction the layers that hold it, and their rules.
 
     Raises:
@@ -105,7 +70,7 @@ def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None]) -> P
             "hold other layers, or mix the examples of a batch. Leave them out of the direction (exclude), or use "
             "central_difference_dot or forward_mode_dot"
         )
-    return ProductPlan(observers, parameters, {n: tuple(h) for n, h in holders.items()}, frozenset(opaque))
+    return LayerPlan(observers, parameters, {n: tuple(h) for n, h in holders.items()}, frozenset(opaque))
 
 
 def uncovered_parameters(model: nn.Module) -> list[str]:
@@ -113,27 +78,6 @@ def uncovered_parameters(model: nn.Module) -> list[str]:
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     owners = _owners(model, parameters)
     return sorted({name for _, module, own in owners if rule_for(module) is None for name in own.values()})
-
-
-def check_coverage(plan: ProductPlan, loss: Tensor, log: TapLog) -> None:
-    """Raise ValueError when the graph of ``loss`` uses parameters of the plan in ways that its taps did not see."""
-    blind = sorted(log.unseen - set(log.calls))
-    if blind:
-        raise ValueError(
-            f"modules {blind} ran without gradients, so their examples' gradients were not seen: use activation "
-            "checkpointing with use_reentrant=False, and compute the loss outside of torch.no_grad"
-        )
-    calls: Counter[str] = Counter()
-    for name, modules in plan.holders.items():
-        seen = sum(log.calls[module] for module in modules)
-        calls[name] = 1 << 30 if name in plan.opaque and seen else seen
-    missed = missed_uses(loss, plan.parameters, calls) if loss.requires_grad else {}
-    if missed:
-        raise ValueError(
-            f"the loss uses parameters {sorted(missed)} past the layers that hold them (a functional call, a fused "
-            "kernel), where their examples' gradients cannot be seen: leave them out of the direction (exclude), or "
-            "use central_difference_dot or forward_mode_dot"
-        )
 
 
 def central_difference_dot(
@@ -248,25 +192,6 @@ def summed_loss_and_gradient(
         total_loss += float(weighted.detach())
         total_weight += float(weight.sum(dtype=torch.float64))
     return total_loss, total_weight, sums
-
-
-def count_rows(batch: Any) -> int:
-    """Return B, the number of examples in a batch: the length of ``input_ids``, else of the first tensor."""
-    if isinstance(batch, Tensor):
-        return len(batch)
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    named = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    for value in (named, *values):
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return len(value)
-    raise ValueError(f"expected a batch that holds tensors with one row per example, got a {type(batch).__name__}")
-
-
-def make_anchor(plan: ProductPlan, rows: int) -> Tensor:
-    """Return the zeros ``(B,)`` whose gradient will be the products of the plan."""
-    first = next(iter(plan.parameters.values()))
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    return torch.zeros(rows, dtype=dtype, device=first.device, requires_grad=True)
 
 
 def _match(

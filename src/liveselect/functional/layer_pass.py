@@ -1,0 +1,113 @@
+"""One forward, and one backward through activations only, with chosen layers under observation."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liveselect.functional.taps import Observer, TapLog, missed_uses, tapped
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+"""Maps a model and a batch to ``(B,)`` losses, one for each example."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Which layers are observed, and which parameters that is meant to cover.
+
+    Attributes:
+        observers: by module name.
+        parameters: what is to be covered, by name.
+        holders: for each parameter name, the observed modules that hold it; tied weights have several.
+        opaque: parameters of layers that may read them several times in one call.
+    """
+
+    observers: Mapping[str, Observer]
+    parameters: Mapping[str, nn.Parameter]
+    holders: Mapping[str, tuple[str, ...]]
+    opaque: frozenset[str] = frozenset()
+
+
+def backward_through_layers(
+    model: nn.Module, loss_fn: LossFn, batch: Any, plan: LayerPlan, weights: Tensor | None = None, check: bool = True
+) -> Tensor:
+    """Show input and output gradient of every call of the plan's layers to their observers.
+
+    The gradients are those of the sum of the examples' losses, each times its weight. None of a parameter is formed,
+    and no ``.grad`` is read or written. Compiled models run eagerly; the model is left without hooks.
+
+    Args:
+        model: in the mode (train, eval) in which gradients are wanted.
+        loss_fn: per-example losses; examples must not influence each other.
+        batch: a mapping of tensors with one row per example.
+        plan: what to observe.
+        weights: ``(B,)``; None is ones.
+        check: look through the graph of the loss for uses of the plan's parameters that no layer saw.
+
+    Returns:
+        ``(B,)``, the sum of what the observers returned.
+
+    Raises:
+        ValueError: as :func:`check_coverage`, and when shapes do not fit.
+    """
+    rows = count_rows(batch)
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        anchor = make_anchor(plan.parameters.values(), rows)
+        with tapped(model, plan.observers, anchor, rows) as log:
+            losses = loss_fn(model, batch)
+            if losses.shape != (rows,):
+                raise ValueError(f"expected loss_fn to return ({rows},) losses, one per row, got {tuple(losses.shape)}")
+            total = losses.sum() if weights is None else losses @ weights.to(losses)
+            if check:
+                check_coverage(plan, total, log)
+            if not total.requires_grad:
+                return torch.zeros_like(anchor)
+            (seen,) = torch.autograd.grad(total, [anchor], allow_unused=True)
+    return torch.zeros_like(anchor) if seen is None else seen
+
+
+def check_coverage(plan: LayerPlan, loss: Tensor, log: TapLog) -> None:
+    """Raise ValueError when ``loss`` depends on parameters of the plan in ways that its taps did not see.
+
+    These are layers that ran without gradients only (reentrant checkpointing), and weights that were used without a
+    call of their layer; the latter are found in the graph of the loss, in a few milliseconds.
+    """
+    blind = sorted(log.unseen - set(log.calls))
+    if blind:
+        raise ValueError(
+            f"modules {blind} ran without gradients, so their examples' gradients were not seen: use activation "
+            "checkpointing with use_reentrant=False, and compute the loss outside of torch.no_grad"
+        )
+    calls: Counter[str] = Counter()
+    for name, modules in plan.holders.items():
+        seen = sum(log.calls[module] for module in modules)
+        calls[name] = 1 << 30 if name in plan.opaque and seen else seen
+    missed = missed_uses(loss, plan.parameters, calls) if loss.requires_grad else {}
+    if missed:
+        raise ValueError(
+            f"the loss uses parameters {sorted(missed)} past the layers that hold them (a functional call, a fused "
+            "kernel), where their examples' gradients cannot be seen: leave them out (exclude), or use "
+            "central_difference_dot or forward_mode_dot"
+        )
+
+
+def count_rows(batch: Any) -> int:
+    """Return B, the number of examples in a batch: the length of ``input_ids``, else of the first tensor."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    named = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    for value in (named, *values):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return len(value)
+    raise ValueError(f"expected a batch that holds tensors with one row per example, got a {type(batch).__name__}")
+
+
+def make_anchor(parameters: Iterable[Tensor], rows: int) -> Tensor:
+    """Return the zeros ``(B,)`` whose gradient observers add to; float32 or finer, where the parameters live."""
+    first = next(iter(parameters))
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    return torch.zeros(rows, dtype=dtype, device=first.device, requires_grad=True)
