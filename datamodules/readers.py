@@ -11,6 +11,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -138,19 +139,19 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Yield the lines of a file, decompressed, each with how many bytes of the file were consumed."""
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
+    """Open a file; yields it as it is, which tells how much of it was consumed, and decompressed, which is read."""
     try:
         with path.open("rb") as raw:
-            for line in _decompressed(raw, path.suffix):
-                yield line, raw.tell()
+            yield raw, _decompressed(raw, path.suffix)
     except (EOFError, zlib.error, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         raise DataError(f"{path}: cannot be decompressed ({error}): the file is damaged or incomplete") from None
 
 
-def _decompressed(raw: BinaryIO, suffix: str) -> Iterable[bytes]:
+def _decompressed(raw: BinaryIO, suffix: str) -> Any:
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if suffix in COMPRESSIONS:
@@ -158,21 +159,30 @@ def _decompressed(raw: BinaryIO, suffix: str) -> Iterable[bytes]:
     return raw
 
 
+def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Yield the lines of a file, decompressed, each with how many bytes of the file were consumed."""
+    with _opened(path) as (raw, file):
+        for line in file:
+            yield line, raw.tell()
+
+
 def read_text_file(path: Path, key: str, reading: Reading) -> Iterator[Record]:
     """Yield a text file, compressed or not, as one record with the columns ``text`` and ``path``."""
     reading.check(str(path), ("text", "path"))
-    data = b"".join(line for line, _ in _lines(path))
+    with _opened(path) as (raw, file):
+        data = file.read()
+        done = raw.tell()
     skipped = len(BOM) if data.startswith(BOM) else 0
     text = reading.decode(data[skipped:], str(path), skipped)
     if text is not None:
         values = {name: value for name, value in (("text", text), ("path", key)) if reading.wants(name)}
-        yield Record(key, str(path), values, path.stat().st_size)
+        yield Record(key, str(path), values, done)
 
 
 def read_parquet(path: Path, key: str, reading: Reading) -> Iterator[Record]:
     """Yield the rows of a Parquet file."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # buffered in advance, the whole file stays in memory
             names = file.schema_arrow.names
             reading.check(str(path), names)
             batches = file.iter_batches(BATCH, columns=[name for name in names if reading.wants(name)])

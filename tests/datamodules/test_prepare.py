@@ -375,6 +375,32 @@ def test_after_an_error_in_the_middle_the_mended_source_continues(tmp_path, read
     assert continued == len(encoded_units) - before
 
 
+def test_a_part_is_not_taken_for_that_of_a_changed_document(tmp_path, ready_ids):
+    source, _ = ready_ids
+    lines = source.read_text().splitlines(keepends=True)
+    source.write_text("".join([*lines[:-1], "no JSON\n"]))
+    with pytest.raises(DataError, match="line 200: not valid JSON"):
+        prepare_ids(source, tmp_path / "pool")
+    first = json.loads(lines[0])
+    first["input_ids"][0] = (first["input_ids"][0] + 1) % 500
+    source.write_text("".join([json.dumps(first) + "\n", *lines[1:]]))
+    store = prepare_ids(source, tmp_path / "pool")
+    assert store.read([0])[0, : len(first["input_ids"])].tolist() == first["input_ids"][:BLOCK]
+    assert store.fingerprint == prepare_ids(source, tmp_path / "whole").fingerprint
+
+
+@pytest.mark.parametrize("change", [{"eos_id": 7}, {"vocab_size": 70000}, {"separate": False}, {"block_size": 5}])
+def test_parts_of_another_recipe_are_not_mixed_in(tmp_path, ready_ids, change):
+    source, _ = ready_ids
+    good = source.read_text()
+    source.write_text(good + "no JSON\n")
+    with pytest.raises(DataError, match="line 201: not valid JSON"):
+        prepare_ids(source, tmp_path / "pool")
+    source.write_text(good)
+    store = prepare_ids(source, tmp_path / "pool", **change)
+    assert store.fingerprint == prepare_ids(source, tmp_path / "whole", **change).fingerprint
+
+
 IDS = {"ids_column": "input_ids", "vocab_size": 10}
 TEXT = {"tokenizer": "bpe:300"}
 

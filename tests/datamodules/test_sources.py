@@ -270,3 +270,14 @@ def test_a_hub_name_that_cannot_be_loaded_says_how_to_write_it(folder):
     with pytest.raises(DataError, match="split 'validation'"):
         list(read_records(f"{location}::validation"))
     assert list(read_records(f"{location}::train[:2]")) == RECORDS[:2]
+
+
+def test_a_parquet_file_is_not_held_in_memory(folder):
+    table = pa.table({"text": pa.array(["x" * 1000] * 2000)})
+    with pq.ParquetWriter(folder / "a.parquet", table.schema, compression="none", use_dictionary=False) as writer:
+        for _ in range(20):
+            writer.write_table(table)
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in read_records(folder)]
+    assert len(held) == 40000
+    assert max(held) < (folder / "a.parquet").stat().st_size / 4
