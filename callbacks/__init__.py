@@ -1,6 +1,7 @@
 """Lightning callbacks: they say when to select, and hand over the live model."""
 
 from liveselect.callbacks.mates import MATES
+from liveselect.callbacks.pds import PDS
 from liveselect.callbacks.selection import DataSelection
 
-__all__ = ["MATES", "DataSelection"]
+__all__ = ["MATES", "PDS", "DataSelection"]

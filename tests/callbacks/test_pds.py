@@ -1,0 +1,129 @@
+"""PDS in a Lightning run: drawing from ready scores, and solving on the live model."""
+
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from small_run import POOL, SIMPLE, STEPS, SmallLM, Trace, small_data, small_trainer, weights_hash
+
+from liveselect.callbacks import PDS
+from liveselect.influence import PMPInfluence
+from liveselect.regressors import HashedRidgeRegressor
+from liveselect.scores import write_scores
+from liveselect.selectors import ScoredSelector
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+
+
+def fit(folder, selection, *callbacks, **settings):
+    pl.seed_everything(1, verbose=False)  # of the dropout
+    trainer = small_trainer(folder, [selection, Trace(folder / "trace"), *callbacks], **{**SIMPLE, **settings})
+    module = SmallLM()
+    trainer.fit(module, datamodule=small_data())
+    lines = [json.loads(line) for line in (folder / "trace").read_text().splitlines()]
+    return trainer, module, [i for line in lines for i in line[2]]
+
+
+def live(**settings):
+    estimator = PMPInfluence(**{"steps": 3, "score_every": 2, **settings})
+    return PDS(
+        live=True, estimator=estimator, regressor=HashedRidgeRegressor(), probes=12, every_n_steps=5, min_spearman=None
+    )
+
+
+def written_scores(folder):
+    data = small_data()
+    data.setup("fit")
+    values = torch.arange(POOL, dtype=torch.float32)
+    write_scores(folder, values, data.pool.fingerprint, {"method": "a test"})
+    return folder
+
+
+def test_a_run_trains_on_the_best_scored_share_and_no_candidate_twice(tmp_path):
+    scores = written_scores(tmp_path / "scores")
+    selection = PDS(str(scores), every_n_steps=4, ratio=0.5, temperature=0.0, dirpath=tmp_path / "s")
+    _, _, trained_on = fit(tmp_path, selection)
+    assert len(set(trained_on)) == len(trained_on) == 2 * STEPS
+    assert set(trained_on) <= set(range(POOL // 2, POOL))
+    assert [record.selector for record in selection.run.ledger.rounds] == ["ScoredSelector"] * 4
+
+
+def test_scores_of_another_pool_end_the_run_before_it_trains(tmp_path):
+    write_scores(tmp_path / "scores", torch.zeros(POOL), "another pool", {})
+    with pytest.raises(ValueError, match="another pool"):
+        fit(tmp_path, PDS(tmp_path / "scores", dirpath=tmp_path / "s"))
+    assert not (tmp_path / "trace").exists()
+
+
+def test_solving_on_the_live_model_leaves_training_bit_for_bit_as_it_was(tmp_path):
+    class Watching(PMPInfluence):
+        """Solves and scores, and changes nothing about what is chosen."""
+
+        rounds = 0
+
+        def fit(self, context):
+            Watching.rounds += 1
+            return super().fit(context)
+
+    hashes = []
+    for watched in (True, False):
+        folder = tmp_path / str(watched)
+        folder.mkdir()
+        selection = PDS(
+            live=True,
+            estimator=Watching(steps=3, score_every=2, snapshot_every=3),
+            regressor=HashedRidgeRegressor(),
+            probes=12,
+            every_n_steps=5,
+            min_spearman=2.0,  # no regressor is trusted: rounds are drawn uniformly after all was measured
+            warmup_rounds=1 if watched else 99,
+            dirpath=folder / "s",
+        )
+        _, module, trained_on = fit(folder, selection, accumulate_grad_batches=3)
+        hashes.append((weights_hash(module), trained_on))
+    assert Watching.rounds == 2
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("dynamics", ["live", "sgd"])
+def test_a_round_on_the_live_model_records_what_it_saw(tmp_path, dynamics):
+    selection = live(dynamics=dynamics)
+    selection.dirpath = tmp_path / "s"
+    fit(tmp_path, selection)
+    first, *later = selection.run.ledger.rounds
+    assert first.selector == "UniformSelector"
+    assert {record.selector for record in later} == {"RegressionSelector"}
+    for record in later:
+        assert len(record.measured) == 12
+        assert torch.tensor(record.influence).isfinite().all()
+        assert record.metrics["reference_loss_unrolled"] > 0
+        assert {"unroll training", "pull back", "measure influence"} <= set(record.seconds)
+    rates = [record.metrics["unroll_learning_rate"] for record in later]
+    assert rates == pytest.approx([0.008] * 2 if dynamics == "sgd" else [3e-3] * 2)
+
+
+def test_the_defaults_are_the_published_values():
+    selection = PDS(torch.zeros(4))
+    assert isinstance(selection.selector, ScoredSelector)
+    assert (selection.selector.ratio, selection.selector.temperature) == (0.4, 0.1)
+    assert (selection.warmup_rounds, selection.estimator) == (0, None)
+    solved = PDS(live=True)
+    assert (solved.selector.ratio, solved.selector.temperature, solved.warmup_rounds) == (0.4, 0.1, 1)
+    assert (solved.estimator.steps, solved.estimator.score_every) == (100, 10)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"scores": [1.0], "live": True},
+        {"live": True, "groups": ["code"]},
+        {"live": True, "random_share": 0.1},
+        {"scores": [1.0], "estimator": PMPInfluence()},
+        {"scores": [1.0], "regressor": HashedRidgeRegressor()},
+    ],
+)
+def test_settings_of_the_two_ways_are_not_mixed(settings):
+    with pytest.raises(ValueError, match=r"scores|live=True"):
+        PDS(**settings)
