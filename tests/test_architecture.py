@@ -33,7 +33,7 @@ ALLOWED = {
         *("protocols", "pool", "plan", "cost", "ledger", "losses", "distributed", "functional", "seeding"),
         *("influence", "regressors", "selectors", "rounds", "snapshot"),
     },
-    "datamodules": {"protocols", "pool", "plan", "seeding", "distributed"},
+    "datamodules": {"protocols", "pool", "plan", "seeding", "distributed", "functional"},
 }
 ONLY_MATH = {"torch", "numpy", "math", "collections", "typing", "dataclasses", "functools", "inspect", "contextlib"}
 

@@ -16,6 +16,7 @@ class GroupGeometry:
         starts: ``(G + 1,)`` int64; ``starts[i]:starts[i + 1]`` are the places of group i's neighbours in:
         columns: ``(nnz,)`` int64 groups near it, and
         distances: ``(nnz,)`` float32 their cosine distances.
+        reach: neighbours farther away than this are not listed.
         typical: ``(G,)`` int64, the candidate nearest to each group's centre.
         offsets: ``(size,)`` floating point, the distance of each candidate to its group's centre.
     """
@@ -23,6 +24,7 @@ class GroupGeometry:
     starts: Tensor
     columns: Tensor
     distances: Tensor
+    reach: float
     typical: Tensor
     offsets: Tensor
 

@@ -204,6 +204,7 @@ def test_neighbours_learn_from_a_pull_as_much_as_they_are_near():
         starts=torch.tensor([0, 1, 2, 2]),
         columns=torch.tensor([1, 0]),
         distances=torch.tensor([0.05, 0.05]),
+        reach=0.2,
         typical=torch.stack([(source.pool.groups == arm).nonzero()[0, 0] for arm in range(3)]),
         offsets=torch.rand(120),
     )
@@ -221,8 +222,10 @@ def test_neighbours_learn_from_a_pull_as_much_as_they_are_near():
 def test_without_a_cutoff_neighbours_learn_nothing():
     source = arms_source(sizes=(40, 40))
     source.pool.geometry = GroupGeometry(
-        torch.tensor([0, 1, 2]), torch.tensor([1, 0]), torch.zeros(2), torch.tensor([0, 1]), torch.zeros(80)
+        torch.tensor([0, 1, 2]), torch.tensor([1, 0]), torch.zeros(2), 0.1, torch.tensor([0, 1]), torch.zeros(80)
     )
+    with pytest.raises(ValueError, match=r"list them only up to 0\.1: lower the cutoff"):
+        play(a_run(source, ArmInfluence(source, [1, 1])), source, 1, 4)
     run = a_run(source, ArmInfluence(source, [1, 1]), pulls=1, cutoff=None)
     play(run, source, 1, 4)
     assert sorted(run.selector.state_dict()["pulls"].tolist()) == [0.0, 1.0]

@@ -11,6 +11,7 @@ TRACEBACK_FLAG = "LIVESELECT_TRACEBACK"
 COMMANDS = {
     "demo": "train a small model twice on this machine's own texts, at random and with live selection",
     "prepare": "turn texts into a pool of training sequences on disk",
+    "cluster": "sort the sequences of a pool into clusters of similar text",
     "fit": "train a model while its data is selected, from a YAML file (LightningCLI)",
     "report": "write one HTML page about one or several runs",
 }

@@ -254,6 +254,11 @@ class UCBSelector:
             )
         geometry = context.source.pool.geometry
         if geometry is not None and self.cutoff is not None:
+            if self.cutoff > geometry.reach:
+                raise ValueError(
+                    f"neighbours up to the distance {self.cutoff} (cutoff) should share outcomes, but the clusters "
+                    f"list them only up to {geometry.reach}: lower the cutoff, or cluster again with a larger --reach"
+                )
             weights = neighbour_weights(geometry.distances.double(), self.cutoff)
             self._neighbours = (geometry.starts, geometry.columns, weights)
         return arms

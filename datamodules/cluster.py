@@ -1,0 +1,324 @@
+"""Clusters of a pool: made from its blocks, kept beside it, opened as the groups of its candidates.
+
+``POOL/clusters/`` holds ``clusters.json`` (settings, names, sizes, the pool's fingerprint), ``assignment.npy`` (rows,)
+int32, ``offsets.npy`` (rows,) float32 distances to the own centroid, ``centroids.npy`` (K, D), ``near.npz`` the cosine
+distances of near centroids as a sparse matrix, ``typical.npy`` (K, 8) the ids nearest to each centroid, and
+``vectors.npy`` (rows, D) float16, from which other clusterings can be made without embedding again.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+
+from liveselect import distributed
+from liveselect.datamodules.display import PrepareDisplay
+from liveselect.datamodules.embedding import Embedder, make_embedder
+from liveselect.datamodules.kmeans import Engine, fit_centroids, near_pairs, nearest, unit
+from liveselect.datamodules.naming import cluster_names
+from liveselect.datamodules.pool_files import PARTIAL, sync_file, sync_folder, write_durably
+from liveselect.datamodules.tokenizers import load_tokenizer
+from liveselect.datamodules.tokens import TokenStore
+from liveselect.pool import CandidatePool, GroupGeometry
+from liveselect.seeding import derive_seed
+
+FORMAT, VERSION = "liveselect-clusters", 1
+MANIFEST, PROGRESS = "clusters.json", "progress"
+TYPICAL = 8
+ROWS = 4096  # rows embedded or assigned at once
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """How a pool is clustered.
+
+    Attributes:
+        clusters: K, how many clusters to look for; empty ones are dropped.
+        embed: ``hashed``, ``encoder:NAME``, ``static:NAME`` or ``vectors:FILE.npy``.
+        dimensions: D of the hashed embedding.
+        reach: cosine distance up to which clusters are listed as near each other.
+        epochs: how often k-means walks through all rows.
+        engine: ``sklearn`` or ``faiss``.
+        seed: of everything drawn.
+    """
+
+    clusters: int
+    embed: str = "hashed"
+    dimensions: int = 128
+    reach: float = 0.2
+    epochs: int = 2
+    engine: Engine = "sklearn"
+    seed: int = 0
+
+
+class Clusters:
+    """The clusters of a pool, opened for reading.
+
+    Args:
+        store: the pool.
+        name: folder inside the pool.
+
+    Raises:
+        FileNotFoundError: the pool was not clustered.
+        ValueError: the clusters were made from other content.
+    """
+
+    def __init__(self, store: TokenStore, name: str = "clusters") -> None:
+        self.path = store.path / name
+        if not (self.path / MANIFEST).is_file():
+            raise FileNotFoundError(
+                f"expected the clusters of the pool at {self.path}, found none: run `liveselect cluster {store.path}`"
+                + ("" if name == "clusters" else f" --name {name}")
+            )
+        self.manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_bytes())
+        if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
+            raise ValueError(f"{self.path} does not hold clusters of this version: cluster the pool again")
+        if self.manifest["pool"] != store.fingerprint:
+            raise ValueError(
+                f"the clusters {self.path} were made from the pool {self.manifest['pool']}, and this is "
+                f"{store.fingerprint}: cluster it again (--overwrite)"
+            )
+        self.names: tuple[str, ...] = tuple(self.manifest["names"])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, name: str) -> np.ndarray:
+        """Return one of the arrays, by its file name without the ending."""
+        return np.load(self.path / f"{name}.npy", mmap_mode="r")
+
+    def geometry(self) -> GroupGeometry:
+        """Return which clusters are near each other, and how typical each candidate is of its own."""
+        from scipy.sparse import load_npz
+
+        near = load_npz(self.path / "near.npz")
+        return GroupGeometry(
+            starts=torch.from_numpy(near.indptr.astype(np.int64)),
+            columns=torch.from_numpy(near.indices.astype(np.int64)),
+            distances=torch.from_numpy(near.data.astype(np.float32)),
+            typical=torch.from_numpy(np.array(self.read("typical")[:, 0])),
+            offsets=torch.from_numpy(np.array(self.read("offsets"))),
+            reach=self.manifest["settings"]["reach"],
+        )
+
+    def pool(self, fingerprint: str) -> CandidatePool:
+        """Return the candidates of the pool, with the clusters as their groups."""
+        groups = torch.from_numpy(np.array(self.read("assignment")))
+        return CandidatePool(len(groups), fingerprint, groups, self.names, self.geometry())
+
+
+def cluster_pool(
+    pool: str | Path | TokenStore,
+    clustering: Clustering,
+    *,
+    name: str = "clusters",
+    overwrite: bool = False,
+    quiet: bool = False,
+    embedder: Embedder | None = None,
+) -> Clusters:
+    """Cluster the blocks of a pool and keep the result beside it; return what is there when it was made alike before.
+
+    Everything is streamed: memory is bounded by a sample, the centroids and a few bytes a row. An interrupted call
+    continues to embed where it stopped. Under ``torchrun`` every rank embeds its share of the rows.
+
+    Args:
+        pool: a finished pool.
+        clustering: what to do.
+        name: folder inside the pool.
+        overwrite: replace clusters that were made in another way.
+        quiet: show nothing.
+        embedder: in place of the one that ``clustering.embed`` names.
+
+    Raises:
+        ValueError: clusters made in another way are there, or the settings do not fit the pool.
+    """
+    store = pool if isinstance(pool, TokenStore) else TokenStore(pool)
+    settings = {**vars(clustering), "pool": store.fingerprint}
+    path = store.path / name
+    if (path / MANIFEST).exists() and not overwrite:
+        before = Clusters(store, name).manifest["settings"]
+        differ = sorted(key for key in settings if before.get(key) != settings[key])
+        if not differ:
+            return Clusters(store, name)
+        raise ValueError(
+            f"{path} holds clusters made with other {', '.join(differ)}: pass --overwrite, or --name to keep both"
+        )
+    display = PrepareDisplay(quiet=quiet or distributed.rank() > 0)
+    partial = path.with_name(path.name + PARTIAL)
+    partial.mkdir(exist_ok=True)
+    decode = _decoder(store)
+    embedder = embedder or make_embedder(clustering.embed, store.rows, decode, clustering.dimensions, clustering.seed)
+    _embed(store, embedder, partial, settings, display)
+    if distributed.rank() == 0:
+        _build(store, clustering, settings, partial, display, decode)
+        _put_in_place(partial, path)
+    distributed.gather_objects("clustered")  # the other ranks wait
+    return Clusters(store, name)
+
+
+def default_clusters(rows: int) -> int:
+    """Return a number of clusters for a pool: few enough that a run can pull each of them several times."""
+    return max(2, min(1000, round((rows / 2) ** 0.5)))
+
+
+# ---- embedding -----------------------------------------------------------------------------------------------------
+
+
+def _embed(
+    store: TokenStore, embedder: Embedder, folder: Path, settings: dict[str, Any], display: PrepareDisplay
+) -> None:
+    """Write ``vectors.npy``, each rank its share; go on from where an interrupted call with these settings stopped."""
+    embedder.fit(_sample(store, embedder.sample_tokens, settings["seed"]))
+    file, shape = folder / "vectors.npy", (store.rows, embedder.dimensions)
+    mine = distributed.shard(store.rows)
+    progress = folder / f"{PROGRESS}-{distributed.rank()}-of-{distributed.world_size()}.json"
+    wanted = {key: settings[key] for key in ("pool", "embed", "dimensions", "seed")} | {"shape": list(shape)}
+    is_there = _fits(file, shape)
+    start = _rows_done(progress, wanted) if is_there else None
+    start = mine.start if start is None else start
+    distributed.gather_objects("looked")
+    if distributed.rank() == 0 and not is_there:
+        open_memmap(file, mode="w+", dtype=np.float16, shape=shape).flush()
+    distributed.gather_objects("made")
+    vectors = np.load(file, mmap_mode="r+")
+    display.start(f"embedding {store.rows} blocks", _bytes(store, mine.stop - mine.start))
+    try:
+        for first in range(start, mine.stop, ROWS):
+            ids = np.arange(first, min(first + ROWS, mine.stop))
+            vectors[ids[0] : ids[-1] + 1] = unit(embedder.embed(ids, store.read(torch.from_numpy(ids))))
+            vectors.flush()
+            write_durably(progress, json.dumps({**wanted, "done": int(ids[-1]) + 1}).encode())
+            done = int(ids[-1]) + 1 - mine.start
+            display.update(_bytes(store, done), done * store.block_size)
+    finally:
+        display.stop()
+    distributed.gather_objects("embedded")
+
+
+def _rows_done(progress: Path, wanted: dict[str, Any]) -> int | None:
+    try:
+        found = json.loads(progress.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    done: int = found.pop("done", 0)
+    return done if found == wanted else None
+
+
+def _fits(file: Path, shape: tuple[int, int]) -> bool:
+    try:
+        return np.load(file, mmap_mode="r").shape == shape
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _sample(store: TokenStore, tokens: int, seed: int) -> torch.Tensor:
+    """Return random blocks in random order, as many as hold ``tokens``; at least two where there are two."""
+    rows = min(store.rows, max(2, tokens // store.block_size))
+    draws = np.random.default_rng(derive_seed(seed, 0, "sample to fit an embedding on"))
+    return store.read(torch.from_numpy(draws.choice(store.rows, rows, replace=False)))
+
+
+def _bytes(store: TokenStore, rows: int) -> int:
+    return rows * store.block_size * np.dtype(store.manifest["dtype"]).itemsize
+
+
+def _decoder(store: TokenStore) -> Callable[[torch.Tensor], list[str]] | None:
+    if store.tokenizer_path is None:
+        return None
+    tokenizer = load_tokenizer(store.tokenizer_path)
+    return lambda blocks: tokenizer.batch_decode(blocks.tolist(), skip_special_tokens=True)
+
+
+# ---- clustering ----------------------------------------------------------------------------------------------------
+
+
+def _build(
+    store: TokenStore,
+    clustering: Clustering,
+    settings: dict[str, Any],
+    folder: Path,
+    display: PrepareDisplay,
+    decode: Callable[[torch.Tensor], list[str]] | None,
+) -> None:
+    """Write all files but the vectors into ``folder``."""
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+    seed = derive_seed(clustering.seed, 0, "k-means") % 2**32  # what scikit-learn accepts
+    used = 0
+
+    def advance(rows: int) -> None:
+        nonlocal used
+        used += rows
+        display.update(_bytes(store, used), used * store.block_size)
+
+    display.start(f"finding {clustering.clusters} clusters", _bytes(store, clustering.epochs * store.rows))
+    try:
+        centroids = fit_centroids(vectors, clustering.clusters, seed, clustering.epochs, clustering.engine, advance)
+    finally:
+        display.stop()
+    assignment, offsets = _assign(vectors, centroids)
+    assignment, centroids, sizes = _largest_first(assignment, centroids)
+    typical = _typical(assignment, offsets, len(centroids))
+    from scipy.sparse import save_npz
+
+    arrays = {"assignment": assignment, "offsets": offsets, "centroids": centroids, "typical": typical}
+    for key, array in arrays.items():
+        np.save(folder / f"{key}.npy", array)
+    save_npz(folder / "near.npz", near_pairs(centroids, clustering.reach))
+    for file in folder.glob("*.np?"):
+        sync_file(file)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "pool": store.fingerprint,
+        "settings": settings,
+        "sizes": sizes.tolist(),
+        "names": cluster_names(typical, (lambda ids: decode(store.read(torch.from_numpy(ids)))) if decode else None),
+    }
+    write_durably(folder / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1).encode())
+
+
+def _assign(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the nearest centroid of each row ``(rows,)`` int32 and the distance to it ``(rows,)`` float32."""
+    assignment = np.empty(len(vectors), np.int32)
+    offsets = np.empty(len(vectors), np.float32)
+    for start in range(0, len(vectors), ROWS):
+        part = slice(start, start + ROWS)
+        assignment[part], offsets[part] = nearest(np.asarray(vectors[part], dtype=np.float32), centroids)
+    return assignment, offsets
+
+
+def _largest_first(assignment: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return assignment, centroids and sizes with the largest cluster first and without empty ones."""
+    sizes = np.bincount(assignment, minlength=len(centroids))
+    order = np.argsort(-sizes, kind="stable")[: int((sizes > 0).sum())]
+    code = np.zeros(len(centroids), np.int32)
+    code[order] = np.arange(len(order))
+    return code[assignment], centroids[order], sizes[order]
+
+
+def _typical(assignment: np.ndarray, offsets: np.ndarray, clusters: int) -> np.ndarray:
+    """Return the ids nearest to each centroid, nearest first, ``(K, 8)`` int64; the last repeats in small clusters."""
+    order = np.lexsort((offsets, assignment))
+    starts = np.searchsorted(assignment[order], np.arange(clusters))
+    ends = np.append(starts[1:], len(order))
+    places = np.minimum(starts[:, None] + np.arange(TYPICAL), ends[:, None] - 1)
+    return order[places]
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Rename the finished folder; clusters that it replaces go away."""
+    for file in partial.glob(f"{PROGRESS}-*"):
+        file.unlink()
+    replaced = path.with_name(path.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        path.replace(replaced)
+    partial.replace(path)
+    sync_folder(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,217 @@
+"""Vectors for the blocks of a pool: from hashed n-grams, an encoder, static word vectors, or the user's file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from liveselect.functional.ngrams import hashed_ngrams
+
+SAMPLE_TOKENS = 1 << 23  # tokens that a basis is fitted on: 200 MB of counts
+ROWS_HASHED = 128  # rows hashed at once: the table of their counts takes ROWS_HASHED x buckets x 4 bytes
+FORMS = "hashed, encoder:NAME, static:NAME or vectors:FILE.npy"
+
+
+class Embedder(Protocol):
+    """Turns blocks of tokens into vectors.
+
+    Attributes:
+        dimensions: D, length of a vector; known after ``fit``.
+        sample_tokens: how many tokens ``fit`` wants to see, at the most.
+    """
+
+    dimensions: int
+    sample_tokens: int
+
+    def fit(self, blocks: Tensor) -> None:
+        """Learn what there is to learn from a random sample of blocks, ``(m, T)``."""
+
+    def embed(self, ids: np.ndarray, blocks: Tensor) -> np.ndarray:
+        """Return ``(n, D)`` float32 vectors of the candidates ``ids (n,)``, whose tokens are ``blocks (n, T)``."""
+
+
+class HashedEmbedder:
+    """Latent semantic analysis of hashed token n-grams: needs no model and no text.
+
+    Counts of tokens and neighbouring pairs, hashed into buckets, damped by a logarithm and weighted by inverse document
+    frequency, are projected on the leading right singular vectors of a sample, less the sample's mean.
+
+    Args:
+        dimensions: D; fewer when the sample has fewer rows.
+        buckets: a power of two.
+        seed: of the randomized decomposition.
+    """
+
+    def __init__(self, dimensions: int = 128, buckets: int = 1 << 16, seed: int = 0) -> None:
+        if dimensions < 1:
+            raise ValueError(f"expected at least one dimension, got {dimensions}")
+        self.dimensions = dimensions
+        self.buckets = buckets
+        self.seed = seed
+        self.sample_tokens = SAMPLE_TOKENS
+        self._basis = np.empty((0, 0), np.float32)  # (buckets, D)
+        self._mean = np.empty(0, np.float32)
+
+    def fit(self, blocks: Tensor) -> None:
+        """Fit document frequencies and the basis to a sample of blocks ``(m, T)``.
+
+        Raises:
+            ValueError: there are fewer than two blocks.
+        """
+        from sklearn.utils.extmath import randomized_svd
+
+        if len(blocks) < 2:
+            raise ValueError(f"expected at least two blocks to find what sets them apart, got {len(blocks)}")
+        sample = self._counts(blocks)
+        sample.sum_duplicates()
+        frequency = np.bincount(sample.indices, minlength=self.buckets)
+        inverse = np.log((1 + sample.shape[0]) / (1 + frequency)).astype(np.float32) + 1
+        sample.data *= inverse[sample.indices]
+        self.dimensions = min(self.dimensions, sample.shape[0] - 1)
+        basis = randomized_svd(sample, self.dimensions, n_iter=4, random_state=self.seed)[2]
+        self._mean = np.asarray(sample @ basis.T).mean(axis=0)
+        self._basis = np.ascontiguousarray(basis.T) * inverse[:, None]
+
+    def embed(self, ids: np.ndarray, blocks: Tensor) -> np.ndarray:
+        """Return the vectors of ``blocks (n, T)``, ``(n, D)`` float32."""
+        parts = [self._counts(part) @ self._basis for part in blocks.split(ROWS_HASHED)]
+        return np.concatenate(parts) - self._mean
+
+    def _counts(self, blocks: Tensor) -> Any:
+        """Return a sparse matrix ``(n, buckets)``; an n-gram that occurs twice has two entries, which add up."""
+        from scipy.sparse import csr_matrix
+
+        parts = [hashed_ngrams(part, self.buckets) for part in blocks.split(ROWS_HASHED)]
+        buckets, weights = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        starts = np.arange(len(buckets) + 1) * buckets.shape[1]
+        return csr_matrix(
+            (weights.numpy().ravel(), buckets.int().numpy().ravel(), starts), (len(buckets), self.buckets)
+        )
+
+
+class TextEmbedder:
+    """Any function from texts to vectors.
+
+    Args:
+        encode: maps a list of n texts to ``(n, D)``.
+        decode: maps tokens ``(n, T)`` to n texts.
+    """
+
+    sample_tokens = 1
+
+    def __init__(self, encode: Callable[[list[str]], Any], decode: Callable[[Tensor], list[str]]) -> None:
+        self._encode = encode
+        self._decode = decode
+        self.dimensions = 0
+
+    def fit(self, blocks: Tensor) -> None:
+        """Look how long the vectors are."""
+        self.dimensions = self.embed(np.zeros(1), blocks[:1]).shape[1]
+
+    def embed(self, ids: np.ndarray, blocks: Tensor) -> np.ndarray:
+        """Return the vectors of the texts of ``blocks (n, T)``, ``(n, D)`` float32."""
+        return np.asarray(self._encode(self._decode(blocks)), dtype=np.float32)
+
+
+class ReadyVectors:
+    """Vectors that exist already.
+
+    Args:
+        vectors: ``(rows, D)``, one for each candidate, or the ``.npy`` file that holds them.
+        rows: number of candidates.
+
+    Raises:
+        ValueError: there is another number of vectors.
+    """
+
+    sample_tokens = 1
+
+    def __init__(self, vectors: str | Path | np.ndarray, rows: int) -> None:
+        self._vectors = np.load(vectors, mmap_mode="r") if isinstance(vectors, (str, Path)) else vectors
+        if self._vectors.ndim != 2 or len(self._vectors) != rows:
+            raise ValueError(
+                f"expected one vector for each of the pool's {rows} blocks, got an array of shape {self._vectors.shape}"
+            )
+        self.dimensions = self._vectors.shape[1]
+
+    def fit(self, blocks: Tensor) -> None:
+        """Learn nothing."""
+
+    def embed(self, ids: np.ndarray, blocks: Tensor) -> np.ndarray:
+        """Return the vectors of the candidates ``ids (n,)``."""
+        return np.asarray(self._vectors[ids], dtype=np.float32)
+
+
+def make_embedder(
+    spec: str, rows: int, decode: Callable[[Tensor], list[str]] | None, dimensions: int = 128, seed: int = 0
+) -> Embedder:
+    """Return the embedder that ``spec`` names: hashed, encoder:NAME, static:NAME or vectors:FILE.npy.
+
+    Args:
+        spec: as above; a name is one of the Hugging Face hub, or a path.
+        rows: number of blocks of the pool.
+        decode: maps tokens ``(n, T)`` to n texts, or None where the pool has no tokenizer.
+        dimensions: of the hashed embedding; the others have their own.
+        seed: of the hashed embedding.
+
+    Raises:
+        ValueError: the form is unknown, or it needs text and there is no tokenizer.
+        ImportError: an optional library is missing.
+    """
+    kind, _, name = spec.partition(":")
+    if spec == "hashed":
+        return HashedEmbedder(dimensions, seed=seed)
+    if kind == "vectors" and name:
+        return ReadyVectors(name, rows)
+    if kind not in ("encoder", "static") or not name:
+        raise ValueError(f"expected an embedding of the form {FORMS}, got {spec!r}")
+    if decode is None:
+        raise ValueError(
+            f"{spec} reads text, and this pool was made from token ids without a tokenizer: use hashed, or bring "
+            "vectors:FILE.npy"
+        )
+    return TextEmbedder(_encoder(name) if kind == "encoder" else _static_vectors(name), decode)
+
+
+def _static_vectors(name: str) -> Callable[[list[str]], Any]:
+    try:
+        from model2vec import StaticModel
+    except ImportError as error:
+        raise ImportError("static:NAME needs model2vec: pip install 'liveselect[embed]'") from error
+    return StaticModel.from_pretrained(name).encode
+
+
+def _encoder(name: str) -> Callable[[list[str]], Any]:
+    """Return the sentence-transformers model of that name, or without this library the encoder's mean token state."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        return _mean_state(name, device)
+    model = SentenceTransformer(name, device=device)
+    return lambda texts: model.encode(texts, convert_to_numpy=True, show_progress_bar=False)
+
+
+def _mean_state(name: str, device: str, rows: int = 32, longest: int = 512) -> Callable[[list[str]], Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModel.from_pretrained(name).to(device).eval()
+    longest = min(longest, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", longest))
+
+    @torch.inference_mode()
+    def encode(texts: list[str]) -> np.ndarray:
+        found = []
+        for start in range(0, len(texts), rows):
+            batch = tokenizer(
+                texts[start : start + rows], padding=True, truncation=True, max_length=longest, return_tensors="pt"
+            ).to(device)
+            mask = batch["attention_mask"].unsqueeze(-1)
+            state = model(**batch).last_hidden_state.float()
+            found.append(((state * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy())
+        return np.concatenate(found)
+
+    return encode
