@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+
 from liveselect.callbacks.selection import DataSelection
 from liveselect.influence import PMPInfluence
 from liveselect.protocols import InfluenceEstimator, InfluenceRegressor, LossFn, Selector
@@ -141,3 +143,9 @@ class PDS(DataSelection):
             seed=seed,
             dirpath=dirpath,
         )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the trainer's settings, take hold of the data, and see that ready scores are of this pool."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and isinstance(self.selector, ScoredSelector):
+            self.selector.check_pool(self.run.pool)

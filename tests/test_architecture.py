@@ -26,7 +26,7 @@ ALLOWED = {
     "snapshot": {"protocols"},
     "influence": {"protocols", "losses", "distributed", "functional", "snapshot"},
     "regressors": {"protocols", "losses", "distributed", "functional", "seeding"},
-    "selectors": {"protocols", "distributed", "functional", "seeding", "scores"},
+    "selectors": {"protocols", "pool", "distributed", "functional", "seeding", "scores"},
     "rounds": {"protocols", "pool", "plan", "ledger", "seeding", "distributed", "functional", "snapshot"},
     "report": {"ledger"},
     "callbacks": {

@@ -52,7 +52,7 @@ def test_a_run_trains_on_the_best_scored_share_and_no_candidate_twice(tmp_path):
 def test_scores_of_another_pool_end_the_run_before_it_trains(tmp_path):
     write_scores(tmp_path / "scores", torch.zeros(POOL), "another pool", {})
     with pytest.raises(ValueError, match="another pool"):
-        fit(tmp_path, PDS(tmp_path / "scores", dirpath=tmp_path / "s"))
+        fit(tmp_path, PDS(tmp_path / "scores", warmup_rounds=2, dirpath=tmp_path / "s"))
     assert not (tmp_path / "trace").exists()
 
 

@@ -2,12 +2,14 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from liveselect.functional.sampling import gumbel_topk
+from liveselect.pool import CandidatePool
 from liveselect.protocols import RoundContext, SelectionWarning
 from liveselect.scores import Scores, read_scores
 
@@ -37,11 +39,17 @@ class ScoreTable:
     def __init__(
         self, scores: Any, column: str = "score", groups: Sequence[str] | None = None, standardize: bool = False
     ) -> None:
-        self.scores: Scores = read_scores(scores, column)
+        self._source = scores
+        self._column = column
         self.groups = None if groups is None else tuple(groups)
         self.standardize = standardize
         self._values: Tensor | None = None
         self._count = 0
+
+    @cached_property
+    def scores(self) -> Scores:
+        """The scores, read when they are first asked for."""
+        return read_scores(self._source, self._column)
 
     def check(self, ratio: float, temperature: float) -> None:
         """Raise ValueError when these cannot be the arguments of a draw."""
@@ -50,14 +58,13 @@ class ScoreTable:
         if not 0.0 <= temperature < float("inf"):
             raise ValueError(f"expected a finite temperature of at least 0, got {temperature}")
 
-    def values(self, context: RoundContext) -> Tensor:
+    def values(self, pool: CandidatePool) -> Tensor:
         """Return the scores of the pool, ``(n,)``, -inf for what is in none of the groups.
 
         Raises:
             ValueError: the scores or the groups are not of this pool, or nothing may be chosen.
         """
         if self._values is None:
-            pool = context.source.pool
             self.scores.check_fit(pool.size, pool.fingerprint)
             if self.scores.pool is None:
                 warnings.warn(
@@ -67,7 +74,7 @@ class ScoreTable:
                 )
             values = self.scores.values
             if self.groups is not None:
-                values = values.where(self._in_groups(context), -torch.inf)
+                values = values.where(self._in_groups(pool), -torch.inf)
             eligible = values > -torch.inf
             self._count = int(eligible.sum())
             if not self._count:
@@ -86,7 +93,7 @@ class ScoreTable:
         Raises:
             ValueError: fewer than ``at_least`` of the round's candidates may be chosen at all.
         """
-        values = self.values(context)
+        values = self.values(context.source.pool)
         candidates = context.candidates
         kept = torch.zeros(len(values), dtype=torch.bool)
         kept[gumbel_topk(values, max(1, round(ratio * self._count)), temperature, context.generator("scores"))] = True
@@ -104,8 +111,7 @@ class ScoreTable:
             is_kept[rest[gumbel_topk(values[candidates[rest]], beyond, temperature, generator)]] = True
         return BetterPart(candidates[is_kept], beyond)
 
-    def _in_groups(self, context: RoundContext) -> Tensor:
-        pool = context.source.pool
+    def _in_groups(self, pool: CandidatePool) -> Tensor:
         unknown = sorted(set(self.groups or ()) - set(pool.group_names))
         if unknown:
             raise ValueError(f"the pool has no groups {unknown}: its groups are {list(pool.group_names)}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from liveselect.functional.sampling import uniform_subset
+from liveselect.pool import CandidatePool
 from liveselect.protocols import RoundContext, Selection, Selector
 from liveselect.selectors.score_table import ScoreTable
 from liveselect.selectors.uniform import check_budget, training_order
@@ -35,9 +36,7 @@ class ScoredSelector:
         standardize: divide the scores by their standard deviation, for scores on scales of their own.
         column: name of the column of a Parquet file.
 
-    Raises:
-        FileNotFoundError: there are no scores.
-        ValueError: the file or a setting is not what it should be.
+    The file is read when it is first needed.
 
     Source: Gu et al. 2024, "Data Selection via Optimal Control", arXiv 2410.07064 (ratio 0.4, temperature 0.1 on scores
     of unit variance).
@@ -71,6 +70,15 @@ class ScoredSelector:
         self.anneal_rounds = anneal_rounds
         self.random_share = random_share
 
+    def check_pool(self, pool: CandidatePool) -> None:
+        """Read the scores, and see that they are of this pool.
+
+        Raises:
+            FileNotFoundError: there are no scores.
+            ValueError: the file is not what it should be, or belongs to another pool.
+        """
+        self._table.values(pool)
+
     def propose(self, context: RoundContext) -> Tensor:
         """Return no ids, ``(0,)``: the scores are there already."""
         return torch.empty(0, dtype=torch.int64)
@@ -88,7 +96,7 @@ class ScoredSelector:
         temperature = self.temperature_in(context.round)
         by_score = budget - round(self.random_share * budget)
         better = self._table.better_part(context, self.ratio, temperature, by_score)
-        values = self._table.values(context)
+        values = self._table.values(context.source.pool)
         drawn = better.ids[uniform_subset(len(better.ids), by_score, context.generator("select"))]
         scored = context.candidates[values[context.candidates] > -torch.inf]
         rest = scored[~torch.isin(scored, drawn)]
