@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from liveselect.datamodules.rows import Rows
+from liveselect.datamodules.rows import Receive, Rows
 from liveselect.plan import Plan
 
 STARTING_PAYS = 8  # batches for each worker that make up for starting it
@@ -45,7 +45,9 @@ class PlanLoader:
         rank: index of this rank.
         world_size: number of ranks.
         seed: seeds the private generator from which workers are seeded.
-        options: further arguments of the inner ``DataLoader``: ``num_workers``, ``collate_fn``, ``pin_memory``, ...
+        pin_memory: serve batches in pinned memory.
+        receive: makes the training batch of what the inner ``DataLoader`` yields.
+        options: further arguments of the inner ``DataLoader``: ``num_workers``, ``collate_fn``, ...
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class PlanLoader:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        pin_memory: bool = False,
+        receive: Receive | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.dataset = dataset
@@ -63,6 +67,8 @@ class PlanLoader:
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
+        self.pin_memory = pin_memory
+        self.receive = receive
         self.options = dict(options or {})
         self.plan: Plan | None = None
         self._length = length
@@ -133,7 +139,11 @@ class PlanLoader:
                 "published later than in on_train_batch_end of its last batch"
             ) from None
         self._position += self.global_batch
-        return batch
+        return batch if self.receive is None else self._received(batch)
+
+    def _received(self, batch: Any) -> Any:
+        batch = self.receive(batch)  # type: ignore[misc]
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
 
     def _start_walk(self, plan: Plan) -> Iterator[Any]:
         """Point the inner DataLoader at what remains of the plan; its workers live on and drop what they fetched."""
@@ -143,6 +153,7 @@ class PlanLoader:
                 self.dataset,
                 batch_sampler=self._batches,
                 persistent_workers=workers > 0,
+                pin_memory=self.pin_memory and self.receive is None,
                 # without a generator of its own, every new iterator would draw from the global random state
                 generator=torch.Generator().manual_seed(self.seed + self.rank),
                 **self.options,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from liveselect.datamodules import transport
 from liveselect.datamodules.tokens import TokenStore
 from liveselect.pool import CandidatePool
 from liveselect.protocols import IGNORE_INDEX
@@ -15,6 +16,7 @@ from liveselect.protocols import IGNORE_INDEX
 SPREAD = 64  # rows of a data set that are looked at before training: for its fingerprint, length and vocabulary
 
 Collate = Callable[[list[Any]], Any]
+Receive = Callable[[Any], Any]
 
 
 class Rows(Protocol):
@@ -22,7 +24,8 @@ class Rows(Protocol):
 
     Attributes:
         dataset: what the training loader reads; map-style.
-        collate_fn: makes a training batch of what the dataset returns for a list of ids.
+        collate_fn: makes a batch of what the dataset returns for a list of ids, in a worker.
+        receive: makes the training batch of that, in the process that trains; None where it is one already.
         vocab_size: every token id is below it, as far as was looked at.
         block_size: tokens of every row, None when rows differ.
         fingerprint: identifies the content.
@@ -31,6 +34,7 @@ class Rows(Protocol):
 
     dataset: Any
     collate_fn: Collate
+    receive: Receive | None
     vocab_size: int
     block_size: int | None
     fingerprint: str
@@ -50,7 +54,8 @@ class StoreRows:
         self.store: TokenStore | None = store
         self._store = store
         self.dataset = self
-        self.collate_fn: Collate = _as_it_is
+        self.collate_fn: Collate = transport.send
+        self.receive: Receive | None = transport.receive
         self.vocab_size = store.vocab_size
         self.block_size: int | None = store.block_size
         self.fingerprint = store.fingerprint
@@ -87,7 +92,8 @@ class DatasetRows:
         self.source = dataset
         self.store: TokenStore | None = None
         self.dataset = self
-        self.collate_fn: Collate = _as_it_is
+        self.collate_fn: Collate = transport.send
+        self.receive: Receive | None = transport.receive
         self._view = _numpy_view(dataset)
         spread = read_token_rows(self._view, spread_ids(len(dataset)))
         lengths = {len(tokens) for tokens, _ in spread}
@@ -125,6 +131,7 @@ class CollatedRows:
         check_map_style(dataset, "the training data")
         self.dataset = dataset
         self.collate_fn = collate_fn
+        self.receive: Receive | None = None
         rows = [self.candidates([i])["input_ids"][0].numpy() for i in spread_ids(len(dataset))]
         lengths = {len(row) for row in rows}
         self.vocab_size = max((int(row.max()) for row in rows if len(row)), default=0) + 1
@@ -291,7 +298,3 @@ def _column(dataset: Any, name: str) -> Sequence[Any]:
         columns = sorted(map(str, first)) if isinstance(first, Mapping) else type(first).__name__
         raise ValueError(f"groups={name!r} is no column of the dataset; its rows have {columns}")
     return [dataset[i][name] for i in range(len(dataset))]
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

@@ -161,7 +161,9 @@ class SelectionDataModule(pl.LightningDataModule):
                 self._rank,
                 self._world_size,
                 self._seed,
-                {**self._options, "collate_fn": rows.collate_fn, "pin_memory": self._pins_memory},
+                self._pins_memory,
+                rows.receive,
+                {**self._options, "collate_fn": rows.collate_fn},
             )
             if self._plan is not None:
                 self._loader.follow(self._plan)

@@ -309,3 +309,17 @@ def test_candidates_come_in_their_order_whoever_loads_them():
 def test_no_workers_are_started_for_a_few_candidates():
     (batch,) = candidate_batches(Echo(), torch.arange(5), 8, {"num_workers": 2})
     assert batch["process"] == os.getpid()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("receive", [None, dict], ids=["made by workers", "made here"])
+def test_batches_are_pinned_for_a_gpu(workers, receive):
+    plan = Plan(0, torch.arange(40))
+    loader = PlanLoader(Rows(), 4, 10, pin_memory=True, receive=receive, options={"num_workers": workers})
+    loader.follow(plan)
+    batches = iter(loader)
+    assert all(tensor.is_pinned() for _ in range(3) for tensor in next(batches).values())
+    loader.follow(Plan(1, torch.arange(63, 43, -1)))
+    assert next(batches)["id"].tolist() == [63, 62, 61, 60]
+    loader.shutdown()
