@@ -15,7 +15,10 @@ cache, which flatters the reload: a cluster's file system is slower. What the re
 two models of about ten million parameters are measured: one whose parameters are mostly layers, and Pythia's smallest
 shape, whose vocabulary of 50,304 makes the logits of unused positions the largest cost.
 
-    python benchmarks/probe.py --threads 1
+    MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 python benchmarks/probe.py --threads 1
+
+The variables keep glibc from handing memory back to the system after each step and clearing it anew, which costs more
+than the differences to be seen and falls on one probe or the other by chance.
 """
 
 import argparse
