@@ -2,6 +2,7 @@
 
 from liveselect.callbacks.mates import MATES
 from liveselect.callbacks.pds import PDS
+from liveselect.callbacks.quad import Quad
 from liveselect.callbacks.selection import DataSelection
 
-__all__ = ["MATES", "PDS", "DataSelection"]
+__all__ = ["MATES", "PDS", "DataSelection", "Quad"]

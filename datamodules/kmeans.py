@@ -26,8 +26,8 @@ def fit_centroids(
         clusters: K, at most n.
         seed: of the order of reading and of the initial centroids.
         epochs: how often mini-batches walk through all vectors.
-        engine: scikit-learn's mini-batch k-means; or faiss, which draws a sample of 64 vectors for each centroid and
-            iterates on it.
+        engine: scikit-learn's mini-batch k-means; or faiss, which iterates on a sample of 64 vectors for each
+            centroid.
         advance: is told how many rows were used, of ``epochs * n`` in all.
 
     Raises:
@@ -40,7 +40,7 @@ def fit_centroids(
         raise ValueError(f"expected an engine among {get_args(Engine)}, got {engine!r}")
     draws = np.random.default_rng(seed)
     if engine == "faiss":
-        centroids = _faiss(_sample(vectors, FAISS_POINTS * clusters, draws), clusters, seed)
+        centroids = _faiss(_sample(vectors, max(FAISS_POINTS * clusters, BATCH), draws), clusters, seed)
         advance(epochs * len(vectors))
         return centroids
     from sklearn.cluster import MiniBatchKMeans
@@ -105,6 +105,6 @@ def _faiss(sample: np.ndarray, clusters: int, seed: int) -> np.ndarray:
         import faiss
     except ImportError as error:
         raise ImportError("the engine faiss needs faiss: pip install 'liveselect[faiss]'") from error
-    model = faiss.Kmeans(sample.shape[1], clusters, niter=20, seed=seed, max_points_per_centroid=FAISS_POINTS)
+    model = faiss.Kmeans(sample.shape[1], clusters, niter=20, seed=seed, max_points_per_centroid=len(sample))
     model.train(np.ascontiguousarray(sample))
     return np.asarray(model.centroids, dtype=np.float32)
