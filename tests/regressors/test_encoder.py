@@ -41,7 +41,7 @@ def test_the_reported_spearman_is_that_of_the_kept_weights_on_what_was_held_out(
     regressor, context = tiny_regressor(), fake_context(source)
     metrics = regressor.fit(context, torch.arange(160), influence)
     assert len(seen) == 8
-    assert metrics["held_out"] == 16
+    assert metrics["held_out"] == 32
     runner = regressor._runner(context, regressor._network)
     assert real(runner, seen[0]) == metrics["spearman"] > 0.3
 
@@ -102,6 +102,7 @@ def test_a_fit_is_repeated_bit_for_bit_whatever_the_global_random_state(learnabl
 
 def test_the_random_state_the_default_type_and_the_grad_mode_of_training_are_left_alone(learnable):
     source, influence = learnable
+    torch.rand(7)  # else the state could be what another fit left behind
     state = torch.get_rng_state()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -127,6 +128,28 @@ def test_dropout_is_on_while_fitting_and_off_while_predicting(learnable):
         assert torch.equal(first, second)
         found.append(first)
     assert not torch.allclose(*found, atol=1e-4)
+
+
+def test_training_goes_on_in_training_mode_after_a_look(learnable, monkeypatch):
+    source, influence = learnable
+    modes, forward = [], Runner._forward
+    monkeypatch.setattr(
+        Runner,
+        "_forward",
+        lambda self, texts, passes: modes.append((passes, self.network.training)) or forward(self, texts, passes),
+    )
+    tiny_regressor(epochs=2, evaluations=2).fit(fake_context(source), torch.arange(64), influence[:64])
+    assert modes == 2 * [(3, True), (3, True), (1, False)]
+
+
+def test_a_restored_regressor_needs_the_pretrained_weights_no_more(learnable, tmp_path):
+    source, influence = learnable
+    first = tiny_regressor(encoder=save_pretrained(tmp_path, 60), epochs=1)
+    first.fit(fake_context(source), torch.arange(64), influence[:64])
+    restored = tiny_regressor(encoder=str(tmp_path), epochs=1)
+    restored.load_state_dict(saved(first))
+    (tmp_path / "model.safetensors").unlink()
+    assert torch.equal(predictions(restored, fake_context(source)), predictions(first, fake_context(source)))
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
@@ -288,8 +311,8 @@ def test_token_ids_outside_of_the_encoders_vocabulary_are_refused(tmp_path):
 
 
 def test_too_few_held_out_candidates_give_no_spearman():
-    source = random_source(candidates=64)
-    for m, count in ((8, 2), (12, 3), (40, 8), (64, 8)):
+    source = random_source(candidates=400)
+    for m, count in ((8, 2), (12, 3), (40, 10), (150, 32), (400, 40)):
         metrics = tiny_regressor(epochs=1).fit(fake_context(source), torch.arange(m), torch.randn(m))
         assert metrics["held_out"] == count
         assert math.isnan(metrics["spearman"]) == (count < 3)
@@ -317,7 +340,7 @@ def test_flops_are_six_per_weight_and_token_of_training_and_two_of_looking():
     context = fake_context(source)
     regressor.fit(context, torch.arange(40), torch.arange(40.0))
     weights = matmul_parameters(regressor._network.encoder)
-    assert context.meter.flops["fit regressor"] == weights * 10 * (6 * 3 * 32 + 2 * 2 * 8)
+    assert context.meter.flops["fit regressor"] == weights * 10 * (6 * 3 * 30 + 2 * 2 * 10)
     with context.meter.phase("predict"):
         predictions(regressor, context, torch.arange(7))
     assert context.meter.flops["predict"] == weights * 10 * 2 * 7

@@ -153,6 +153,7 @@ def test_an_unfitted_regressor_can_be_saved_and_restored():
 
 
 def test_fit_and_predict_leave_the_random_state_and_the_default_type_alone():
+    torch.rand(7)
     state = torch.get_rng_state()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -18,7 +18,7 @@ from liveselect.regressors.targets import distinct_targets, standardized
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_ENOUGH_HELD_OUT = 8  # below this a rank correlation says little; a quarter is held out when there is not enough
+_ENOUGH_HELD_OUT = 32  # below this a rank correlation says little: its standard error is 1 / sqrt(32 - 1)
 
 
 class EncoderRegressor:
@@ -27,7 +27,7 @@ class EncoderRegressor:
     A candidate is decoded, tokenised for the encoder, cut into even chunks that the encoder can take, encoded, averaged
     over all its tokens, and mapped to a number. Training minimises the squared error to standardised influence with
     AdamW and a linearly falling learning rate, looks at the held-out rank correlation ``evaluations`` times and keeps
-    the weights of the best look. ``spearman`` is that correlation: the best of several looks, so slightly too high.
+    the weights of the best look. ``spearman`` is that correlation: the best of several looks, so a little too high.
 
     All ranks train one network together, each on its share of every batch. The random state of training is not
     touched. The network is no part of the LightningModule; it lives beside the model, in float32, and is saved in
@@ -43,8 +43,10 @@ class EncoderRegressor:
         weight_decay: on matrices; biases and norms are not decayed.
         batch_size: candidates of one optimizer step, all ranks together.
         dropout: probability of dropping a pooled feature before the head.
-        held_out: share of the measured candidates that is held out, at least 8 of them or a quarter.
-        evaluations: how often one fit looks at the held-out candidates.
+        held_out: share of the measured candidates that is held out, but at least 32 of them, or a quarter if that is
+            less.
+        evaluations: how often one fit looks at the held-out candidates. The best of many looks at few candidates is
+            often an early, hardly trained network that was lucky: look often only where many are held out.
         warm_start: whether a round continues from the network of the round before, or begins anew.
         max_tokens: tokens of a text that are read; the rest is cut off.
         chunk_tokens: longest chunk; by default what the encoder can take, up to 512.
@@ -53,7 +55,7 @@ class EncoderRegressor:
         precision: ``bfloat16`` computes under autocast; ``auto`` does so on CUDA devices that support it.
 
     Source: Yu et al. 2024, "MATES", arXiv 2406.06046; the defaults are those of the released code (bert-base-uncased,
-    two chunks of 512 tokens), which restarts in every round.
+    two chunks of 512 tokens), except that it looks every 20 steps at 8,000 candidates and restarts in every round.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class EncoderRegressor:
         batch_size: int = 256,
         dropout: float = 0.1,
         held_out: float = 0.1,
-        evaluations: int = 20,
+        evaluations: int = 5,
         warm_start: bool = True,
         max_tokens: int = 1024,
         chunk_tokens: int | None = None,
