@@ -1,10 +1,10 @@
 """What SelectionDataModule takes from a LightningDataModule that it wraps."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from liveselect.protocols import SelectionWarning
@@ -13,7 +13,7 @@ HOOKS = (
     *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"),
     *("test_dataloader", "predict_dataloader", "state_dict", "load_state_dict"),
 )
-"""Methods of the wrapped module that are called in its place, where it defines them."""
+"""Methods of the wrapped module that are called in its place."""
 
 SETTINGS = ("prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices")
 LOADER_OPTIONS = (
@@ -26,16 +26,13 @@ LOADER_OPTIONS = (
 )
 
 
-def adopt_hooks(module: pl.LightningDataModule, existing: pl.LightningDataModule) -> None:
-    """Let Lightning find the hooks that ``existing`` defines on ``module``, and no others.
+def adopt_hooks(module: pl.LightningDataModule, existing: pl.LightningDataModule, names: Sequence[str]) -> None:
+    """Let Lightning find the methods ``names`` of ``existing`` on ``module``.
 
-    Lightning asks whether a datamodule overrides a hook, and prefers the LightningModule's where it does not; methods
-    that merely forward would hide those.
+    Bound methods are taken, not forwarded to: Lightning compares a hook's code with its own to see whether a datamodule
+    overrides it, and asks the LightningModule where it does not. A method that merely forwards would hide those.
     """
-    for name in HOOKS:
-        if is_overridden(name, existing):
-            setattr(module, name, getattr(existing, name))
-    for name in SETTINGS:
+    for name in (*names, *SETTINGS):
         setattr(module, name, getattr(existing, name))
 
 
