@@ -20,7 +20,7 @@ from liveselect.datamodules.pool_files import hash_tokens, token_dtype, write_du
 from liveselect.datamodules.readers import DataError
 from liveselect.datamodules.tokenizers import Encoder
 
-UNIT_BYTES = 4 << 20
+UNIT_BYTES = 1 << 20
 UNIT_DOCUMENTS = 4096
 
 

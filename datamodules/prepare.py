@@ -205,7 +205,7 @@ def _sensible_workers(workers: int | None, size: int, unit_bytes: int) -> int:
     """Return the number of processes; by default as many as there are cores and work for them."""
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cores, 1 + size // unit_bytes)
+        return min(cores, 1 + size // (4 * unit_bytes))  # starting one takes as long as encoding some units
     if workers < 1:
         raise DataError(f"expected at least one worker, got workers={workers}")
     return workers
