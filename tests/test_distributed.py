@@ -96,3 +96,43 @@ def test_a_single_process_needs_no_group():
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.gather_objects("x") == ["x"]
     distributed.check_agreement("anything", torch.arange(3))
+
+
+def _sum_at() -> list:
+    value = torch.full((3,), 10.0 ** distributed.rank())
+    return [distributed.sum_at(value, 1).tolist(), value.tolist()]
+
+
+def test_a_sum_arrives_at_its_owner_and_leaves_the_values_alone():
+    first, second = on_ranks(_sum_at, 2)
+    assert first == [[1.0] * 3, [1.0] * 3]
+    assert second == [[11.0] * 3, [10.0] * 3]
+
+
+def _copy_from() -> list:
+    value = torch.arange(6, dtype=torch.float64).view(2, 3) if distributed.rank() == 1 else None
+    turned = torch.arange(4.0).view(2, 2).t() if distributed.rank() == 1 else None
+    return [distributed.copy_from(value, 1).tolist(), distributed.copy_from(turned, 1).tolist()]
+
+
+def test_what_one_rank_owns_reaches_all_of_them():
+    expected = [torch.arange(6, dtype=torch.float64).view(2, 3).tolist(), [[0.0, 2.0], [1.0, 3.0]]]
+    assert on_ranks(_copy_from, 2) == [expected, expected]
+
+
+def _sums_of_turned() -> list:
+    value = torch.arange(4.0).view(2, 2)
+    value = value if distributed.rank() == 0 else value.t().contiguous().t()  # the same entries, columns first
+    return [distributed.sum_over_ranks(value).tolist(), distributed.sum_at(value, 0).tolist()]
+
+
+def test_sums_are_over_entries_whatever_their_order_in_memory():
+    assert on_ranks(_sums_of_turned, 2)[0] == [[[0.0, 2.0], [4.0, 6.0]]] * 2
+
+
+def test_one_process_keeps_what_it_sums_and_copies():
+    value = torch.arange(3.0)
+    assert distributed.sum_at(value, 0) is value
+    assert distributed.copy_from(value, 0) is value
+    with pytest.raises(ValueError, match="rank 0 owns a tensor that it does not pass"):
+        distributed.copy_from(None, 0)

@@ -49,9 +49,38 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     """Return the elementwise sum of ``value`` over all ranks, on its device; equal on all of them."""
     if world_size() == 1:
         return value
-    total = value.to(_collective_device(), copy=True)
+    total = _ready_to_send(value)
     dist.all_reduce(total)
     return total.to(value.device)
+
+
+def sum_at(value: Tensor, owner: int) -> Tensor:
+    """Return the elementwise sum of ``value`` over all ranks on rank ``owner``; others get back their own ``value``."""
+    if world_size() == 1:
+        return value
+    total = _ready_to_send(value)
+    dist.reduce(total, owner)
+    return total.to(value.device) if rank() == owner else value
+
+
+def copy_from(value: Tensor | None, owner: int, device: torch.device | None = None) -> Tensor:
+    """Return rank ``owner``'s ``value`` on all ranks; only the owner needs to pass one.
+
+    ``device`` is where the others want it; on CPU unless told.
+    """
+    if world_size() == 1:
+        if value is None:
+            raise ValueError(f"rank {owner} owns a tensor that it does not pass")
+        return value
+    described: list[Any] = [None if value is None else (tuple(value.shape), value.dtype)]
+    dist.broadcast_object_list(described, owner)
+    shape, dtype = described[0]
+    if rank() == owner and value is not None:
+        shared = _ready_to_send(value)
+    else:
+        shared = torch.empty(shape, dtype=dtype, device=_collective_device())
+    dist.broadcast(shared, owner)
+    return shared.to(device if value is None else value.device)
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -75,6 +104,11 @@ def check_agreement(what: str, value: Tensor) -> None:
             f"ranks disagree about {what}: rank 0 holds {digests[0]}, ranks {odd} hold {[digests[i] for i in odd]}. "
             "All ranks must see the same pool, reference set, seed and library versions"
         )
+
+
+def _ready_to_send(value: Tensor) -> Tensor:
+    """Return a copy for a collective; in row-major order, because what travels is memory and not entries."""
+    return value.to(_collective_device()).clone(memory_format=torch.contiguous_format)
 
 
 def _collective_device() -> torch.device:

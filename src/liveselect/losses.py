@@ -63,17 +63,26 @@ def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         TypeError: the module cannot be called with token ids, or returns no logits; pass a ``loss_fn``.
     """
+    logits, targets = target_logits(model, batch)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()  # the differences that selection looks at are lost in a short softmax
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    return losses.view_as(targets).sum(dim=1) / (targets != IGNORE_INDEX).sum(dim=1).clamp(min=1)
+
+
+def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the logits ``(B, K, V)`` and targets ``(B, K)`` from which :func:`causal_lm_loss` is computed.
+
+    K is the largest number of targets of an example; where one has fewer, targets are -100. The batch may come from
+    :func:`at_targets`. Errors are those of :func:`causal_lm_loss`.
+    """
     if TARGET_COLUMNS not in batch:
         batch = at_targets(batch)
     columns = batch[TARGET_COLUMNS]
     labels = batch["labels"] if "labels" in batch else batch["input_ids"]
     rows = torch.arange(len(columns), device=columns.device)[:, None]
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)[rows, columns]
-    logits = _logits_at(find_language_model(model), batch, rows, columns)
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()  # the differences that selection looks at are lost in a short softmax
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-    return losses.view_as(targets).sum(dim=1) / (targets != IGNORE_INDEX).sum(dim=1).clamp(min=1)
+    return _logits_at(find_language_model(model), batch, rows, columns), targets
 
 
 def reference_loss(losses: list[Tensor], counts: list[Tensor]) -> float:

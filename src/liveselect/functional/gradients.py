@@ -1,7 +1,7 @@
 """Gradients of single examples, met with one direction in parameter space: exactly, and without forming them."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -168,13 +168,22 @@ def mean_gradient(
 
 
 def summed_loss_and_gradient(
-    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], weights: Iterable[Tensor] | None = None
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    weights: Iterable[Tensor] | None = None,
+    names: Collection[str] | None = None,
 ) -> tuple[float, float, dict[str, Tensor]]:
     """Return the weighted sum of losses, the sum of weights, and the gradient of the former: what ranks add up.
 
-    Arguments and errors are those of :func:`mean_loss_and_gradient`.
+    Arguments and errors are those of :func:`mean_loss_and_gradient`; ``names`` are the parameters to differentiate in,
+    None for all that are trainable.
     """
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (names is None or name in names)
+    }
     if not parameters:
         raise ValueError("expected a model with trainable parameters, got none: unfreeze some")
     sums = {name: _wide_zeros(parameter) for name, parameter in parameters.items()}

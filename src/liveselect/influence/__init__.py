@@ -1,6 +1,7 @@
 """Estimators of influence: how much training on a candidate would lower the reference loss."""
 
+from liveselect.influence.kfac import KFACInfluence
 from liveselect.influence.one_step import OneStepInfluence
 from liveselect.influence.pmp import PMPInfluence
 
-__all__ = ["OneStepInfluence", "PMPInfluence"]
+__all__ = ["KFACInfluence", "OneStepInfluence", "PMPInfluence"]

@@ -1,0 +1,259 @@
+"""Influence under Kronecker-factored curvature: what a natural-gradient step on a candidate does to the reference."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from liveselect import distributed
+from liveselect.functional.factors import MatrixLayer, Sums, add_covariances, add_squares, zero_sums
+from liveselect.functional.gradients import example_dot, summed_loss_and_gradient
+from liveselect.functional.kronecker import relative_damping, solve
+from liveselect.influence.blocks import Blocks, Variant
+from liveselect.influence.fisher import Labels, active_tokens, with_sampled_labels
+from liveselect.influence.matrices import find_matrix_layers
+from liveselect.influence.reference import ReferencePass, batch_flops
+from liveselect.losses import target_counts
+from liveselect.protocols import Batch, RoundContext
+from liveselect.snapshot import measuring
+
+
+class KFACInfluence:
+    r"""Measures influence to first order, with gradients compared under the curvature of the training loss.
+
+    With :math:`g_i` the gradient of a candidate's mean loss, :math:`\bar g` that of the mean reference loss, and F a
+    block-diagonal approximation of the Fisher matrix of the loss of one token,
+
+    .. math:: I_i = \bar g^\top (F + \lambda)^{-1} g_i
+
+    in nats per unit learning rate of a natural-gradient step on the candidate; larger is better. (Texts that print a
+    minus in front define influence as the change of the loss.) Blocks are the linear layers inside the model, attention
+    and MLP, biases included; embeddings, norms and the output head take no part.
+
+    Curvature comes as ``kfac``, the Kronecker product of two covariances; ``ekfac``, which corrects its eigenvalues by
+    one more pass over the examples; ``output_only``, which sees the outputs' covariance only and costs least;
+    ``diagonal``; and ``identity``, the plain product of gradients. The inverse is applied once, to the mean reference
+    gradient; a candidate then costs one forward, one backward through activations and one product of forward size.
+
+    Factors come from examples drawn from the round's candidates, and are averaged over refreshes with exponentially
+    falling weights. They age slowly, the reference gradient does not: each has its own clock, counted in rounds.
+    Several ranks share the examples of both, and each keeps and decomposes the factors of its own layers.
+
+    Memory: one direction of the size of the layers, and for each layer two covariances and their eigenvectors.
+
+    Args:
+        curvature: one of the forms above.
+        labels: ``empirical`` takes the labels of the text; ``sampled`` draws them from the model, as the true Fisher
+            matrix asks for, at the price of one more forward. It needs a loss of the labels' log-probabilities.
+        damping: :math:`\lambda` as a share of each block's mean eigenvalue, at which it does not depend on the scale of
+            the loss; 0.01 to 1 rank alike.
+        include: patterns of module names, as in a shell; a layer must match one.
+        exclude: likewise; a layer must match none.
+        split_fused: give queries, keys and values made by one layer a block each.
+        factor_examples: examples of one refresh of the factors, over all ranks.
+        factor_decay: weight of the past at a refresh of the factors, 0 to forget it.
+        factors_every: rounds between refreshes of the factors.
+        reference_every: rounds between refreshes of the reference gradient, which also follow those of the factors.
+
+    Source: Martens and Grosse 2015, arXiv 1503.05671; George et al. 2018, arXiv 1806.03884; for influence on language
+    models Grosse et al. 2023, arXiv 2308.03296, and inside a bandit Zhang et al. 2024, "Quad", arXiv 2409.16986.
+    """
+
+    def __init__(
+        self,
+        curvature: Variant = "kfac",
+        labels: Labels = "empirical",
+        damping: float = 0.1,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        split_fused: bool = True,
+        factor_examples: int = 128,
+        factor_decay: float = 0.5,
+        factors_every: int = 5,
+        reference_every: int = 1,
+    ) -> None:
+        for name, value, allowed in (("curvature", curvature, get_args(Variant)), ("labels", labels, get_args(Labels))):
+            if value not in allowed:
+                raise ValueError(f"expected {name} to be one of {allowed}, got {value!r}")
+        if not (damping > 0 and math.isfinite(damping)):
+            raise ValueError(f"expected a positive damping, got {damping}")
+        if not 0 <= factor_decay < 1:
+            raise ValueError(f"expected factor_decay of at least 0 and below 1, got {factor_decay}")
+        for name, number in (
+            ("factor_examples", factor_examples),
+            ("factors_every", factors_every),
+            ("reference_every", reference_every),
+        ):
+            if number < 1:
+                raise ValueError(f"expected {name} of at least 1, got {number}")
+        self.curvature: Variant = curvature
+        self.labels: Labels = labels
+        self.damping = damping
+        self.include = tuple(include)
+        self.exclude = tuple(exclude)
+        self.split_fused = split_fused
+        self.factor_examples = factor_examples
+        self.factors_every = factors_every
+        self.reference_every = reference_every
+        self._blocks = Blocks(curvature, factor_decay)
+        self._factors_from: int | None = None  # round of the last refresh
+        self._reference_from: int | None = None
+        self._direction: dict[str, Tensor] | None = None
+
+    @property
+    def direction(self) -> Mapping[str, Tensor]:
+        """The preconditioned reference gradient by parameter name; its product with a gradient is an influence.
+
+        Raises:
+            RuntimeError: before ``fit``.
+        """
+        if self._direction is None:
+            raise RuntimeError("KFACInfluence has no direction before fit: call fit(context) once in each round")
+        return self._direction
+
+    def fit(self, context: RoundContext) -> Mapping[str, float]:
+        """Refresh the factors and the reference gradient, each when its clock says so.
+
+        Raises:
+            ValueError: the patterns leave no layer, the loss uses layers in ways that cannot be seen, or the reference
+                set, its loss, or a factor cannot be used.
+        """
+        factors_due = self.curvature != "identity" and _is_due(self._factors_from, context.round, self.factors_every)
+        reference_due = factors_due or _is_due(self._reference_from, context.round, self.reference_every)
+        if not reference_due:
+            return {"reference_age": float(context.round - (self._reference_from or 0))}
+        metrics: dict[str, float] = {}
+        with measuring(context.model, context.optimizer):
+            reference = ReferencePass.load(context)
+            layers = self._layers(context, reference)
+            if factors_due:
+                with context.meter.phase("factors"):
+                    metrics["factor_tokens"] = self._refresh_factors(context, layers)
+                self._factors_from = context.round
+            with context.meter.phase("reference gradient"):
+                loss, gradient = _reference_gradient(context, reference, layers)
+            with context.meter.phase("precondition"):
+                self._direction = self._precondition(layers, gradient)
+            self._reference_from = context.round
+        size = sum(value.numel() for value in self._direction.values())
+        return metrics | {
+            "reference_loss": loss,
+            "reference_examples": float(reference.examples),
+            "reference_tokens": float(reference.targets),
+            "factors_age": float(context.round - (self._factors_from or context.round)),
+            "direction_norm": math.sqrt(sum(float(v.double().square().sum()) for v in self._direction.values())),
+            "measured_share": size / sum(p.numel() for p in context.model.parameters() if p.requires_grad),
+        }
+
+    def score(self, context: RoundContext, batch: Batch) -> Tensor:
+        """Return the influence of each example, ``(B,)`` float32 on CPU; NaN where it is not finite."""
+        direction = self.direction
+        batch = context.to_device(batch)
+        with measuring(context.model, context.optimizer), context.meter.phase("example gradients"):
+            with context.forward_context():
+                influence = example_dot(context.model, context.loss_fn, batch, direction)
+            context.meter.add_flops(3 * batch_flops(context.model, batch))
+        return influence.where(influence.isfinite(), math.nan).float().cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return factors, direction and clocks as tensors and builtins; every rank must call it."""
+        direction = self._direction
+        return {
+            "curvature": self.curvature,
+            "factors_from": self._factors_from,
+            "reference_from": self._reference_from,
+            "direction": None if direction is None else {name: value.cpu() for name, value in direction.items()},
+            "blocks": self._blocks.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state; raise ValueError when it was made with another form of curvature."""
+        if state["curvature"] != self.curvature:
+            raise ValueError(
+                f"the checkpoint holds {state['curvature']!r} curvature, this run asks for {self.curvature!r}: resume "
+                "with the former, or start a new run"
+            )
+        self._factors_from = state["factors_from"]
+        self._reference_from = state["reference_from"]
+        self._direction = None if state["direction"] is None else dict(state["direction"])
+        self._blocks.load_state_dict(state["blocks"])
+
+    def _layers(self, context: RoundContext, reference: ReferencePass) -> list[MatrixLayer]:
+        row = {name: value[:1] for name, value in reference.batches[0].items() if isinstance(value, Tensor)}
+        return find_matrix_layers(
+            context.model,
+            lambda: context.loss_fn(context.model, row),
+            self.include,
+            self.exclude,
+            self.split_fused,
+        )
+
+    def _refresh_factors(self, context: RoundContext, layers: list[MatrixLayer]) -> float:
+        """Measure curvature on examples of this round and mix it into the average; returns the tokens seen."""
+        drawn = torch.randperm(len(context.candidates), generator=context.generator("factors"))[: self.factor_examples]
+        ids = context.candidates[drawn]
+        mine = ids[distributed.shard(len(ids))]
+        batches = list(context.candidate_batches(mine))
+        if self.labels == "sampled":
+            generator = context.generator(f"labels of rank {distributed.rank()}")
+            with context.forward_context():
+                batches = [with_sampled_labels(context.model, batch, generator) for batch in batches]
+        seen = 0.0
+        for kinds in self._blocks.passes:
+            sums = zero_sums(layers, context.model, kinds)
+            for batch in batches:
+                self._add(context, sums, layers, batch, "squares" in kinds)
+            seen = self._blocks.take(layers, sums, kinds)
+        return seen
+
+    def _add(self, context: RoundContext, sums: Sums, layers: list[MatrixLayer], batch: Batch, squares: bool) -> None:
+        arguments = (sums, layers, context.model, context.loss_fn, batch, target_counts(batch), active_tokens(batch))
+        with context.forward_context():
+            if squares:
+                add_squares(*arguments, self._blocks.basis)
+            else:
+                add_covariances(*arguments)
+        context.meter.add_flops(2 * batch_flops(context.model, batch))
+
+    def _precondition(self, layers: list[MatrixLayer], gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.curvature == "identity":
+            return dict(gradient)
+        direction: dict[str, Tensor] = {}
+        owners = self._blocks.owners(layers)
+        for layer in layers:
+            matrix = layer.matrix(gradient)
+            moved = torch.zeros_like(matrix)
+            if owners[layer.leader] == distributed.rank():
+                for block, index in enumerate(layer.blocks):
+                    rows: Any = slice(None) if index is None else index.to(matrix.device)
+                    curvature = self._blocks.curvature(layer, block, matrix.device)
+                    if curvature is not None:
+                        moved[rows] = solve(curvature, matrix[rows], relative_damping(curvature, self.damping))
+            direction |= layer.by_name(distributed.copy_from(moved, owners[layer.leader]))
+        return direction
+
+
+def _is_due(last: int | None, now: int, every: int) -> bool:
+    return last is None or now - last >= every
+
+
+def _reference_gradient(
+    context: RoundContext, reference: ReferencePass, layers: list[MatrixLayer]
+) -> tuple[float, dict[str, Tensor]]:
+    """Return the mean reference loss, nats per token, and its gradient in the layers' parameters, on every rank."""
+    share = slice(distributed.rank(), None, distributed.world_size())
+    batches, counts = reference.batches[share], reference.counts[share]
+    names = {name for layer in layers for name in layer.parameters}
+    with context.forward_context():
+        loss, tokens, gradient = summed_loss_and_gradient(context.model, context.loss_fn, batches, counts, names)
+    context.meter.add_flops(3 * sum(batch_flops(context.model, batch) for batch in batches))
+    totals = distributed.sum_over_ranks(torch.tensor([loss, tokens], dtype=torch.float64))
+    mean = float(totals[0] / totals[1])
+    if not math.isfinite(mean):
+        raise ValueError(
+            f"the reference loss is {mean}; influence cannot be measured from there: look at the training loss, the "
+            "model may have diverged"
+        )
+    return mean, {name: distributed.sum_over_ranks(value) / float(totals[1]) for name, value in gradient.items()}
