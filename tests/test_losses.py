@@ -121,6 +121,20 @@ def test_positions_without_loss_are_left_out_without_changing_losses_or_gradient
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
 
 
+def test_losses_are_those_of_all_logits_wherever_the_targets_lie():
+    network = build()
+    generator = torch.Generator().manual_seed(2)
+    for length in [1, 2, 3, 5, 8] * 8:
+        tokens = draw_tokens(3, length, seed=length)
+        chances = torch.rand(3, 1, generator=generator)  # rows with few, many or no targets
+        labels = tokens.masked_fill(torch.rand(3, length, generator=generator) > chances, -100)
+        logits = network(tokens).logits[:, :-1]
+        all_losses = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none").view(3, -1)
+        expected = all_losses.sum(1) / (labels[:, 1:] != -100).sum(1).clamp(min=1)
+        found = causal_lm_loss(network, {"input_ids": tokens, "labels": labels})
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("form", BATCHES)
 def test_the_loss_of_an_example_does_not_depend_on_its_company(model, form):
     batch = batches()[form]
