@@ -126,8 +126,10 @@ def test_losses_are_those_of_all_logits_wherever_the_targets_lie():
     generator = torch.Generator().manual_seed(2)
     for length in [1, 2, 3, 5, 8] * 8:
         tokens = draw_tokens(3, length, seed=length)
-        chances = torch.rand(3, 1, generator=generator)  # rows with few, many or no targets
-        labels = tokens.masked_fill(torch.rand(3, length, generator=generator) > chances, -100)
+        chances = torch.rand(3, 1, generator=generator) * 1.5  # rows with few, many or all of the targets
+        end = int(torch.randint(1, length + 1, (), generator=generator))
+        hidden = (torch.rand(3, length, generator=generator) > chances) | (torch.arange(length) >= end)
+        labels = tokens.masked_fill(hidden, -100)
         logits = network(tokens).logits[:, :-1]
         all_losses = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none").view(3, -1)
         expected = all_losses.sum(1) / (labels[:, 1:] != -100).sum(1).clamp(min=1)
