@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": "turn texts into a pool of training sequences on disk",
     "cluster": "sort the sequences of a pool into clusters of similar text",
     "fit": "train a model while its data is selected, from a YAML file (LightningCLI)",
+    "score": "score every sequence of a pool on a proxy model, for training to draw from",
     "report": "write one HTML page about one or several runs",
 }
 

@@ -1,0 +1,251 @@
+"""``liveselect score``: scores for every sequence of a pool, from a proxy model or from a column of numbers."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from jsonargparse import ArgumentParser, Namespace
+from torch import nn
+
+from liveselect import distributed
+from liveselect.callbacks.progress import RoundProgress
+from liveselect.cli.output import say, show_progress_lines
+from liveselect.cli.score_column import column_scores
+from liveselect.cli.score_job import ScoreJob
+from liveselect.cost import SilentProgress
+from liveselect.datamodules import TokenStore
+from liveselect.influence import PMPInfluence
+from liveselect.losses import causal_lm_loss
+from liveselect.protocols import InfluenceEstimator, InfluenceRegressor, LossFn, RoundContext
+from liveselect.regressors import EncoderRegressor
+from liveselect.scores import Scores, write_scores
+
+DESCRIPTION = """\
+Score every sequence of a pool for `liveselect fit` to draw from: solve for the influence of some sequences on a proxy
+model (PDS), fit a scorer that tells it from text, and score the pool. The file of `liveselect fit` is taken as it is:
+its model section is the proxy, its data section the pool and the reference set.
+
+A command that was stopped goes on when it is repeated. Start it with torchrun to share the work out over processes.
+
+  liveselect score --config run.yaml --ckpt_path proxy.ckpt --out scores/pds
+  liveselect score --config run.yaml --regressor liveselect.regressors.HashedRidgeRegressor --out scores/cheap
+  torchrun --nproc-per-node 8 --no-python liveselect score --config run.yaml --ckpt_path proxy.ckpt --out scores/pds
+
+Or take numbers that came with the documents (an educational value, a perplexity), averaged over the tokens of each
+sequence:
+
+  liveselect score --pool pools/web --column edu_score --out scores/edu
+"""
+
+log = logging.getLogger("liveselect")
+
+CLIPPING = ("gradient_clip_val", "gradient_clip_algorithm")
+PATIENCE = timedelta(hours=12)  # a process may wait for the shards of the others
+PUBLISHED: dict[str, Any] = {
+    "dynamics": "sgd",
+    "learning_rate": 0.008,
+    "batch_size": 256,
+    "reference_weighting": "examples",
+}
+
+
+def parser() -> ArgumentParser:
+    """Return the parser of the command."""
+    result = ArgumentParser(prog="liveselect score", description=DESCRIPTION)
+    add = result.add_argument
+    add("--config", action="config", help="a file of `liveselect fit`; several are laid over one another")
+    result.add_subclass_arguments(pl.LightningModule, "model", required=False, help="the proxy")
+    result.add_subclass_arguments(pl.LightningDataModule, "data", required=False, help="the pool and the reference set")
+    add("--ckpt_path", type=Path | None, default=None, help="checkpoint of the proxy, as the Trainer writes it")
+    add("--out", type=Path, required=True, help="folder of the scores")
+    add("--estimator", type=InfluenceEstimator | None, default=None, help="measures influence (default: as published)")
+    add("--regressor", type=InfluenceRegressor | None, default=None, help="the scorer (default: a BERT encoder)")
+    add("--probes", type=int, default=163_840, help="sequences measured")
+    add("--loss_fn", type=LossFn | None, default=None, help="(module, batch) -> (B,) losses")
+    add("--shard_size", type=int, default=65_536, help="sequences scored between two files")
+    add("--device", type=str, default="auto", help="cpu, cuda, or auto")
+    add("--seed", type=int, default=0, help="of every draw")
+    add("--pool", type=Path | None, default=None, help="with --column: a pool made by `liveselect prepare`")
+    add("--column", type=str | None, default=None, help="take this column of the documents' metadata as the scores")
+    add("--trainer", type=dict | None, default=None, help="read for its gradient clipping only")
+    add("--select", type=dict | None, default=None, help="not read")
+    add("--seed_everything", type=bool | int, default=0, help="not read")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    show_progress_lines()
+    command = parser()
+    config = command.parse_args(list(argv))
+    if config.column is not None or config.pool is not None:
+        scores = _from_column(config)
+    else:
+        with _process_group(config.device):
+            scores = _from_proxy(command, config)
+    if int(os.environ.get("RANK", 0)) == 0:
+        say(summary(config.out, scores))
+    return 0
+
+
+def summary(folder: Path, scores: Scores) -> str:
+    """Return what was made, as text for people."""
+    values = scores.values
+    known = values[values > -torch.inf].double()
+    lines = [
+        f"{folder}",
+        f"  {len(values)} scores, mean {float(known.mean()):.4g}, std {float(known.std(correction=0)):.4g}",
+    ]
+    if len(known) < len(values):
+        lines.append(f"  {len(values) - len(known)} sequences have no score and are never drawn")
+    metrics = scores.about.get("metrics", {})
+    if "spearman" in metrics:
+        measured, spearman = scores.about["measured"], metrics["spearman"]
+        lines.append(f"  held-out Spearman of the scorer: {spearman:.3f}, of {measured} measured sequences")
+        if not spearman > 0:
+            lines.append(
+                "  NOT ABOVE CHANCE: a draw by these scores is no better than a random one. Measure more (--probes)"
+            )
+    lines.append(f"  draw from them: liveselect.callbacks.PDS(scores={str(folder)!r})")
+    return "\n".join(lines)
+
+
+def _from_column(config: Namespace) -> Scores:
+    if config.column is None or config.pool is None:
+        raise ValueError("expected --pool together with --column: the prepared pool whose documents carry the numbers")
+    store = TokenStore(config.pool)
+    about = {"column": config.column, "mean_over": "tokens"}
+    return write_scores(config.out, column_scores(store, config.column), store.fingerprint, about)
+
+
+def _from_proxy(command: ArgumentParser, config: Namespace) -> Scores:
+    if config.model is None or config.data is None:
+        raise ValueError(
+            "expected a model (the proxy) and data (the pool and the reference set): pass --config with a file of "
+            "`liveselect fit`, or --pool and --column to take numbers that came with the documents"
+        )
+    device = _device(config.device)
+    made = instantiated(command, config)
+    checkpoint = _load(made.model, config.ckpt_path)
+    model = made.model.to(device)
+    estimator = made.estimator or PMPInfluence(**PUBLISHED)
+    made.data.setup("fit")
+    context = RoundContext(
+        round=0,
+        step=int(checkpoint.get("global_step", 0)),
+        seed=config.seed,
+        model=model,
+        optimizer=_optimizer(model, estimator, checkpoint),
+        loss_fn=made.loss_fn or causal_lm_loss,
+        source=made.data,
+        candidates=torch.arange(made.data.pool.size),
+        global_batch=made.data.batch_size * int((config.trainer or {}).get("accumulate_grad_batches") or 1),
+        clip_gradients=_clipping(config.trainer or {}),
+        progress=RoundProgress("liveselect score") if distributed.rank() == 0 else SilentProgress(),
+    )
+    job = ScoreJob(
+        context=context,
+        estimator=estimator,
+        regressor=made.regressor or EncoderRegressor("bert-base-uncased"),
+        probes=config.probes,
+        folder=config.out,
+        shard_size=config.shard_size,
+        settings=_settings(config),
+        report=log.info if distributed.rank() == 0 else lambda line: None,
+    )
+    return job.run()
+
+
+def instantiated(command: ArgumentParser, config: Namespace) -> Namespace:
+    """Return the configuration with its objects built."""
+    build = getattr(command, "instantiate", None) or command.instantiate_classes  # the latter's name until 4.49
+    made: Namespace = build(config)
+    return made
+
+
+def _settings(config: Namespace) -> dict[str, Any]:
+    """Return what decides the scores, as builtins."""
+    left_out = {"config", "out", "device", "trainer", "select", "seed_everything", "pool", "column"}
+    settings = {name: value for name, value in config.clone().as_dict().items() if name not in left_out}
+    settings["clipping"] = {name: (config.trainer or {}).get(name) for name in CLIPPING}
+    return dict(json.loads(json.dumps(settings, default=str)))
+
+
+def _load(model: pl.LightningModule, path: Path | None) -> dict[str, Any]:
+    """Load a checkpoint into the proxy and return it; without one the proxy is as it was built."""
+    model.configure_model()
+    if path is None:
+        return {}
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if "state_dict" not in checkpoint:
+        raise ValueError(f"expected a checkpoint of the Trainer at {path}, found the keys {sorted(checkpoint)[:5]}")
+    model.load_state_dict(checkpoint["state_dict"])
+    return dict(checkpoint)
+
+
+def _optimizer(
+    model: pl.LightningModule, estimator: InfluenceEstimator, checkpoint: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Return the proxy's optimizer with the moments of the checkpoint, where the estimator looks at it."""
+    if isinstance(estimator, PMPInfluence) and estimator.dynamics == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=1.0)  # only its list of parameters is used
+    try:
+        configured: Any = model.configure_optimizers()
+    except RuntimeError as error:  # Lightning's, when the module asks for its trainer
+        raise ValueError(
+            f"{type(model).__name__}.configure_optimizers needs a Trainer ({error}): build the proxy without a "
+            'schedule that depends on the length of training, or unroll plain SGD, --estimator.init_args.dynamics="sgd"'
+        ) from error
+    if isinstance(configured, Mapping):
+        configured = configured["optimizer"]
+    while isinstance(configured, (list, tuple)):
+        configured = configured[0]
+    states = checkpoint.get("optimizer_states") or []
+    if states:
+        configured.load_state_dict(states[0])
+    optimizer: torch.optim.Optimizer = configured
+    return optimizer
+
+
+def _clipping(trainer: Mapping[str, Any]) -> Callable[[list[nn.Parameter]], None]:
+    """Return the clipping that the Trainer section asks for."""
+    limit = trainer.get("gradient_clip_val")
+    by_value = str(trainer.get("gradient_clip_algorithm") or "norm").endswith("value")
+
+    def clip(parameters: list[nn.Parameter]) -> None:
+        if limit and by_value:
+            nn.utils.clip_grad_value_(parameters, float(limit))
+        elif limit:
+            nn.utils.clip_grad_norm_(parameters, float(limit))
+
+    return clip
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
+
+
+@contextmanager
+def _process_group(device: str) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield
+        return
+    backend = "nccl" if _device(device).type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

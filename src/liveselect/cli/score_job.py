@@ -1,0 +1,217 @@
+"""The work of ``liveselect score``: measure some candidates, learn to predict it, predict the whole pool.
+
+Everything that takes long is cut into shards, each a file in ``work/`` that appears when it is whole. A job that was
+stopped, in whatever way, goes on with the first shard that is missing. Several processes share the shards out and wait
+for each other between the stages; their folder must be one that all of them see.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from liveselect import distributed
+from liveselect.functional.sampling import uniform_subset
+from liveselect.influence import PMPInfluence
+from liveselect.protocols import InfluenceEstimator, InfluenceRegressor, RoundContext
+from liveselect.scores import MANIFEST, Scores, read_scores, write_scores
+from liveselect.snapshot import checksum, measuring
+
+WORK, JOB = "work", "job.json"
+FEWEST_MEASURED = 8
+DEARER = 64  # measuring a candidate costs more than predicting it: its shards are smaller by this factor
+
+
+@dataclass
+class ScoreJob:
+    """Scores a pool with what an estimator measured on a model and a regressor learned from it.
+
+    Attributes:
+        context: the model that is measured on, and the pool.
+        estimator: measures influence.
+        regressor: predicts it from text.
+        probes: candidates measured.
+        folder: where the scores go; what is unfinished is in its folder ``work``.
+        shard_size: candidates scored between two files.
+        settings: what the job was asked to do, kept with the scores; a job is continued only under equal settings.
+        report: told one line after each stage.
+    """
+
+    context: RoundContext
+    estimator: InfluenceEstimator
+    regressor: InfluenceRegressor
+    probes: int
+    folder: Path
+    shard_size: int = 65_536
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    report: Callable[[str], None] = lambda line: None
+
+    def run(self) -> Scores:
+        """Do what is not done yet, and return the scores.
+
+        Raises:
+            FileExistsError: the folder holds finished scores.
+            ValueError: the folder holds the unfinished work of another job, or too little could be measured.
+        """
+        if (self.folder / MANIFEST).exists():
+            raise FileExistsError(f"{self.folder} holds finished scores: choose another folder, or delete it")
+        self._open()
+        ids, influence = self._measured()
+        metrics = self._fitted(ids, influence)
+        self._predicted()
+        if distributed.rank() == 0:
+            self._assemble(len(ids), metrics)
+            shutil.rmtree(self.work)
+        _wait_for_all()
+        return read_scores(self.folder)
+
+    @property
+    def work(self) -> Path:
+        """The folder of what is unfinished."""
+        return self.folder / WORK
+
+    def _open(self) -> None:
+        """Begin, or make sure that what was begun is this job."""
+        context = self.context
+        key = hashlib.blake2b(digest_size=16)
+        key.update(json.dumps([dict(self.settings), self.probes, self.shard_size, context.seed], default=str).encode())
+        key.update(f"{context.source.pool.fingerprint} {checksum(context.model, context.optimizer)}".encode())
+        job = {"key": key.hexdigest(), "settings": dict(self.settings)}
+        file = self.work / JOB
+        if distributed.rank() == 0 and not file.exists():
+            self.work.mkdir(parents=True, exist_ok=True)
+            _write(file, json.dumps(job, indent=1, default=str).encode())
+        _wait_for_all()
+        if json.loads(file.read_text())["key"] != job["key"]:
+            raise ValueError(
+                f"{self.work} holds the unfinished work of another job (other settings, model or pool; {file.name} "
+                "tells which): repeat that command to finish it, choose another folder, or delete this one"
+            )
+        if isinstance(self.estimator, PMPInfluence) and self.estimator.directory is None:
+            self.estimator.directory = self.work / "solve"
+
+    def _measured(self) -> tuple[Tensor, Tensor]:
+        """Measure, and return ids (m,) and influence (m,), both of what is finite."""
+        context = self.context
+        pool_size = context.source.pool.size
+        ids = uniform_subset(pool_size, min(self.probes, pool_size), context.generator("probes"))
+        shards = _shards(len(ids), max(1, self.shard_size // DEARER))
+        missing = [shard for shard in shards if not self._file("measured", shard).exists()]
+        if missing:
+            with measuring(context.model, context.optimizer):
+                metrics = self.estimator.fit(context)
+            self.report("solved: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        mine = missing[distributed.rank() :: distributed.world_size()]
+        with context.phase("measure influence", sum(len(shard) for shard in mine), "candidates") as advance:
+            for shard in mine:
+                influence = measure(self.estimator, context, ids[shard.start : shard.stop])
+                _write_array(self._file("measured", shard), influence.numpy())
+                advance(len(shard))
+        _wait_for_all()
+        influence = torch.from_numpy(np.concatenate([np.load(self._file("measured", shard)) for shard in shards]))
+        finite = influence.isfinite()
+        if int(finite.sum()) < FEWEST_MEASURED:
+            raise ValueError(
+                f"{int(finite.sum())} of {len(ids)} measured candidates have a finite influence, the scorer needs "
+                f"{FEWEST_MEASURED}: measure more (--probes), or look at the model's losses"
+            )
+        self.report(f"measured: {int(finite.sum())} of {len(ids)} candidates, std {float(influence[finite].std()):.4g}")
+        return ids[finite], influence[finite].float()
+
+    def _fitted(self, ids: Tensor, influence: Tensor) -> dict[str, float]:
+        """Fit the regressor, or take up the one that was fitted; return its metrics."""
+        file = self.work / "regressor.pt"
+        keeps_state = hasattr(self.regressor, "load_state_dict")
+        if keeps_state and file.exists():
+            kept = torch.load(file, map_location="cpu", weights_only=True)
+            self.regressor.load_state_dict(kept["state"])  # type: ignore[attr-defined]
+            return dict(kept["metrics"])
+        metrics = dict(self.regressor.fit(self.context, ids, influence))
+        if keeps_state and distributed.rank() == 0:
+            temporary = file.with_suffix(f".{os.getpid()}.tmp")
+            torch.save({"state": self.regressor.state_dict(), "metrics": metrics}, temporary)  # type: ignore[attr-defined]
+            _put(temporary, file)
+        _wait_for_all()
+        self.report("fitted: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        return metrics
+
+    def _predicted(self) -> None:
+        """Predict every candidate of the pool, shard by shard."""
+        context = self.context
+        missing = [shard for shard in self._pool_shards() if not self._file("scores", shard).exists()]
+        mine = missing[distributed.rank() :: distributed.world_size()]
+        with context.phase("score the pool", sum(len(shard) for shard in mine), "candidates") as advance:
+            for shard in mine:
+                parts = []
+                for batch in context.candidate_batches(torch.arange(shard.start, shard.stop)):
+                    parts.append(self.regressor.predict(context, batch).float().cpu())
+                    advance(len(parts[-1]))
+                _write_array(self._file("scores", shard), torch.cat(parts).numpy())
+        _wait_for_all()
+
+    def _assemble(self, measured: int, metrics: Mapping[str, float]) -> None:
+        """Put the shards together and write the scores."""
+        pool = self.context.source.pool
+        whole = np.lib.format.open_memmap(self.work / "all.npy", mode="w+", dtype="<f4", shape=(pool.size,))
+        for shard in self._pool_shards():
+            whole[shard.start : shard.stop] = np.load(self._file("scores", shard))
+        about = {
+            "estimator": type(self.estimator).__name__,
+            "regressor": type(self.regressor).__name__,
+            "measured": measured,
+            "metrics": {name: float(value) for name, value in metrics.items()},
+            "settings": json.loads(json.dumps(dict(self.settings), default=str)),
+        }
+        write_scores(self.folder, whole, pool.fingerprint, about)
+
+    def _pool_shards(self) -> list[range]:
+        return _shards(self.context.source.pool.size, self.shard_size)
+
+    def _file(self, kind: str, shard: range) -> Path:
+        return self.work / f"{kind}-{shard.start:012d}.npy"
+
+
+def measure(estimator: InfluenceEstimator, context: RoundContext, ids: Tensor) -> Tensor:
+    """Return the influence of the candidates ``ids (m,)``, ``(m,)`` floating point on CPU."""
+    if isinstance(estimator, PMPInfluence):
+        return estimator.score_ids(context, ids)
+    parts = []
+    for batch in context.candidate_batches(ids):
+        with measuring(context.model, context.optimizer):
+            parts.append(estimator.score(context, batch))
+    return torch.cat(parts)
+
+
+def _shards(total: int, size: int) -> list[range]:
+    return [range(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _wait_for_all() -> None:
+    distributed.gather_objects(None)
+
+
+def _write_array(file: Path, array: np.ndarray) -> None:
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    with temporary.open("wb") as stream:
+        np.save(stream, array)
+    _put(temporary, file)
+
+
+def _write(file: Path, data: bytes) -> None:
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    _put(temporary, file)
+
+
+def _put(temporary: Path, file: Path) -> None:
+    with temporary.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(file)

@@ -1,0 +1,344 @@
+"""Scoring a pool: what comes out, how it goes on after every kind of end, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from fakes import fake_context, planted_source
+from test_distributed import on_ranks
+from unrolled_language_model import warm_context
+
+from liveselect import cli
+from liveselect.cli import score, score_job
+from liveselect.cli.score_column import column_scores
+from liveselect.cli.score_job import ScoreJob
+from liveselect.datamodules import write_store
+from liveselect.functional.sampling import uniform_subset
+from liveselect.influence import OneStepInfluence, PMPInfluence
+from liveselect.regressors import HashedRidgeRegressor
+from liveselect.scores import read_scores
+from liveselect.selectors import ScoredSelector
+
+POOL, PROBES = 150, 100
+
+
+def small_context():
+    source, planted = planted_source(candidates=POOL, share=0.3, length=12, vocab=50, rows=16)
+    return warm_context("sgd", source=source), planted
+
+
+def small_job(folder, context=None, **settings):
+    return ScoreJob(
+        **{
+            "context": context or small_context()[0],
+            "estimator": PMPInfluence(steps=4, score_every=2, batch_size=4),
+            "regressor": HashedRidgeRegressor(buckets=256),
+            "probes": PROBES,
+            "folder": folder,
+            "shard_size": 64,
+            **settings,
+        }
+    )
+
+
+def test_scores_are_predictions_of_a_scorer_that_learned_from_measured_influence(tmp_path, monkeypatch):
+    monkeypatch.setattr(score_job, "DEARER", 4)
+    context, planted = small_context()
+    scores = small_job(tmp_path / "s", context).run()
+    ids = uniform_subset(POOL, PROBES, context.generator("probes"))
+    estimator = PMPInfluence(steps=4, score_every=2, batch_size=4)
+    estimator.fit(context)
+    regressor = HashedRidgeRegressor(buckets=256)
+    metrics = regressor.fit(context, ids, estimator.score_ids(context, ids).float())
+    expected = torch.cat([regressor.predict(context, b) for b in context.candidate_batches(torch.arange(POOL))])
+    torch.testing.assert_close(scores.values, expected)
+    assert scores.about["metrics"]["spearman"] == pytest.approx(metrics["spearman"])
+    assert scores.about["measured"] == PROBES
+    assert scores.about["metrics"]["spearman"] > 0.2
+    assert (
+        planted[scores.values.topk(30).indices].double().mean() > 0.6
+    )  # twice its share: the sign survives all the way
+    chosen = ScoredSelector(tmp_path / "s", ratio=0.2).select(fake_context(context.source), 20).ids
+    assert planted[chosen].double().mean() > 0.6
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["scores.json", "scores.npy"]
+
+
+def test_any_estimator_can_measure(tmp_path):
+    context, _ = small_context()
+    scores = small_job(tmp_path / "s", context, estimator=OneStepInfluence(), probes=20).run()
+    assert scores.about["estimator"] == "OneStepInfluence"
+    assert scores.values.isfinite().all()
+
+
+def test_the_size_of_the_shards_does_not_matter(tmp_path):
+    values = [small_job(tmp_path / str(size), shard_size=size).run().values for size in (7, 64, 1000)]
+    torch.testing.assert_close(values[0], values[2])
+    torch.testing.assert_close(values[1], values[2])
+
+
+def test_a_job_that_was_interrupted_at_any_file_goes_on_to_the_same_scores(tmp_path, monkeypatch):
+    monkeypatch.setattr(score_job, "DEARER", 2)
+    context, _ = small_context()
+    files = []
+    put = score_job._put
+
+    def counting(temporary, file):
+        files.append(file.name)
+        put(temporary, file)
+
+    monkeypatch.setattr(score_job, "_put", counting)
+    expected = small_job(tmp_path / "whole", context).run()
+    kinds = ["job.json", *["measured"] * 4, "regressor.pt", *["scores"] * 3]
+    assert [name.split("-")[0] for name in files] == kinds
+    for moment in range(len(files)):
+        for before in (True, False):
+            folder = tmp_path / f"{moment}-{before}"
+            state = {"puts": 0}
+
+            def interrupted(temporary, file, moment=moment, before=before, state=state):
+                state["puts"] += 1
+                if not (before and state["puts"] == moment + 1):
+                    put(temporary, file)
+                if state["puts"] == moment + 1:
+                    raise KeyboardInterrupt
+
+            monkeypatch.setattr(score_job, "_put", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                small_job(folder, context).run()
+            monkeypatch.setattr(score_job, "_put", put)
+            assert small_job(folder, context).run().digest == expected.digest
+
+
+def test_what_was_done_is_not_done_again(tmp_path, monkeypatch):
+    class Once(PMPInfluence):
+        def fit(self, context):
+            assert not (tmp_path / "s" / "work" / "regressor.pt").exists()
+            return super().fit(context)
+
+    class Stopped(HashedRidgeRegressor):
+        predictions, stops = 0, True
+
+        def predict(self, context, batch):
+            Stopped.predictions += len(batch["input_ids"])
+            if Stopped.stops and Stopped.predictions > 130:
+                raise KeyboardInterrupt
+            return super().predict(context, batch)
+
+    settings = {"estimator": Once(steps=4, score_every=2, batch_size=4), "regressor": Stopped(buckets=256)}
+    with pytest.raises(KeyboardInterrupt):
+        small_job(tmp_path / "s", **settings).run()
+    Stopped.stops, Stopped.predictions = False, 0
+    small_job(tmp_path / "s", **settings).run()
+    assert Stopped.predictions == POOL - 128  # two shards of 64 were there
+
+
+def test_another_job_is_not_mixed_with_one_that_was_left_unfinished(tmp_path, monkeypatch):
+    context, _ = small_context()
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HashedRidgeRegressor, "predict", stop)
+    with pytest.raises(KeyboardInterrupt):
+        small_job(tmp_path / "s", context).run()
+    with torch.no_grad():
+        next(context.model.parameters()).add_(1.0)
+    for changed in ({"probes": 30}, {"settings": {"a": 1}}, {"context": context}):
+        with pytest.raises(ValueError, match="another job"):
+            small_job(tmp_path / "s", **changed).run()
+
+
+def test_finished_scores_are_not_made_again(tmp_path):
+    small_job(tmp_path / "s").run()
+    with pytest.raises(FileExistsError, match="another folder"):
+        small_job(tmp_path / "s").run()
+
+
+def test_too_few_measurements_are_refused(tmp_path):
+    context, _ = small_context()
+    with pytest.raises(ValueError, match="measure more"):
+        small_job(tmp_path / "s", context, probes=5).run()
+
+
+def _digest_on_this_rank(folder):
+    return small_job(folder).run().digest
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_processes_make_the_same_scores_as_one(tmp_path, ranks):
+    alone = small_job(tmp_path / "alone").run()
+    found = on_ranks(_digest_on_this_rank, ranks, tmp_path / "shared")
+    assert len(set(found)) == 1
+    torch.testing.assert_close(read_scores(tmp_path / "shared").values, alone.values)
+
+
+# ---- a column of numbers ----------------------------------------------------------------------------------------
+
+
+def make_pool(path, documents=40, block_size=16, metadata=None, seed=0):
+    generator = np.random.default_rng(seed)
+    texts = [generator.integers(1, 50, generator.integers(1, 60)) for _ in range(documents)]
+    metadata = metadata or [{"edu": float(i), "url": f"u{i}", "count": i} for i in range(documents)]
+    return write_store(path, texts, block_size=block_size, vocab_size=50, eos_id=0, metadata=metadata), texts
+
+
+@pytest.mark.parametrize("block_size", [4, 16, 200])
+def test_a_block_has_the_mean_of_its_tokens_documents(tmp_path, block_size):
+    store, texts = make_pool(tmp_path / "pool", block_size=block_size)
+    numbers, known = [], []
+    for i, text in enumerate(texts):
+        numbers += [float(i)] * len(text) + [0.0]
+        known += [1.0] * len(text) + [0.0]  # the separator belongs to no document
+    size = store.rows * block_size
+    sums, weights = (np.array(values[:size]).reshape(store.rows, block_size).sum(1) for values in (numbers, known))
+    np.testing.assert_allclose(column_scores(store, "edu"), sums / weights, rtol=1e-6)
+    np.testing.assert_array_equal(column_scores(store, "count"), column_scores(store, "edu"))
+
+
+def test_documents_without_a_number_are_left_out_and_blocks_without_any_are_never_drawn(tmp_path):
+    documents = [np.full(7, 1 + i % 3) for i in range(12)]  # with a separator, each is one block of 8
+    metadata = [{"edu": None if i in (3, 4) else float(i)} for i in range(12)]
+    store = write_store(tmp_path / "p", documents, block_size=8, vocab_size=8, eos_id=0, metadata=metadata)
+    found = column_scores(store, "edu")
+    assert found.tolist() == [-np.inf if i in (3, 4) else float(i) for i in range(12)]
+
+
+@pytest.mark.parametrize("column", ["url", "quality"])
+def test_columns_that_hold_no_numbers_are_refused(tmp_path, column):
+    store, _ = make_pool(tmp_path / "pool")
+    with pytest.raises(ValueError, match=r"columns of numbers are \['count', 'edu'\]"):
+        column_scores(store, column)
+
+
+def test_the_command_scores_by_a_column(tmp_path, capsys):
+    store, _ = make_pool(tmp_path / "pool")
+    arguments = ["score", "--pool", str(store.path), "--column", "edu", "--out", str(tmp_path / "s")]
+    assert cli.main(arguments) == 0
+    scores = read_scores(tmp_path / "s")
+    scores.check_fit(store.rows, store.fingerprint)
+    assert scores.about["column"] == "edu"
+    assert f"{store.rows} scores" in capsys.readouterr().out
+    assert cli.main(arguments) == 1
+    assert "holds finished scores" in capsys.readouterr().err
+
+
+# ---- the command ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    """A file of `liveselect fit`, with the sections that scoring does not read."""
+    store, _ = make_pool(tmp_path / "pool", documents=120)
+    reference = [{"input_ids": block.tolist()} for block in torch.randint(1, 50, (6, 16)).long()]
+    (tmp_path / "reference.jsonl").write_text("\n".join(json.dumps(row) for row in reference))
+    config = {
+        "seed_everything": 0,
+        "trainer": {"max_steps": 5, "gradient_clip_val": 1.0, "accelerator": "cpu"},
+        "model": {
+            "class_path": "liveselect.cli.model.CausalLM",
+            "init_args": {
+                "config": {
+                    "model_type": "gpt_neox",
+                    "vocab_size": 50,
+                    "hidden_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "intermediate_size": 32,
+                }
+            },
+        },
+        "data": {
+            "class_path": "liveselect.datamodules.SelectionDataModule",
+            "init_args": {
+                "pool": str(store.path),
+                "reference": str(tmp_path / "reference.jsonl"),
+                "batch_size": 8,
+            },
+        },
+        "select": {"class_path": "liveselect.callbacks.PDS", "init_args": {"scores": str(tmp_path / "s")}},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path, store
+
+
+def arguments_for(path, out, estimator="liveselect.influence.PMPInfluence", regressor=None, **options):
+    options = {"probes": 32, "shard_size": 64, **options}
+    return [
+        "score",
+        f"--config={path}",
+        f"--out={out}",
+        f"--estimator={estimator}",
+        "--estimator.init_args.steps=3",
+        "--estimator.init_args.score_every=2",
+        f"--regressor={regressor or 'liveselect.regressors.HashedRidgeRegressor'}",
+        "--device=cpu",
+        *(f"--{name}={value}" for name, value in options.items()),
+    ]
+
+
+def test_the_command_takes_the_file_of_a_training_run(run_file, tmp_path, capsys):
+    path, store = run_file
+    assert cli.main(arguments_for(path, tmp_path / "s")) == 0
+    scores = read_scores(tmp_path / "s")
+    scores.check_fit(store.rows, store.fingerprint)
+    assert scores.about["settings"]["clipping"]["gradient_clip_val"] == 1.0
+    assert scores.about["settings"]["estimator"]["init_args"]["steps"] == 3
+    said = capsys.readouterr().out
+    assert "held-out Spearman" in said
+    assert "PDS(scores=" in said
+
+
+def test_a_checkpoint_of_the_trainer_is_the_proxy_with_its_moments(run_file, tmp_path):
+    path, _ = run_file
+    config = score.parser().parse_args(arguments_for(path, tmp_path / "s")[1:])
+    proxy = score.instantiated(score.parser(), config).model
+    optimizer = proxy.configure_optimizers()["optimizer"]
+    for parameter in proxy.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    states = [optimizer.state_dict()]
+    torch.save(
+        {"state_dict": proxy.state_dict(), "optimizer_states": states, "global_step": 7}, tmp_path / "proxy.ckpt"
+    )
+    fresh = score.instantiated(score.parser(), config).model
+    loaded = score._load(fresh, tmp_path / "proxy.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), proxy.parameters(), strict=True))
+    warm = score._optimizer(fresh, PMPInfluence(), loaded)
+    first = next(iter(fresh.parameters()))
+    assert torch.equal(warm.state[first]["exp_avg"], optimizer.state[next(iter(proxy.parameters()))]["exp_avg"])
+    assert cli.main(arguments_for(path, tmp_path / "a", ckpt_path=tmp_path / "proxy.ckpt")) == 0
+    assert cli.main(arguments_for(path, tmp_path / "b")) == 0
+    assert read_scores(tmp_path / "a").digest != read_scores(tmp_path / "b").digest
+
+
+def test_without_a_proxy_or_a_column_the_command_says_what_it_needs(capsys, tmp_path):
+    assert cli.main(["score", f"--out={tmp_path}/s"]) == 1
+    assert "expected a model (the proxy) and data" in capsys.readouterr().err
+    assert cli.main(["score", f"--out={tmp_path}/s", "--column=edu"]) == 1
+    assert "--pool together with --column" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [("DIES_AT_MEASUREMENT", "2"), ("DIES_AT_PREDICTION", "9")])
+def test_a_command_that_was_killed_goes_on_to_the_same_scores(run_file, tmp_path, moment):
+    path, _ = run_file
+    parts = {"estimator": "killed_scorer.KilledInfluence", "regressor": "killed_scorer.KilledRegressor"}
+
+    def command(out, **environment):
+        code = "import sys; from liveselect.cli import main; sys.exit(main(sys.argv[1:]))"
+        arguments = arguments_for(path, out, **parts, probes=100)
+        paths = os.pathsep.join(map(str, sys.path))
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
+        return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, check=False).returncode
+
+    assert command(tmp_path / "killed", **dict([moment])) == -signal.SIGKILL
+    assert command(tmp_path / "killed") == 0
+    assert command(tmp_path / "whole") == 0
+    assert read_scores(tmp_path / "killed").digest == read_scores(tmp_path / "whole").digest
