@@ -12,7 +12,7 @@ from liveselect.protocols import CandidateSource
 
 def find_source(trainer: pl.Trainer) -> CandidateSource:
     """Return the trainer's datamodule as a candidate source."""
-    source = trainer.datamodule
+    source = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(source, CandidateSource):
         raise MisconfigurationException(
             f"DataSelection needs a datamodule that serves candidates, got {type(source).__name__}: use "
@@ -38,7 +38,7 @@ def check_setup(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             "DataSelection does not work with precision='16-mixed': single-example gradients underflow without the "
             "loss scale. Use 'bf16-mixed' or '32-true'"
         )
-    if trainer.overfit_batches:
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
         raise MisconfigurationException("overfit_batches replaces the training data, so nothing could be selected")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (GradientAccumulationScheduler, BatchSizeFinder)):

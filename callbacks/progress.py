@@ -4,9 +4,10 @@ import logging
 import sys
 import time
 
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from liveselect import distributed
 
 log = logging.getLogger("liveselect")
 
@@ -35,7 +36,7 @@ class RoundProgress:
         self.stop()
         self._phase, self._unit, self._total, self._done = phase, unit, total, 0
         self._started = self._last_line = time.monotonic()
-        if self._live and rank_zero_only.rank == 0:
+        if self._live and distributed.rank() == 0:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
@@ -57,7 +58,7 @@ class RoundProgress:
             self._bar.advance(self._bar.task_ids[0], amount)
             return
         now = time.monotonic()
-        if now - self._last_line >= SECONDS_BETWEEN_LINES and rank_zero_only.rank == 0:
+        if now - self._last_line >= SECONDS_BETWEEN_LINES and distributed.rank() == 0:
             self._last_line = now
             left = (now - self._started) * (self._total - self._done) / max(1, self._done)
             log.info(

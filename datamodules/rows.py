@@ -15,7 +15,7 @@ from liveselect.protocols import IGNORE_INDEX
 
 SPREAD = 64  # rows of a data set that are looked at before training: for its fingerprint, length and vocabulary
 
-Collate = Callable[[list[Any]], Any]
+Collate = Callable[[Any], Any]
 Receive = Callable[[Any], Any]
 
 
@@ -195,8 +195,8 @@ def open_pool(rows: Rows, groups: str | None) -> CandidatePool:
     if groups is None:
         return CandidatePool(len(rows), rows.fingerprint)
     values = np.asarray([str(value) for value in _column(getattr(rows, "source", rows.dataset), groups)])
-    names, codes = np.unique(values, return_inverse=True)
-    return CandidatePool(len(rows), rows.fingerprint, torch.from_numpy(codes.astype(np.int32)), names.tolist())
+    found, inverse = np.unique(values, return_inverse=True)
+    return CandidatePool(len(rows), rows.fingerprint, torch.from_numpy(inverse.astype(np.int32)), found.tolist())
 
 
 def check_map_style(dataset: Any, what: str) -> None:

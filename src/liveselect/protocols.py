@@ -19,7 +19,7 @@ from liveselect.pool import CandidatePool
 from liveselect.seeding import generator_for
 
 Batch = Mapping[str, Tensor]
-"""``id (B,)`` int64, ``input_ids (B, T)``, ``labels (B, T)`` with -100 where no loss is taken; other keys pass through."""
+"""``id (B,)`` int64, ``input_ids (B, T)``, ``labels (B, T)`` with -100 where no loss is taken; others pass through."""
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
 """Maps a model and a batch to ``(B,)`` mean losses, nats per token, one for each example."""

@@ -252,9 +252,8 @@ def test_a_round_tells_what_it_does_in_plain_lines_without_a_terminal(caplog, mo
 
 def test_a_round_draws_a_bar_in_a_terminal(monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(
-        "liveselect.callbacks.progress.Console", lambda stderr: Console(file=screen, force_terminal=True, color_system=None, width=100)
-    )
+    terminal = Console(file=screen, force_terminal=True, color_system=None, width=100)
+    monkeypatch.setattr("liveselect.callbacks.progress.Console", lambda stderr: terminal)
     display = RoundProgress("round 3", live=True)
     display.start("measure influence", 30, "candidates")
     display.advance(30)
