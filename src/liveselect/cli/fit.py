@@ -1,9 +1,11 @@
 """``liveselect fit``: training with selection from a YAML file, by LightningCLI."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from liveselect.callbacks import DataSelection
@@ -47,8 +49,18 @@ class SelectionCLI(LightningCLI):
         return self._instantiate_trainer(settings, [] if select is None else [select])
 
 
+class StepsProgressBar(RichProgressBar):
+    """Lightning's bar without its count of epochs, which says nothing in a run that is measured in steps."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
+    os.environ.setdefault(
+        "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
+    )  # they are about Lightning's calls, not the user's
     show_progress_lines()
     SelectionCLI(["fit", *argv])
     return 0

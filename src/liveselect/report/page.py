@@ -1,7 +1,7 @@
 """The report: one page that tells what a run's data selection brought and what it cost."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -10,11 +10,6 @@ from liveselect.report.choices import what_it_chose
 from liveselect.report.runs import Axis, Run, choose_metric
 
 _TITLES: dict[Axis, str] = {"step": "training steps", "seconds": "total time", "flops": "total FLOPs"}
-_SHOW: dict[Axis, Callable[[float], str]] = {
-    "step": lambda steps: words.number(round(steps)),
-    "seconds": words.duration,
-    "flops": words.flops,
-}
 
 
 def build_page(runs: Sequence[Run], metric: str | None = None) -> str:
@@ -101,8 +96,7 @@ def _saved(runs: Sequence[Run], baseline: Run | None, metric: str | None) -> str
             continue
         places = []
         for axis, end, there in verdict.savings(baseline, run, metric):
-            unit = " steps" if axis == "step" else ""
-            places.append(f"{_SHOW[axis](there)}{unit} ({baseline.name}: {_SHOW[axis](end)})")
+            places.append(f"{words.place(axis, there)} ({baseline.name}: {words.place(axis, end)})")
         reached = f"{run.name} was as good as {baseline.name} at its end after {', '.join(places)}."
         said.append(reached if places else f"{run.name} never was as good as {baseline.name} at its end.")
     return "".join(elements.paragraph(text) for text in said)

@@ -58,3 +58,10 @@ def flops(amount: float) -> str:
     while abs(amount) >= 1000 and unit + 1 < len(_FLOP_UNITS):
         amount, unit = amount / 1000, unit + 1
     return f"{amount:.3g} {_FLOP_UNITS[unit]}"
+
+
+def place(axis: str, amount: float) -> str:
+    """Return a place on an axis: ``step``, ``seconds`` or ``flops``."""
+    if axis == "step":
+        return f"{number(round(amount))} steps"
+    return duration(amount) if axis == "seconds" else flops(amount)

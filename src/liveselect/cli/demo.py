@@ -1,0 +1,42 @@
+"""``liveselect demo``: live selection against random data, on this machine's own texts, in a few minutes."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = """\
+Pretrain a small decoder twice on texts that are on this machine (the Python library's code, docstrings and tables, its
+language reference, licences, documentation): on random data, and on data that is selected live. The aim is prose of
+the language reference; what judges is other prose of it, which neither the model nor selection sees. Ends with a table
+and one HTML page. Nothing is downloaded. All settings stand in configs/demo.yaml.
+"""
+
+METHODS = {"mates": ("demo.yaml",)}
+"""For each method the configs that describe it, each one on top of those before it."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="liveselect demo", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="mates", help="how data is selected (default: %(default)s)")
+    add("--steps", type=int, metavar="N", help="training steps of each run (default: those of the config)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the weights and of selection (default: %(default)s)")
+    add("--out", type=Path, default=Path("liveselect-demo"), metavar="FOLDER", help="(default: %(default)s)")
+    add("--resume", action="store_true", help="continue a demo that was stopped")
+    arguments = parser.parse_args(argv)
+    if arguments.steps is not None and arguments.steps < 1:
+        parser.error(f"argument --steps: expected at least 1, got {arguments.steps}")
+
+    from liveselect.cli.demo_runs import Demo
+
+    demo = Demo(arguments.out, METHODS[arguments.method], arguments.method, arguments.steps, arguments.seed)
+    try:
+        demo.run(arguments.resume)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command with --resume continues from here\n")
+        return 130
+    return 0
