@@ -115,9 +115,7 @@ def test_a_wrapped_datamodule_trains_on_its_own_batches(tmp_path):
     data = SelectionDataModule.wrap(Plain(), reference=rows(4, seed=2))
     selection = DataSelection(UniformSelector(), every_n_steps=2, dirpath=tmp_path)
     module = Module()
-    small_trainer(tmp_path, [selection], max_steps=6, **SIMPLE).fit(
-        module, data
-    )
+    small_trainer(tmp_path, [selection], max_steps=6, **SIMPLE).fit(module, data)
     pool = {tuple(row["input_ids"].tolist()) for row in rows(24, seed=3)}
     trained_rows = [tuple(row.tolist()) for batch in module.seen for row in batch]
     assert len(trained_rows) == 24
