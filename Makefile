@@ -11,7 +11,7 @@ demo: $(VENV)/ready
 	$(BIN)/liveselect demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
