@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,12 @@ def test_the_help_names_every_command(capsys):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_its_module(command):
     assert callable(__import__(f"liveselect.cli.{command}", fromlist=["main"]).main)
+
+
+def test_every_module_with_a_main_is_a_command():
+    folder = Path(cli.__file__).parent
+    found = {path.stem for path in folder.glob("*.py") if "\ndef main(argv" in path.read_text(encoding="utf-8")}
+    assert found - {"__init__"} == set(cli.COMMANDS)
 
 
 def test_an_unknown_command_is_answered_with_the_nearest_one(capsys):
