@@ -88,6 +88,20 @@ def test_temperature_zero_takes_the_best_of_the_window():
     assert torch.equal(selection.ids.sort().values, best.sort().values)
 
 
+def test_the_window_is_another_random_part_of_the_candidates_in_each_round():
+    source, regressor = random_source(candidates=400), KnownRegressor(ramp(400))
+    appeared = torch.zeros(400)
+    for r in range(50):
+        selector = RegressionSelector(regressor, probes=8, ratio=0.2)
+        window = (
+            measured(selector, context := fake_context(source, round_index=r), ramp(400)).select(context, 20).scored
+        )
+        assert len(window.unique()) == 100
+        appeared[window] += 1
+    assert appeared.min() > 0
+    assert appeared.max() < 50
+
+
 @pytest.mark.parametrize(("noise", "draw"), [("gumbel_topk", gumbel_topk), ("released_bottomk", released_bottomk)])
 def test_each_form_of_noise_is_the_draw_of_its_name(noise, draw):
     context = fake_context(random_source())

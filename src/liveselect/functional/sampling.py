@@ -11,7 +11,7 @@ from torch import Tensor
 # Part of every draw: the noise of candidate i is entry i % _CHUNK of the stream of chunk i // _CHUNK, so it depends on
 # neither the number of threads nor the order in which chunks are visited. 512 KiB of float64 stay in a core's cache.
 _CHUNK = 1 << 16
-_SAMPLE = 1 << 17  # keys drawn to guess where the k-th largest lies; up to here all keys are simply sorted
+_SAMPLE = 1 << 16  # at most so many keys, and one in 64, are drawn to guess where the k-th largest lies
 _HOTTEST = 1e300  # keys stay finite below it
 _MARGIN = 6.0  # standard deviations on either side of the guess: one draw in 10^8 needs a second pass
 
@@ -167,8 +167,9 @@ class _Bound(NamedTuple):
 def _largest(n: int, k: int, keys: _Keys, seed: int) -> Tensor:
     """Return the positions of the ``k`` largest keys, ascending; of equal keys the first.
 
-    A sample of keys brackets the k-th largest; one pass takes what lies above the bracket and sorts what lies inside.
-    Positions break ties, so the bracket holds a small share of the candidates whatever the scores, all equal included.
+    A sample of keys brackets the k-th largest; one pass takes what lies above the bracket and keeps what lies inside
+    to compare. Positions break ties, so a small share of the candidates lies inside whatever the scores, all equal
+    included.
     """
     if k in (0, n):
         return torch.arange(k)
@@ -189,24 +190,33 @@ def _largest(n: int, k: int, keys: _Keys, seed: int) -> Tensor:
             inside.append((values[~surely], positions[~surely]))
         values, positions = (np.concatenate(parts) for parts in zip(*inside, strict=True))
         if above <= k <= above + len(values):
-            order = np.lexsort((positions, -values))
-            chosen[positions[order[: k - above]]] = True
+            chosen[positions[_first_largest(values, k - above)]] = True
             return torch.from_numpy(np.flatnonzero(chosen))
         margin *= 4  # the bracket missed; in the end it holds everything
+
+
+def _first_largest(values: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:
+    """Return the places of the ``k`` largest values; of equal values the first."""
+    if k == 0:
+        return np.empty(0, dtype=np.int64)
+    smallest = np.partition(values, len(values) - k)[len(values) - k]
+    larger = np.flatnonzero(values > smallest)
+    return np.concatenate([larger, np.flatnonzero(values == smallest)[: k - len(larger)]])
 
 
 def _bracket(n: int, k: int, keys: _Keys, seed: int, margin: float) -> tuple[_Bound, _Bound]:
     """Return an upper and a lower bound of the k-th largest key."""
     everything = _Bound(np.inf, -1), _Bound(-np.inf, n)
-    if n <= _SAMPLE:
+    if n <= _CHUNK:
         return everything
-    positions = (_uniform(seed, (_SAMPLE_ROWS, 0), _SAMPLE) * n).astype(np.int64)
-    values = keys(positions, _SAMPLE, (_SAMPLE_KEYS, 0))
+    size = min(_SAMPLE, n // 64)
+    positions = (_uniform(seed, (_SAMPLE_ROWS, 0), size) * n).astype(np.int64)
+    values = keys(positions, size, (_SAMPLE_KEYS, 0))
     order = np.lexsort((positions, -values))
     share = k / n
-    expected = share * _SAMPLE
-    deviation = _SAMPLE * (share * (1 - share) * (1 / _SAMPLE + 1 / n)) ** 0.5 + 1
+    expected = share * size
+    deviation = size * (share * (1 - share) * (1 / size + 1 / n)) ** 0.5 + 1
     first, last = int(expected - margin * deviation), int(expected + margin * deviation) + 1
     upper = everything[0] if first < 0 else _Bound(float(values[order[first]]), int(positions[order[first]]))
-    lower = everything[1] if last >= _SAMPLE else _Bound(float(values[order[last]]), int(positions[order[last]]))
+    lower = everything[1] if last >= size else _Bound(float(values[order[last]]), int(positions[order[last]]))
     return upper, lower
