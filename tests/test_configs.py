@@ -202,6 +202,14 @@ def test_one_setting_of_the_selection_can_be_changed_on_the_command_line():
     assert changed.selector.probes == 96
 
 
+@pytest.mark.parametrize(
+    ("option", "shown"), [("", True), ("--trainer.enable_progress_bar=false", False), ("--trainer.max_epochs=2", False)]
+)
+def test_a_run_that_is_measured_in_steps_has_a_bar_that_counts_no_epochs(option, shown):
+    cli = from_yaml("demo.yaml", options=(option,) if option else ())
+    assert any(isinstance(callback, StepsProgressBar) for callback in cli.trainer.callbacks) == shown
+
+
 def test_the_callback_may_stand_among_the_trainer_s_instead():
     settings = yaml.safe_load((CONFIGS / "demo.yaml").read_text(encoding="utf-8"))
     settings["trainer"]["callbacks"] = [settings.pop("select")]

@@ -25,7 +25,6 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(corpus, "find_corpus", lambda: find(places, least=1))
     settings = yaml.safe_load(config_path("demo.yaml").read_text(encoding="utf-8"))
     settings["trainer"] |= {"enable_progress_bar": False}
-    settings["trainer"]["callbacks"].pop()  # the bar
     network = settings["model"]["init_args"]["config"]
     network |= {"vocab_size": 400, "hidden_size": 8, "intermediate_size": 16, "max_position_embeddings": 32}
     data = settings["data"]["init_args"]

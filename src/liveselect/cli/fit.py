@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from liveselect.callbacks import DataSelection
@@ -46,7 +46,8 @@ class SelectionCLI(LightningCLI):
         """Build the Trainer, with the selection callback when there is one."""
         settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         select = self._get(self.config_init, "select")
-        return self._instantiate_trainer(settings, [] if select is None else [select])
+        callbacks = [] if select is None else [select]
+        return self._instantiate_trainer(settings, [*callbacks, *_bar(settings)])
 
 
 class StepsProgressBar(RichProgressBar):
@@ -54,6 +55,15 @@ class StepsProgressBar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
+
+
+def _bar(settings: dict[str, Any]) -> list[ProgressBar]:
+    """Return the bar of a run that is measured in steps, unless the settings say otherwise."""
+    wanted = settings.get("enable_progress_bar") is not False and not settings.get("barebones")
+    chosen = settings.get("callbacks") or []
+    if not wanted or settings.get("max_epochs") != -1 or any(isinstance(each, ProgressBar) for each in chosen):
+        return []
+    return [StepsProgressBar()]
 
 
 def main(argv: Sequence[str]) -> int:
