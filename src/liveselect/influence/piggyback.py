@@ -1,0 +1,208 @@
+"""Influence of the examples that are being trained on, out of the training step's own backward."""
+
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liveselect.functional.gradients import plan_products
+from liveselect.functional.layer_pass import LayerPlan, check_coverage, count_rows, make_anchor
+from liveselect.functional.taps import Observer, TapLog, tapped
+from liveselect.losses import target_counts
+from liveselect.protocols import Batch
+
+LossMean = Literal["tokens", "examples"]
+
+_FEW = 4  # examples up to which one of them is had from the sum: of more, it would save little and gather rounding
+_DROPOUT_NOISE = 0.1  # of a loss: how far two forwards of one batch may lie apart
+
+
+class TrainingStepScores:
+    r"""Scores the examples of a training batch while it is trained on.
+
+    The backward of a training step passes the input and the output gradient of every layer, which is all that the
+    product of an example's gradient with a direction needs: one more matrix product for each layer, of the size of a
+    forward. Training is not touched: outputs pass the taps unchanged, gradients are the same to the bit, and no random
+    number is drawn.
+
+    One micro-batch goes like this, with any number of them in an optimizer step::
+
+        scores = TrainingStepScores(model, estimator.direction)   # once for each new direction
+        scores.attach(batch)                                      # before the forward
+        loss = ...                                                # the training forward
+        scores.check(loss)                                        # now and then: is every use of a weight seen?
+        loss.backward()
+        influence = scores.collect(mean_weights(batch))           # after the backward; also removes the hooks
+
+    The unit and sign are those of the estimator that made the direction. The examples are measured as they are trained
+    on, with dropout and in training precision.
+
+    The extra product costs up to a third of the step's own products. It falls with the examples and the layers that
+    take part: ``examples`` leaves out the rest of each batch, a direction in the MLP layers alone nearly a half. In
+    micro-batches of up to four examples the last one needs no product: the step's own gradients are the sum over all.
+    A single one is scored for next to nothing.
+
+    With activation checkpointing hooks must stay until the backward is over, as they do here. Compiled layers do not
+    run hooks; :meth:`collect` says so.
+
+    Args:
+        model: the module that holds the parameters; under data parallel wrappers, the one inside.
+        direction: for each parameter that takes part a tensor of its shape; what is missing or None is left out.
+        examples: how many examples of each micro-batch are scored, the first ones; None is all.
+
+    Raises:
+        ValueError: the direction does not fit the model, or no rule covers one of its parameters.
+
+    Source: Wang et al. 2024, "Data Shapley in One Training Run", arXiv 2406.11011.
+    """
+
+    def __init__(self, model: nn.Module, direction: Mapping[str, Tensor | None], examples: int | None = None) -> None:
+        if examples is not None and examples < 1:
+            raise ValueError(f"expected examples of at least 1, or None for all of a batch, got {examples}")
+        self._model = model
+        self._plan: LayerPlan = plan_products(model, direction)
+        self._direction = direction
+        self._examples = examples
+        self._stack = ExitStack()
+        self._open: _Open | None = None
+
+    @property
+    def attached(self) -> bool:
+        """Whether hooks are in place."""
+        return self._open is not None
+
+    def attach(self, batch: Batch) -> None:
+        """Put hooks in place for one micro-batch; call before its forward."""
+        if self.attached:
+            raise RuntimeError("scores of a training step are attached already: collect() or detach() them first")
+        rows = count_rows(batch)
+        wanted = rows if self._examples is None else min(rows, self._examples)
+        from_total = wanted == rows <= _FEW
+        self._open = _Open(make_anchor(self._plan.parameters.values(), rows), wanted, from_total)
+        products = wanted - from_total
+        if products:
+            observers = {name: partial(_first, observe, products) for name, observe in self._plan.observers.items()}
+            self._open.log = self._stack.enter_context(tapped(self._model, observers, self._open.anchor, rows))
+        if from_total:
+            for name, parameter in self._plan.parameters.items():
+                self._stack.callback(parameter.register_hook(partial(self._note_total, name)).remove)
+
+    def check(self, loss: Tensor) -> None:
+        """Raise ValueError when the loss uses parameters of the direction past the layers that are watched.
+
+        Call between forward and backward, in the first step that is scored; it takes a few milliseconds.
+        """
+        if self._open is not None and self._open.log is not None:
+            check_coverage(self._plan, loss, self._open.log)
+
+    def collect(self, weights: Tensor) -> Tensor:
+        """Return the influence of the micro-batch's examples, ``(B,)`` float32 on CPU, and remove the hooks.
+
+        Entries of examples that are not scored are NaN.
+
+        Args:
+            weights: ``(B,)``, with what weight the mean loss of each example stands in the loss on which backward was
+                called: :func:`mean_weights`.
+
+        Raises:
+            RuntimeError: nothing was attached, or no layer was seen in the backward.
+        """
+        seen = self._open
+        self.detach()
+        if seen is None:
+            raise RuntimeError("no scores to collect: attach(batch) before the forward of the training step")
+        products = seen.products()
+        if products is None:
+            calls = seen.log is not None and seen.log.calls
+            raise RuntimeError(
+                "no scores came out of the training step: "
+                + ("layers were called, but no gradient reached them. " if calls else "no hook was called. ")
+                + "Hooks do not run in compiled layers, so score only models that are not compiled; and backward() "
+                "must run between attach and collect"
+            )
+        return (products / weights.to(products)).float().cpu()
+
+    def detach(self) -> None:
+        """Remove the hooks, if there are any; what they saw is lost."""
+        self._stack.close()
+        self._open = None
+
+    def _note_total(self, name: str, gradient: Tensor) -> None:
+        direction = self._direction[name]
+        if self._open is not None and direction is not None:
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            product = gradient.detach().to(wide) * direction.to(gradient.device, wide)
+            self._open.totals.append(product.sum())
+
+
+@dataclass
+class _Open:
+    """What one micro-batch gathers."""
+
+    anchor: Tensor
+    wanted: int
+    from_total: bool
+    log: TapLog | None = None
+    totals: list[Tensor] = field(default_factory=list)  # products of whole gradients with the direction
+
+    def products(self) -> Tensor | None:
+        """Return the products ``(B,)`` of gradients of the step's loss, None when nothing was seen."""
+        if self.anchor.grad is None and not self.totals:
+            return None
+        products = torch.zeros_like(self.anchor) if self.anchor.grad is None else self.anchor.grad
+        if self.from_total and self.totals:
+            products[-1] = torch.stack(self.totals).sum() - products[:-1].sum()
+        products[self.wanted :] = math.nan
+        return products
+
+
+def _first(observe: Observer, rows: int, inputs: Tensor, delta: Tensor) -> Tensor | None:
+    """Show an observer the first examples only."""
+    seen = observe(inputs[:rows], delta[:rows])
+    return None if seen is None else F.pad(seen, (0, len(delta) - rows))
+
+
+def mean_weights(batch: Batch, mean: LossMean = "tokens", divisor: float = 1.0) -> Tensor:
+    """Return the weight of each example's mean loss in the loss of a training step, ``(B,)``.
+
+    Args:
+        batch: the micro-batch.
+        mean: over all target ``tokens`` of the micro-batch, or over its ``examples``, each of which counts alike.
+        divisor: what the mean was divided by before backward: the micro-batches of an optimizer step, over the scale
+            that a GradScaler multiplied it with.
+    """
+    counts = target_counts(batch).double()
+    share = torch.ones_like(counts) / len(counts) if mean == "examples" else counts / counts.sum().clamp(min=1)
+    return share / divisor
+
+
+def find_loss_mean(losses: Tensor, counts: Tensor, loss: float) -> LossMean:
+    """Return which mean of the examples' losses a training loss is.
+
+    Args:
+        losses: ``(B,)`` mean losses of the examples of a micro-batch.
+        counts: ``(B,)``, their target tokens.
+        loss: what the training step returned for them, before any division; dropout may have moved it a little.
+
+    Raises:
+        ValueError: it is neither the mean over tokens nor that over examples.
+    """
+    losses, counts = losses.detach().double().cpu(), counts.double().cpu()
+    means: dict[LossMean, float] = {
+        "tokens": float(losses @ counts / counts.sum().clamp(min=1)),
+        "examples": float(losses.mean()),
+    }
+    nearest = min(means, key=lambda mean: abs(means[mean] - loss))
+    if abs(means[nearest] - loss) > _DROPOUT_NOISE * abs(means[nearest]):
+        raise ValueError(
+            f"the training loss {loss:.4f} is neither the mean over tokens ({means['tokens']:.4f}) nor that over "
+            f"examples ({means['examples']:.4f}) of the losses that selection computes, so the weight of an example in "
+            "it is not known: return one of these means from training_step, or pass the loss_fn that it uses"
+        )
+    return nearest
