@@ -30,6 +30,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "Installing liveselect and what it needs into $(VENV) (a few minutes the first time)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# without what they name: their torchvision, which nothing here uses, does not load beside a CPU build of torch
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
+		kronfluence curvlinops-for-pytorch backpack-for-pytorch
 	@touch $@
 
 clean:
