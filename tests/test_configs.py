@@ -23,7 +23,7 @@ from liveselect.selectors import UniformSelector
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ON_THIS_MACHINE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
-BELOW = {"random.yaml": "mates.yaml"}
+BELOW = {"random.yaml": "mates.yaml", "pds_proxy.yaml": "pds.yaml"}
 """Files that go on top of another one."""
 
 DEMO_NETWORK = {
@@ -41,13 +41,13 @@ DEMO_NETWORK = {
 
 @pytest.fixture(autouse=True)
 def without_a_network(monkeypatch, tmp_path):
-    """Build a small network where a config names one of the hub, and leave the working directory alone."""
+    """Build a small network in place of one of the hub or of full size, and leave the working directory alone."""
     build = liveselect.cli.model.build_model
     small = {**DEMO_NETWORK, "vocab_size": 32, "hidden_size": 8}
     monkeypatch.setattr(
         liveselect.cli.model,
         "build_model",
-        lambda config, *rest: build(small if isinstance(config, str) else config, *rest),
+        lambda config, *rest: build(config if config == DEMO_NETWORK else small, *rest),
     )
     monkeypatch.chdir(tmp_path)
 
@@ -101,10 +101,12 @@ def test_every_file_loads_against_the_real_signatures(path):
     assert callback_of(cli).every_n_steps > 0
 
 
-def test_a_mistyped_setting_is_refused(capsys):
+def test_a_mistyped_setting_is_refused_on_one_screen(capsys):
     with pytest.raises(SystemExit):
-        from_yaml("demo.yaml", options=("--select.init_args.every_n_step=3",))
-    assert "every_n_step" in capsys.readouterr().err
+        SelectionCLI(["fit", f"--config={CONFIGS / 'demo.yaml'}", "--select.init_args.every_n_step=3"])
+    said = capsys.readouterr().err
+    assert "'every_n_step' is not accepted" in said
+    assert len(said.splitlines()) < 20
 
 
 def test_the_demo_in_python_is_the_demo_in_yaml():

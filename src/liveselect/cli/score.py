@@ -75,7 +75,8 @@ def parser() -> ArgumentParser:
     add("--seed", type=int, default=0, help="of every draw")
     add("--pool", type=Path | None, default=None, help="with --column: a pool made by `liveselect prepare`")
     add("--column", type=str | None, default=None, help="take this column of the documents' metadata as the scores")
-    add("--trainer", type=dict | None, default=None, help="read for its gradient clipping only")
+    # a mapping would be replaced by that of a second file; only clipping and accumulation are read
+    result.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
     add("--select", type=dict | None, default=None, help="not read")
     add("--seed_everything", type=bool | int, default=0, help="not read")
     return result
@@ -147,8 +148,8 @@ def _from_proxy(command: ArgumentParser, config: Namespace) -> Scores:
         loss_fn=made.loss_fn or causal_lm_loss,
         source=made.data,
         candidates=torch.arange(made.data.pool.size),
-        global_batch=made.data.batch_size * int((config.trainer or {}).get("accumulate_grad_batches") or 1),
-        clip_gradients=_clipping(config.trainer or {}),
+        global_batch=made.data.batch_size * int(config.trainer.accumulate_grad_batches),
+        clip_gradients=_clipping(config.trainer),
         progress=RoundProgress("liveselect score") if distributed.rank() == 0 else SilentProgress(),
     )
     job = ScoreJob(
@@ -175,7 +176,7 @@ def _settings(config: Namespace) -> dict[str, Any]:
     """Return what decides the scores, as builtins."""
     left_out = {"config", "out", "device", "trainer", "select", "seed_everything", "pool", "column"}
     settings = {name: value for name, value in config.clone().as_dict().items() if name not in left_out}
-    settings["clipping"] = {name: (config.trainer or {}).get(name) for name in CLIPPING}
+    settings["clipping"] = {name: config.trainer[name] for name in CLIPPING}
     return dict(json.loads(json.dumps(settings, default=str)))
 
 
@@ -215,10 +216,10 @@ def _optimizer(
     return optimizer
 
 
-def _clipping(trainer: Mapping[str, Any]) -> Callable[[list[nn.Parameter]], None]:
+def _clipping(trainer: Namespace) -> Callable[[list[nn.Parameter]], None]:
     """Return the clipping that the Trainer section asks for."""
-    limit = trainer.get("gradient_clip_val")
-    by_value = str(trainer.get("gradient_clip_algorithm") or "norm").endswith("value")
+    limit = trainer.gradient_clip_val
+    by_value = str(trainer.gradient_clip_algorithm or "norm").endswith("value")
 
     def clip(parameters: list[nn.Parameter]) -> None:
         if limit and by_value:
