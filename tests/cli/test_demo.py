@@ -89,6 +89,14 @@ def test_a_demo_that_was_stopped_continues_with_the_same_numbers(small, monkeypa
     assert {name: what_was_done(ledger) for name, ledger in ledgers(small).items()} == whole
 
 
+def test_fit_repeats_a_run_of_the_demo(small, tmp_path):
+    assert run(small) == 0
+    expected = what_was_done(ledgers(small)["mates"])
+    demo = Demo(small, ("demo.yaml",), "mates", STEPS)
+    assert cli.main(["fit", *demo.arguments("mates"), f"--trainer.default_root_dir={tmp_path / 'again'}"]) == 0
+    assert what_was_done(Ledger.read(tmp_path / "again" / "selection" / "ledger.jsonl")) == expected
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
     (tmp_path / "random").mkdir()
     (tmp_path / "random" / "precious").write_text("")

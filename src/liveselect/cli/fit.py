@@ -11,6 +11,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from liveselect.callbacks import DataSelection
 from liveselect.cli.output import show_progress_lines
 
+USAGE = "liveselect fit --config FILE [--config FILE ...] [--SECTION.NAME VALUE ...]"
+"""What stands above an error; the generated one fills screens and hides it."""
+
 
 class SelectionCLI(LightningCLI):
     """A LightningCLI whose selection callback has a section of its own, ``select``.
@@ -23,7 +26,7 @@ class SelectionCLI(LightningCLI):
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         super().__init__(
             save_config_kwargs={"overwrite": True},  # a resumed run writes to the same folder
-            parser_kwargs={"prog": "liveselect"},
+            parser_kwargs={"prog": "liveselect", "fit": {"usage": USAGE}},
             seed_everything_default=0,
             args=args,
             run=run,
