@@ -84,6 +84,7 @@ class DataSelection(Callback):
         self._source: CandidateSource | None = None
         self._ledger_path: Path | None = None
         self._random_states: list[dict[str, Any]] | None = None
+        self._after_batch: dict[str, Any] | None = None
         self._since: float | None = None
         self._last_step = -1
         self._flops_per_token = 0.0
@@ -130,6 +131,23 @@ class DataSelection(Callback):
         self.run.load_state_dict(state_dict["run"])
         self._random_states = state_dict["random_states"]
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say that the epoch is over in a checkpoint that was written at its very end.
+
+        Lightning counts such an epoch as complete only after the checkpoint. With ``max_steps`` it would then train
+        one more batch of it and force an optimizer step after it, in the middle of an accumulation window.
+        """
+        loops = checkpoint["loops"]["fit_loop"]
+        epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+        current = epochs["current"]
+        if current["processed"] == current["ready"] == current["completed"] + 1:
+            current["completed"] += 1
+            epochs["total"]["completed"] += 1
+            batches["current"] = dict.fromkeys(batches["current"], 0)
+            batches["is_last_batch"] = False
+
     # ---- hooks -------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -174,6 +192,7 @@ class DataSelection(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Advance the plan; at the round's last optimizer step make the next one."""
+        self._after_batch = _random_state()
         plan = self._current_plan()
         plan.advance(self._source_or_raise().batch_size * trainer.world_size)
         self.run.ledger.training_flops += self._flops_per_token * _tokens_in(batch) * trainer.world_size
@@ -186,7 +205,7 @@ class DataSelection(Callback):
                 f"the plan of round {plan.round} ended inside an accumulation window at batch {batch_idx}: "
                 "accumulate_grad_batches must not change within a round"
             )
-        if trainer.global_step < trainer.estimated_stepping_batches and not trainer.should_stop:
+        if trainer.global_step < trainer.estimated_stepping_batches:
             self._charge_training()
             self._select(trainer, pl_module)
             self._since = time.perf_counter()
@@ -199,6 +218,10 @@ class DataSelection(Callback):
         """Note the model's metrics beside what was spent so far."""
         if trainer.sanity_checking or self._run is None:
             return
+        if self._after_batch is not None:
+            # a loader that draws its seed moves the global state; a run resumed from the checkpoint of this very step
+            # does not validate again, and would go on with other random numbers
+            _set_random_state(self._after_batch)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self._run.ledger.evaluate(trainer.global_step, metrics)
         self._write_ledger()

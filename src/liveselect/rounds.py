@@ -97,7 +97,8 @@ def round_slices(run: SelectionRun, context: RoundContext, budget: int) -> Gener
     _validate(selection.ids, context.candidates, budget, selector)
     distributed.check_agreement(f"the plan of round {context.round}", selection.ids)
     plan = Plan(context.round, selection.ids)
-    record = _record(run.pool, context, selector, selection, plan, measured, influence, metrics)
+    with measuring(context.model, context.optimizer):
+        record = _record(run.pool, context, selector, selection, plan, measured, influence, metrics)
     run.pool.record_use(plan.ids)
     run.plan = plan
     run.ledger.rounds.append(record)
@@ -137,8 +138,12 @@ def _measure_shard(estimator: InfluenceEstimator, context: RoundContext, ids: Te
     mine = ids[distributed.shard(len(ids))]
     scores = [torch.empty(0)]
     with context.phase("measure influence", len(mine), "candidates") as advance:
-        for batch in context.candidate_batches(mine):
+        batches = context.candidate_batches(mine)
+        while True:
             with measuring(context.model, context.optimizer):
+                batch = next(batches, None)  # inside: a user's dataset may draw from the global random state
+                if batch is None:
+                    break
                 scores.append(estimator.score(context, batch).float().cpu())
             advance(len(scores[-1]))
             yield

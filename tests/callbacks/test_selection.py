@@ -6,9 +6,10 @@ import logging
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from rich.console import Console
-from small_run import BATCH, POOL, SIMPLE, SmallLM, rows, small_data, small_trainer
+from small_run import BATCH, POOL, SIMPLE, Place, SmallLM, Trace, rows, small_data, small_trainer, weights_hash
 
 from liveselect.callbacks import MATES, DataSelection
 from liveselect.callbacks.progress import RoundProgress
@@ -272,3 +273,64 @@ def test_presets_are_the_parts_they_name(tmp_path):
         "in_batch",
     )
     assert mates.state_key == DataSelection(UniformSelector()).state_key == "DataSelection"
+
+
+@pytest.mark.parametrize("epochs", [{"max_steps": 24, "max_epochs": -1}, {"max_steps": -1, "max_epochs": 3}])
+def test_a_checkpoint_of_an_epochs_end_resumes_exactly(tmp_path, epochs):
+    def fit(folder, ckpt_path=None):
+        pl.seed_everything(1, verbose=False)
+        selection = DataSelection(UniformSelector(), every_n_steps=7, dirpath=folder)
+        keep = ModelCheckpoint(folder / "checkpoints", save_on_train_epoch_end=True, save_top_k=-1, filename="{epoch}")
+        callbacks = [Place(selection), selection, Trace(folder / "trace"), keep]
+        settings = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "limit_val_batches": 0, **epochs}
+        small_trainer(folder, callbacks, **settings).fit(SmallLM(), datamodule=small_data(), ckpt_path=ckpt_path)
+        return (folder / "trace").read_text().splitlines()
+
+    for name in ("whole", "epoch=0", "epoch=1"):
+        (tmp_path / name).mkdir()
+    whole = fit(tmp_path / "whole")
+    for epoch in (0, 1):
+        name = f"epoch={epoch}"
+        resumed = fit(tmp_path / name, tmp_path / "whole" / "checkpoints" / f"{name}.ckpt")
+        assert resumed == whole[POOL // BATCH * (epoch + 1) :]
+
+
+def test_a_validation_loader_that_draws_random_numbers_does_not_disturb_a_resume(tmp_path):
+    class Plain(pl.LightningDataModule):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(rows(24, seed=3), batch_size=2)
+
+        def val_dataloader(self):
+            return torch.utils.data.DataLoader(rows(4, seed=4), batch_size=2)  # seeds its workers from the global state
+
+    class Module(SmallLM):
+        def training_step(self, batch, batch_index):
+            return super().training_step({**batch, "labels": batch["input_ids"]}, batch_index)
+
+        def validation_step(self, batch, batch_index):
+            return super().validation_step({**batch, "labels": batch["input_ids"]}, batch_index)
+
+    def fit(folder, ckpt_path=None):
+        pl.seed_everything(1, verbose=False)
+        selection = DataSelection(UniformSelector(), every_n_steps=2, dirpath=folder)
+        keep = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        module = Module()
+        settings = {"accumulate_grad_batches": 1, "val_check_interval": 2, "max_steps": 6}
+        data = SelectionDataModule.wrap(Plain(), reference=rows(4, seed=2))
+        small_trainer(folder, [selection, keep], **settings).fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return weights_hash(module)
+
+    whole = fit(tmp_path / "whole")
+    for step in (2, 4):
+        assert fit(tmp_path / str(step), tmp_path / "whole" / "checkpoints" / f"step={step}.ckpt") == whole
+
+
+def test_a_stop_that_min_steps_delays_finds_a_plan_to_go_on_with(tmp_path):
+    class Stop(pl.Callback):
+        def on_train_batch_start(self, trainer, *arguments):
+            trainer.should_stop = True
+
+    selection = DataSelection(UniformSelector(), every_n_steps=2, dirpath=tmp_path)
+    trainer = small_trainer(tmp_path, [Stop(), selection], max_steps=12, min_steps=7)
+    trainer.fit(SmallLM(), datamodule=small_data())
+    assert trainer.global_step >= 7
