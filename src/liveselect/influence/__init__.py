@@ -1,7 +1,8 @@
 """Estimators of influence: how much training on a candidate would lower the reference loss."""
 
+from liveselect.influence.first_order import FirstOrderInfluence
 from liveselect.influence.kfac import KFACInfluence
 from liveselect.influence.one_step import OneStepInfluence
 from liveselect.influence.pmp import PMPInfluence
 
-__all__ = ["KFACInfluence", "OneStepInfluence", "PMPInfluence"]
+__all__ = ["FirstOrderInfluence", "KFACInfluence", "OneStepInfluence", "PMPInfluence"]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +72,13 @@ class OneStepInfluence:
             ValueError: the learning rate is zero or missing, or the reference loss is not finite.
             TypeError: the optimizer cannot take a step on a given gradient.
         """
-        _refuse_unfit(context)
+        refuse_unfit(context)
         learning_rate = live_learning_rate(context.optimizer)
         with measuring(context.model, context.optimizer), context.meter.phase("reference pass"):
             reference = ReferencePass.load(context)
             before = reference.loss(context, self.reference_precision)
             _require_finite(before, "before any step", "look at the training loss: the model may have diverged")
-            probe = _Probe(context, reference, self.reference_precision)
+            probe = Probe(context, reference, self.reference_precision)
             after = probe.loss_after([None] * len(probe.parameters))
         _require_finite(after, "after a step on zero gradients", "lower the learning rate")
         self._baseline = _Baseline(reference, learning_rate, after)
@@ -100,17 +100,24 @@ class OneStepInfluence:
             raise RuntimeError("OneStepInfluence.score was called before fit: call fit(context) once in each round")
         weight = context.global_batch if self.step == "in_batch" else 1
         with measuring(context.model, context.optimizer):
-            probe = _Probe(context, base.reference, self.reference_precision, weight)
-            after = [probe.loss_after_example(row) for row in _rows(context.to_device(batch))]
+            probe = Probe(context, base.reference, self.reference_precision, weight)
+            after = [probe.loss_after_example(row) for row in rows_of(context.to_device(batch))]
         influence = weight * (base.loss - torch.tensor(after, dtype=torch.float64)) / base.learning_rate
         return influence.where(influence.isfinite(), math.nan).float()
 
 
-class _Probe:
+class Objective(Protocol):
+    """What is looked at after a step: :class:`ReferencePass`, or something in its place."""
+
+    def loss(self, context: RoundContext, precision: Precision) -> float:
+        """Return the loss of the model as it stands, nats per token."""
+
+
+class Probe:
     """Takes steps from one state of the model and returns to it after each."""
 
     def __init__(
-        self, context: RoundContext, reference: ReferencePass, precision: Precision, gradient_divisor: int = 1
+        self, context: RoundContext, reference: Objective, precision: Precision, gradient_divisor: int = 1
     ) -> None:
         self.parameters = trainable_parameters(context.optimizer)
         self._context = context
@@ -200,7 +207,8 @@ def live_learning_rate(optimizer: torch.optim.Optimizer) -> float:
     )
 
 
-def _refuse_unfit(context: RoundContext) -> None:
+def refuse_unfit(context: RoundContext) -> None:
+    """Raise TypeError or ValueError when no step on a given gradient can be taken."""
     refuse_closure(context.optimizer)
     if not trainable_parameters(context.optimizer):
         raise ValueError("expected an optimizer with parameters that require a gradient, got none: unfreeze some")
@@ -223,7 +231,7 @@ def _require_finite(loss: float, when: str, cure: str) -> None:
         raise ValueError(f"the reference loss {when} is {loss}; influence cannot be measured from there: {cure}")
 
 
-def _rows(batch: Batch) -> list[Batch]:
+def rows_of(batch: Batch) -> list[Batch]:
     """Return the examples of a batch as batches of one row."""
     count = len(batch["input_ids"])
 

@@ -1,0 +1,71 @@
+"""How far an optimizer's step moves with the gradient that it is given, coordinate by coordinate."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WHOLESALE = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
+_INDEPENDENT = 1e-6
+
+
+@torch.no_grad()
+def step_slope(optimizer: torch.optim.Optimizer, parameter: Tensor, amplitude: Tensor) -> Tensor:
+    r"""Return the slope of the next step in the gradient of one parameter, over a given amplitude.
+
+    With :math:`A(g)` the parameter after one step of the live optimizer on the gradient g, entry j is
+
+    .. math:: \frac{A_j(a) - A_j(-a)}{2 a_j}
+
+    For plain SGD that is minus the learning rate whatever the amplitude. Where the step saturates, as that of Adam does
+    in coordinates whose second moment is small against :math:`a_j^2`, it is the slope that a gradient of this size
+    meets; as :math:`a \to 0` it becomes the derivative at a zero gradient. The step is taken by the optimizer's own
+    code on copies in float64, with the live moments, counters and settings; nothing of the optimizer is touched.
+
+    Args:
+        optimizer: any that treats the coordinates of a parameter apart.
+        parameter: one of the optimizer's.
+        amplitude: of the parameter's shape, positive.
+
+    Returns:
+        float64, of the parameter's shape.
+
+    Raises:
+        TypeError: the step of one coordinate depends on the gradients of others.
+    """
+    amplitude = amplitude.double()
+    forth, back = (_stepped(optimizer, parameter, sign * amplitude) for sign in (1, -1))
+    if parameter.numel() > 1:
+        half = torch.arange(amplitude.numel(), device=amplitude.device).view(amplitude.shape) % 2
+        alone = _stepped(optimizer, parameter, (2 * half - 1) * amplitude)  # every second coordinate forth, others back
+        apart = torch.where(half == 1, forth, back)
+        if float((alone - apart).abs().max()) > _INDEPENDENT * float((forth - back).abs().max()):
+            raise TypeError(
+                f"the step that {type(optimizer).__name__} takes in one coordinate depends on the gradients of others, "
+                'so it has no slope for each of them: take the steps themselves with engine="optimizer_step"'
+            )
+    return (forth - back) / (2 * amplitude)
+
+
+def _stepped(optimizer: torch.optim.Optimizer, parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return the parameter after one step on a gradient, float64, from a twin of the optimizer that holds it alone."""
+    value = parameter.detach().double()
+    value = value.clone() if value is parameter.detach() or value.data_ptr() == parameter.data_ptr() else value
+    value.grad = gradient
+    group = next(group for group in optimizer.param_groups if any(each is parameter for each in group["params"]))
+    twin = object.__new__(type(optimizer))  # copy.copy would lose what a subclass keeps outside of its state
+    vars(twin).update({name: item for name, item in vars(optimizer).items() if name != "step"})  # schedulers wrap step
+    twin.param_groups = [{**group, **{k: v for k, v in _WHOLESALE.items() if k in group}, "params": [value]}]
+    twin.state = defaultdict(dict)
+    if parameter in optimizer.state:
+        twin.state[value] = {name: _own(item, parameter) for name, item in optimizer.state[parameter].items()}
+    type(optimizer).step(twin)
+    return value
+
+
+def _own(item: Any, parameter: Tensor) -> Any:
+    if not isinstance(item, Tensor):
+        return item
+    # counters keep their type: some optimizers ask for float32
+    return item.detach().to(torch.float64, copy=True) if item.is_floating_point() and item.dim() else item.clone()

@@ -1,0 +1,345 @@
+"""Influence to first order: the product of every candidate's gradient with one direction."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from liveselect import distributed
+from liveselect.functional.gradients import (
+    central_difference_dot,
+    example_dot,
+    forward_mode_dot,
+    plan_products,
+    summed_loss_and_gradient,
+)
+from liveselect.functional.slopes import step_slope
+from liveselect.influence.one_step import (
+    Probe,
+    StepSize,
+    live_learning_rate,
+    refuse_unfit,
+    rows_of,
+    trainable_parameters,
+)
+from liveselect.influence.reference import Precision, ReferencePass, batch_flops
+from liveselect.influence.step_sizes import typical_gradient
+from liveselect.protocols import Batch, RoundContext
+from liveselect.snapshot import Snapshot, measuring
+
+Engine = Literal["hooks", "central_difference", "forward_mode", "optimizer_step"]
+GradientAt = Literal["zero_step", "current"]
+SlopeOver = Literal["candidates", "zero"]
+
+_NEAR_ZERO = 1e-5  # share of the reference gradient: small enough for a derivative, large enough for float64
+_MOVE, _MOVE_IN_DOUBLE = 1e-2, 1e-5  # nats of the reference loss, between rounding and curvature
+_FORWARDS = {"hooks": 3, "central_difference": 2, "forward_mode": 3}
+_CHOICES = {
+    "engine": Engine,
+    "gradient_at": GradientAt,
+    "step": StepSize,
+    "slope_over": SlopeOver,
+    "reference_precision": Precision,
+}
+
+
+@dataclass(frozen=True)
+class _Tangent:
+    """The reference loss as a linear function around one point; takes the place of the reference pass in a probe."""
+
+    parameters: Sequence[Tensor]
+    origin: Sequence[Tensor]
+    gradient: Sequence[Tensor]
+
+    @torch.no_grad()
+    def loss(self, context: RoundContext, precision: Precision = "float32") -> float:
+        """Return how far the loss lies from that at the origin, nats per token."""
+        triples = zip(self.parameters, self.origin, self.gradient, strict=True)
+        # the difference first, and wide: it is a small one of large numbers
+        return float(sum(((now.double() - then) * slope).sum() for now, then, slope in triples))
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    direction: dict[str, Tensor]
+    tangent: _Tangent | None
+    learning_rate: float
+    difference: float
+
+
+class FirstOrderInfluence:
+    r"""Measures what :class:`OneStepInfluence` measures, to first order, for about three forwards of a candidate.
+
+    With :math:`A(g)` the parameters after one step of the live optimizer on the gradient g, :math:`u_0` its
+    zero-gradient step, :math:`\eta` its learning rate and L the reference loss,
+
+    .. math:: I_i = \langle D, g_i \rangle, \qquad
+              D = -\frac{1}{\eta} \, A' \odot \nabla L(\theta + u_0)
+
+    in nats per unit learning rate; larger is better. :math:`A'` is how far the step moves each coordinate for its
+    gradient: the optimizer's own preconditioner, with live moments, counters, bias correction and settings. For SGD
+    it is :math:`-\eta`, and D the reference gradient. It is taken from the optimizer's own code, see
+    :func:`liveselect.functional.slopes.step_slope`, so any optimizer that treats coordinates apart can be used.
+
+    The gradient is taken at :math:`\theta + u_0`, because that is where the probe starts from: most of a warm step is
+    momentum, along which the loss is curved.
+
+    Where an optimizer normalises gradients, its step saturates: the derivative at zero promises far more than it does
+    in coordinates whose second moment has faded, such as rare words. ``slope_over="candidates"`` takes the slope
+    between minus and plus the size of gradient that a few sampled candidates have there; ``"zero"`` the derivative.
+
+    Clipping is part of the step. The products leave out that it shortens the gradients of some candidates more than
+    those of others; in a real batch (``in_batch``) no single example is clipped unless its gradient is longer than N
+    times the limit. ``engine="optimizer_step"`` leaves nothing out: it takes every candidate's step, clipping and
+    optimizer included, and meets the displacement with the reference gradient. It costs about five forwards and works
+    with every optimizer; what then remains between it and the exact probe is the curvature of the reference loss.
+
+    Args:
+        engine: ``hooks`` is exact and needs layers with known rules; ``central_difference`` (in full precision) and
+            ``forward_mode`` (attention in plain operations) take any module; ``optimizer_step`` see above.
+        gradient_at: where the reference gradient is taken: after the ``zero_step``, or at the ``current`` parameters.
+        step: the form of :class:`OneStepInfluence` that is approximated; it sets the size of a candidate's gradient.
+        slope_over: see above; ``optimizer_step`` has no use for it.
+        sampled: candidates whose gradients tell the sizes for the slope, over all ranks; they cost a forward and a
+            backward each.
+        exclude: patterns of names of parameters, as in a shell, that take no part in the products.
+        difference: length of the displacement of ``central_difference`` as a share of that of the parameters; by
+            default as much as moves the reference loss by a hundredth of a nat, in float64 by much less.
+        reference_precision: as in :class:`OneStepInfluence`.
+
+    Source: TracIn, Pruthi et al. 2020, arXiv 2002.08484, for the product of gradients; Xia et al. 2024, "LESS", arXiv
+    2402.04333, for Adam's preconditioner in it; what it approximates is the probe of Yu et al. 2024, arXiv 2406.06046.
+    """
+
+    def __init__(
+        self,
+        engine: Engine = "hooks",
+        gradient_at: GradientAt = "zero_step",
+        step: StepSize = "in_batch",
+        slope_over: SlopeOver = "candidates",
+        sampled: int = 16,
+        exclude: Sequence[str] = (),
+        difference: float | None = None,
+        reference_precision: Precision = "float32",
+    ) -> None:
+        self.engine: Engine = engine
+        self.gradient_at: GradientAt = gradient_at
+        self.step: StepSize = step
+        self.slope_over: SlopeOver = slope_over
+        self.sampled = sampled
+        self.exclude = tuple(exclude)
+        self.difference = difference
+        self.reference_precision: Precision = reference_precision
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"expected {name} to be one of {get_args(kind)}, got {getattr(self, name)!r}")
+        if sampled < 1:
+            raise ValueError(f"expected sampled of at least 1, got {sampled}")
+        if difference is not None and not 0 < difference < math.inf:
+            raise ValueError(f"expected a positive difference, got {difference}")
+        self._fitted: _Fitted | None = None
+
+    @property
+    def direction(self) -> Mapping[str, Tensor]:
+        """The preconditioned reference gradient D by parameter name; its product with a gradient is an influence.
+
+        Raises:
+            RuntimeError: before ``fit``, or for the engine that takes steps.
+        """
+        if self._fitted is None:
+            raise RuntimeError("FirstOrderInfluence has no direction before fit: call fit(context) once in each round")
+        if not self._fitted.direction:
+            raise RuntimeError('engine="optimizer_step" has no direction: ask one of the other engines')
+        return self._fitted.direction
+
+    def fit(self, context: RoundContext) -> Mapping[str, float]:
+        """Take the reference gradient, and pull it through the optimizer.
+
+        Raises:
+            ValueError: the learning rate is zero or missing, a pattern fits no parameter, no rule gives the gradients
+                of a layer, or the reference loss is not finite.
+            TypeError: the optimizer cannot take a step on a given gradient, or has no slope for each coordinate.
+        """
+        refuse_unfit(context)
+        rate = live_learning_rate(context.optimizer)
+        parameters = self._parameters(context)
+        with measuring(context.model, context.optimizer):
+            reference = ReferencePass.load(context)
+            with context.meter.phase("reference gradient"):
+                loss, gradient, origin = self._reference_gradient(context, reference, parameters)
+            metrics = {
+                "reference_loss" if self.gradient_at == "current" else "reference_loss_zero_step": loss,
+                "reference_examples": float(reference.examples),
+                "reference_tokens": float(reference.targets),
+                "probe_learning_rate": rate,
+            }
+            if self.engine == "optimizer_step":
+                tangent = _Tangent(list(parameters.values()), origin, list(gradient.values()))
+                self._fitted = _Fitted({}, tangent, rate, 0.0)
+                return metrics
+            with context.meter.phase("precondition"):
+                direction = self._precondition(context, parameters, gradient, rate)
+        difference = self.difference or _difference(parameters, direction, gradient)
+        if self.engine == "hooks":
+            plan_products(context.model, direction)  # what no rule covers is told here, not at the first candidate
+        self._fitted = _Fitted(direction, None, rate, difference)
+        total = sum(parameter.numel() for parameter in trainable_parameters(context.optimizer))
+        return metrics | {
+            "direction_norm": _length(direction.values()),
+            "measured_share": sum(parameter.numel() for parameter in parameters.values()) / total,
+        }
+
+    def score(self, context: RoundContext, batch: Batch) -> Tensor:
+        """Return the influence of each example, ``(B,)`` float32 on CPU.
+
+        NaN stands where the loss or the product of an example is not finite.
+        """
+        if self._fitted is None:
+            raise RuntimeError("FirstOrderInfluence.score was called before fit: call fit(context) once in each round")
+        batch = context.to_device(batch)
+        with measuring(context.model, context.optimizer):
+            if self._fitted.tangent is not None:
+                influence = self._from_steps(context, batch, self._fitted.tangent)
+            else:
+                with context.meter.phase("example gradients"):
+                    influence = self._products(context, batch, self._fitted.direction, self._fitted.difference)
+        return influence.where(influence.isfinite(), math.nan).float().cpu()
+
+    def _products(
+        self, context: RoundContext, batch: Batch, direction: Mapping[str, Tensor], difference: float
+    ) -> Tensor:
+        finite: list[Tensor] = []
+
+        def loss_fn(model: nn.Module, rows: Batch) -> Tensor:
+            losses = context.loss_fn(model, rows)
+            finite.append(losses.detach().isfinite())
+            return losses
+
+        context.meter.add_flops(_FORWARDS[self.engine] * batch_flops(context.model, batch))
+        if self.engine == "central_difference":
+            with _full_precision(context):
+                return central_difference_dot(context.model, loss_fn, batch, direction, difference)
+        product = example_dot if self.engine == "hooks" else forward_mode_dot
+        with context.forward_context():
+            influence = product(context.model, loss_fn, batch, direction)
+        return influence.where(finite[0], math.nan) if self.engine == "hooks" else influence
+
+    def _from_steps(self, context: RoundContext, batch: Batch, tangent: _Tangent) -> Tensor:
+        weight = context.global_batch if self.step == "in_batch" else 1
+        probe = Probe(context, tangent, self.reference_precision, weight)
+        moved = [probe.loss_after_example(row) for row in rows_of(batch)]
+        rate = self._fitted.learning_rate if self._fitted else math.nan
+        return -weight * torch.tensor(moved, dtype=torch.float64) / rate
+
+    def _reference_gradient(
+        self, context: RoundContext, reference: ReferencePass, parameters: Mapping[str, nn.Parameter]
+    ) -> tuple[float, dict[str, Tensor], list[Tensor]]:
+        """Return the mean reference loss where it is asked for, its gradient, and the parameters after the zero step.
+
+        Loss in nats per token, the token-weighted mean over the whole set, equal on all ranks.
+        """
+        everything = trainable_parameters(context.optimizer)
+        snapshot = Snapshot(context.model, context.optimizer)
+        try:
+            if self.gradient_at == "current":
+                loss, gradient = self._summed(context, reference, parameters)
+            for parameter in everything:
+                parameter.grad = torch.zeros_like(parameter)
+            context.clip_gradients(everything)
+            context.optimizer.step()
+            for parameter in everything:
+                parameter.grad = None
+            torch.clear_autocast_cache()  # casts of the weights before the step would be used again
+            if self.gradient_at == "zero_step":
+                loss, gradient = self._summed(context, reference, parameters)
+            keep = self.engine == "optimizer_step"
+            return loss, gradient, [p.detach().clone() for p in parameters.values()] if keep else []
+        finally:
+            snapshot.restore()
+
+    def _summed(
+        self, context: RoundContext, reference: ReferencePass, parameters: Mapping[str, nn.Parameter]
+    ) -> tuple[float, dict[str, Tensor]]:
+        share = slice(distributed.rank(), None, distributed.world_size())
+        batches, counts = reference.batches[share], reference.counts[share]
+        with _full_precision(context) if self.reference_precision == "float32" else context.forward_context():
+            found = summed_loss_and_gradient(context.model, context.loss_fn, batches, counts, parameters)
+        context.meter.add_flops(3 * sum(batch_flops(context.model, batch) for batch in batches))
+        totals = distributed.sum_over_ranks(torch.tensor(found[:2], dtype=torch.float64))
+        loss, tokens = float(totals[0] / totals[1]), float(totals[1])
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the reference loss {'after a step on zero gradients' if self.gradient_at == 'zero_step' else ''} is "
+                f"{loss}; influence cannot be measured from there: lower the learning rate, or look at the training "
+                "loss, the model may have diverged"
+            )
+        return loss, {name: distributed.sum_over_ranks(found[2][name]) / tokens for name in parameters}
+
+    def _precondition(
+        self, context: RoundContext, parameters: Mapping[str, nn.Parameter], gradient: dict[str, Tensor], rate: float
+    ) -> dict[str, Tensor]:
+        """Return D, without the parameters in which it is zero."""
+        kept = 1.0
+        if self.slope_over == "candidates":
+            everything = trainable_parameters(context.optimizer)
+            divisor = context.global_batch if self.step == "in_batch" else 1
+            sizes, kept = typical_gradient(context, everything, divisor, self.sampled)
+            amplitudes = {id(parameter): size for parameter, size in zip(everything, sizes, strict=True)}
+        else:
+            amplitudes = {id(p): _NEAR_ZERO * gradient[name].abs() for name, p in parameters.items()}
+        direction = {}
+        for name, parameter in parameters.items():
+            amplitude = amplitudes.pop(id(parameter))
+            least = torch.finfo(amplitude.dtype).tiny ** 0.5  # a square of it is still told from zero in float64
+            slope = step_slope(context.optimizer, parameter, amplitude.clamp(min=least))
+            value = (-kept / rate * slope * gradient[name]).to(parameter.dtype)
+            if bool((value != 0).any()):
+                direction[name] = value
+        if not direction:
+            raise ValueError(
+                "the reference loss does not change with any parameter that is measured: expected loss_fn to compute "
+                "with gradients (no torch.no_grad, no detach) from the model that the optimizer trains"
+            )
+        return direction
+
+    def _parameters(self, context: RoundContext) -> dict[str, nn.Parameter]:
+        """Return what takes part, by name: all that is trained but for what is excluded."""
+        trained = {id(parameter) for parameter in trainable_parameters(context.optimizer)}
+        found = {name: p for name, p in context.model.named_parameters() if id(p) in trained}
+        for pattern in self.exclude:
+            if not any(fnmatchcase(name, pattern) for name in found):
+                raise ValueError(f"the pattern {pattern!r} fits none of the parameters {sorted(found)}")
+        left = {name: p for name, p in found.items() if not any(fnmatchcase(name, each) for each in self.exclude)}
+        if not left:
+            raise ValueError(
+                f"expected parameters that both the model and the optimizer hold, got none but {sorted(found)}, which "
+                f"exclude={self.exclude} leaves out: unfreeze some, or exclude less"
+            )
+        return left
+
+
+def _difference(
+    parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor], gradient: Mapping[str, Tensor]
+) -> float:
+    """Return how far to go along the direction, as a share of the parameters' length, for a small change of the loss.
+
+    What moves the reference loss by so much moves those of candidates by as much or less, and all of them enough to be
+    told from rounding.
+    """
+    slope = sum(float((value.double() * gradient[name]).sum()) for name, value in direction.items())
+    double = all(value.dtype == torch.float64 for value in direction.values())
+    start = _length(parameters[name].detach() for name in direction)
+    return (_MOVE_IN_DOUBLE if double else _MOVE) * _length(direction.values()) / max(abs(slope) * start, 1e-30)
+
+
+def _length(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+def _full_precision(context: RoundContext) -> AbstractContextManager[Any]:
+    return torch.autocast(context.device.type, enabled=False)

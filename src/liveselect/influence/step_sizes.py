@@ -1,0 +1,83 @@
+"""How large the gradients are on which an optimizer would step for one candidate."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from liveselect import distributed
+from liveselect.functional.flops import forward_flops
+from liveselect.influence.one_step import rows_of
+from liveselect.protocols import RoundContext
+
+
+def typical_gradient(
+    context: RoundContext, parameters: Sequence[nn.Parameter], divisor: int, examples: int
+) -> tuple[list[Tensor], float]:
+    """Return the size of a candidate's gradient as the optimizer meets it, and the share that clipping leaves of it.
+
+    Examples are drawn from the round's candidates and shared out over ranks. The size of a coordinate is the root mean
+    square over those whose gradient reaches it: a row of an embedding is told by the texts that hold its token. Where
+    none does, it is that of the coordinates of the same parameter that some gradient reaches.
+
+    Call inside :func:`liveselect.snapshot.measuring`, which takes care of the live gradients.
+
+    Args:
+        context: the round.
+        parameters: what the gradients are taken in.
+        divisor: what an example's gradient is divided by before it is clipped.
+        examples: how many are drawn.
+
+    Returns:
+        For each parameter a tensor of its shape, zero where no gradient reaches any of it; and a number up to 1.
+    """
+    drawn = torch.randperm(len(context.candidates), generator=context.generator("step sizes"))[:examples]
+    mine = context.candidates[drawn[distributed.shard(len(drawn))]]
+    squares = [torch.zeros_like(parameter) for parameter in parameters]
+    reached = [torch.zeros_like(parameter) for parameter in parameters]
+    lengths = torch.zeros(2, dtype=torch.float64)  # squared, before and after clipping
+    for batch in context.candidate_batches(mine):
+        for row in rows_of(batch):
+            with context.forward_context():
+                loss = context.loss_fn(context.model, row).sum()
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            context.meter.add_flops(3 * forward_flops(context.model, row["input_ids"].numel()))
+            lengths += _add(squares, reached, parameters, gradients, divisor, context)
+    sums = zip(map(distributed.sum_over_ranks, squares), map(distributed.sum_over_ranks, reached), strict=True)
+    sizes = [_size(total, count) for total, count in sums]
+    before, after = distributed.sum_over_ranks(lengths).tolist()
+    return sizes, math.sqrt(after / before) if before else 1.0
+
+
+@torch.no_grad()
+def _add(
+    squares: list[Tensor],
+    reached: list[Tensor],
+    parameters: Sequence[nn.Parameter],
+    gradients: Sequence[Tensor | None],
+    divisor: int,
+    context: RoundContext,
+) -> Tensor:
+    """Add one clipped gradient to the sums; returns its squared length before and after clipping, ``(2,)``."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient / divisor
+    before = _squared_length(parameters)
+    if not math.isfinite(before):
+        return torch.zeros(2, dtype=torch.float64)
+    context.clip_gradients(list(parameters))
+    for square, count, parameter in zip(squares, reached, parameters, strict=True):
+        if parameter.grad is not None:
+            square.addcmul_(parameter.grad, parameter.grad)
+            count.add_(parameter.grad != 0)
+    return torch.tensor([before, _squared_length(parameters)], dtype=torch.float64)
+
+
+def _squared_length(parameters: Sequence[nn.Parameter]) -> float:
+    norms = torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    return float(torch.stack([norm.double() for norm in norms]).square().sum())
+
+
+def _size(squares: Tensor, reached: Tensor) -> Tensor:
+    overall = squares.sum() / reached.sum().clamp(min=1)
+    return torch.where(reached > 0, squares / reached.clamp(min=1), overall).sqrt()

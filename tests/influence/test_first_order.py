@@ -1,0 +1,333 @@
+"""First-order influence against the exact probe in the limit, between its engines, and what it leaves of a run."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from fakes import fake_context, random_source
+from probing import (
+    OPTIMIZERS,
+    VOCAB,
+    Restless,
+    backward,
+    candidate_batch,
+    measure,
+    restless_context,
+    tiny_model,
+    warm_context,
+)
+from torch import nn
+
+from liveselect.functional.slopes import step_slope
+from liveselect.influence import FirstOrderInfluence
+from liveselect.influence.step_sizes import typical_gradient
+from liveselect.losses import causal_lm_loss
+from liveselect.snapshot import checksum
+
+CLIPS = {
+    "inactive": lambda parameters: nn.utils.clip_grad_norm_(parameters, 1e6) and None,
+    "by norm": lambda parameters: nn.utils.clip_grad_norm_(parameters, 0.05) and None,
+    "by value": lambda parameters: nn.utils.clip_grad_value_(parameters, 1e-3),
+}
+
+
+def first_order(context, batch, **settings):
+    estimator = FirstOrderInfluence(**settings)
+    estimator.fit(context)
+    return estimator.score(context, batch)
+
+
+def vanishing(context, rate=1e-9):
+    """The context with steps so short that the reference loss is a line along them."""
+    for group in context.optimizer.param_groups:
+        group["lr"] = rate
+    return context
+
+
+def close(found, expected, share=1e-3):
+    return float((found - expected).abs().max()) < share * float(expected.abs().max())
+
+
+def seen_everything(optimizer, **kwargs):
+    """A context whose moments are warm in every row of the embeddings."""
+    context = warm_context(optimizer, **kwargs)
+    context = replace(context, clip_gradients=CLIPS["inactive"])
+    for _ in range(3):
+        context.optimizer.zero_grad()
+        tokens = torch.arange(VOCAB).view(2, -1)
+        backward(context, torch.cat([tokens, tokens.flip(1)]))  # nothing is learnt of the last token of a row
+        context.optimizer.step()
+    context.optimizer.zero_grad()
+    return context
+
+
+@pytest.mark.parametrize("slope_over", ["zero", "candidates"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_it_is_the_exact_probe_in_the_limit_of_small_steps(optimizer, slope_over):
+    context = replace(seen_everything(optimizer), global_batch=1 << 17)
+    batch = candidate_batch(context, 6)
+    assert close(first_order(context, batch, slope_over=slope_over), measure(context, batch, "in_batch"))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "sgd with momentum and decay", "adamw"])
+@pytest.mark.parametrize("clip", CLIPS)
+def test_taking_each_candidates_step_is_the_exact_probe_in_the_limit_with_clipping_too(optimizer, clip):
+    context = vanishing(replace(warm_context(optimizer), clip_gradients=CLIPS[clip], global_batch=4), 1e-7)
+    batch = candidate_batch(context, 6)
+    for form in ("published", "in_batch"):
+        assert close(first_order(context, batch, engine="optimizer_step", step=form), measure(context, batch, form))
+
+
+def test_a_preconditioner_that_is_forgotten_or_cold_is_far_from_the_exact_probe():
+    context = replace(seen_everything("adamw"), global_batch=1 << 17)
+    batch = candidate_batch(context, 6)
+    exact = measure(context, batch, "in_batch")
+    forgotten = replace(context, optimizer=torch.optim.SGD(context.model.parameters(), lr=2e-3))
+    cold = replace(context, optimizer=OPTIMIZERS["adamw"](context.model.parameters()))
+    for other in (forgotten, cold):
+        found = first_order(other, batch, slope_over="zero")
+        assert not close(found / found.norm(), exact / exact.norm(), share=0.1)
+
+
+def test_a_gradient_taken_before_the_zero_step_is_not_that_of_the_exact_probe():
+    context = replace(seen_everything("adamw"), global_batch=1 << 17)
+    batch = candidate_batch(context, 6)
+    found = first_order(context, batch, gradient_at="current")
+    assert not close(found, measure(context, batch, "in_batch"), share=0.01)
+    for group in context.optimizer.param_groups:
+        group["lr"] = 1e-6  # no way to go: both places are one
+    assert close(found, first_order(context, batch), share=1e-4)
+
+
+def test_products_leave_clipping_out_which_matters_where_it_is_active():
+    context = replace(warm_context("sgd"), clip_gradients=CLIPS["by norm"], global_batch=4)
+    context.optimizer.param_groups[0]["lr"] = 1e-6
+    batch = candidate_batch(context, 6)
+    exact = measure(context, batch, "in_batch")
+    assert not close(first_order(context, batch), exact, share=0.01)
+    assert close(first_order(context, batch, sampled=32), exact, share=0.3)  # but for the mean effect, which is in it
+    barely = replace(context, global_batch=1 << 10)  # no single example is as long as that many limits
+    assert close(first_order(barely, batch), measure(barely, batch, "in_batch"))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd with momentum and decay", "adamw"])
+def test_engines_agree(optimizer):
+    context = warm_context(optimizer)
+    batch = candidate_batch(context, 6)
+    hooks = first_order(context, batch)
+    assert close(first_order(context, batch, engine="forward_mode"), hooks, 1e-6)  # float32 is what comes back
+    assert close(first_order(context, batch, engine="central_difference"), hooks, 1e-6)
+    single = warm_context(optimizer, model=tiny_model(torch.float32))
+    hooks = first_order(single, batch)
+    assert close(first_order(single, batch, engine="central_difference"), hooks, 5e-4)
+    assert close(first_order(single, batch, engine="forward_mode"), hooks, 1e-4)
+
+
+def test_for_sgd_the_step_engine_gives_the_products_and_the_direction_is_the_reference_gradient():
+    context = replace(warm_context("sgd"), clip_gradients=CLIPS["inactive"])
+    batch = candidate_batch(context, 6)
+    estimator = FirstOrderInfluence(gradient_at="current")
+    fitted = estimator.fit(context)
+    assert close(
+        first_order(context, batch, engine="optimizer_step", gradient_at="current"), estimator.score(context, batch)
+    )
+    references = context.source.references
+    loss = backward(context, references)
+    assert fitted["reference_loss"] == pytest.approx(loss, rel=1e-12)
+    for name, parameter in context.model.named_parameters():
+        torch.testing.assert_close(estimator.direction[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_optimizers_that_mix_coordinates_are_refused_for_products_and_taken_by_their_steps():
+    context = warm_context()
+    matrices = [parameter for parameter in context.model.parameters() if parameter.dim() == 2]
+    context = replace(context, optimizer=torch.optim.Muon(matrices, lr=1e-3), global_batch=1 << 10)
+    backward(context, context.source.tokens[:8])
+    context.optimizer.step()
+    batch = candidate_batch(context, 3)
+    with pytest.raises(TypeError, match=r'Muon takes in one coordinate.*engine="optimizer_step"'):
+        FirstOrderInfluence().fit(context)
+    assert close(first_order(context, batch, engine="optimizer_step"), measure(context, batch, "in_batch"), 0.01)
+
+
+ENGINES = ["hooks", "central_difference", "forward_mode", "optimizer_step"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_measuring_leaves_a_run_bitwise_as_it_was_in_the_middle_of_accumulation(engine):
+    context = restless_context()
+    exclude = () if engine != "hooks" else ("norm.*",)
+    backward(context, context.source.tokens[:4])
+    gradients = {name: p.grad for name, p in context.model.named_parameters() if p.grad is not None}
+    values = {name: gradient.clone() for name, gradient in gradients.items()}
+    before, random_state = checksum(context.model, context.optimizer), torch.get_rng_state()
+    modes = [module.training for module in context.model.modules()]
+    first_order(context, candidate_batch(context), engine=engine, exclude=exclude)
+    assert checksum(context.model, context.optimizer) == before
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [module.training for module in context.model.modules()] == modes
+    for name, parameter in context.model.named_parameters():
+        assert parameter.grad is gradients.get(name)
+        assert parameter.grad is None or torch.equal(parameter.grad, values[name])
+
+
+def test_schedulers_and_hooks_of_the_live_optimizer_do_not_see_the_measurement():
+    context = warm_context()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(context.optimizer, lambda step: 1.0)  # wraps step
+    steps = []
+    context.optimizer.register_step_post_hook(lambda *arguments: steps.append(1))
+    before = checksum(context.model, context.optimizer)
+    first_order(context, candidate_batch(context))
+    assert checksum(context.model, context.optimizer) == before
+    assert not steps
+    assert scheduler.last_epoch == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_influence_does_not_depend_on_the_order_or_company_of_candidates(engine):
+    context = warm_context()
+    estimator = FirstOrderInfluence(engine=engine)
+    estimator.fit(context)
+    batch = candidate_batch(context, 4)
+    together = estimator.score(context, batch)
+    alone = [estimator.score(context, {k: v[i : i + 1] for k, v in batch.items()}) for i in (2, 0, 3, 1)]
+    torch.testing.assert_close(torch.cat(alone), together[[2, 0, 3, 1]], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("what", [math.nan, math.inf])
+def test_a_candidate_whose_loss_is_not_finite_gets_nan_and_the_others_their_influence(engine, what):
+    context = warm_context()
+    loss_fn, bad = context.loss_fn, context.source.tokens[1]
+
+    def poisoned(model, batch):
+        factor = torch.ones(len(batch["input_ids"]), dtype=torch.float64)
+        factor[(batch["input_ids"] == bad).all(dim=1)] = what
+        return loss_fn(model, batch) * factor
+
+    batch = candidate_batch(context, 3)
+    settings = {"engine": engine, "slope_over": "zero"}
+    expected = first_order(replace(context, loss_fn=lambda model, batch: loss_fn(model, batch)), batch, **settings)
+    found = first_order(replace(context, loss_fn=poisoned), batch, **settings)
+    assert found[1].isnan()
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-7)
+
+
+def test_a_layer_that_no_rule_covers_is_told_while_fitting_and_can_be_left_out_or_taken_by_another_engine():
+    context = restless_context()
+    with pytest.raises(ValueError, match=r"norm\.bias.*exclude.*central_difference"):
+        FirstOrderInfluence().fit(context)
+    batch = candidate_batch(context)
+    without = first_order(context, batch, exclude=["norm.*"])
+    forward = first_order(context, batch, exclude=["norm.*"], engine="forward_mode")
+    assert close(forward, without, 1e-5)
+
+
+def test_what_it_costs_is_charged():
+    context = warm_context()
+    first_order(context, candidate_batch(context, 3), sampled=5)
+    weights = sum(p.numel() for n, p in context.model.named_parameters() if p.dim() == 2 and "embed_in" not in n)
+    assert context.meter.flops["reference gradient"] == 6 * weights * 4 * 12
+    assert context.meter.flops["precondition"] == 6 * weights * 5 * 12
+    assert context.meter.flops["example gradients"] == 6 * weights * 3 * 12
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"engine": "magic"},
+        {"gradient_at": "there"},
+        {"step": "half"},
+        {"slope_over": "all"},
+        {"reference_precision": "x"},
+    ],
+)
+def test_unknown_settings_are_refused_with_those_that_exist(settings):
+    with pytest.raises(ValueError, match=rf"expected {next(iter(settings))} to be one of \('"):
+        FirstOrderInfluence(**settings)
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="expected sampled of at least 1, got 0"):
+        FirstOrderInfluence(sampled=0)
+    with pytest.raises(ValueError, match="expected a positive difference, got 0"):
+        FirstOrderInfluence(difference=0.0)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error", "message"),
+    [
+        (
+            lambda c: replace(c, optimizer=torch.optim.LBFGS(c.model.parameters())),
+            TypeError,
+            "LBFGS.step needs a closure",
+        ),
+        (lambda c: c.optimizer.param_groups[0].update(lr=0.0) or c, ValueError, "positive learning rate"),
+        (lambda c: c.optimizer.param_groups[0].update(lr=1e300) or c, ValueError, "after a step on zero gradients is"),
+        (lambda c: c.model.requires_grad_(False) and c, ValueError, "parameters that require a gradient, got none"),
+        (
+            lambda c: replace(c, loss_fn=lambda model, batch: c.loss_fn(model, batch).detach().requires_grad_()),
+            ValueError,
+            "does not change with any parameter",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_with_what_to_do(break_it, error, message):
+    with pytest.raises(error, match=message):
+        FirstOrderInfluence(slope_over="zero").fit(break_it(warm_context()))
+
+
+def test_a_pattern_that_fits_nothing_or_everything_is_refused():
+    context = warm_context()
+    with pytest.raises(ValueError, match=r"the pattern 'nothing' fits none of the parameters"):
+        FirstOrderInfluence(exclude=["nothing"]).fit(context)
+    with pytest.raises(ValueError, match="exclude less"):
+        FirstOrderInfluence(exclude=["*"]).fit(context)
+
+
+def test_scoring_before_fitting_is_refused():
+    context = warm_context()
+    with pytest.raises(RuntimeError, match="score was called before fit"):
+        FirstOrderInfluence().score(context, candidate_batch(context))
+    with pytest.raises(RuntimeError, match="no direction before fit"):
+        _ = FirstOrderInfluence().direction
+
+
+# ---- the slope of a step ---------------------------------------------------------------------------------------------
+
+
+def test_the_slope_of_adam_is_its_formula_and_saturates_where_the_moments_are_empty():
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    parameter.grad = torch.tensor([1.0, -0.5, 0.0], dtype=torch.float64)
+    optimizer.step()
+    slope = step_slope(optimizer, parameter, torch.full((3,), 1e-6, dtype=torch.float64))
+    second = 0.95 * optimizer.state[parameter]["exp_avg_sq"] + 0.05 * 1e-12
+    expected = -0.1 * (0.1 / (1 - 0.9**2)) / ((second / (1 - 0.95**2)).sqrt() + 1e-8)
+    torch.testing.assert_close(slope, expected, rtol=1e-6, atol=0)
+    wide = step_slope(optimizer, parameter, torch.full((3,), 1.0, dtype=torch.float64))
+    assert abs(wide[2]) < 1e-3 * abs(slope[2])
+
+
+def test_the_slope_reads_the_live_optimizer_and_changes_nothing_in_it():
+    context = warm_context("adamw without foreach")
+    before = checksum(context.model, context.optimizer)
+    for parameter in context.model.parameters():
+        step_slope(context.optimizer, parameter, torch.ones_like(parameter))
+    assert checksum(context.model, context.optimizer) == before
+
+
+def test_typical_sizes_of_a_rare_row_are_those_of_the_texts_that_hold_it():
+    source = random_source(candidates=12, length=8, vocab=VOCAB)
+    source.tokens[:, :] = 1
+    source.tokens[3, 2] = 7  # one text in twelve
+    context = fake_context(source, model=(model := Restless().double().eval()))
+    context = replace(context, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    model.head = nn.Linear(16, VOCAB, bias=False).double()  # untied: only inputs reach the embedding
+    sizes, kept = typical_gradient(context, [model.embedding.weight], divisor=2, examples=12)
+    loss = causal_lm_loss(model, {"input_ids": source.tokens[3:4]}).sum()
+    (gradient,) = torch.autograd.grad(loss, model.embedding.weight)
+    torch.testing.assert_close(sizes[0][7], gradient[7].abs() / 2)
+    assert kept == 1.0
+    assert bool((sizes[0] > 0).all())
