@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from liveselect.callbacks.selection import DataSelection
-from liveselect.influence import OneStepInfluence
+from liveselect.influence import KFACInfluence
 from liveselect.protocols import InfluenceEstimator, LossFn
 from liveselect.selectors import UCBSelector
 
@@ -67,7 +67,7 @@ class Quad(DataSelection):
         discount: what remains of old rewards and pulls in each round.
         cutoff: cosine distance up to which clusters share outcomes; None for no sharing.
         released: the bound and the neighbour counts of the released code.
-        estimator: measures influence.
+        estimator: measures influence; by default :class:`~liveselect.influence.KFACInfluence`.
         warmup_rounds: rounds of uniform data at the beginning.
         loss_fn: per-example loss, see :class:`~liveselect.callbacks.DataSelection`.
         seed: seed of every draw that selection makes.
@@ -108,7 +108,7 @@ class Quad(DataSelection):
                 cutoff=cutoff,
                 released=released,
             ),
-            estimator=estimator or OneStepInfluence(step="in_batch"),
+            estimator=estimator or KFACInfluence(),
             every_n_steps=every_n_steps,
             warmup_rounds=warmup_rounds,
             loss_fn=loss_fn,

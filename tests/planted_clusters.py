@@ -12,7 +12,7 @@ from liveselect.losses import causal_lm_loss
 VOCABULARY = 40
 
 
-def chains(clusters: int, generator: torch.Generator, sharpness: float = 2.0) -> Tensor:
+def chains(clusters: int, generator: torch.Generator, sharpness: float) -> Tensor:
     """Transition probabilities ``(clusters, V, V)``."""
     return torch.softmax(sharpness * torch.randn(clusters, VOCABULARY, VOCABULARY, generator=generator), dim=-1)
 
@@ -26,11 +26,17 @@ def walk(chain: Tensor, rows: int, length: int, generator: torch.Generator) -> T
 
 
 def planted_clusters(
-    clusters: int = 8, wanted: Sequence[int] = (2, 5), rows: int = 60, length: int = 24, seed: int = 0, **kwargs
+    clusters: int = 8,
+    wanted: Sequence[int] = (2, 5),
+    rows: int = 60,
+    length: int = 24,
+    sharpness: float = 2.0,
+    seed: int = 0,
+    **kwargs,
 ) -> tuple[FakeSource, Tensor]:
     """A source with ``rows`` candidates of each cluster, and the chains; the reference set comes from ``wanted``."""
     generator = torch.Generator().manual_seed(seed)
-    matrices = chains(clusters, generator)
+    matrices = chains(clusters, generator, sharpness)
     tokens = torch.cat([walk(chain, rows, length, generator) for chain in matrices])
     order = torch.randperm(len(tokens), generator=generator)
     groups = torch.arange(clusters).repeat_interleave(rows)[order]

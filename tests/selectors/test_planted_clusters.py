@@ -5,31 +5,36 @@ import torch
 from fakes import fake_context
 from planted_clusters import planted_clusters, small_lm, train
 
-from liveselect.influence import OneStepInfluence
+from liveselect.influence import KFACInfluence, OneStepInfluence
 from liveselect.rounds import SelectionRun, run_round
 from liveselect.selectors import UCBSelector, UniformSelector
 
 torch.set_num_threads(1)
-CLUSTERS = 8
+CLUSTERS, WANTED, TRAINED = 8, (2, 5), 1280
 
-ESTIMATORS = {"one step": lambda: OneStepInfluence(step="in_batch")}
+# how many probes tell the clusters apart in one pull of each: one under curvature, several without
+ESTIMATORS = {
+    "k-fac": (KFACInfluence, 1),
+    "identity": (lambda: KFACInfluence(curvature="identity"), 16),
+    "one step": (lambda: OneStepInfluence(step="in_batch"), 8),
+}
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_clusters_of_the_reference_set_are_found_when_every_arm_was_pulled_once(estimator, seed):
-    wanted = (2, 5)
-    source, _ = planted_clusters(CLUSTERS, wanted, seed=seed)
+    make, probes = ESTIMATORS[estimator]
+    source, _ = planted_clusters(CLUSTERS, WANTED, rows=200, length=32, sharpness=4.0, seed=seed)
     model = small_lm(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    train(model, optimizer, source, torch.arange(240))
-    source.pool.record_use(torch.arange(240))
-    selector = UCBSelector(pulls=CLUSTERS, at_once=CLUSTERS, probes=6, controls=16, arms=2)
-    run = SelectionRun(selector, ESTIMATORS[estimator](), UniformSelector(), 0, source.pool)
+    train(model, optimizer, source, torch.arange(TRAINED))
+    source.pool.record_use(torch.arange(TRAINED))
+    selector = UCBSelector(pulls=CLUSTERS, at_once=CLUSTERS, probes=probes, controls=16, arms=2)
+    run = SelectionRun(selector, make(), UniformSelector(), 0, source.pool)
     context = fake_context(source, seed=seed, model=model, optimizer=optimizer, candidates=source.pool.available(24))
     plan = run_round(run, context, 24)
     rows = run.ledger.rounds[0].groups
     assert all(row["pulls"] == 1.0 for row in rows.values())
     best = sorted(rows, key=lambda name: -rows[name]["reward"])[:2]
-    assert set(best) == {f"chain {index}" for index in wanted}
-    assert source.pool.groups[plan.ids].unique().tolist() == list(wanted)
+    assert set(best) == {f"chain {index}" for index in WANTED}
+    assert source.pool.groups[plan.ids].unique().tolist() == list(WANTED)

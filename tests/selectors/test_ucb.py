@@ -44,6 +44,11 @@ def a_run(source, estimator, **settings) -> SelectionRun:
     return SelectionRun(UCBSelector(**settings), estimator, UniformSelector(), 0, source.pool)
 
 
+def known(run) -> dict:
+    """What the selector of a run knows of its arms."""
+    return run.selector.state_dict()["rewards"]
+
+
 def play(run, source, rounds, budget, first=0):
     """Run rounds and return, for each, the arms that were pulled in their order and the ids of the plan."""
     pulled, plans = [], []
@@ -129,7 +134,7 @@ def test_an_arm_as_good_as_random_data_has_a_reward_near_zero_and_of_unit_spread
         source = arms_source(sizes=(300,) * 10, seed=seed)
         run = a_run(source, ArmInfluence(source, [7.0] * 10, noise=2.0), pulls=10, at_once=10, controls=200, probes=8)
         play(run, source, 1, 4)
-        rewards += run.selector.state_dict()["rewards"].tolist()
+        rewards += known(run)["sums"].tolist()
     rewards = torch.tensor(rewards)
     assert abs(float(rewards.mean())) < 3 / 200**0.5
     assert float(rewards.std()) == pytest.approx(1.0, abs=0.15)
@@ -139,15 +144,15 @@ def test_the_scores_of_the_record_are_the_mean_rewards_and_the_order_is_that_of_
     source = arms_source(sizes=(100,) * 4)
     run = a_run(source, ArmInfluence(source, [0, 1, 2, 3]), pulls=4, arms=1, alpha=0.7)
     _, plans = play(run, source, 4, 5)
-    state = run.selector.state_dict()
-    best = ucb_scores(state["rewards"], state["pulls"], 0.7).argmax()
+    state = known(run)
+    best = ucb_scores(state["sums"], state["pulls"], 0.7).argmax()
     assert source.pool.groups[plans[-1]].unique().tolist() == [best]
     shown = {example.group: example.score for example in run.ledger.rounds[-1].examples}
-    means = state["rewards"] / state["pulls"]
+    means = state["sums"] / state["pulls"]
     rows = run.ledger.rounds[-1].groups
     assert [rows[name]["pulls"] for name in "abcd"] == state["pulls"].tolist()
     scores = torch.tensor([rows[name]["reward"] + rows[name]["bonus"] for name in "abcd"], dtype=torch.float64)
-    torch.testing.assert_close(scores, ucb_scores(state["rewards"], state["pulls"], 0.7))
+    torch.testing.assert_close(scores, ucb_scores(state["sums"], state["pulls"], 0.7))
     assert shown == {name: pytest.approx(float(means[i])) for i, name in enumerate("abcd")}
 
 
@@ -190,7 +195,7 @@ def test_influence_that_is_not_finite_is_left_out_and_an_arm_without_any_is_not_
     estimator.means[0] = float("nan")
     run = a_run(source, estimator, tau=None)
     play(run, source, 1, 4)
-    assert run.selector.state_dict()["pulls"].tolist() == [0.0, 1.0]
+    assert known(run)["pulls"].tolist() == [0.0, 1.0]
     assert "measured influences are not finite" in run.ledger.rounds[0].notes[0]
     estimator.means[1] = float("inf")
     other = a_run(source, estimator)
@@ -210,7 +215,7 @@ def test_neighbours_learn_from_a_pull_as_much_as_they_are_near():
     )
     run = a_run(source, ArmInfluence(source, [1, 1, 0]), pulls=3, at_once=1, tau=None)
     pulled, _ = play(run, source, 1, 4)
-    pulls = run.selector.state_dict()["pulls"]
+    pulls = known(run)["pulls"]
     # the neighbour of an arm that was pulled is known, so the stranger is pulled before it
     first = pulled[0].index(2) + 1
     assert first <= 2
@@ -228,7 +233,7 @@ def test_without_a_cutoff_neighbours_learn_nothing():
         play(a_run(source, ArmInfluence(source, [1, 1])), source, 1, 4)
     run = a_run(source, ArmInfluence(source, [1, 1]), pulls=1, cutoff=None)
     play(run, source, 1, 4)
-    assert sorted(run.selector.state_dict()["pulls"].tolist()) == [0.0, 1.0]
+    assert sorted(known(run)["pulls"].tolist()) == [0.0, 1.0]
 
 
 def test_forgetting_lets_the_choice_follow_arms_that_change():
@@ -242,6 +247,38 @@ def test_forgetting_lets_the_choice_follow_arms_that_change():
         _, plans = play(run, source, 12, 4, first=40)
         followed[discount] = source.pool.groups[plans[-1]].unique().tolist()
     assert followed == {1.0: [0], 0.8: [3]}
+
+
+def test_an_arm_that_training_has_shown_is_credited_once_and_needs_no_probes():
+    source = arms_source(sizes=(100,) * 4)
+    run = a_run(source, ArmInfluence(source, [2, 1, 0, -1], noise=0.0), pulls=4, at_once=1, probes=4)
+    play(run, source, 2, 8)
+    before = known(run)
+    level, variance = before["moments"]
+    trained = (source.pool.groups == 0).nonzero().flatten()[:10]
+    influence = torch.linspace(1.0, 2.0, 10)
+    influence[3] = float("nan")
+    run.selector.overhear(trained[:5], influence[:5])
+    run.selector.overhear(trained[5:], influence[5:])
+    context = fake_context(source, round_index=2, candidates=source.pool.available(8))
+    asked = run.selector.propose(context)
+    after = known(run)
+    outcome = (influence[influence.isfinite()].double().mean() - level) / (variance / 4) ** 0.5
+    assert float(after["sums"][0] - before["sums"][0]) == pytest.approx(float(outcome))
+    assert (after["pulls"] - before["pulls"]).tolist() == [1.0, 0.0, 0.0, 0.0]
+    while len(asked):
+        run.selector.observe(asked, torch.zeros(len(asked)))
+        asked = run.selector.propose(context)
+        assert not (source.pool.groups[asked] == 0).any()
+    assert run.selector.select(context, 8).metrics["arms/overheard"] == 1.0
+
+
+def test_what_is_overheard_before_any_control_was_measured_is_dropped():
+    source = arms_source()
+    selector = UCBSelector()
+    selector.overhear(torch.arange(5), torch.ones(5))
+    selector.propose(fake_context(source))
+    assert not selector.state_dict()["rewards"]["pulls"].any()
 
 
 def saved(run):
@@ -268,9 +305,10 @@ def test_a_resumed_run_pulls_the_same_arms_to_the_bit(cut):
     continued, later = play(second, source, 8 - cut, 12, first=cut)
     assert continued == pulled[cut:]
     assert all(torch.equal(a, b) for a, b in zip(later, plans[cut:], strict=True))
-    for name, value in whole.selector.state_dict().items():
-        other = second.selector.state_dict()[name]
-        assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
+    whole, second = ({**known(run), **run.selector.state_dict()} for run in (whole, second))
+    for name in ("sums", "pulls", "cursors"):
+        assert torch.equal(whole[name], second[name])
+    assert whole["moments"] == second["moments"]
 
 
 def test_a_checkpoint_of_other_arms_is_refused():
@@ -311,7 +349,7 @@ def test_without_controls_rewards_are_told_in_their_running_root_mean_square():
     run = a_run(source, ArmInfluence(source, [1, 2, 3, 4], noise=0.0), pulls=4, at_once=4, controls=0)
     play(run, source, 1, 4)
     outcomes = torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)
-    torch.testing.assert_close(run.selector.state_dict()["rewards"], outcomes / outcomes.square().mean().sqrt())
+    torch.testing.assert_close(known(run)["sums"], outcomes / outcomes.square().mean().sqrt())
 
 
 def test_more_influence_than_was_asked_for_is_refused():

@@ -8,23 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liveselect.functional.bandit import (
-    allocate,
-    arm_means,
-    credit_pulls,
-    exploration_bonus,
-    follow_moments,
-    neighbour_weights,
-    top_arms,
-    ucb_scores,
-)
+from liveselect.functional.bandit import allocate, neighbour_weights, top_arms
 from liveselect.functional.sampling import uniform_subset
 from liveselect.protocols import RoundContext, Selection
 from liveselect.selectors.arms import Arms, OpenArms
+from liveselect.selectors.rewards import CONTROL, Rewards
 from liveselect.selectors.uniform import check_budget, training_order, uniform_selection
-
-CONTROL = -1
-"""Stands for the arm of a candidate that was measured as a control."""
 
 
 @dataclass
@@ -35,6 +24,7 @@ class _Round:
         index: of the round.
         open: what may be taken from each arm.
         pulls_left: arms that may still be pulled.
+        heard: ``(K,)`` bool, arms whose outcome training has shown already.
         asked: ``(m,)`` the arm of each candidate that was proposed last.
         dropped: influences that were not finite.
     """
@@ -42,6 +32,7 @@ class _Round:
     index: int
     open: OpenArms
     pulls_left: int
+    heard: Tensor
     asked: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     dropped: int = 0
 
@@ -65,6 +56,9 @@ class UCBSelector:
     first, ``at_once`` of them before their outcomes are looked at. Arms that were never credited come before all
     others, in a seeded order. Then the ``arms`` largest CS share the budget evenly, among arms whose mean reward is at
     least ``tau``.
+
+    Where training itself shows the influence of what it trains on (:meth:`overhear`), arms of the mixture need no
+    probes: pulls go to the others.
 
     An arm is walked in one seeded order, by probes and by training alike, and no candidate is trained on again before
     the pool is used up. An arm with nothing left is retired.
@@ -128,22 +122,20 @@ class UCBSelector:
         self.cutoff = cutoff
         self.released = released
         self._arms: Arms | None = None
-        self._neighbours: tuple[Tensor, Tensor, Tensor] | None = None
         self._round: _Round | None = None
         self._fingerprint: str | None = None
-        self._rewards = self._pulls = torch.zeros(0, dtype=torch.float64)
+        self._rewards = Rewards(0, probes, controls > 0, released)
         self._cursors = torch.zeros(0, dtype=torch.int64)
-        self._moments: tuple[float, float] | None = None
+        self._overheard: list[tuple[Tensor, Tensor]] = []  # only between the last step of a round and the next round
 
     # ---- ask, tell, choose -------------------------------------------------------------------------------------
 
     def propose(self, context: RoundContext) -> Tensor:
         """Return the probes of the next arms, ``(m,)``, controls first; ``(0,)`` when the round's pulls are spent."""
         current = self._enter(context)
-        scores = ucb_scores(self._rewards, self._pulls, self.alpha, self.released)
         number = min(self.at_once, current.pulls_left)
         ties = context.generator(f"pull {current.pulls_left}")
-        arms = top_arms(scores, number, ties, current.open.room > 0).tolist()
+        arms = top_arms(self._scores(), number, ties, (current.open.room > 0) & ~current.heard).tolist()
         if not arms:
             return torch.empty(0, dtype=torch.int64)
         ids = [self._draw_controls(context) if current.pulls_left == self.pulls else current.asked[:0]]
@@ -168,7 +160,16 @@ class UCBSelector:
             raise ValueError(f"expected the influence of the {asked} proposed candidates, got {len(influence)}")
         finite = influence.isfinite()
         current.dropped += int((~finite).sum())
-        self._credit(current.asked[finite], influence[finite].double())
+        self._rewards.credit(current.asked[finite], influence[finite].double())
+
+    def overhear(self, ids: Tensor, influence: Tensor) -> None:
+        """Take note of the influence ``(m,)`` of candidates ``ids (m,)`` that were trained on since the last round.
+
+        The next round credits their arms, each with one pull, against the level of the controls so far, and spends its
+        own pulls on other arms. What is not finite is left out.
+        """
+        finite = influence.isfinite()
+        self._overheard.append((ids[finite].cpu(), influence[finite].double().cpu()))
 
     def select(self, context: RoundContext, budget: int) -> Selection:
         """Share ``budget`` among the arms that promise most, in random training order.
@@ -178,8 +179,8 @@ class UCBSelector:
         """
         check_budget(context, budget)
         current = self._enter(context)
-        room, means = current.open.room, arm_means(self._rewards, self._pulls)
-        known = (self._pulls > 0) & (room > 0)
+        room, means = current.open.room, self._rewards.means
+        known = self._rewards.known & (room > 0)
         notes: tuple[str, ...] = ()
         if current.dropped:
             notes = (f"{current.dropped} measured influences are not finite and were left out",)
@@ -193,16 +194,20 @@ class UCBSelector:
                 "reward of at least tau hold too few",
             )
         chosen = {arm: current.open.first(arm, int(counts[arm])) for arm in counts.nonzero().flatten().tolist()}
-        scored = (self._pulls > 0).nonzero().flatten()
+        scored = self._rewards.known.nonzero().flatten()
         return Selection(
             training_order(context, torch.cat(list(chosen.values()))),
             scored=_shown(context, current.open.arms, chosen)[scored],
             scores=means[scored].float(),
-            metrics={**self._metrics(room > 0, accepted, counts), "spilled": float(spilled)},
+            metrics={
+                **self._metrics(room > 0, accepted, counts),
+                "arms/overheard": float(current.heard.sum()),
+                "spilled": float(spilled),
+            },
             group_metrics={
-                "reward": torch.where(self._pulls > 0, means, torch.nan),
-                "pulls": self._pulls,
-                "bonus": exploration_bonus(self._pulls, self.alpha, self.released),
+                "reward": torch.where(self._rewards.known, means, torch.nan),
+                "pulls": self._rewards.pulls,
+                "bonus": self._rewards.bonus(self.alpha),
             },
             notes=notes,
         )
@@ -210,22 +215,20 @@ class UCBSelector:
     # ---- state -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return rewards, pulls, cursors and units; the orders of the arms follow from the seed."""
+        """Return rewards, pulls, units and cursors; the orders of the arms follow from the seed."""
         return {
             "fingerprint": self._fingerprint,
-            "rewards": self._rewards.clone(),
-            "pulls": self._pulls.clone(),
+            "rewards": self._rewards.state_dict(),
             "cursors": self._cursors.clone(),
-            "moments": None if self._moments is None else list(self._moments),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; the next round refuses arms that are not those of the state."""
         self._arms = self._round = None
+        self._overheard.clear()
         self._fingerprint = state["fingerprint"]
-        self._rewards, self._pulls = state["rewards"].clone(), state["pulls"].clone()
+        self._rewards.load_state_dict(state["rewards"])
         self._cursors = state["cursors"].clone()
-        self._moments = None if state["moments"] is None else (state["moments"][0], state["moments"][1])
 
     # ---- parts of a round --------------------------------------------------------------------------------------
 
@@ -235,17 +238,26 @@ class UCBSelector:
             return self._round
         if self._arms is None:
             self._arms = self._open_arms(context)
-        self._rewards = self._rewards * self.discount
-        self._pulls = self._pulls * self.discount
+        self._rewards.forget(self.discount)
         is_open = OpenArms(self._arms, context.candidates, context.source.pool.uses)
-        self._round = _Round(context.round, is_open, self.pulls)
+        self._round = _Round(context.round, is_open, self.pulls, self._credit_overheard(self._arms))
         return self._round
+
+    def _credit_overheard(self, arms: Arms) -> Tensor:
+        """Credit what training has shown of its arms; return which these are, ``(K,)`` bool."""
+        heard = torch.zeros(len(arms), dtype=torch.bool)
+        if self._overheard and self._rewards.moments is not None:
+            ids, influence = (torch.cat(parts) for parts in zip(*self._overheard, strict=True))
+            heard[arms.codes[ids]] = True
+            self._rewards.credit(arms.codes[ids], influence)
+        self._overheard.clear()
+        return heard
 
     def _open_arms(self, context: RoundContext) -> Arms:
         arms = Arms.of(context.source, context.seed)
         if self._fingerprint is None:
             self._fingerprint = arms.fingerprint
-            self._rewards = self._pulls = torch.zeros(len(arms), dtype=torch.float64)
+            self._rewards = Rewards(len(arms), self.probes, self.controls > 0, self.released)
             self._cursors = torch.zeros(len(arms), dtype=torch.int64)
         elif self._fingerprint != arms.fingerprint:
             raise ValueError(
@@ -260,30 +272,15 @@ class UCBSelector:
                     f"list them only up to {geometry.reach}: lower the cutoff, or cluster again with a larger --reach"
                 )
             weights = neighbour_weights(geometry.distances.double(), self.cutoff)
-            self._neighbours = (geometry.starts, geometry.columns, weights)
+            self._rewards.neighbours = (geometry.starts, geometry.columns, weights)
         return arms
 
     def _draw_controls(self, context: RoundContext) -> Tensor:
         number = min(self.controls, len(context.candidates))
         return context.candidates[uniform_subset(len(context.candidates), number, context.generator("controls"))]
 
-    def _credit(self, asked: Tensor, influence: Tensor) -> None:
-        """Turn influence ``(m,)`` of candidates of the arms ``asked (m,)`` into rewards."""
-        controls, probes = influence[asked == CONTROL], asked != CONTROL
-        arms, place = asked[probes].unique(return_inverse=True)
-        outcomes = torch.zeros(len(arms), dtype=torch.float64).index_add_(0, place, influence[probes])
-        outcomes /= place.bincount(minlength=len(arms))
-        if self.controls and len(controls):
-            self._moments = follow_moments(self._moments, controls)
-        elif not self.controls and len(outcomes):
-            self._moments = follow_moments(self._moments, outcomes, center=0.0)
-        if self._moments is None:
-            return
-        level, variance = self._moments
-        unit = math.sqrt(variance / self.probes if self.controls else variance)
-        credit_pulls(
-            self._rewards, self._pulls, arms, (outcomes - level) / (unit or 1.0), self._neighbours, self.released
-        )
+    def _scores(self) -> Tensor:
+        return self._rewards.means + self._rewards.bonus(self.alpha)
 
     def _share_out(
         self, context: RoundContext, current: _Round, accepted: Tensor, known: Tensor, budget: int
@@ -291,10 +288,9 @@ class UCBSelector:
         """Return how many candidates each arm gives, ``(K,)``, and how many of them are beyond what was meant."""
         room = current.open.room
         quota = torch.minimum(room, (self.gamma * current.open.arms.sizes).ceil().long())
-        scores = ucb_scores(self._rewards, self._pulls, self.alpha, self.released)
-        order = top_arms(scores, len(scores), context.generator("mixture"), accepted)
+        order = top_arms(self._scores(), len(room), context.generator("mixture"), accepted)
         enough = int((quota[order].cumsum(0) < budget).sum()) + 1
-        weights = torch.zeros(len(scores), dtype=torch.float64)
+        weights = torch.zeros(len(room), dtype=torch.float64)
         weights[order[: max(self.arms, enough)]] = 1.0
         counts = allocate(weights, quota, budget)
         spilled = budget - int(counts.sum())
@@ -306,15 +302,15 @@ class UCBSelector:
         metrics = {
             "arms/open": float(open_arms.sum()),
             "arms/retired": float((~open_arms).sum()),
-            "arms/known": float((self._pulls > 0).sum()),
+            "arms/known": float(self._rewards.known.sum()),
             "arms/accepted": float(accepted.sum()),
             "arms/trained": float((counts > 0).sum()),
             "arms/largest_share": float(counts.max() / counts.sum()),
-            "pulls": float(self._pulls.sum()),
+            "pulls": float(self._rewards.pulls.sum()),
         }
-        if self._moments is not None:
-            metrics["influence/level"] = self._moments[0]
-            metrics["influence/spread"] = math.sqrt(self._moments[1])
+        if self._rewards.moments is not None:
+            level, variance = self._rewards.moments
+            metrics |= {"influence/level": level, "influence/spread": math.sqrt(variance)}
         return metrics
 
 
