@@ -30,7 +30,7 @@ def ledger_of(selector: str, losses: list[float], round_seconds: float = 0.0, te
                     Example(index, "prose", None if drawn else 7.0, True, text),
                     Example(index + 500, "code", None if drawn else -1.5, False, "a rejected text"),
                 ],
-                metrics={} if drawn else {"spearman": 0.5 + index / 8},
+                metrics={} if drawn else {"reference_loss": 3.5 + index, "regressor/spearman": 0.5 + index / 8},
                 seconds={"choose": round_seconds},
                 flops={"choose": 100 * round_seconds},
             )

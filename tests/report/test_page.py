@@ -99,7 +99,8 @@ def test_every_number_of_every_round_and_evaluation_is_in_the_page():
         row = [record.round, record.step, record.selector, record.candidates, len(record.measured), record.chosen]
         shown = [str(value) if isinstance(value, str) else words.number(value) for value in row]
         shown += [words.duration(record.total_seconds), words.flops(record.total_flops)]
-        shown += [words.number(value) for value in record.metrics.values()]
+        ordered = sorted(record.metrics.items(), key=lambda item: "spearman" not in item[0])
+        shown += [words.number(value) for _, value in ordered]
         assert contains(cells, shown)
     for run in runs:
         for entry in run.ledger.evaluations:
@@ -146,7 +147,7 @@ def test_values_that_are_not_finite_do_not_stop_the_report():
     runs = two_runs()
     record = runs[1].ledger.rounds[0]
     record.influence[:] = [math.nan, math.inf, -math.inf]
-    record.metrics["spearman"] = math.nan
+    record.metrics["regressor/spearman"] = math.nan
     runs[1].ledger.evaluate(40, {"val_loss": math.nan})
     runs[0].ledger.evaluate(40, {"val_loss": math.inf})
     assert "not a number" in "".join(Reader(build_page(runs)).text)
@@ -179,6 +180,13 @@ def test_an_unknown_metric_is_refused_with_the_known_ones():
         build_page(two_runs(), "accuracy")
     with pytest.raises(ValueError, match="at least one run"):
         build_page([])
+
+
+def test_the_configuration_beside_a_run_is_shown_as_text(tmp_path: Path):
+    ledger_of("UniformSelector", [3.0]).write(tmp_path / "run" / "selection" / "ledger.jsonl")
+    (tmp_path / "run" / "config.yaml").write_text("trainer:\n  max_steps: 3  # <b>\n")
+    page = write_report([tmp_path], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "trainer:\n  max_steps: 3  # &lt;b&gt;\n" in page
 
 
 def test_the_report_is_written_where_it_was_asked_for(tmp_path: Path):

@@ -162,6 +162,7 @@ def _example(example: Example) -> str:
 
 def _rounds(rounds: Sequence[RoundRecord]) -> str:
     metrics = list(dict.fromkeys(name for record in rounds for name in record.metrics))
+    metrics.sort(key=lambda name: "spearman" not in name)  # how far the scores can be trusted comes first
     columns = ["round", "step", "selector", "candidates", "measured", "chosen", "time", "FLOPs", *metrics]
     rows = [
         [

@@ -192,7 +192,12 @@ def _settings(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(name for about in flat for name in about))
     rows = [[words.escaped(name), *(words.escaped(about.get(name, "–")) for about in flat)] for name in names]
     shown = elements.table(["setting", *(run.name for run in runs)], rows, "Settings of the runs")
-    return f"<section><h2>Settings</h2>{shown if rows else '<p>None were recorded.</p>'}</section>"
+    configs = [
+        elements.details(f"Configuration of {run.name}", elements.article(["config.yaml"], run.config, "whole"))
+        for run in runs
+        if run.config
+    ]
+    return f"<section><h2>Settings</h2>{shown if rows else '<p>None were recorded.</p>'}{''.join(configs)}</section>"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Literal
 from liveselect.ledger import Evaluation, Ledger, RoundRecord
 
 LEDGER_NAME = "ledger.jsonl"
+CONFIG_NAME = "config.yaml"
 DEFAULT_FOLDER = "selection"
 """Where DataSelection puts the ledger inside of the run's folder; says nothing about the run."""
 PREFERRED_METRIC = "val_loss"
@@ -26,10 +27,12 @@ class Run:
     Attributes:
         name: what the reader calls it; distinct among the runs of a report.
         ledger: its record.
+        config: the configuration file that LightningCLI left beside it, empty when there is none.
     """
 
     name: str
     ledger: Ledger
+    config: str = ""
 
     @property
     def method(self) -> str:
@@ -88,7 +91,7 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
         files.update(dict.fromkeys(_ledgers_in(path)))
     folders = [file.parent.resolve() for file in files]
     names = _distinct_names([folder.parent if folder.name == DEFAULT_FOLDER else folder for folder in folders])
-    return [Run(name, Ledger.read(file)) for name, file in zip(names, files, strict=True)]
+    return [Run(name, Ledger.read(file), _config_of(file)) for name, file in zip(names, files, strict=True)]
 
 
 def choose_metric(runs: Sequence[Run]) -> str | None:
@@ -133,6 +136,12 @@ def _ledgers_in(path: Path) -> list[Path]:
             "the file appears after the first round"
         )
     return found
+
+
+def _config_of(ledger: Path) -> str:
+    folder = ledger.parent.parent if ledger.parent.name == DEFAULT_FOLDER else ledger.parent
+    path = folder / CONFIG_NAME
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:
