@@ -92,6 +92,10 @@ def zero_sums(layers: Sequence[MatrixLayer], model: nn.Module, kinds: Sequence[s
     return sums
 
 
+Seen = list[tuple[MatrixLayer, Tensor, Tensor]]
+"""Layers with the inputs and output gradients of their calls, as observers get them."""
+
+
 def add_covariances(
     sums: Sums,
     layers: Sequence[MatrixLayer],
@@ -100,6 +104,8 @@ def add_covariances(
     batch: Any,
     weights: Tensor,
     mask: Tensor,
+    keep: Seen | None = None,
+    check: bool = True,
 ) -> None:
     """Add one batch to the sums of ``outputs``, and of ``inputs`` or ``trace`` where these are among the sums.
 
@@ -110,26 +116,24 @@ def add_covariances(
         loss_fn: mean loss of each example.
         batch: examples.
         weights: ``(B,)``, the target tokens of each example: they turn mean losses into sums over tokens.
-        mask: ``(B, T)`` bool on CPU, the tokens that count.
+        mask: ``(B, T)`` bool on CPU, the tokens that count; the gradients of others are zero.
+        keep: where to put what was seen, for :func:`add_seen_squares`.
+        check: look for uses of the layers' weights that no layer saw.
     """
     active = _ActiveTokens(mask)
 
     def observe(layer: MatrixLayer, x: Tensor, delta: Tensor) -> None:
+        if keep is not None:
+            keep.append((layer, x, delta))
         group = sums[layer.leader]
-        rows = active.rows(delta)
+        rows = delta.flatten(0, -2)
         for block, index in enumerate(layer.blocks):
             part = rows if index is None else rows[:, index.to(rows.device)]
             add_gram_(group[key("outputs", layer.name, block)], part)
-        if layer.leader != layer.name:
-            return  # the leader has the same input
-        inputs = layer.with_one(active.rows(x.expand(len(delta), *x.shape[1:])))
-        group["tokens"].add_(len(inputs))
-        if "trace" in group:
-            group["trace"].add_(inputs.to(group["trace"].dtype).square().sum())
-        if "inputs" in group:
-            add_gram_(group["inputs"], inputs)
+        if layer.leader == layer.name:  # the others have the same input
+            _add_inputs(group, active.rows(x.expand(len(delta), *x.shape[1:])), layer.bias is not None)
 
-    backward_through_layers(model, loss_fn, batch, _plan(layers, model, observe), weights)
+    backward_through_layers(model, loss_fn, batch, _plan(layers, model, observe), weights, check)
 
 
 def add_squares(
@@ -141,6 +145,7 @@ def add_squares(
     weights: Tensor,
     mask: Tensor,
     curvature_of: Callable[[str, int], Curvature],
+    check: bool = True,
 ) -> None:
     """Add one batch to the sums of ``squares``: of examples' gradients, in the basis of each block.
 
@@ -149,17 +154,48 @@ def add_squares(
     active = _ActiveTokens(mask)
 
     def observe(layer: MatrixLayer, x: Tensor, delta: Tensor) -> None:
-        group = sums[layer.leader]
-        x = x.expand(len(delta), *x.shape[1:])
-        if layer.leader == layer.name:
-            group["tokens"].add_(len(active.rows(x)))
-        inputs, deltas = (value.unsqueeze(1).flatten(1, -2) for value in (layer.with_one(x), delta))
-        for block, index in enumerate(layer.blocks):
-            total = group[key("squares", layer.name, block)]
-            part = deltas if index is None else deltas[..., index.to(deltas.device)]
-            total.add_(rotated_squares(curvature_of(layer.name, block), inputs.to(total.dtype), part.to(total.dtype)))
+        _add_layer_squares(sums[layer.leader], layer, x, delta, active, curvature_of)
 
-    backward_through_layers(model, loss_fn, batch, _plan(layers, model, observe), weights)
+    backward_through_layers(model, loss_fn, batch, _plan(layers, model, observe), weights, check)
+
+
+def add_seen_squares(sums: Sums, seen: Seen, mask: Tensor, curvature_of: Callable[[str, int], Curvature]) -> None:
+    """Do what :func:`add_squares` does with what :func:`add_covariances` kept, without passing through the model."""
+    active = _ActiveTokens(mask)
+    for layer, x, delta in seen:
+        _add_layer_squares(sums[layer.leader], layer, x, delta, active, curvature_of)
+
+
+def _add_inputs(group: Mapping[str, Tensor], rows: Tensor, has_bias: bool) -> None:
+    """Add inputs ``(N, D_in)`` to a layer's sums, as if a 1 stood behind each where there is a bias."""
+    group["tokens"].add_(len(rows))
+    if "trace" in group:
+        finer = torch.promote_types(rows.dtype, torch.float32)
+        group["trace"].add_(rows.to(finer).square().sum(dtype=torch.float64) + has_bias * len(rows))
+    if "inputs" in group and not has_bias:
+        add_gram_(group["inputs"], rows)
+    elif "inputs" in group:
+        add_gram_(group["inputs"][:-1, :-1], rows)
+        group["inputs"][:-1, -1].add_(rows.sum(dim=0, dtype=group["inputs"].dtype))
+        group["inputs"][-1, -1].add_(len(rows))
+
+
+def _add_layer_squares(
+    group: Mapping[str, Tensor],
+    layer: MatrixLayer,
+    x: Tensor,
+    delta: Tensor,
+    active: "_ActiveTokens",
+    curvature_of: Callable[[str, int], Curvature],
+) -> None:
+    x = x.expand(len(delta), *x.shape[1:])
+    if layer.leader == layer.name:
+        group["tokens"].add_(active.count(x))
+    inputs, deltas = (value.unsqueeze(1).flatten(1, -2) for value in (layer.with_one(x), delta))
+    for block, index in enumerate(layer.blocks):
+        total = group[key("squares", layer.name, block)]
+        part = deltas if index is None else deltas[..., index.to(deltas.device)]
+        total.add_(rotated_squares(curvature_of(layer.name, block), inputs.to(total.dtype), part.to(total.dtype)))
 
 
 def _plan(
@@ -182,13 +218,22 @@ class _ActiveTokens:
 
     def rows(self, values: Tensor) -> Tensor:
         """Return the active rows of ``values (B, T', ..., D)`` as ``(N, D)``; without a token dimension, all rows."""
-        if values.dim() < 3 or len(values) != len(self._mask) or values.shape[1] > self._mask.shape[1]:
-            return values.flatten(0, -2)
-        index = self._index(values.shape[1], values.device)
-        flat = values.flatten(0, 1)
-        return (flat if index is None else flat[index]).flatten(0, -2)
+        flat, index = values.flatten(0, -2), self._index_of(values)
+        if index is None:
+            return flat
+        return values.flatten(0, 1).index_select(0, index).flatten(0, -2)
 
-    def _index(self, length: int, device: torch.device) -> Tensor | None:
+    def count(self, values: Tensor) -> int:
+        """Return N, the number of active rows."""
+        index = self._index_of(values)
+        per_token = values[0, 0].numel() // values.shape[-1] if index is not None else 1
+        return values.flatten(0, -2).shape[0] if index is None else len(index) * per_token
+
+    def _index_of(self, values: Tensor) -> Tensor | None:
+        """Return which of the flattened tokens count, None when all of them do."""
+        if values.dim() < 3 or len(values) != len(self._mask) or values.shape[1] > self._mask.shape[1]:
+            return None
+        length, device = values.shape[1], values.device
         if (length, device) not in self._indices:
             mask = self._mask[:, :length]
             index = None if bool(mask.all()) else mask.flatten().nonzero().flatten().to(device)

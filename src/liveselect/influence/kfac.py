@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from liveselect import distributed
-from liveselect.functional.factors import MatrixLayer, Sums, add_covariances, add_squares, zero_sums
+from liveselect.functional.factors import (
+    MatrixLayer,
+    Seen,
+    Sums,
+    add_covariances,
+    add_seen_squares,
+    add_squares,
+    zero_sums,
+)
 from liveselect.functional.gradients import example_dot, summed_loss_and_gradient
 from liveselect.functional.kronecker import relative_damping, solve
 from liveselect.influence.blocks import Blocks, Variant
@@ -18,6 +26,10 @@ from liveselect.influence.reference import ReferencePass, batch_flops
 from liveselect.losses import target_counts
 from liveselect.protocols import Batch, RoundContext
 from liveselect.snapshot import measuring
+
+_KEPT_BYTES = (
+    1 << 29
+)  # of activations and gradients that may be kept from one pass over the factor examples to the next
 
 
 class KFACInfluence:
@@ -101,6 +113,7 @@ class KFACInfluence:
         self._factors_from: int | None = None  # round of the last refresh
         self._reference_from: int | None = None
         self._direction: dict[str, Tensor] | None = None
+        self._coverage_checked = False  # in this process, since the direction was made
 
     @property
     def direction(self) -> Mapping[str, Tensor]:
@@ -137,6 +150,7 @@ class KFACInfluence:
             with context.meter.phase("precondition"):
                 self._direction = self._precondition(layers, gradient)
             self._reference_from = context.round
+        self._coverage_checked = False
         size = sum(value.numel() for value in self._direction.values())
         return metrics | {
             "reference_loss": loss,
@@ -153,7 +167,9 @@ class KFACInfluence:
         batch = context.to_device(batch)
         with measuring(context.model, context.optimizer), context.meter.phase("example gradients"):
             with context.forward_context():
-                influence = example_dot(context.model, context.loss_fn, batch, direction)
+                check = not self._coverage_checked
+                influence = example_dot(context.model, context.loss_fn, batch, direction, check)
+                self._coverage_checked = True
             context.meter.add_flops(3 * batch_flops(context.model, batch))
         return influence.where(influence.isfinite(), math.nan).float().cpu()
 
@@ -201,20 +217,37 @@ class KFACInfluence:
             with context.forward_context():
                 batches = [with_sampled_labels(context.model, batch, generator) for batch in batches]
         seen = 0.0
+        kept: list[Seen | None] = []
         for kinds in self._blocks.passes:
             sums = zero_sums(layers, context.model, kinds)
-            for batch in batches:
-                self._add(context, sums, layers, batch, "squares" in kinds)
+            for index, batch in enumerate(batches):
+                if "squares" in kinds:
+                    self._add_squares(context, sums, layers, batch, kept[index] if kept else None)
+                else:
+                    kept.append(self._add_covariances(context, sums, layers, batch, _size(kept), check=index == 0))
             seen = self._blocks.take(layers, sums, kinds)
         return seen
 
-    def _add(self, context: RoundContext, sums: Sums, layers: list[MatrixLayer], batch: Batch, squares: bool) -> None:
-        arguments = (sums, layers, context.model, context.loss_fn, batch, target_counts(batch), active_tokens(batch))
+    def _add_covariances(
+        self, context: RoundContext, sums: Sums, layers: list[MatrixLayer], batch: Batch, size: int, check: bool
+    ) -> Seen | None:
+        """Add one batch, and return what was seen if another pass needs it and ``size`` bytes kept leave room."""
+        keep: Seen | None = [] if len(self._blocks.passes) > 1 and size < _KEPT_BYTES else None
+        tokens = target_counts(batch), active_tokens(batch)
         with context.forward_context():
-            if squares:
-                add_squares(*arguments, self._blocks.basis)
-            else:
-                add_covariances(*arguments)
+            add_covariances(sums, layers, context.model, context.loss_fn, batch, *tokens, keep=keep, check=check)
+        context.meter.add_flops(2 * batch_flops(context.model, batch))
+        return keep
+
+    def _add_squares(
+        self, context: RoundContext, sums: Sums, layers: list[MatrixLayer], batch: Batch, kept: Seen | None
+    ) -> None:
+        if kept is not None:
+            add_seen_squares(sums, kept, active_tokens(batch), self._blocks.basis)
+            return
+        arguments = (layers, context.model, context.loss_fn, batch, target_counts(batch), active_tokens(batch))
+        with context.forward_context():
+            add_squares(sums, *arguments, self._blocks.basis)
         context.meter.add_flops(2 * batch_flops(context.model, batch))
 
     def _precondition(self, layers: list[MatrixLayer], gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -257,3 +290,9 @@ def _reference_gradient(
             "model may have diverged"
         )
     return mean, {name: distributed.sum_over_ranks(value) / float(totals[1]) for name, value in gradient.items()}
+
+
+def _size(kept: list[Seen | None]) -> int:
+    """Return the bytes of what is kept; layers that share an input share its memory."""
+    tensors = {tensor.data_ptr(): tensor for seen in kept for entry in seen or [] for tensor in entry[1:]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
