@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from fakes import planted_source, random_source
 from probing import CLIP, VOCAB, clip, mean_loss
+from scipy.stats import spearmanr
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from unrolled import SETTINGS, guarded_sqrt, written_out
 from unrolled_language_model import BATCH, CANDIDATES, RATE, TRAINED, warm_context
@@ -56,9 +58,8 @@ def through_the_unroll(context, name, ids, scored=range(STEPS), schedule=SCHEDUL
 
 
 def influence(context, **settings):
-    estimator = PMPInfluence(
-        **{"steps": STEPS, "score_every": 1, "batch_size": BATCH, "schedule": SCHEDULE, **settings}
-    )
+    exact = {"steps": STEPS, "score_every": 1, "batch_size": BATCH, "schedule": SCHEDULE, "denominator_floor": 0.0}
+    estimator = PMPInfluence(**{**exact, **settings})
     estimator.fit(context)
     return estimator.score_ids(context, torch.arange(CANDIDATES))
 
@@ -212,6 +213,46 @@ def test_the_reference_loss_is_a_mean_over_tokens_or_over_examples_that_leaves_m
     gradients = [gradient_at(context.model, tokens[None]) for tokens in source.tokens[:CANDIDATES]]
     expected = torch.stack([sum((a * b).sum() for a, b in zip(after, own, strict=True)) for own in gradients])
     assert relative_error(found, expected) < TOLERANCE
+
+
+def effect_of_training_on(context, candidate, ids, weight):
+    """How much the summed reference loss falls when a candidate joins every step, by training twice."""
+
+    def summed_loss(joins):
+        model, optimizer = copy.deepcopy((context.model, context.optimizer))
+        total = 0.0
+        for rows in ids:
+            optimizer.zero_grad()
+            loss = mean_loss(model, context.source.tokens[rows])
+            if joins:
+                loss = loss + weight * mean_loss(model, context.source.tokens[candidate][None])
+            loss.backward()
+            clip(list(model.parameters()))
+            optimizer.step()
+            with torch.no_grad():
+                total += float(mean_loss(model, context.source.references))
+        return total
+
+    return (summed_loss(False) - summed_loss(True)) / weight
+
+
+def test_influence_foretells_what_training_on_a_candidate_does_also_where_tokens_are_new():
+    source = random_source(candidates=40, length=8, vocab=VOCAB)
+    source.tokens[16:] %= 35  # the model was trained on the last ones: tokens from 35 on are new to it
+    context = warm_context("adamw", source=source)
+    context.model.eval()
+    context = replace(context, candidates=torch.arange(16, 40))
+    context.optimizer.param_groups[0]["lr"] = RATE / 4  # a step of this one's size is not the question here
+    ids = unrolled_ids(context, 4, BATCH)
+    truth = [effect_of_training_on(context, candidate, ids, 1 / BATCH) for candidate in range(16)]
+
+    def agreement(floor):
+        estimator = PMPInfluence(steps=4, score_every=1, batch_size=BATCH, denominator_floor=floor)
+        estimator.fit(context)
+        return spearmanr(estimator.score_ids(context, torch.arange(16)), truth).statistic
+
+    assert agreement(0.3) > 0.8
+    assert agreement(0.0) < 0.4  # the derivative at weight zero, exact, and of little use
 
 
 @pytest.mark.parametrize("dynamics", ["live", "sgd"])

@@ -224,6 +224,7 @@ def test_scoring_before_fitting_is_an_error():
         {"products": "ghost"},
         {"reference_weighting": "words"},
         {"learning_rate": 0.0},
+        {"denominator_floor": -0.1},
         {"steps": 3, "schedule": [1.0]},
     ],
 )

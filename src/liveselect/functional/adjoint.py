@@ -115,6 +115,22 @@ class Dynamics:
         )
         return toward, held
 
+    def damp(self, toward: Vector, transition: Transition, floor: float) -> Vector:
+        """Return a gradient costate with the coordinates damped that the optimizer divided by next to nothing.
+
+        A denominator below ``floor`` times the root mean square of those of its parameter is taken for that. The exact
+        derivative in such a coordinate (the embedding of a token that training has hardly met) holds for the smallest
+        weights only: a real one fills the denominator itself.
+        """
+        damped = dict(toward)
+        for name, rule in self.rules.items() if floor else ():
+            after = transition.after
+            denominator = rule.denominator(after.moments[name], after.counts[name])
+            if denominator is not None:
+                least = floor * denominator.square().mean().sqrt()
+                damped[name] = toward[name] * (denominator / denominator.clamp(min=least))
+        return damped
+
     def _rate(self, rule: Rule, index: int) -> float:
         return rule.rate * (self.schedule[index] if index < len(self.schedule) else 1.0)
 

@@ -47,6 +47,9 @@ class Rule(Protocol):
     def moments(self) -> int:
         """How many moments there are."""
 
+    def denominator(self, moments_after: Moments, count: int) -> Tensor | None:
+        """Return what update number ``count`` was divided by, coordinate by coordinate, or None when by nothing."""
+
     def step(
         self, parameter: Tensor, gradient: Tensor, moments: Moments, count: int, rate: float
     ) -> tuple[Tensor, Moments]:
@@ -89,6 +92,10 @@ class SGDRule:
     def moments(self) -> int:
         """One buffer when there is momentum."""
         return int(self.momentum != 0)
+
+    def denominator(self, moments_after: Moments, count: int) -> Tensor | None:
+        """None: all coordinates are scaled alike."""
+        return None
 
     def step(
         self, parameter: Tensor, gradient: Tensor, moments: Moments, count: int, rate: float
@@ -143,6 +150,10 @@ class AdamRule:
     def moments(self) -> int:
         """Two: the running means of the gradient and of its square."""
         return 2
+
+    def denominator(self, moments_after: Moments, count: int) -> Tensor | None:
+        """The corrected root of the second moment, plus ``eps``."""
+        return self._scale(moments_after[1], count)[1]
 
     def step(
         self, parameter: Tensor, gradient: Tensor, moments: Moments, count: int, rate: float

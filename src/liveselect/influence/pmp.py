@@ -70,6 +70,10 @@ class PMPInfluence:
         products: ``exact``, or ``central_difference`` for models whose layers have no rule for exact products.
         reference_weighting: J is the mean over reference ``tokens``, or of the means of ``examples``, as published.
             What counts in an example is a matter of the reference set's labels.
+        denominator_floor: Adam moves a coordinate that hardly ever had a gradient (the embedding of a rare token) a
+            long way on the smallest weight, and no farther on a real one, so there the derivative alone is far too
+            large. Denominators below this share of the root mean square in their parameter are taken for that; 0 gives
+            the exact derivative.
         snapshot_every: steps between two kept states. ``steps`` keeps all, and unrolls once; less repeats steps.
         directory: folder for what is kept, by default in memory. A fit that was interrupted goes on from there, and one
             that was finished is not repeated, as long as the model, the data and these settings are the same.
@@ -89,6 +93,7 @@ class PMPInfluence:
         hessian_rows: int | None = None,
         products: ProductKind = "exact",
         reference_weighting: Weighting = "tokens",
+        denominator_floor: float = 0.3,
         snapshot_every: int | None = None,
         directory: str | Path | None = None,
     ) -> None:
@@ -102,6 +107,7 @@ class PMPInfluence:
         self.hessian_rows = hessian_rows
         self.products: ProductKind = products
         self.reference_weighting: Weighting = reference_weighting
+        self.denominator_floor = denominator_floor
         self.snapshot_every = snapshot_every
         self.directory = directory
         self._check()
@@ -145,6 +151,7 @@ class PMPInfluence:
                 interval=min(self.steps, self.snapshot_every or math.isqrt(self.steps)),
                 scored_steps=self.scored_steps,
                 hessian_rows=self.hessian_rows,
+                denominator_floor=self.denominator_floor,
                 rate=rate,
             )
             with parameters_kept(parameters.values()):
@@ -229,6 +236,8 @@ class PMPInfluence:
         ):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"expected {name} to be one of {get_args(kind)}, got {getattr(self, name)!r}")
+        if not 0 <= self.denominator_floor < math.inf:
+            raise ValueError(f"expected denominator_floor of at least 0, got {self.denominator_floor}")
         for name in ("steps", "score_every", "batch_size", "hessian_rows", "snapshot_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

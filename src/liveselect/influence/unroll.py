@@ -49,6 +49,7 @@ class Unroll:
         interval: steps between two kept states.
         scored_steps: the steps whose parameters and gradient costates are kept.
         hessian_rows: examples differentiated twice at once; None takes the batches as they come.
+        denominator_floor: see :meth:`~liveselect.functional.adjoint.Dynamics.damp`.
         rate: what gradient costates are divided by, so that influence comes per unit learning rate.
     """
 
@@ -62,6 +63,7 @@ class Unroll:
     interval: int
     scored_steps: Sequence[int]
     hessian_rows: int | None
+    denominator_floor: float
     rate: float
 
     def solve(self, vault: Vault) -> dict[str, float]:
@@ -89,7 +91,8 @@ class Unroll:
                 for step, toward, earlier in self._walk(_present(costate), transitions):
                     costate = earlier
                     if step.index in self.scored_steps:
-                        direction = {name: value / -self.rate for name, value in toward.items()}
+                        damped = self.dynamics.damp(toward, step, self.denominator_floor)
+                        direction = {name: value / -self.rate for name, value in damped.items()}
                         vault.put(pair_name(step.index), (step.before.parameters, direction))
                     advance(1)
                 vault.put(_COSTATE, (begin, {} if costate is None else pack_costate(costate)))
