@@ -47,6 +47,18 @@ class TimedQuad(Quad):
         self.round_seconds: list[float] = []
         self.wall_seconds: list[float] = []
         self.step_seconds: list[float] = []
+        self.batch_seconds: dict[bool, list[float]] = {False: [], True: []}  # by whether the batch was listened to
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        """Start the clock of a batch before listening begins."""
+        self.begun = time.process_time()
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        """Stop the clock of a batch."""
+        listened = self._direction() is not None and self._in_last_step(trainer)
+        self.batch_seconds[listened].append(time.process_time() - self.begun)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _select(self, trainer, pl_module) -> None:
         started = time.process_time(), time.perf_counter()
@@ -132,6 +144,13 @@ def tell(name: str, selection: TimedQuad, step: int, reference: int) -> None:
         f"{name:>9}  {step:>5} examples a step, {measured:.0f} measured, {reference} reference: "
         f"training {training:.2f} s, selection {whole:.2f} s, {100 * share:.1f}%"
     )
+    heard, silent = (statistics.median(selection.batch_seconds[listened]) for listened in (True, False))
+    batches = len(selection.batch_seconds[True]) / max(1, len(selection.round_seconds) - 2)
+    extra = batches * (heard - silent) / (whole + training)
+    print(
+        f"{'':>11}a batch that is listened to takes {heard / silent:.2f} times as long: {100 * extra:.2f}% of the time, "
+        "counted as training"
+    )
     for phase, seconds in sorted(phases.items(), key=lambda item: -item[1]):
         print(f"{'':>11}{phase:<26}{100 * share * seconds / wall:>7.2f}%")
 
@@ -193,8 +212,8 @@ def bandit_alone(size: int, arms: int, rounds: int, budget: int = 5120) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--estimator", choices=ESTIMATORS, default=next(iter(ESTIMATORS)))
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--width", type=int, default=48)
     parser.add_argument("--batch", type=int, nargs="*", default=[64], help="rows of a batch")
     parser.add_argument("--accumulate", type=int, default=4)
     parser.add_argument("--reference", type=int, default=64)

@@ -1,7 +1,13 @@
 """Quad: clusters of the pool as arms of a bandit, pulled by the influence that the live model shows."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
+from torch import Tensor
+
+from liveselect.callbacks.overhearing import StepListener
 from liveselect.callbacks.selection import DataSelection
 from liveselect.influence import KFACInfluence
 from liveselect.protocols import InfluenceEstimator, LossFn
@@ -44,7 +50,8 @@ class Quad(DataSelection):
 
     **Cost.** A round measures ``pulls * probes + controls`` candidates and prepares the estimator on the reference set.
     Keep both below the examples of an optimizer step, and a round every 20 steps costs about 5% of training or less.
-    Clusters cost nothing while training runs: thousands of them take a millisecond.
+    Arms that are being trained on need no probes: the last step of a round tells their influence out of its own
+    backward (``overhear``), so the pulls are spent on the others.
 
     **Where we differ.** The paper chooses once, by one checkpoint; here arms are pulled by the live model and the
     mixture follows it. Rewards are told against random candidates of the same round, in units of their spread, so
@@ -67,6 +74,8 @@ class Quad(DataSelection):
         discount: what remains of old rewards and pulls in each round.
         cutoff: cosine distance up to which clusters share outcomes; None for no sharing.
         released: the bound and the neighbour counts of the released code.
+        overhear: let the last step of every round tell the influence of what it trains on, where the estimator has a
+            direction to compare gradients with.
         estimator: measures influence; by default :class:`~liveselect.influence.KFACInfluence`.
         warmup_rounds: rounds of uniform data at the beginning.
         loss_fn: per-example loss, see :class:`~liveselect.callbacks.DataSelection`.
@@ -88,26 +97,28 @@ class Quad(DataSelection):
         discount: float = 1.0,
         cutoff: float | None = 0.2,
         released: bool = False,
+        overhear: bool = True,
         estimator: InfluenceEstimator | None = None,
         warmup_rounds: int = 5,
         loss_fn: LossFn | None = None,
         seed: int = 0,
         dirpath: str | Path | None = None,
     ) -> None:
+        self._bandit = UCBSelector(
+            alpha=alpha,
+            pulls=pulls,
+            at_once=at_once,
+            probes=probes,
+            controls=controls,
+            arms=arms,
+            gamma=gamma,
+            tau=tau,
+            discount=discount,
+            cutoff=cutoff,
+            released=released,
+        )
         super().__init__(
-            selector=UCBSelector(
-                alpha=alpha,
-                pulls=pulls,
-                at_once=at_once,
-                probes=probes,
-                controls=controls,
-                arms=arms,
-                gamma=gamma,
-                tau=tau,
-                discount=discount,
-                cutoff=cutoff,
-                released=released,
-            ),
+            selector=self._bandit,
             estimator=estimator or KFACInfluence(),
             every_n_steps=every_n_steps,
             warmup_rounds=warmup_rounds,
@@ -115,3 +126,50 @@ class Quad(DataSelection):
             seed=seed,
             dirpath=dirpath,
         )
+        self.overhear = overhear
+        self._listener = StepListener(self.loss_fn, examples=arms * probes)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to listen in the last optimizer step of a round."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        direction = self._direction()
+        is_followed = trainer.global_step + 1 < trainer.estimated_stepping_batches
+        if direction is not None and is_followed and self._in_last_step(trainer):
+            self._listener.begin(trainer, pl_module, batch, direction)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Check that the step can be heard."""
+        self._listener.before_backward(trainer, loss)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep what the step has told."""
+        self._listener.after_backward(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Hand on what was heard before the next round begins."""
+        plan = self._current_plan()
+        is_last = plan.cursor + self._source_or_raise().batch_size * trainer.world_size >= len(plan.ids)
+        if is_last and self._direction() is not None:
+            ids, influence = self._listener.collect()
+            if len(ids):
+                self._bandit.overhear(ids, influence)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _direction(self) -> Mapping[str, Tensor] | None:
+        """Return what gradients are compared with, once the estimator has it, if the next round asks the bandit."""
+        if not self.overhear or self.run.selector_for(self.run.next_round) is not self._bandit:
+            return None
+        try:
+            direction: Mapping[str, Tensor] | None = getattr(self.estimator, "direction", None)
+        except RuntimeError:  # not fitted yet
+            return None
+        return direction
+
+    def _in_last_step(self, trainer: pl.Trainer) -> bool:
+        plan = self._current_plan()
+        step = self._source_or_raise().batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        return len(plan.ids) - plan.cursor <= step

@@ -8,16 +8,19 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from fakes import fake_context
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from planted_clusters import planted_clusters, small_lm, train, walk
 from small_run import SIMPLE, Killer, Place, SmallLM, Trace, forked, small_trainer
 
 from liveselect.callbacks import Quad
 from liveselect.datamodules import SelectionDataModule
+from liveselect.functional.gradients import example_dot
 from liveselect.influence import OneStepInfluence
 from liveselect.ledger import Ledger
+from liveselect.protocols import SelectionWarning
 from liveselect.rounds import SelectionRun, run_round
 from liveselect.selectors import UCBSelector, UniformSelector
+from liveselect.snapshot import measuring
 
 torch.set_num_threads(1)
 CLUSTERS, LIKE_REFERENCE, TOKENS = 5, 3, 12
@@ -38,7 +41,7 @@ def clustered_data(**settings) -> SelectionDataModule:
 
 def quad(folder, **settings) -> Quad:
     defaults = {"every_n_steps": 2, "pulls": 3, "at_once": 2, "probes": 3, "controls": 6, "arms": 1, "warmup_rounds": 1}
-    return Quad(**{**defaults, **settings}, estimator=OneStepInfluence(step="in_batch"), dirpath=folder / "selection")
+    return Quad(**{**defaults, **settings}, dirpath=folder / "selection")
 
 
 def fit(folder, selection, *callbacks, **settings) -> pl.Trainer:
@@ -52,7 +55,7 @@ def fit(folder, selection, *callbacks, **settings) -> pl.Trainer:
 
 
 def test_the_mixture_turns_to_the_cluster_of_the_reference_set(tmp_path):
-    selection = quad(tmp_path)
+    selection = quad(tmp_path, estimator=OneStepInfluence(step="in_batch"))
     fit(tmp_path, selection)
     ledger = Ledger.read(tmp_path / "selection" / "ledger.jsonl")
     assert ledger.about["preset"] == "Quad"
@@ -68,26 +71,92 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "trace").read_text().splitlines()]
 
 
-def killed_or_whole(folder, kill):
+def killed_or_whole(folder, accumulate, kill):
     callbacks = [Trace(folder / "trace")]
     if kill:
         callbacks.append(Killer("on_train_batch_start", KILLED_AT))
     callbacks.append(ModelCheckpoint(folder / "checkpoints", every_n_train_steps=3, save_top_k=-1, save_last=True))
-    fit(folder, quad(folder, discount=0.9), *callbacks)
+    fit(folder, quad(folder, discount=0.9, arms=2), *callbacks, accumulate_grad_batches=accumulate)
 
 
-def test_a_killed_run_pulls_the_same_arms_and_ends_with_the_same_weights(tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_killed_run_pulls_the_same_arms_and_ends_with_the_same_weights(tmp_path, accumulate):
     for name in ("whole", "killed"):
         os.mkdir(tmp_path / name)
-    assert forked(killed_or_whole, tmp_path / "whole", False) == 0
-    assert forked(killed_or_whole, tmp_path / "killed", True) == -9
-    assert forked(killed_or_whole, tmp_path / "killed", False) == 0
+    assert forked(killed_or_whole, tmp_path / "whole", accumulate, False) == 0
+    assert forked(killed_or_whole, tmp_path / "killed", accumulate, True) == -9
+    assert forked(killed_or_whole, tmp_path / "killed", accumulate, False) == 0
     whole = {tuple(place): rest for place, *rest in lines(tmp_path / "whole")}
     for place, *rest in lines(tmp_path / "killed"):
         assert whole[tuple(place)] == rest
     ledgers = [Ledger.read(tmp_path / name / "selection" / "ledger.jsonl") for name in ("whole", "killed")]
     pulled = [[(record.measured, record.influence, record.plan) for record in ledger.rounds] for ledger in ledgers]
     assert pulled[0] == pulled[1]
+    assert any(record.metrics.get("arms/overheard") for record in ledgers[1].rounds)
+    last = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "killed")
+    ]
+    bandits = [state["callbacks"]["DataSelection"]["run"]["selector"]["state"]["rewards"] for state in last]
+    assert all(torch.equal(bandits[0][key], bandits[1][key]) for key in ("sums", "pulls"))
+
+
+class Noted(Callback):
+    """Notes the influence of every batch with the live model and the direction of the round."""
+
+    def __init__(self, selection: Quad) -> None:
+        self.selection, self.influence = selection, {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        direction = self.selection._direction()
+        if direction is not None:
+            with measuring(pl_module, trainer.optimizers[0]):
+                found = example_dot(pl_module, self.selection.loss_fn, batch, direction)
+            self.influence |= dict(zip(batch["id"].tolist(), found.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_last_step_of_a_round_tells_the_influence_of_what_it_trains_on(tmp_path, accumulate):
+    selection = quad(tmp_path, arms=3, probes=4)
+    heard = []
+    selection.selector.overhear = lambda ids, influence: heard.append((ids, influence))
+    noted = Noted(selection)
+    pl.seed_everything(1, verbose=False)
+    trainer = small_trainer(
+        tmp_path,
+        [selection, noted],
+        **{**SIMPLE, "precision": "32-true", "max_steps": 9, "accumulate_grad_batches": accumulate},
+    )
+    trainer.fit(SmallLM(dropout=0.0), datamodule=clustered_data())
+    rounds = selection.run.ledger.rounds
+    assert len(heard) == len(rounds) - 2  # no direction in the warm-up, nobody to tell after the last
+    for ids, influence in heard:
+        assert len(ids) == 4 * accumulate
+        scored = influence.isfinite()
+        assert int(scored.sum()) == accumulate * min(4, -(-12 // accumulate))
+        expected = torch.tensor([noted.influence[i] for i in ids[scored].tolist()])
+        torch.testing.assert_close(influence[scored], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_listening_does_not_change_the_training(tmp_path):
+    for overhear in (False, True):
+        folder = tmp_path / str(overhear)
+        folder.mkdir()
+        selection = quad(folder, overhear=overhear)
+        selection.selector.overhear = lambda ids, influence: None
+        fit(folder, selection, Trace(folder / "trace"))
+    assert lines(tmp_path / "False") == lines(tmp_path / "True")
+
+
+def test_a_step_that_cannot_be_heard_costs_a_warning_and_its_arms_are_probed(tmp_path):
+    class Odd(SmallLM):
+        def training_step(self, batch, index):
+            return 3.0 * super().training_step(batch, index)
+
+    selection = quad(tmp_path)
+    trainer = small_trainer(tmp_path, [selection], **{**SIMPLE, "precision": "32-true", "max_steps": 8})
+    with pytest.warns(SelectionWarning, match="cannot be heard.*neither the mean over tokens"):
+        trainer.fit(Odd(), datamodule=clustered_data())
+    assert selection.run.ledger.rounds[-1].metrics["arms/overheard"] == 0.0
 
 
 ROWS, STEPS_EACH, ROUNDS = 16, 2, 6
