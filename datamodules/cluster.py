@@ -73,8 +73,9 @@ class Clusters:
         self.path = store.path / name
         if not (self.path / MANIFEST).is_file():
             raise FileNotFoundError(
-                f"expected the clusters of the pool at {self.path}, found none: run `liveselect cluster {store.path}`"
-                + ("" if name == "clusters" else f" --name {name}")
+                f"expected the clusters of the pool at {self.path}, found none: run `liveselect cluster {store.path}"
+                + ("`" if name == "clusters" else f" --name {name}`")
+                + ", or leave groups out to group by source"
             )
         self.manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_bytes())
         if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from liveselect.datamodules import transport
+from liveselect.datamodules.cluster import Clusters
 from liveselect.datamodules.tokens import TokenStore
 from liveselect.pool import CandidatePool
 from liveselect.protocols import IGNORE_INDEX
@@ -182,13 +183,10 @@ def complete_batch(batch: Any, ids: Sequence[int], name: str) -> dict[str, Any]:
 
 
 def open_pool(rows: Rows, groups: str | None) -> CandidatePool:
-    """Return the candidates of ``rows``, grouped by a column of their dataset or by the sources of a prepared pool."""
+    """Return the candidates of ``rows``, grouped by a column of their dataset, or by clusters or sources of a pool."""
     if rows.store is not None:
         if groups is not None:
-            raise ValueError(
-                f"the groups of a prepared pool are its sources, but groups={groups!r} was given: leave it out, or "
-                "name the sources when preparing (liveselect prepare name=path ...)"
-            )
+            return Clusters(rows.store, groups).pool(rows.fingerprint)
         names = rows.store.group_names
         codes = rows.store.groups if len(names) > 1 else None
         return CandidatePool(len(rows), rows.fingerprint, codes, names)

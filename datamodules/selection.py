@@ -41,7 +41,8 @@ class SelectionDataModule(pl.LightningDataModule):
             default one does. Without it padding is small: 3% of the tokens on LAMBADA.
         epoch_examples: examples of an epoch, all ranks together; by default the size of the pool. It sets how often
             epoch hooks run, not what is trained on.
-        groups: column of the dataset that names each row's group; a prepared pool is grouped by its sources.
+        groups: column of the dataset that names each row's group. For a prepared pool ``clusters``, or the name that
+            `liveselect cluster` was given; by default its sources.
         tokenizer: name, path or Hugging Face tokenizer; by default the one inside the prepared pool.
         collate_fn: makes training batches of the dataset's rows, in place of ``{"id", "input_ids", "labels"}``.
         check_overlap: refuse reference examples that are in the pool.

@@ -9,7 +9,7 @@ from sklearn.metrics import adjusted_rand_score
 from test_distributed import on_ranks
 
 from liveselect.cli.cluster import main
-from liveselect.datamodules import cluster
+from liveselect.datamodules import SelectionDataModule, cluster
 from liveselect.datamodules.cluster import Clustering, Clusters, cluster_pool
 from liveselect.datamodules.embedding import HashedEmbedder
 from liveselect.datamodules.naming import cluster_names
@@ -81,6 +81,18 @@ def test_the_pool_has_the_clusters_as_its_groups(pool):
     assert candidates.fingerprint == store.fingerprint
     assert candidates.groups.tolist() == clusters.read("assignment").tolist()
     assert candidates.group_names == clusters.names == tuple(f"cluster {i}" for i in range(TOPICS))
+
+
+def test_the_datamodule_groups_candidates_by_the_clusters_it_is_told(pool):
+    store, _ = pool
+    clusters = cluster_pool(store, FOUR, name="topics", quiet=True)
+    data = SelectionDataModule(store, [{"input_ids": [1, 2, 3, 1]}], batch_size=4, groups="topics")
+    data.setup("fit")
+    assert data.pool.group_names == clusters.names
+    assert torch.equal(data.pool.groups, torch.from_numpy(np.array(clusters.read("assignment"))))
+    assert data.pool.geometry.reach == FOUR.reach
+    with pytest.raises(FileNotFoundError, match="--name other`, or leave groups out"):
+        SelectionDataModule(store, [{"input_ids": [1, 2, 3, 1]}], batch_size=4, groups="other").setup("fit")
 
 
 def test_the_same_settings_give_the_same_clusters_and_are_not_repeated(pool, tmp_path_factory, monkeypatch):
