@@ -3,7 +3,12 @@
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -68,6 +73,11 @@ def check_intervals(trainer: pl.Trainer) -> None:
                 f"(accumulate_grad_batches): a checkpoint there would not resume exactly. Use a multiple of {window}"
             )
     for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} saves on an exception, which may come inside an accumulation window of "
+                f"{window} (accumulate_grad_batches): it would not resume exactly. Use every_n_train_steps"
+            )
         if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
             raise MisconfigurationException(
                 "ModelCheckpoint(train_time_interval=...) can save inside an accumulation window "

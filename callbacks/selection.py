@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -85,6 +86,8 @@ class DataSelection(Callback):
         self._ledger_path: Path | None = None
         self._random_states: list[dict[str, Any]] | None = None
         self._after_batch: dict[str, Any] | None = None
+        self._in_batch = False
+        self._loaded = False
         self._since: float | None = None
         self._last_step = -1
         self._flops_per_token = 0.0
@@ -115,7 +118,10 @@ class DataSelection(Callback):
         return {
             "seed": self.seed,
             "run": self._run.state_dict(),
-            "random_states": distributed.gather_objects(_random_state()),
+            # inside a batch (a checkpoint on an exception) the batch will be trained again from its beginning
+            "random_states": distributed.gather_objects(
+                self._after_batch if self._in_batch and self._after_batch is not None else _random_state()
+            ),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -130,6 +136,17 @@ class DataSelection(Callback):
             )
         self.run.load_state_dict(state_dict["run"])
         self._random_states = state_dict["random_states"]
+        self._loaded = True
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a checkpoint of a step that this callback has not counted yet; it would train the step again."""
+        if self._in_batch and trainer.global_step != self._last_step:
+            raise RuntimeError(
+                f"a checkpoint of step {trainer.global_step} was written before DataSelection had counted the step's "
+                "batch: put DataSelection before the callback that saves in on_train_batch_end"
+            )
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -157,14 +174,7 @@ class DataSelection(Callback):
         self._source = find_source(trainer)
         check_setup(trainer, pl_module)
         if self._run is None or self._run.pool is not self._source.pool:
-            self._run = SelectionRun(
-                selector=self.selector,
-                estimator=self.estimator,
-                warmup=UniformSelector(),
-                warmup_rounds=self.warmup_rounds,
-                pool=self._source.pool,
-            )
-            self._run.ledger.about = self._about()
+            self._begin()
         folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "selection"
         self._ledger_path = Path(folder) / LEDGER_FILE
 
@@ -173,6 +183,10 @@ class DataSelection(Callback):
         check_intervals(trainer)
         self._flops_per_token = 3 * forward_flops(pl_module, 1)  # backward costs twice the forward
         self._last_step = trainer.global_step
+        self._in_batch = False
+        if trainer.global_step == 0 and not self._loaded and self.plan is not None:
+            self._begin()  # another fit of the same callback, from the start
+        self._loaded = False
         if self.plan is None or self.plan.exhausted:
             self._select(trainer, pl_module)
         else:
@@ -187,6 +201,8 @@ class DataSelection(Callback):
             states, self._random_states = self._random_states, None
             if distributed.rank() < len(states):
                 _set_random_state(states[distributed.rank()])
+        self._after_batch = _random_state()
+        self._in_batch = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -198,6 +214,7 @@ class DataSelection(Callback):
         self.run.ledger.training_flops += self._flops_per_token * _tokens_in(batch) * trainer.world_size
         at_boundary = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
+        self._in_batch = False
         if not plan.exhausted:
             return
         if not at_boundary:
@@ -216,7 +233,7 @@ class DataSelection(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the model's metrics beside what was spent so far."""
-        if trainer.sanity_checking or self._run is None:
+        if trainer.sanity_checking or self._run is None or trainer.state.fn != TrainerFn.FITTING:
             return
         if self._after_batch is not None:
             # a loader that draws its seed moves the global state; a run resumed from the checkpoint of this very step
@@ -239,6 +256,19 @@ class DataSelection(Callback):
             ledger.training_seconds,
             100 * ledger.selection_share,
         )
+
+    def _begin(self) -> None:
+        """Start with no plan, no record and an unused pool."""
+        pool = self._source_or_raise().pool
+        pool.uses.zero_()
+        self._run = SelectionRun(
+            selector=self.selector,
+            estimator=self.estimator,
+            warmup=UniformSelector(),
+            warmup_rounds=self.warmup_rounds,
+            pool=pool,
+        )
+        self._run.ledger.about = self._about()
 
     # ---- a round -----------------------------------------------------------------------------------------------
 
@@ -327,9 +357,18 @@ class DataSelection(Callback):
 def _clip_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule, parameters: list[nn.Parameter]) -> None:
     """Clip the gradients of ``parameters`` in place as the Trainer does."""
     if is_overridden("configure_gradient_clipping", pl_module):
-        pl_module.configure_gradient_clipping(
-            trainer.optimizers[0], trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-        )
+        # a probe is no training step: what the hook logs must not reach the run's metrics
+        silent = {"log": lambda *arguments, **settings: None, "log_dict": lambda *arguments, **settings: None}
+        kept = {name: pl_module.__dict__[name] for name in silent if name in pl_module.__dict__}
+        pl_module.__dict__.update(silent)
+        try:
+            pl_module.configure_gradient_clipping(
+                trainer.optimizers[0], trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+            )
+        finally:
+            for name in silent:
+                del pl_module.__dict__[name]
+            pl_module.__dict__.update(kept)
     elif trainer.gradient_clip_val:
         if str(trainer.gradient_clip_algorithm or "norm").endswith("value"):
             nn.utils.clip_grad_value_(parameters, trainer.gradient_clip_val)

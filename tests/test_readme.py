@@ -85,6 +85,7 @@ def names(in_folder) -> dict:
         "pl": lightning,
         "model": Model(),
         "datamodule": Existing(),
+        "tokenizer": None,
         "MATES": MATES,
         "SelectionDataModule": SelectionDataModule,
     }
@@ -96,7 +97,7 @@ def test_the_five_lines_train_select_and_resume(names, in_folder):
     Path("reference.jsonl").write_text("")
     names["datamodule"].reference_rows = rows(6, seed=3)
     code = block("SelectionDataModule.wrap").replace('"reference.jsonl"', "datamodule.reference_rows")
-    exec(code, names)
+    exec(code.replace("import lightning.pytorch as pl", ""), names)
     assert [record.selector for record in names["mates"].run.ledger.rounds] == ["UniformSelector", "RegressionSelector"]
     names["trainer"].save_checkpoint("last.ckpt")
     names["trainer"] = names["pl"].Trainer(max_steps=6, callbacks=[names["mates"]])
@@ -117,7 +118,13 @@ def test_the_selector_that_one_writes_oneself_runs(names):
 
 
 def test_the_trainer_for_many_gpus_is_accepted(names):
-    exec(block("SelectionDataModule.wrap").split("trainer =")[0].replace('"reference.jsonl"', "[]"), names)
+    exec(
+        block("SelectionDataModule.wrap")
+        .split("trainer =")[0]
+        .replace('"reference.jsonl"', "[]")
+        .replace("import lightning.pytorch as pl", ""),
+        names,
+    )
     exec(block('strategy="ddp"'), names)
     assert names["trainer"].world_size == 2
 

@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         demo.run(arguments.resume)
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; the same command with --resume continues from here\n")
+        again = " ".join([sys.argv[0], "demo", *(word for word in argv if word != "--resume"), "--resume"])
+        sys.stderr.write(f"\nstopped; to continue from here: {again}\n")
         return 130
     return 0

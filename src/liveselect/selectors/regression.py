@@ -108,8 +108,9 @@ class RegressionSelector:
             RuntimeError: the regressor returned another number of predictions than it was given candidates.
         """
         check_budget(context, budget)
-        finite = self._measured.influence.isfinite()
-        ids, influence = self._measured.ids[finite], self._measured.influence[finite]
+        measured, self._measured = self._measured, _Measured()  # told once: another run may use this selector next
+        finite = measured.influence.isfinite()
+        ids, influence = measured.ids[finite], measured.influence[finite]
         metrics = _describe(influence, dropped=len(finite) - len(ids))
         notes = _note_dropped(len(finite) - len(ids), len(finite))
         if len(ids) < FEWEST_MEASURED:
