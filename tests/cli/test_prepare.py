@@ -8,6 +8,7 @@ import pytest
 
 from liveselect import cli
 from liveselect.cli.prepare import main
+from liveselect.datamodules.cluster import Clusters
 from liveselect.datamodules.tokens import TokenStore
 
 
@@ -45,6 +46,15 @@ def test_the_command_makes_a_pool_and_says_what_it_holds(corpus, capsys):
     assert "nothing to do" in capsys.readouterr().err
     assert main(command(corpus, "--quiet", "--overwrite")) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_the_command_sorts_the_blocks_into_clusters_when_it_is_told_to(corpus, capsys):
+    assert main(command(corpus, "--embed", "--clusters", "3")) == 0
+    assert "3 clusters of" in capsys.readouterr().out
+    store = TokenStore(corpus.parent / "pool")
+    assert len(Clusters(store)) == 3
+    assert main(command(corpus, "--clusters", "2", "--quiet", "--overwrite")) == 0
+    assert len(Clusters(TokenStore(corpus.parent / "pool"))) == 2
 
 
 @pytest.mark.parametrize(

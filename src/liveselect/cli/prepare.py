@@ -64,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
         default="error",
         help="text that is not UTF-8: stop, put U+FFFD, or drop the document (default: %(default)s)",
     )
+    add("--clusters", type=int, metavar="K", help="sort the blocks into K clusters; more options: liveselect cluster")
+    add("--embed", nargs="?", const="hashed", metavar="E", help="how clusters compare blocks; see liveselect cluster")
     add("--workers", type=int, metavar="N", help="processes that encode (default: one for each core)")
     add("--overwrite", action="store_true", help="replace a pool that was made from other sources or in another way")
     add("--quiet", action="store_true", help="show no progress")
@@ -83,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         return 130
     if not arguments.quiet:
         say(summary(prepared))
-    return 0
+    return 0 if arguments.clusters is None and arguments.embed is None else _cluster(arguments)
 
 
 def _prepare(arguments: argparse.Namespace) -> "Prepared":
@@ -107,6 +109,15 @@ def _prepare(arguments: argparse.Namespace) -> "Prepared":
     corpus = Corpus([Source.parse(source, arguments.include) for source in arguments.sources], recipe)
     display = PrepareDisplay(quiet=arguments.quiet)
     return prepare_pool(corpus, arguments.out, display, arguments.workers, arguments.overwrite)
+
+
+def _cluster(arguments: argparse.Namespace) -> int:
+    from liveselect.cli import cluster
+
+    options = [] if arguments.clusters is None else ["--clusters", str(arguments.clusters)]
+    options += [] if arguments.embed is None else ["--embed", arguments.embed]
+    options += [f"--{name}" for name in ("quiet", "overwrite") if getattr(arguments, name)]
+    return cluster.main([str(arguments.out), *options])
 
 
 def summary(prepared: "Prepared") -> str:
