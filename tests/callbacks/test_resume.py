@@ -10,12 +10,15 @@ import torch
 from small_run import ACCUMULATE, KILLS, STEPS
 
 
+pytestmark = pytest.mark.timeout(900)  # the first test pays for all runs
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """Every run, killed and resumed, in one process that forks: importing costs more than running."""
     folder = tmp_path_factory.mktemp("runs")
     script = Path(__file__).parents[1] / "small_run.py"
-    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=850, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     (folder / "log").write_text(done.stdout + done.stderr)
     return folder
