@@ -9,7 +9,6 @@ import pytest
 import torch
 from small_run import ACCUMULATE, KILLS, STEPS
 
-
 pytestmark = pytest.mark.timeout(900)  # the first test pays for all runs
 
 
