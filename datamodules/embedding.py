@@ -11,7 +11,7 @@ from torch import Tensor
 from liveselect.functional.ngrams import hashed_ngrams
 
 SAMPLE_TOKENS = 1 << 23  # tokens that a basis is fitted on: 200 MB of counts
-ROWS_HASHED = 128  # rows hashed at once: the table of their counts takes ROWS_HASHED x buckets x 4 bytes
+COUNTERS = 1 << 21  # counters of the rows hashed at once: more than a core's cache holds is three times as slow
 FORMS = "hashed, encoder:NAME, static:NAME or vectors:FILE.npy"
 
 
@@ -45,13 +45,14 @@ class HashedEmbedder:
         seed: of the randomized decomposition.
     """
 
-    def __init__(self, dimensions: int = 128, buckets: int = 1 << 16, seed: int = 0) -> None:
+    def __init__(self, dimensions: int = 128, buckets: int = 1 << 15, seed: int = 0) -> None:
         if dimensions < 1:
             raise ValueError(f"expected at least one dimension, got {dimensions}")
         self.dimensions = dimensions
         self.buckets = buckets
         self.seed = seed
         self.sample_tokens = SAMPLE_TOKENS
+        self._rows = max(1, COUNTERS // buckets)
         self._basis = np.empty((0, 0), np.float32)  # (buckets, D)
         self._mean = np.empty(0, np.float32)
 
@@ -77,14 +78,14 @@ class HashedEmbedder:
 
     def embed(self, ids: np.ndarray, blocks: Tensor) -> np.ndarray:
         """Return the vectors of ``blocks (n, T)``, ``(n, D)`` float32."""
-        parts = [self._counts(part) @ self._basis for part in blocks.split(ROWS_HASHED)]
+        parts = [self._counts(part) @ self._basis for part in blocks.split(self._rows)]
         return np.concatenate(parts) - self._mean
 
     def _counts(self, blocks: Tensor) -> Any:
         """Return a sparse matrix ``(n, buckets)``; an n-gram that occurs twice has two entries, which add up."""
         from scipy.sparse import csr_matrix
 
-        parts = [hashed_ngrams(part, self.buckets) for part in blocks.split(ROWS_HASHED)]
+        parts = [hashed_ngrams(part, self.buckets) for part in blocks.split(self._rows)]
         buckets, weights = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         starts = np.arange(len(buckets) + 1) * buckets.shape[1]
         return csr_matrix(
