@@ -105,6 +105,7 @@ class ScoreJob:
         ids = uniform_subset(pool_size, min(self.probes, pool_size), context.generator("probes"))
         shards = _shards(len(ids), max(1, self.shard_size // DEARER))
         missing = [shard for shard in shards if not self._file("measured", shard).exists()]
+        _wait_for_all()  # until all ranks have looked: a rank that is ahead would change what the others find missing
         if missing:
             with measuring(context.model, context.optimizer):
                 metrics = self.estimator.fit(context)
@@ -147,6 +148,7 @@ class ScoreJob:
         """Predict every candidate of the pool, shard by shard."""
         context = self.context
         missing = [shard for shard in self._pool_shards() if not self._file("scores", shard).exists()]
+        _wait_for_all()  # as above
         mine = missing[distributed.rank() :: distributed.world_size()]
         with context.phase("score the pool", sum(len(shard) for shard in mine), "candidates") as advance:
             for shard in mine:
