@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fakes import planted_source, random_source
 from probing import CLIP, VOCAB, clip, mean_loss
 from scipy.stats import spearmanr
+from test_distributed import on_ranks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from unrolled import SETTINGS, guarded_sqrt, written_out
 from unrolled_language_model import BATCH, CANDIDATES, RATE, TRAINED, warm_context
@@ -146,6 +147,38 @@ def test_central_differences_agree_with_exact_products_and_curvature():
     exact = influence(context)
     assert relative_error(influence(context, hessian="central_difference"), exact) < 1e-6
     assert relative_error(influence(context, products="central_difference"), exact) < 1e-4
+
+
+def test_products_as_training_computes_them_rank_alike():
+    context = warm_context(model={"dtype": torch.float32})
+    context = replace(context, forward_context=lambda: torch.autocast("cpu", torch.bfloat16))
+    ids = torch.arange(32)
+
+    def scores(**settings):
+        estimator = PMPInfluence(steps=2, score_every=1, batch_size=BATCH, **settings)
+        estimator.fit(context)
+        return estimator.score_ids(context, ids)
+
+    exact = scores()
+    assert torch.equal(scores(product_precision="float32"), exact)  # autocast is switched off
+    for products in ("exact", "central_difference"):
+        short = scores(products=products, product_precision="training")
+        assert not torch.equal(short, exact)
+        assert spearmanr(short, exact).statistic > 0.95
+
+
+def _influence_on_this_rank(batch_size):
+    return influence(warm_context(), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("batch_size", [BATCH, 1])
+def test_ranks_that_share_the_unroll_find_what_one_finds(ranks, batch_size):
+    found = on_ranks(_influence_on_this_rank, ranks, batch_size)
+    alone = influence(warm_context(), batch_size=batch_size)
+    for values in found:
+        assert torch.equal(values, found[0])
+        assert relative_error(values, alone) < TOLERANCE
 
 
 def test_leaving_curvature_out_would_be_seen(monkeypatch):

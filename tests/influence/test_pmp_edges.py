@@ -6,9 +6,11 @@ import pytest
 import torch
 from fakes import fake_context, random_source
 from probing import VOCAB, restless_context, tiny_model
+from test_distributed import on_ranks
 from torch import nn
 from unrolled_language_model import BATCH, CANDIDATES, RATE, warm_context
 
+from liveselect import distributed
 from liveselect.functional.updates import ClipNorm, ClipValue
 from liveselect.influence.dynamics import find_clip
 from liveselect.influence.pmp import PMPInfluence
@@ -114,6 +116,26 @@ def test_a_finished_fit_is_not_repeated_and_an_interrupted_one_goes_on(tmp_path)
         assert again.calls == 1  # the reference loss of the live model
 
 
+def _resumed_on_this_rank(folder):
+    context = warm_context()
+    estimator = PMPInfluence(**SETTINGS, directory=folder)
+    estimator.fit(context)
+    if distributed.rank() == 1:  # as if this one had been stopped before the last stretch
+        vault = estimator._solved[0]
+        for name in ("pair-0", "costate"):
+            vault.drop(name)
+    estimator = PMPInfluence(**SETTINGS, directory=folder)
+    estimator.fit(context)
+    return estimator.score_ids(context, IDS)
+
+
+def test_ranks_that_were_stopped_at_different_places_begin_again_together(tmp_path):
+    found = on_ranks(_resumed_on_this_rank, 2, tmp_path)
+    expected = solved(warm_context())
+    for values in found:
+        torch.testing.assert_close(values, expected, rtol=1e-9, atol=0)
+
+
 def test_a_folder_left_by_another_model_or_other_settings_is_not_taken_for_this_one(tmp_path):
     context = warm_context()
     solved(context, directory=tmp_path)
@@ -206,6 +228,28 @@ def test_parameters_in_16_bits_are_refused():
 def test_an_unroll_that_diverges_says_so():
     with pytest.raises(ValueError, match="lower learning_rate"):
         solved(warm_context("sgd", clipped=False), learning_rate=1e30)
+
+
+class Opaque(torch.autograd.Function):
+    """Squares, by a kernel that autograd cannot look into: its backward is right, and a constant to a second one."""
+
+    @staticmethod
+    def forward(context, x):
+        context.x = x.detach()
+        return context.x**2
+
+    @staticmethod
+    def backward(context, gradient):
+        return 2 * context.x * gradient
+
+
+def test_a_kernel_that_hides_its_curvature_is_found_out():
+    context = warm_context("sgd", clipped=False)
+    plain = context.loss_fn
+    context = replace(context, loss_fn=lambda model, batch: Opaque.apply(plain(model, batch)))
+    with pytest.raises(RuntimeError, match='hessian="central_difference"'):
+        solved(context)
+    assert solved(context, hessian="central_difference").isfinite().all()
 
 
 def test_scoring_before_fitting_is_an_error():

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from liveselect import distributed
 from liveselect.functional.adjoint import Dynamics
+from liveselect.functional.differences import SHARES, central_difference_dots, parameters_kept
 from liveselect.functional.flops import forward_flops
-from liveselect.functional.gradients import central_difference_dot, example_dot
-from liveselect.functional.hessian import parameters_kept
+from liveselect.functional.gradients import example_dot
+from liveselect.functional.updates import Vector
 from liveselect.influence.dynamics import live_dynamics, moving_parameters, sgd_dynamics
-from liveselect.influence.reference import ReferencePass
+from liveselect.influence.reference import Precision, ReferencePass
 from liveselect.influence.unroll import HessianKind, Unroll, Weighting, load_parameters, pair_name, unrolled_ids
 from liveselect.influence.vault import DiskVault, MemoryVault, Vault, to_device
 from liveselect.protocols import Batch, RoundContext
@@ -28,7 +29,6 @@ ProductKind = Literal["exact", "central_difference"]
 
 PUBLISHED_RATE = 0.008
 
-_PRODUCTS = {"exact": example_dot, "central_difference": central_difference_dot}
 _FORWARDS = {"exact": 3, "central_difference": 2}
 
 
@@ -52,7 +52,7 @@ class PMPInfluence:
     step, h = 9 or 6 for a Hessian product by double backward or central differences, and r the reference set, and 3 or
     2 per scored step and candidate for exact products or central differences. It holds about
     :math:`2 \sqrt{T}` states (parameters and moments) while fitting, and 2 |S| copies of the parameters afterwards, in
-    the memory of the host or in ``directory``. Each rank unrolls for itself; candidates are shared out.
+    the memory of the host or in ``directory``. Ranks share out every batch of the unroll, and candidates.
 
     Args:
         steps: T, how far the future goes.
@@ -67,7 +67,10 @@ class PMPInfluence:
             with any kernel, is cheaper, and right to about three digits in float32.
         hessian_rows: examples differentiated twice at once, which needs several times the memory of training; by
             default a batch of candidates.
-        products: ``exact``, or ``central_difference`` for models whose layers have no rule for exact products.
+        products: ``exact``, or ``central_difference``, which is cheaper, ranks the same, and works for models whose
+            layers have no rule for exact products.
+        product_precision: ``float32``, or as ``training`` computes: several times as fast on accelerators, and a little
+            noisier. Everything else is always computed in float32.
         reference_weighting: J is the mean over reference ``tokens``, or of the means of ``examples``, as published.
             What counts in an example is a matter of the reference set's labels.
         denominator_floor: Adam moves a coordinate that hardly ever had a gradient (the embedding of a rare token) a
@@ -92,6 +95,7 @@ class PMPInfluence:
         hessian: HessianKind = "double_backward",
         hessian_rows: int | None = None,
         products: ProductKind = "exact",
+        product_precision: Precision = "float32",
         reference_weighting: Weighting = "tokens",
         denominator_floor: float = 0.3,
         snapshot_every: int | None = None,
@@ -106,6 +110,7 @@ class PMPInfluence:
         self.hessian: HessianKind = hessian
         self.hessian_rows = hessian_rows
         self.products: ProductKind = products
+        self.product_precision: Precision = product_precision
         self.reference_weighting: Weighting = reference_weighting
         self.denominator_floor = denominator_floor
         self.snapshot_every = snapshot_every
@@ -184,20 +189,31 @@ class PMPInfluence:
         if self._solved is None:
             raise RuntimeError("PMPInfluence was asked for scores before fit: call fit(context) once in each round")
         vault, live = self._solved
-        product = _PRODUCTS[self.products]
-        by_step = []
-        with measuring(context.model, context.optimizer), _full_precision(context), parameters_kept(live.values()):
+        influence: Tensor | float = 0.0
+        with measuring(context.model, context.optimizer), parameters_kept(live.values()):
             for index in self.scored_steps:
                 at, direction = to_device(vault.get(pair_name(index)), context.device)
                 load_parameters(live, at)
-                parts = []
-                for batch in batches():
-                    parts.append(product(context.model, context.loss_fn, batch, direction).double().cpu())
-                    flops = _FORWARDS[self.products] * forward_flops(context.model, batch["input_ids"].numel())
-                    context.meter.add_flops(flops)
-                by_step.append(torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64))
-        influence = torch.stack(by_step).sum(dim=0)
-        return influence.where(influence.isfinite(), math.nan)
+                influence = influence + self._products(context, batches, direction).double().cpu()
+        found = torch.as_tensor(influence)
+        return found.where(found.isfinite(), math.nan)
+
+    def _products(self, context: RoundContext, batches: Callable[[], Iterable[Batch]], direction: Vector) -> Tensor:
+        """Return the inner product of a direction with the gradient of every example in the batches, ``(n,)``."""
+
+        def charged() -> Iterator[Batch]:
+            for batch in batches():
+                context.meter.add_flops(forwards * forward_flops(context.model, batch["input_ids"].numel()))
+                yield batch
+
+        forwards = _FORWARDS[self.products] / (1 if self.products == "exact" else 2)  # differences read them twice
+        short = self.product_precision == "training"
+        with context.forward_context() if short else _full_precision(context):
+            if self.products == "central_difference":
+                share = SHARES[torch.bfloat16] if short and torch.is_autocast_enabled(context.device.type) else None
+                return central_difference_dots(context.model, context.loss_fn, charged, direction, share)
+            parts = [example_dot(context.model, context.loss_fn, batch, direction) for batch in charged()]
+        return torch.cat(parts) if parts else torch.empty(0)
 
     def _dynamics(self, context: RoundContext) -> tuple[Dynamics, float]:
         """Return how training moves, and the largest learning rate before the schedule."""
@@ -232,6 +248,7 @@ class PMPInfluence:
             ("dynamics", DynamicsKind),
             ("hessian", HessianKind),
             ("products", ProductKind),
+            ("product_precision", Precision),
             ("reference_weighting", Weighting),
         ):
             if getattr(self, name) not in get_args(kind):

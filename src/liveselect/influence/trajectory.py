@@ -51,9 +51,7 @@ class Trajectory:
         Args:
             advance: told of every few steps that are done.
         """
-        begins = range(0, self.steps, self._interval)
-        resumed = [begin for begin in begins if self._name(begin) in self._vault]
-        begin = resumed[-1] if resumed else 0
+        begin = self.kept[-1] if self.kept else 0
         advance(begin)
         state = self._state_at(begin)
         while True:
@@ -65,6 +63,11 @@ class Trajectory:
                 return state
             self._last = []
             self._vault.put(self._name(begin), pack_state(state))
+
+    @property
+    def kept(self) -> list[int]:
+        """The steps whose states the vault holds."""
+        return [begin for begin in range(0, self.steps, self._interval) if self._name(begin) in self._vault]
 
     def backward(self, before: int) -> Iterator[tuple[int, list[Transition]]]:
         """Yield ``(begin, transitions)`` of each stretch, latest first; its transitions in their order.
@@ -82,7 +85,7 @@ class Trajectory:
     def forget(self) -> None:
         """Drop the kept states."""
         self._last = []
-        for begin in range(0, self.steps, self._interval):
+        for begin in self.kept:
             self._vault.drop(self._name(begin))
 
     def _stretch(self, state: State, begin: int) -> list[Transition]:

@@ -1,19 +1,21 @@
 """Unrolls training with the model at hand, and pulls the reference loss back through it."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from liveselect import distributed
 from liveselect.functional.adjoint import Costate, Dynamics, State, Transition, final_costate, walk_back
+from liveselect.functional.differences import central_difference_product
 from liveselect.functional.flops import forward_flops
 from liveselect.functional.gradients import mean_gradient, mean_loss_and_gradient
-from liveselect.functional.hessian import HessianProduct, central_difference_product, double_backward_product
 from liveselect.functional.sampling import uniform_subset
-from liveselect.functional.updates import Vector
+from liveselect.functional.second_order import double_backward_product
+from liveselect.functional.updates import Vector, norm
 from liveselect.influence.dynamics import live_state
 from liveselect.influence.reference import ReferencePass
 from liveselect.influence.trajectory import Trajectory, pack_costate, unpack_costate
@@ -23,7 +25,7 @@ from liveselect.protocols import Batch, RoundContext
 HessianKind = Literal["double_backward", "central_difference"]
 Weighting = Literal["tokens", "examples"]
 
-_PRODUCTS: dict[HessianKind, HessianProduct] = {
+_PRODUCTS: dict[HessianKind, Callable[..., Vector]] = {
     "double_backward": double_backward_product,
     "central_difference": central_difference_product,
 }
@@ -31,6 +33,7 @@ _FORWARDS: dict[HessianKind, int] = {
     "double_backward": 9,
     "central_difference": 6,
 }  # a forward and backward is worth three forwards
+_DISAGREEMENT = {torch.float64: 1e-3, torch.float32: 0.1}  # several times what rounding does to differences
 _COSTATE, _METRICS = "costate", "metrics"
 
 
@@ -77,6 +80,8 @@ class Unroll:
         context, steps = self.context, len(self.ids)
         start = live_state(context, self.dynamics)
         trajectory = Trajectory(self.dynamics, start, self._gradient, steps, self.interval, vault, context.device)
+        if not _all_equal([-1, vault.get(_COSTATE)[0]] if _COSTATE in vault else trajectory.kept):
+            vault.clear()  # ranks that were stopped at different places begin again together
         if _COSTATE in vault:
             below, packed = vault.get(_COSTATE)
             costate: Costate | None = unpack_costate(packed, context.device) if below else None
@@ -84,6 +89,7 @@ class Unroll:
             with context.phase("unroll training", steps, "steps") as advance:
                 end = trajectory.forward(advance)
                 loss, gradient = self._reference_gradient(end)
+            self._check_curvature(gradient)
             below, costate = steps, final_costate(gradient, end)
             vault.put(_METRICS, {"reference_loss_unrolled": loss})
         with context.phase("pull back", below, "steps") as advance:
@@ -114,36 +120,80 @@ class Unroll:
         """Return the gradient of the mean loss of a step's batch."""
         context = self.context
         self._load(state)
-        batches = list(context.candidate_batches(self.ids[index]))
+        batches, share = self._my_batches(index)
         self._charge(3, batches)
-        gradient = mean_gradient(context.model, context.loss_fn, batches)
-        return {name: gradient[name] for name in self.parameters}
+        gradient = mean_gradient(context.model, context.loss_fn, batches) if batches else None
+        return self._over_ranks(gradient, share)
 
     def _curved(self, transition: Transition, vector: Vector) -> Vector:
         """Return the Hessian of that mean loss times a vector."""
         context = self.context
         self._load(transition.before)
-        batches = [
-            part
-            for batch in context.candidate_batches(self.ids[transition.index])
-            for part in split_rows(batch, self.hessian_rows)
-        ]
+        batches, share = self._my_batches(transition.index, self.hessian_rows)
         self._charge(_FORWARDS[self.hessian], batches)
-        return _PRODUCTS[self.hessian](context.model, context.loss_fn, batches, vector)
+        product = _PRODUCTS[self.hessian](context.model, context.loss_fn, batches, vector) if batches else None
+        return self._over_ranks(product, share)
+
+    def _check_curvature(self, vector: Vector) -> None:
+        """Raise RuntimeError when differentiating twice misses a part of the model.
+
+        A custom kernel whose backward is no part of the graph makes no error there: its curvature is silently zero.
+        """
+        batches, _ = self._my_batches(len(self.ids) - 1, self.hessian_rows)
+        if self.hessian != "double_backward" or not batches:
+            return
+        model, loss_fn = self.context.model, self.context.loss_fn
+        exact = double_backward_product(model, loss_fn, batches[:1], vector)
+        close = central_difference_product(model, loss_fn, batches[:1], vector)
+        self._charge(_FORWARDS["double_backward"] + _FORWARDS["central_difference"], batches[:1])
+        error = float(norm({name: exact[name] - close[name] for name in exact}) / norm(close).clamp(min=1e-30))
+        if error > _DISAGREEMENT[next(iter(vector.values())).dtype]:
+            raise RuntimeError(
+                f"two ways to find the curvature of the training loss differ by {error:.0%}: the model has a part that "
+                "cannot be differentiated twice (a custom kernel), or a loss with jumps. Use "
+                'hessian="central_difference"'
+            )
+
+    def _my_batches(self, index: int, rows: int | None = None) -> tuple[list[dict[str, Any]], float]:
+        """Return this rank's part of a step's batch, in batches of at most ``rows``, and what share of it that is."""
+        ids = self.ids[index]
+        mine = ids[distributed.shard(len(ids))]
+        batches = self.context.candidate_batches(mine) if len(mine) else iter(())
+        return [part for batch in batches for part in split_rows(batch, rows)], len(mine) / len(ids)
 
     def _reference_gradient(self, state: State) -> tuple[float, Vector]:
         """Return J at a state, and its gradient."""
         context, reference = self.context, self.reference
         self._load(state)
-        context.meter.add_flops(3 * reference.flops)
         weights = reference.counts if self.weighting == "tokens" else [count > 0 for count in reference.counts]
-        loss, gradient = mean_loss_and_gradient(context.model, context.loss_fn, reference.batches, weights)
+        total = sum(int(weight.sum()) for weight in weights)
+        mine = distributed.shard(len(weights))
+        weights = weights[mine]
+        share = sum(int(weight.sum()) for weight in weights) / total
+        loss, gradient = 0.0, None
+        if share:
+            context.meter.add_flops(3 * reference.flops * len(weights) / len(reference.counts))
+            loss, gradient = mean_loss_and_gradient(context.model, context.loss_fn, reference.batches[mine], weights)
+        loss = float(distributed.sum_over_ranks(torch.tensor(loss * share, dtype=torch.float64)))
         if not math.isfinite(loss):
             raise ValueError(
                 f"the reference loss became {loss} while {len(self.ids)} steps of training were unrolled: "
                 "lower learning_rate, unroll fewer steps, or look at the training loss"
             )
-        return loss, {name: gradient[name] for name in self.parameters}
+        return loss, self._over_ranks(gradient, share)
+
+    def _over_ranks(self, mine: Mapping[str, Tensor] | None, share: float) -> Vector:
+        """Return the mean over all ranks' examples, given the mean over this rank's, which are a share of them."""
+        parameters = self.parameters
+        if distributed.world_size() == 1 and mine is not None:
+            return {name: mine[name] for name in parameters}
+        zeros = [torch.zeros_like(parameter) for parameter in parameters.values()]
+        parts = zeros if mine is None else [mine[name] * share for name in parameters]
+        whole = distributed.sum_over_ranks(torch.cat([part.flatten() for part in parts]))
+        sums = whole.split([part.numel() for part in parts])
+        return {
+            name: value.view_as(parameter) for (name, parameter), value in zip(parameters.items(), sums, strict=True)
+        }
 
     def _load(self, state: State) -> None:
         load_parameters(self.parameters, state.parameters)
@@ -184,6 +234,10 @@ def split_rows(batch: Batch, rows: int | None) -> list[dict[str, Any]]:
         return value[begin : begin + rows] if per_example else value
 
     return [{key: part(value, begin) for key, value in batch.items()} for begin in range(0, count, rows)]
+
+
+def _all_equal(mine: list[int]) -> bool:
+    return all(other == mine for other in distributed.gather_objects(mine))
 
 
 def _present(costate: Costate | None) -> Costate:

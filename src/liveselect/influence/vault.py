@@ -28,6 +28,9 @@ class Vault(Protocol):
     def drop(self, name: str) -> None:
         """Forget the value, if there is one."""
 
+    def clear(self) -> None:
+        """Forget all values."""
+
 
 class MemoryVault:
     """Keeps values in the memory of the host."""
@@ -52,6 +55,10 @@ class MemoryVault:
         """Forget the value."""
         self._values.pop(name, None)
 
+    def clear(self) -> None:
+        """Forget all values."""
+        self._values.clear()
+
 
 class DiskVault:
     """Keeps every value in a file of a folder, whole or not at all; reading maps the file into memory.
@@ -66,10 +73,9 @@ class DiskVault:
     def __init__(self, folder: str | Path, owner: str) -> None:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._owner = owner
         if _OWNER not in self or self.get(_OWNER) != owner:
-            for file in self._folder.glob(f"*{_SUFFIX}"):
-                file.unlink()
-            self.put(_OWNER, owner)
+            self.clear()
 
     def __contains__(self, name: object) -> bool:
         return self._file(str(name)).exists()
@@ -93,6 +99,12 @@ class DiskVault:
     def drop(self, name: str) -> None:
         """Delete the value."""
         self._file(name).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Delete all values; the folder stays this owner's."""
+        for file in self._folder.glob(f"*{_SUFFIX}"):
+            file.unlink()
+        self.put(_OWNER, self._owner)
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}{_SUFFIX}"
