@@ -176,6 +176,7 @@ def test_warm_up_rounds_use_the_other_selector():
         (torch.arange(5).float(), "float32"),
         (torch.tensor([0, 1, 2, 2, 3]), "1 ids more than once"),
         (torch.tensor([0, 1, 2, 3, 60]), "not among the round's 60 candidates"),
+        (torch.tensor([0, 1, 2, 3, -1]), "not among the round's 60 candidates"),
     ],
 )
 def test_a_choice_that_is_no_plan_is_refused_and_changes_nothing(ids, message):

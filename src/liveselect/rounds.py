@@ -156,7 +156,9 @@ def _validate(ids: Tensor, candidates: Tensor, budget: int, selector: Selector) 
         raise ValueError(f"expected {name} to choose ({budget},) int64 ids, got {tuple(ids.shape)} {ids.dtype}")
     if len(ids.unique()) != budget:
         raise ValueError(f"{name} chose {budget - len(ids.unique())} ids more than once; ids of a round are distinct")
-    if not torch.isin(ids, candidates, assume_unique=True).all():
+    is_candidate = torch.zeros(1 + max(int(candidates.max()), int(ids.max())), dtype=torch.bool)
+    is_candidate[candidates] = True  # isin would sort all candidates in every round
+    if int(ids.min()) < 0 or not is_candidate[ids].all():
         raise ValueError(f"{name} chose ids that are not among the round's {len(candidates)} candidates")
 
 
