@@ -148,7 +148,7 @@ def tell(name: str, selection: TimedQuad, step: int, reference: int) -> None:
     batches = len(selection.batch_seconds[True]) / max(1, len(selection.round_seconds) - 2)
     extra = batches * (heard - silent) / (whole + training)
     print(
-        f"{'':>11}a batch that is listened to takes {heard / silent:.2f} times as long: {100 * extra:.2f}% of the time, "
+        f"{'':>11}a batch that is listened to takes {heard / silent:.2f} times as long: {100 * extra:.2f}% of the time, "  # noqa: E501
         "counted as training"
     )
     for phase, seconds in sorted(phases.items(), key=lambda item: -item[1]):
