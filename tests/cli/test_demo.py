@@ -84,7 +84,7 @@ def test_a_demo_that_was_stopped_continues_with_the_same_numbers(small, monkeypa
     with monkeypatch.context() as context:
         context.setattr(DataSelection, "on_train_batch_end", stop_in_step_5)
         assert run(small) == 130
-    assert "demo --resume" in capsys.readouterr().err
+    assert re.search(r"to continue from here: \S+ demo .*--resume$", capsys.readouterr().err, re.MULTILINE)
     assert run(small, "--resume") == 0
     assert {name: what_was_done(ledger) for name, ledger in ledgers(small).items()} == whole
 

@@ -221,6 +221,7 @@ def test_a_prior_narrows_what_is_measured_and_what_is_predicted():
     assert (probes % 2 == 1).all()
     selector.observe(probes, torch.arange(10.0))
     assert len(selector.propose(context)) == 0
+    state = selector.state_dict()
     selection = selector.select(context, 9)
     assert (selection.ids % 2 == 1).all()
     assert sorted(selection.ids.tolist()) == list(range(43, 60, 2))  # ratio 0.3 of 30: the best 9 predictions
@@ -228,7 +229,7 @@ def test_a_prior_narrows_what_is_measured_and_what_is_predicted():
     resumed = PriorSelector(
         RegressionSelector(FirstTokenRegressor(), probes=10, ratio=0.3, temperature=0.0), scores, 0.5
     )
-    resumed.load_state_dict(selector.state_dict())
+    resumed.load_state_dict(state)
     assert torch.equal(resumed.select(context, 9).ids, selection.ids)
     with pytest.raises(ValueError, match="selector state"):
-        PriorSelector(UniformSelector(), scores, ratio=0.5).load_state_dict(selector.state_dict())
+        PriorSelector(UniformSelector(), scores, ratio=0.5).load_state_dict(state)

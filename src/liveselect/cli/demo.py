@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         demo.run(arguments.resume)
     except KeyboardInterrupt:
-        again = " ".join([sys.argv[0], "demo", *(word for word in argv if word != "--resume"), "--resume"])
+        program = sys.argv[0] if Path(sys.argv[0]).is_file() else "liveselect"
+        again = " ".join([program, "demo", *(word for word in argv if word != "--resume"), "--resume"])
         sys.stderr.write(f"\nstopped; to continue from here: {again}\n")
         return 130
     return 0
