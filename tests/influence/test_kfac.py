@@ -478,3 +478,10 @@ def test_two_ranks_measure_what_one_does_and_share_the_layers_out(variant):
         kept.fit(replace(context, round=1))
         batch = candidate_batch(context)
         torch.testing.assert_close(resumed.score(context, batch), kept.score(context, batch), rtol=1e-5, atol=1e-8)
+
+
+def test_what_is_not_kept_from_the_first_pass_is_computed_again(monkeypatch):
+    context = warm_context()
+    kept = measure(context, curvature="ekfac")
+    monkeypatch.setattr("liveselect.influence.kfac._KEPT_BYTES", 0)
+    torch.testing.assert_close(measure(context, curvature="ekfac"), kept, rtol=1e-6, atol=1e-8)
