@@ -1,5 +1,6 @@
 """What a run must look like for selection to be exact; everything else is refused before training starts."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from liveselect.plan import Plan
 from liveselect.protocols import CandidateSource
 
 
@@ -83,3 +85,33 @@ def check_intervals(trainer: pl.Trainer) -> None:
                 "ModelCheckpoint(train_time_interval=...) can save inside an accumulation window "
                 f"(accumulate_grad_batches={window}), which would not resume exactly: use every_n_train_steps"
             )
+
+
+def check_rest(plan: Plan, global_batch: int, trainer: pl.Trainer) -> None:
+    """Raise MisconfigurationException when a checkpoint goes on with steps of another size that do not fit its place.
+
+    What is left of the round must be whole steps, and Lightning counts windows from the start of the epoch.
+    """
+    window = trainer.accumulate_grad_batches
+    left, done = len(plan.ids) - plan.cursor, trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+    if left % global_batch:
+        raise MisconfigurationException(
+            f"the checkpoint has {left} candidates of round {plan.round} left to train on, which are no whole steps of "
+            f"{global_batch} (batch_size {global_batch // window // trainer.world_size}, {trainer.world_size} ranks, "
+            f"accumulate_grad_batches {window}): resume with the numbers that the run began with, or with others whose "
+            f"product divides {left}"
+        )
+    if done % window:
+        raise MisconfigurationException(
+            f"the checkpoint stands after {done} batches of its epoch, which is inside a window of {window} "
+            "(accumulate_grad_batches): resume with the window that the run began with, or with one that divides them"
+        )
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Return the folder of this run: where its logger writes, or its checkpoints would lie by default."""
+    logger = trainer.logger
+    if logger is None or getattr(logger, "log_dir", None) is not None or logger.save_dir is None:
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir) / str(logger.name) / version  # W&B and others: one folder for each run

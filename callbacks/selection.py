@@ -4,6 +4,7 @@ import logging
 import random
 import time
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from liveselect import distributed
-from liveselect.callbacks.compatibility import check_intervals, check_setup, find_source
+from liveselect.callbacks.compatibility import check_intervals, check_rest, check_setup, find_source, run_folder
 from liveselect.callbacks.progress import RoundProgress
 from liveselect.cost import CostMeter
 from liveselect.functional.flops import forward_flops
@@ -25,6 +26,7 @@ from liveselect.ledger import RoundRecord
 from liveselect.losses import causal_lm_loss
 from liveselect.plan import Plan
 from liveselect.protocols import CandidateSource, InfluenceEstimator, LossFn, RoundContext, SelectionWarning, Selector
+from liveselect.rehearsal import rehearse
 from liveselect.rounds import SelectionRun, run_round
 from liveselect.selectors import UniformSelector
 
@@ -70,9 +72,9 @@ class DataSelection(Callback):
         seed: int = 0,
         dirpath: str | Path | None = None,
     ) -> None:
-        if every_n_steps < 1:
+        if not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ValueError(f"expected every_n_steps of at least one optimizer step, got {every_n_steps}")
-        if warmup_rounds < 0:
+        if not isinstance(warmup_rounds, int) or warmup_rounds < 0:
             raise ValueError(f"expected warmup_rounds of zero or more, got {warmup_rounds}")
         self.selector = selector
         self.estimator = estimator
@@ -175,8 +177,8 @@ class DataSelection(Callback):
         check_setup(trainer, pl_module)
         if self._run is None or self._run.pool is not self._source.pool:
             self._begin()
-        folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "selection"
-        self._ledger_path = Path(folder) / LEDGER_FILE
+        folder = run_folder(trainer) / "selection" if self.dirpath is None else Path(self.dirpath)
+        self._ledger_path = folder / LEDGER_FILE
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the first plan, or continue the one of the checkpoint."""
@@ -186,7 +188,12 @@ class DataSelection(Callback):
         self._in_batch = False
         if trainer.global_step == 0 and not self._loaded and self.plan is not None:
             self._begin()  # another fit of the same callback, from the start
+        if not self._loaded:
+            self._keep_older_ledger()
         self._loaded = False
+        if self.plan is not None:
+            check_rest(self.plan, self._global_batch(trainer), trainer)
+        rehearse(self.run, self._context(trainer, pl_module, 1))
         if self.plan is None or self.plan.exhausted:
             self._select(trainer, pl_module)
         else:
@@ -275,13 +282,18 @@ class DataSelection(Callback):
     def _select(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run a round and publish its plan."""
         run = self.run
-        source = self._source_or_raise()
-        global_batch = source.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         steps = int(min(self.every_n_steps, trainer.estimated_stepping_batches - trainer.global_step))
-        budget = max(1, steps) * global_batch
+        budget = max(1, steps) * self._global_batch(trainer)
+        self._follow(run_round(run, self._context(trainer, pl_module, budget), budget))
+        self._write_ledger()
+        self._log(trainer, run.ledger.rounds[-1])
+
+    def _context(self, trainer: pl.Trainer, pl_module: pl.LightningModule, budget: int) -> RoundContext:
+        """Return what the parts may look at in the round to come, which chooses ``budget`` candidates."""
+        run, source = self.run, self._source_or_raise()
         selector = run.selector_for(run.next_round)
         title = f"round {run.next_round} ({type(selector).__name__}, step {trainer.global_step})"
-        context = RoundContext(
+        return RoundContext(
             round=run.next_round,
             step=trainer.global_step,
             seed=self.seed,
@@ -290,15 +302,16 @@ class DataSelection(Callback):
             loss_fn=self.loss_fn,
             source=source,
             candidates=run.pool.available(budget),
-            global_batch=global_batch,
+            global_batch=self._global_batch(trainer),
             clip_gradients=lambda parameters: _clip_gradients(trainer, pl_module, parameters),
             forward_context=trainer.precision_plugin.forward_context,
             meter=CostMeter(),
             progress=RoundProgress(title, live=False if _has_live_display(trainer) else None),
         )
-        self._follow(run_round(run, context, budget))
-        self._write_ledger()
-        self._log(trainer, run.ledger.rounds[-1])
+
+    def _global_batch(self, trainer: pl.Trainer) -> int:
+        """Return the examples of one optimizer step."""
+        return self._source_or_raise().batch_size * trainer.world_size * trainer.accumulate_grad_batches
 
     def _follow(self, plan: Plan) -> None:
         self._source_or_raise().follow(plan)
@@ -344,6 +357,15 @@ class DataSelection(Callback):
                 )
         for note in record.notes:
             rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
+
+    def _keep_older_ledger(self) -> None:
+        """Give the ledger of an earlier run in the same folder another name; it is the only record of that run."""
+        path = self._ledger_path
+        if path is None or distributed.rank() != 0 or not path.exists():
+            return
+        free = next(name for i in count(1) if not (name := path.with_stem(f"{path.stem}-{i}")).exists())
+        path.rename(free)
+        log.info("the ledger of an earlier run in this folder is now %s", free)
 
     def _write_ledger(self) -> None:
         if self._ledger_path is None or distributed.rank() != 0:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from liveselect.callbacks import DataSelection
@@ -168,7 +168,7 @@ def small_trainer(folder: Path, callbacks: list[Callback], **settings) -> pl.Tra
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
     }
     return pl.Trainer(callbacks=callbacks, default_root_dir=folder, **{**defaults, **settings})
 

@@ -1,11 +1,12 @@
 import io
+import math
 
 import pytest
 import torch
 from fakes import fake_context, random_source
 from torch import Tensor, nn
 
-from liveselect.protocols import Batch, RoundContext, Selection
+from liveselect.protocols import Batch, NotMeasurableError, RoundContext, Selection
 from liveselect.rounds import GROUPS_RECORDED, SelectionRun, round_slices, run_round
 from liveselect.snapshot import checksum
 
@@ -224,3 +225,25 @@ def test_resuming_with_other_parts_is_refused():
     other, _ = a_run(selector=TwoQuestions())
     with pytest.raises(ValueError, match="state of the selector Counting, but this run uses TwoQuestions"):
         other.load_state_dict(run.state_dict())
+
+
+class Unready(TokenSum):
+    def fit(self, context: RoundContext) -> dict[str, float]:
+        self.fitted += 1
+        raise NotMeasurableError("the reference loss is nan")
+
+
+def test_when_nothing_can_be_measured_the_selector_is_told_so_and_the_round_goes_on():
+    class Careful(TwoQuestions):
+        def select(self, context: RoundContext, budget: int) -> Selection:
+            assert len(self.told) > PER_PROPOSAL  # both questions were answered
+            assert all(math.isnan(value) for value in self.told.values())
+            return Selection(context.candidates[:budget])
+
+    estimator = Unready()
+    run, source = a_run(Careful(), estimator)
+    run_round(run, fake_context(source), budget=5)
+    assert estimator.fitted == 1  # once a round, however often the selector asks
+    record = run.ledger.rounds[0]
+    assert record.notes == ["nothing could be measured: the reference loss is nan"]
+    assert len(record.measured) == len(record.influence) == 2 * PER_PROPOSAL

@@ -32,6 +32,13 @@ class SelectionWarning(UserWarning):
     """Something about selection is not as it should be, and training goes on."""
 
 
+class NotMeasurableError(ValueError):
+    """Influence cannot be measured with the model as it is in this round; a later round may be able to.
+
+    An estimator raises it on all ranks alike. A run goes on with influence that is NaN for all candidates.
+    """
+
+
 @runtime_checkable
 class CandidateSource(Protocol):
     """The data as the engine sees it; a datamodule implements it."""
@@ -112,10 +119,18 @@ class RoundContext:
 
 
 class InfluenceEstimator(Protocol):
-    """Measures influence with the live model."""
+    """Measures influence with the live model.
+
+    An estimator, a regressor or a selector may also have ``check(context)``, which raises before training begins what
+    would otherwise come up in the first round that measures.
+    """
 
     def fit(self, context: RoundContext) -> Mapping[str, float]:
-        """Prepare for a round (reference loss or gradient, curvature) and return what is worth recording."""
+        """Prepare for a round (reference loss or gradient, curvature) and return what is worth recording.
+
+        Raises:
+            NotMeasurableError: with the model as it is now nothing can be measured.
+        """
 
     def score(self, context: RoundContext, batch: Batch) -> Tensor:
         """Return the influence of each example, ``(B,)`` float32 on CPU, nats per unit learning rate."""
@@ -165,7 +180,7 @@ class Selector(Protocol):
         """Return the ids to measure next, ``(m,)``; an empty tensor means that enough is known."""
 
     def observe(self, ids: Tensor, influence: Tensor) -> None:
-        """Take note of the influence ``(m,)`` of the proposed ``ids (m,)``."""
+        """Take note of the influence ``(m,)`` of the proposed ``ids (m,)``; NaN where it could not be measured."""
 
     def select(self, context: RoundContext, budget: int) -> Selection:
         """Choose ``budget`` of the context's candidates."""

@@ -12,7 +12,7 @@ from liveselect import distributed
 from liveselect.ledger import Example, Histogram, Ledger, RoundRecord
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
-from liveselect.protocols import InfluenceEstimator, RoundContext, Selection, Selector
+from liveselect.protocols import InfluenceEstimator, NotMeasurableError, RoundContext, Selection, Selector
 from liveselect.snapshot import measuring
 
 EXAMPLES_SHOWN = 6
@@ -91,27 +91,35 @@ def round_slices(run: SelectionRun, context: RoundContext, budget: int) -> Gener
         RuntimeError: the ranks decided differently.
     """
     selector = run.selector_for(context.round)
-    measured, influence, metrics = yield from _measure(run.estimator, selector, context)
+    found = yield from _measure(run.estimator, selector, context)
     with measuring(context.model, context.optimizer), context.meter.phase("choose"):
         selection = selector.select(context, budget)
     _validate(selection.ids, context.candidates, budget, selector)
     distributed.check_agreement(f"the plan of round {context.round}", selection.ids)
     plan = Plan(context.round, selection.ids)
     with measuring(context.model, context.optimizer):
-        record = _record(run.pool, context, selector, selection, plan, measured, influence, metrics)
+        record = _record(run.pool, context, selector, selection, plan, found)
     run.pool.record_use(plan.ids)
     run.plan = plan
     run.ledger.rounds.append(record)
     return plan
 
 
+@dataclass
+class _Found:
+    """What was measured in a round: ids and influence by question, the estimator's metrics, and what kept it away."""
+
+    ids: list[Tensor] = field(default_factory=list)
+    influence: list[Tensor] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    obstacle: str | None = None
+
+
 def _measure(
     estimator: InfluenceEstimator | None, selector: Selector, context: RoundContext
-) -> Generator[None, None, tuple[Tensor, Tensor, dict[str, float]]]:
-    """Measure until the selector has asked enough; returns ids (m,), influence (m,) and the estimator's metrics."""
-    all_ids: list[Tensor] = []
-    all_influence: list[Tensor] = []
-    metrics: dict[str, float] = {}
+) -> Generator[None, None, _Found]:
+    """Measure until the selector has asked enough."""
+    found = _Found()
     while len(ids := selector.propose(context)):
         if estimator is None:
             raise ValueError(
@@ -119,18 +127,30 @@ def _measure(
                 "such as liveselect.influence.OneStepInfluence()"
             )
         distributed.check_agreement(f"what to measure in round {context.round}", ids)
-        if not all_ids:
-            with context.phase("fit estimator", 1, "fit") as advance, measuring(context.model, context.optimizer):
-                metrics = dict(estimator.fit(context))
-                advance(1)
+        if not found.ids:
+            _fit(estimator, context, found)
             yield
-        influence = yield from _measure_shard(estimator, context, ids)
+        if found.obstacle is None:
+            influence = yield from _measure_shard(estimator, context, ids)
+        else:
+            influence = torch.full((len(ids),), math.nan)  # selectors know what to do when they are told nothing
         selector.observe(ids, influence)
-        all_ids.append(ids)
-        all_influence.append(influence)
-    if not all_ids:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0), metrics
-    return torch.cat(all_ids), torch.cat(all_influence), metrics
+        found.ids.append(ids)
+        found.influence.append(influence)
+    return found
+
+
+def _fit(estimator: InfluenceEstimator, context: RoundContext, found: _Found) -> None:
+    """Prepare the estimator for the round, or note what keeps it from measuring; the same on all ranks."""
+    try:
+        with context.phase("fit estimator", 1, "fit") as advance, measuring(context.model, context.optimizer):
+            found.metrics = dict(estimator.fit(context))
+            advance(1)
+    except NotMeasurableError as obstacle:
+        found.obstacle = str(obstacle)
+    distributed.check_agreement(
+        f"whether influence can be measured in round {context.round}", torch.tensor([found.obstacle is None])
+    )
 
 
 def _measure_shard(estimator: InfluenceEstimator, context: RoundContext, ids: Tensor) -> Generator[None, None, Tensor]:
@@ -168,10 +188,11 @@ def _record(
     selector: Selector,
     selection: Selection,
     plan: Plan,
-    measured: Tensor,
-    influence: Tensor,
-    metrics: Mapping[str, float],
+    found: _Found,
 ) -> RoundRecord:
+    measured = torch.cat([torch.empty(0, dtype=torch.int64), *found.ids])
+    influence = torch.cat([torch.empty(0), *found.influence])
+    obstacle = () if found.obstacle is None else (f"nothing could be measured: {found.obstacle}",)
     histogram = None
     if selection.scored is not None and selection.scores is not None:
         chosen = torch.isin(selection.scored, plan.ids)
@@ -193,10 +214,10 @@ def _record(
         groups=_groups(pool, context.candidates, measured, plan.ids, selection.group_metrics),
         histogram=histogram,
         examples=examples,
-        metrics={**metrics, **selection.metrics},
+        metrics={**found.metrics, **selection.metrics},
         seconds=dict(context.meter.seconds),
         flops=flops,
-        notes=list(selection.notes),
+        notes=[*obstacle, *selection.notes],
     )
 
 

@@ -19,6 +19,7 @@ from liveselect.functional.kronecker import (
     mirrored,
     output_only,
 )
+from liveselect.protocols import NotMeasurableError
 
 Variant = Literal["kfac", "ekfac", "output_only", "diagonal", "identity"]
 
@@ -171,7 +172,7 @@ def _tokens_seen(leader: str, group: dict[str, Tensor]) -> float:
     broken = sum(1.0 for value in group.values() if not value.isfinite().all())
     tokens, broken = distributed.sum_over_ranks(torch.tensor([float(count), broken], dtype=torch.float64)).tolist()
     if broken:
-        raise ValueError(
+        raise NotMeasurableError(
             f"the inputs or gradients of layer {leader!r} are not finite on some of the candidates that curvature is "
             "measured on: look for candidates without a finite loss, or measure in a wider number format"
         )

@@ -29,7 +29,7 @@ from liveselect.influence.one_step import (
 )
 from liveselect.influence.reference import Precision, ReferencePass, batch_flops
 from liveselect.influence.step_sizes import typical_gradient
-from liveselect.protocols import Batch, RoundContext
+from liveselect.protocols import Batch, NotMeasurableError, RoundContext
 from liveselect.snapshot import Snapshot, measuring
 
 Engine = Literal["hooks", "central_difference", "forward_mode", "optimizer_step"]
@@ -161,8 +161,8 @@ class FirstOrderInfluence:
         """Take the reference gradient, and pull it through the optimizer.
 
         Raises:
-            ValueError: the learning rate is zero or missing, a pattern fits no parameter, no rule gives the gradients
-                of a layer, or the reference loss is not finite.
+            NotMeasurableError: the learning rate is zero, or the reference loss is not finite.
+            ValueError: a pattern fits no parameter, or no rule gives the gradients of a layer.
             TypeError: the optimizer cannot take a step on a given gradient, or has no slope for each coordinate.
         """
         refuse_unfit(context)
@@ -273,7 +273,7 @@ class FirstOrderInfluence:
         totals = distributed.sum_over_ranks(torch.tensor(found[:2], dtype=torch.float64))
         loss, tokens = float(totals[0] / totals[1]), float(totals[1])
         if not math.isfinite(loss):
-            raise ValueError(
+            raise NotMeasurableError(
                 f"the reference loss {'after a step on zero gradients' if self.gradient_at == 'zero_step' else ''} is "
                 f"{loss}; influence cannot be measured from there: lower the learning rate, or look at the training "
                 "loss, the model may have diverged"

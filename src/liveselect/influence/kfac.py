@@ -24,7 +24,7 @@ from liveselect.influence.fisher import Labels, active_tokens, with_sampled_labe
 from liveselect.influence.matrices import find_matrix_layers
 from liveselect.influence.reference import ReferencePass, batch_flops
 from liveselect.losses import target_counts
-from liveselect.protocols import Batch, RoundContext
+from liveselect.protocols import Batch, NotMeasurableError, RoundContext
 from liveselect.snapshot import measuring
 
 _KEPT_BYTES = (
@@ -161,6 +161,11 @@ class KFACInfluence:
             "measured_share": size / sum(p.numel() for p in context.model.parameters() if p.requires_grad),
         }
 
+    def check(self, context: RoundContext) -> None:
+        """Raise what :meth:`fit` would of the layers, without measuring or factoring curvature."""
+        with measuring(context.model, context.optimizer):
+            self._layers(context, ReferencePass.load(context))
+
     def score(self, context: RoundContext, batch: Batch) -> Tensor:
         """Return the influence of each example, ``(B,)`` float32 on CPU; NaN where it is not finite."""
         direction = self.direction
@@ -285,7 +290,7 @@ def _reference_gradient(
     totals = distributed.sum_over_ranks(torch.tensor([loss, tokens], dtype=torch.float64))
     mean = float(totals[0] / totals[1])
     if not math.isfinite(mean):
-        raise ValueError(
+        raise NotMeasurableError(
             f"the reference loss is {mean}; influence cannot be measured from there: look at the training loss, the "
             "model may have diverged"
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from liveselect.functional.flops import forward_flops
 from liveselect.influence.reference import Precision, ReferencePass
-from liveselect.protocols import Batch, RoundContext
+from liveselect.protocols import Batch, NotMeasurableError, RoundContext
 from liveselect.snapshot import Snapshot, measuring, refuse_closure
 
 StepSize = Literal["published", "in_batch"]
@@ -69,7 +69,8 @@ class OneStepInfluence:
         """Load the reference set and measure its loss before and after the zero-gradient step.
 
         Raises:
-            ValueError: the learning rate is zero or missing, or the reference loss is not finite.
+            NotMeasurableError: the learning rate is zero, or the reference loss is not finite.
+            ValueError: the optimizer has no learning rate, or nothing to train.
             TypeError: the optimizer cannot take a step on a given gradient.
         """
         refuse_unfit(context)
@@ -192,19 +193,24 @@ def live_learning_rate(optimizer: torch.optim.Optimizer) -> float:
     of a group that is held still.
 
     Raises:
-        ValueError: no group has a positive, finite learning rate.
+        NotMeasurableError: no group has a positive, finite learning rate.
     """
+    rates = _learning_rates(optimizer)
+    rate = max(rates, default=0.0)
+    if rate > 0 and math.isfinite(rate):
+        return rate
+    raise NotMeasurableError(
+        f"expected a positive learning rate to take a probing step with, got {rates}: begin measuring after the first "
+        "step of the learning-rate warm-up (more warm-up rounds), and end the run before the schedule reaches zero"
+    )
+
+
+def _learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
     rates = []
     for group in optimizer.param_groups:
         with suppress(KeyError, TypeError):  # no rate, or None: the optimizer finds its own
             rates.append(float(group["lr"]))
-    rate = max(rates, default=0.0)
-    if rate > 0 and math.isfinite(rate):
-        return rate
-    raise ValueError(
-        f"expected a positive learning rate to take a probing step with, got {rates or None}: begin measuring after "
-        "the first step of the learning-rate warm-up (more warm-up rounds), and use an optimizer with an lr"
-    )
+    return rates
 
 
 def refuse_unfit(context: RoundContext) -> None:
@@ -212,6 +218,12 @@ def refuse_unfit(context: RoundContext) -> None:
     refuse_closure(context.optimizer)
     if not trainable_parameters(context.optimizer):
         raise ValueError("expected an optimizer with parameters that require a gradient, got none: unfreeze some")
+    if not _learning_rates(context.optimizer):
+        optimizer = type(context.optimizer).__name__
+        raise ValueError(
+            f"expected an optimizer with a learning rate, which is the unit of influence, and {optimizer} has none: "
+            "set its lr"
+        )
     sparse = [name for name, module in context.model.named_modules() if getattr(module, "sparse", False) is True]
     if sparse:
         raise TypeError(
@@ -228,7 +240,9 @@ def _all_finite(loss: Tensor, gradients: Sequence[Tensor | None]) -> bool:
 
 def _require_finite(loss: float, when: str, cure: str) -> None:
     if not math.isfinite(loss):
-        raise ValueError(f"the reference loss {when} is {loss}; influence cannot be measured from there: {cure}")
+        raise NotMeasurableError(
+            f"the reference loss {when} is {loss}; influence cannot be measured from there: {cure}"
+        )
 
 
 def rows_of(batch: Batch) -> list[Batch]:

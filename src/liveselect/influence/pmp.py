@@ -21,7 +21,7 @@ from liveselect.influence.dynamics import live_dynamics, moving_parameters, sgd_
 from liveselect.influence.reference import Precision, ReferencePass
 from liveselect.influence.unroll import HessianKind, Unroll, Weighting, load_parameters, pair_name, unrolled_ids
 from liveselect.influence.vault import DiskVault, MemoryVault, Vault, to_device
-from liveselect.protocols import Batch, RoundContext
+from liveselect.protocols import Batch, NotMeasurableError, RoundContext
 from liveselect.snapshot import checksum, measuring
 
 DynamicsKind = Literal["live", "sgd"]
@@ -133,7 +133,8 @@ class PMPInfluence:
         """Unroll the future and pull the reference loss back through it.
 
         Raises:
-            ValueError: no learning rate, nothing to train, or an unroll whose reference loss is not finite.
+            NotMeasurableError: a learning rate of zero, or an unroll whose reference loss is not finite.
+            ValueError: nothing to train.
             TypeError: an optimizer or clipping whose adjoint is not known, or parameters in 16 bits.
             RuntimeError: the model cannot be differentiated twice.
         """
@@ -169,6 +170,11 @@ class PMPInfluence:
             "reference_tokens": float(reference.targets),
             "unroll_learning_rate": rate,
         }
+
+    def check(self, context: RoundContext) -> None:
+        """Raise what :meth:`fit` would, as far as it can be told without an unroll."""
+        moving_parameters(context)
+        self._dynamics(context)
 
     def score(self, context: RoundContext, batch: Batch) -> Tensor:
         """Return the influence of each example, ``(B,)`` float32 on CPU.
@@ -223,7 +229,7 @@ class PMPInfluence:
         dynamics = live_dynamics(context, self.schedule)
         largest = max(rule.rate for rule in dynamics.rules.values())
         if not 0 < largest < math.inf:
-            raise ValueError(
+            raise NotMeasurableError(
                 f"expected a positive learning rate to unroll training with, got {largest}: begin measuring after the "
                 "first step of the learning-rate warm-up (more warm-up rounds)"
             )

@@ -20,7 +20,7 @@ from liveselect.influence.dynamics import live_state
 from liveselect.influence.reference import ReferencePass
 from liveselect.influence.trajectory import Trajectory, pack_costate, unpack_costate
 from liveselect.influence.vault import Vault
-from liveselect.protocols import Batch, RoundContext
+from liveselect.protocols import Batch, NotMeasurableError, RoundContext
 
 HessianKind = Literal["double_backward", "central_difference"]
 Weighting = Literal["tokens", "examples"]
@@ -176,7 +176,7 @@ class Unroll:
             loss, gradient = mean_loss_and_gradient(context.model, context.loss_fn, reference.batches[mine], weights)
         loss = float(distributed.sum_over_ranks(torch.tensor(loss * share, dtype=torch.float64)))
         if not math.isfinite(loss):
-            raise ValueError(
+            raise NotMeasurableError(
                 f"the reference loss became {loss} while {len(self.ids)} steps of training were unrolled: "
                 "lower learning_rate, unroll fewer steps, or look at the training loss"
             )

@@ -101,6 +101,20 @@ class EncoderRegressor:
         self._network: InfluenceNetwork | None = None
         self._restored: Mapping[str, Any] | None = None  # a state that waits for the first use
 
+    def check(self, context: RoundContext) -> None:
+        """Load encoder and tokenizer by name, read one candidate, and let go of them; the run's own come with a fit.
+
+        Raises:
+            OSError: the hub or the path does not hold what was named.
+            ValueError: the encoder cannot be used, or a token id is outside of its vocabulary.
+        """
+        with own_random_state(0, context.device):
+            config = encoder_config(self.encoder)
+            if self._restored is None and self._network is None:
+                build_network(self.encoder, config, self.dropout, pretrained=True)
+        for batch in context.source.candidates(context.candidates[:1]):
+            self._reader.read(context, config, batch)
+
     def fit(self, context: RoundContext, ids: Tensor, influence: Tensor) -> Mapping[str, float]:
         """Learn from ``ids (m,)`` and ``influence (m,)``; repeated ids are averaged.
 

@@ -62,12 +62,19 @@ def encoder_config(encoder: "str | dict[str, Any] | PretrainedConfig") -> "Pretr
     """Return the configuration of an encoder that is given by name, path, fields or configuration.
 
     Raises:
+        OSError: nothing is to be had under the name.
         ValueError: the fields name no ``model_type``, or the model also has a decoder.
     """
     from transformers import AutoConfig
 
     if isinstance(encoder, str):
-        config = AutoConfig.from_pretrained(encoder)
+        try:
+            config = AutoConfig.from_pretrained(encoder)
+        except OSError as error:
+            raise OSError(
+                f"the encoder {encoder!r} cannot be loaded: expected the path of a saved model, or a name on the hub "
+                f"with a way to the hub or its cache. HashedRidgeRegressor() needs no download. {error}"
+            ) from error
     elif isinstance(encoder, dict):
         if "model_type" not in encoder:
             raise ValueError(f"expected the encoder's fields to name its model_type, such as 'bert', got {encoder}")

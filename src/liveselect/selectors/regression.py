@@ -85,6 +85,11 @@ class RegressionSelector:
         self.min_spearman = min_spearman
         self._measured = _Measured()
 
+    def check(self, context: RoundContext) -> None:
+        """Let the regressor say what it would fail of, if it can tell before anything is measured."""
+        if hasattr(self.regressor, "check"):
+            self.regressor.check(context)
+
     def propose(self, context: RoundContext) -> Tensor:
         """Return random candidates, ``(m,)`` ascending, and nothing more once they were measured in this round."""
         if self._measured.round == context.round and len(self._measured.ids):

@@ -163,6 +163,11 @@ class PriorSelector:
         self.ratio = ratio
         self.temperature = temperature
 
+    def check(self, context: RoundContext) -> None:
+        """Let the selector say what it would fail of, if it can tell before anything is measured."""
+        if hasattr(self.selector, "check"):
+            self.selector.check(context)
+
     def propose(self, context: RoundContext) -> Tensor:
         """Return what the selector wants measured among the kept candidates."""
         return self.selector.propose(self._narrowed(context, 1)[0])

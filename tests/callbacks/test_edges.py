@@ -1,0 +1,219 @@
+"""Runs that are interrupted, repeated or set up askew: selection says so or goes on, and loses nothing."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from small_run import SIMPLE, Place, SmallLM, Trace, small_data, small_trainer
+
+from liveselect.callbacks import MATES, DataSelection
+from liveselect.callbacks.compatibility import run_folder
+from liveselect.ledger import Ledger
+from liveselect.losses import causal_lm_loss
+from liveselect.protocols import SelectionWarning
+from liveselect.regressors import HashedRidgeRegressor
+from liveselect.selectors import UniformSelector
+
+
+def small_mates(folder, **arguments) -> MATES:
+    defaults = {"every_n_steps": 4, "probes": 12, "ratio": 0.5, "regressor": HashedRidgeRegressor(), "dirpath": folder}
+    return MATES(**{**defaults, **arguments})
+
+
+class EndsAtZero(SmallLM):
+    """Its learning rate is zero from step 8 on, as at the end of a schedule."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step < 8))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def broken_reference(module, batch):
+    """Losses of candidates, which are differentiated; NaN for the reference set, which is only looked at."""
+    losses = causal_lm_loss(module, batch)
+    return losses if torch.is_grad_enabled() else losses * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("module", "loss_fn", "unmeasured", "reason"),
+    [
+        (EndsAtZero, None, [8, 12], r"expected a positive learning rate.*got \[0\.0\]"),
+        (SmallLM, broken_reference, [4, 8, 12], "the reference loss before any step is nan"),
+    ],
+    ids=["a learning rate of zero", "a reference loss that is not finite"],
+)
+def test_a_round_in_which_nothing_can_be_measured_is_drawn_uniformly(tmp_path, module, loss_fn, unmeasured, reason):
+    mates = small_mates(tmp_path, loss_fn=loss_fn)
+    trainer = small_trainer(tmp_path, [mates])
+    with pytest.warns(SelectionWarning, match=rf"nothing could be measured: {reason}"):
+        trainer.fit(module(), datamodule=small_data())
+    assert trainer.global_step == 14
+    notes = {record.step: record.notes for record in Ledger.read(tmp_path / "ledger.jsonl").rounds}
+    assert [step for step in notes if any("nothing could be measured" in note for note in notes[step])] == unmeasured
+    assert all(any("drawn uniformly" in note for note in notes[step]) for step in unmeasured)
+
+
+def test_what_would_fail_after_the_warm_up_fails_before_the_first_step(tmp_path):
+    class Stubborn(SmallLM):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters())
+
+    mates = small_mates(tmp_path, warmup_rounds=3)
+    trainer = small_trainer(tmp_path, [mates], **SIMPLE, gradient_clip_val=None)
+    with pytest.raises(TypeError, match=r"LBFGS.*step needs a closure"):
+        trainer.fit(Stubborn(), datamodule=small_data())
+    assert trainer.global_step == 0
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_a_second_fit_of_the_same_callback_begins_anew(tmp_path):
+    selection = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path)
+    plans = []
+    for _ in range(2):
+        small_trainer(tmp_path, [selection], max_steps=8).fit(SmallLM(), datamodule=small_data())
+        plans.append([record.plan for record in selection.run.ledger.rounds])
+    assert plans[0] == plans[1]
+    assert len(plans[0]) == 2
+
+
+def test_the_ledger_of_an_earlier_run_is_kept(tmp_path):
+    for steps in (4, 8, 12):
+        selection = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path)
+        small_trainer(tmp_path, [selection], max_steps=steps).fit(SmallLM(), datamodule=small_data())
+    rounds = {path.name: len(Ledger.read(path).rounds) for path in tmp_path.glob("ledger*.jsonl")}
+    assert rounds == {"ledger-1.jsonl": 1, "ledger-2.jsonl": 2, "ledger.jsonl": 3}
+
+
+def test_resuming_continues_the_ledger_in_its_place(tmp_path):
+    first = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path)
+    trainer = small_trainer(tmp_path, [first], max_steps=6)
+    trainer.fit(SmallLM(), datamodule=small_data())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path)
+    small_trainer(tmp_path, [again], max_steps=12).fit(SmallLM(), small_data(), ckpt_path=tmp_path / "x.ckpt")
+    assert [path.name for path in tmp_path.glob("ledger*.jsonl")] == ["ledger.jsonl"]
+    assert len(Ledger.read(tmp_path / "ledger.jsonl").rounds) == 4
+
+
+class Versioned(Logger):
+    """A logger with a folder for all runs and a name for each, as W&B's has."""
+
+    def __init__(self, folder, version) -> None:
+        super().__init__()
+        self.folder, self._version = folder, version
+
+    name = "project"
+    version = property(lambda self: self._version)
+    save_dir = property(lambda self: str(self.folder))
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize(("version", "folder"), [("a1b2c3", "a1b2c3"), (3, "version_3")])
+def test_every_run_of_a_logger_has_a_ledger_of_its_own_beside_its_checkpoints(tmp_path, version, folder):
+    selection = DataSelection(UniformSelector(), every_n_steps=4)
+    keep = ModelCheckpoint(every_n_train_steps=4)
+    trainer = small_trainer(tmp_path, [selection, keep], logger=Versioned(tmp_path, version), max_steps=4)
+    trainer.fit(SmallLM(), datamodule=small_data())
+    assert run_folder(trainer) == tmp_path / "project" / folder
+    assert (tmp_path / "project" / folder / "selection" / "ledger.jsonl").exists()
+    assert (tmp_path / "project" / folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "window", "message"),
+    [
+        (12, 5, "12 candidates of round 1 left.*no whole steps of 10"),
+        (6, 4, r"stands after 18 batches of its epoch.*window of 4 \(accumulate_grad_batches\)"),
+        (12, 2, None),
+    ],
+    ids=["in the middle of a round", "at the end of a round", "where both are divided"],
+)
+def test_a_resume_with_steps_that_do_not_fit_its_place_is_refused_at_the_start(tmp_path, steps, window, message):
+    first = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path)
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}")
+    small_trainer(tmp_path, [first, keep], max_steps=steps).fit(SmallLM(), datamodule=small_data())
+    again = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path)
+    settings = {"max_steps": 14, "accumulate_grad_batches": window, "val_check_interval": 10 * window}
+    trainer = small_trainer(tmp_path, [again], **settings, limit_train_batches=20)
+
+    def resume():
+        trainer.fit(SmallLM(), small_data(), ckpt_path=tmp_path / "step=6.ckpt")
+
+    if message is None:
+        resume()
+        assert trainer.global_step == 14
+    else:
+        with pytest.raises(MisconfigurationException, match=message):
+            resume()
+        assert trainer.global_step == 6
+
+
+class Interrupted(Callback):
+    """Raises inside the second micro-batch of a step, before its backward."""
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.global_step == 5:
+            raise ConnectionError("the storage is gone")
+
+
+def test_a_checkpoint_on_an_exception_resumes_to_the_bit(tmp_path):
+    def fit(folder, *more, ckpt_path=None):
+        pl.seed_everything(1, verbose=False)
+        selection = DataSelection(UniformSelector(), every_n_steps=4, dirpath=folder)
+        callbacks = [Place(selection), selection, Trace(folder / "trace"), *more]
+        settings = {**SIMPLE, "max_steps": 10}
+        small_trainer(folder, callbacks, **settings).fit(SmallLM(), datamodule=small_data(), ckpt_path=ckpt_path)
+        return (folder / "trace").read_text().splitlines()
+
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(ConnectionError):
+        fit(tmp_path / "broken", Interrupted(), OnExceptionCheckpoint(tmp_path, "saved"))
+    assert fit(tmp_path / "broken", ckpt_path=tmp_path / "saved.ckpt") == whole
+
+
+def test_a_checkpoint_on_an_exception_is_refused_where_it_could_fall_into_an_accumulation_window(tmp_path):
+    selection = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path)
+    trainer = small_trainer(tmp_path, [selection, OnExceptionCheckpoint(tmp_path, "saved")])
+    with pytest.raises(MisconfigurationException, match=r"saves on an exception.*Use every_n_train_steps"):
+        trainer.fit(SmallLM(), datamodule=small_data())
+
+
+def test_a_callback_that_saves_before_selection_has_counted_the_step_is_refused(tmp_path):
+    class Hasty(Callback):
+        def on_train_batch_end(self, trainer, *arguments):
+            trainer.save_checkpoint(tmp_path / "hasty.ckpt")
+
+    selection = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path)
+    trainer = small_trainer(tmp_path, [Hasty(), selection], **SIMPLE)
+    with pytest.raises(RuntimeError, match="put DataSelection before the callback that saves"):
+        trainer.fit(SmallLM(), datamodule=small_data())
+    assert not (tmp_path / "hasty.ckpt").exists()
+
+
+def test_what_a_clipping_hook_logs_while_probing_stays_out_of_the_metrics(tmp_path):
+    class Logs(SmallLM):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            self.log("clipped", 1.0)
+            self.calls = getattr(self, "calls", 0) + 1
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    module = Logs()
+    mates = small_mates(tmp_path, warmup_rounds=0)
+    small_trainer(tmp_path, [mates], max_steps=2, **SIMPLE).fit(module, datamodule=small_data())
+    assert module.calls > 12  # every probe clips as training does, outside of any hook in which log is allowed
+
+
+@pytest.mark.parametrize("arguments", [{"every_n_steps": 1.5}, {"every_n_steps": 0}, {"warmup_rounds": 0.5}])
+def test_steps_and_rounds_are_whole_numbers(arguments):
+    with pytest.raises(ValueError, match=rf"expected {next(iter(arguments))}"):
+        DataSelection(UniformSelector(), **arguments)
