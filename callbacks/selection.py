@@ -21,6 +21,7 @@ from liveselect import distributed
 from liveselect.callbacks.compatibility import check_intervals, check_rest, check_setup, find_source, run_folder
 from liveselect.callbacks.progress import RoundProgress
 from liveselect.cost import CostMeter
+from liveselect.decisions import DecisionLedger
 from liveselect.functional.flops import forward_flops
 from liveselect.ledger import RoundRecord
 from liveselect.losses import causal_lm_loss
@@ -179,6 +180,7 @@ class DataSelection(Callback):
             self._begin()
         folder = run_folder(trainer) / "selection" if self.dirpath is None else Path(self.dirpath)
         self._ledger_path = folder / LEDGER_FILE
+        self.run.decisions = DecisionLedger(folder / "decisions")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the first plan, or continue the one of the checkpoint."""
@@ -274,6 +276,7 @@ class DataSelection(Callback):
             warmup=UniformSelector(),
             warmup_rounds=self.warmup_rounds,
             pool=pool,
+            decisions=None if self._run is None else self._run.decisions,
         )
         self._run.ledger.about = self._about()
 

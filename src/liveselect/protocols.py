@@ -163,6 +163,11 @@ class Selection:
         metrics: scalars for the ledger.
         notes: sentences for the ledger, such as the reason of a fallback.
         group_metrics: ``(G,)`` numbers for the ledger, one for each group of the pool; NaN where there is none.
+            ``reward`` and ``bonus`` among them say that groups were compared by their sum.
+        noise: tells what was added to ``scores[start:stop]``, ``(stop - start,)`` float64, when it is called with these
+            two; None when nothing was.
+        eligible: ids that the scores let through, when they are more than the chosen ones.
+        reasons: why ids were chosen, where it was something else than their scores.
     """
 
     ids: Tensor
@@ -171,6 +176,9 @@ class Selection:
     metrics: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     group_metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    noise: Callable[[int, int], Tensor] | None = None
+    eligible: Tensor | None = None
+    reasons: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Selector(Protocol):

@@ -1,6 +1,7 @@
 """One round of selection: measure what the selector proposes, let it choose, record it."""
 
 import math
+import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +10,18 @@ import torch
 from torch import Tensor
 
 from liveselect import distributed
+from liveselect.decisions import DecisionLedger, RoundDecisions
 from liveselect.ledger import Example, Histogram, Ledger, RoundRecord
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
-from liveselect.protocols import InfluenceEstimator, NotMeasurableError, RoundContext, Selection, Selector
+from liveselect.protocols import (
+    InfluenceEstimator,
+    NotMeasurableError,
+    RoundContext,
+    Selection,
+    SelectionWarning,
+    Selector,
+)
 from liveselect.snapshot import measuring
 
 EXAMPLES_SHOWN = 6
@@ -32,6 +41,7 @@ class SelectionRun:
         pool: the candidates and how often each was used.
         plan: what is being trained on; None before the first round.
         ledger: all rounds so far.
+        decisions: where each candidate's fate is written, None for nowhere.
     """
 
     selector: Selector
@@ -41,6 +51,7 @@ class SelectionRun:
     pool: CandidatePool
     plan: Plan | None = None
     ledger: Ledger = field(default_factory=Ledger)
+    decisions: DecisionLedger | None = None
 
     @property
     def next_round(self) -> int:
@@ -99,6 +110,7 @@ def round_slices(run: SelectionRun, context: RoundContext, budget: int) -> Gener
     plan = Plan(context.round, selection.ids)
     with measuring(context.model, context.optimizer):
         record = _record(run.pool, context, selector, selection, plan, found)
+    _write_decisions(run, context, record, selection, plan)
     run.pool.record_use(plan.ids)
     run.plan = plan
     run.ledger.rounds.append(record)
@@ -219,6 +231,27 @@ def _record(
         flops=flops,
         notes=[*obstacle, *selection.notes],
     )
+
+
+def _write_decisions(
+    run: SelectionRun, context: RoundContext, record: RoundRecord, selection: Selection, plan: Plan
+) -> None:
+    """Write every decision of the round on rank 0, and add the time to the record."""
+    if run.decisions is None or distributed.rank() != 0:
+        return
+    spent = run.ledger.training_flops + run.ledger.selection_flops
+    measured, influence = torch.tensor(record.measured, dtype=torch.int64), torch.tensor(record.influence)
+    decisions = RoundDecisions(record, run.pool, selection, plan, measured, influence, spent)
+    try:
+        with context.meter.phase("write decisions"):
+            run.decisions.write(decisions)
+    except Exception as error:  # a full disk, or a selector that contradicts itself, must not end the training
+        warnings.warn(
+            f"the decisions of round {context.round} could not be written to {run.decisions.folder}: {error}",
+            SelectionWarning,
+            stacklevel=2,
+        )
+    record.seconds.update(context.meter.seconds)
 
 
 def _groups(

@@ -15,6 +15,9 @@ COMMANDS = {
     "fit": "train a model while its data is selected, from a YAML file (LightningCLI)",
     "score": "score every sequence of a pool on a proxy model, for training to draw from",
     "report": "write one HTML page about one or several runs",
+    "explain": "tell why a run chose a candidate, or did not",
+    "diff": "tell what two runs chose differently",
+    "replay": "train on the plans that a run recorded",
 }
 
 

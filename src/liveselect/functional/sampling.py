@@ -78,6 +78,33 @@ def uniform_subset(n: int, k: int, generator: torch.Generator) -> Tensor:
     return _largest(n, k, keys, seed)
 
 
+class Noise:
+    """The noise of one draw, so that every decision can be told afterwards.
+
+    The draw is that of :func:`gumbel_topk` (``sign=1``) or :func:`released_bottomk` (``sign=-1``) with an equal
+    generator and temperature: what it took are the ``k`` largest of ``scores + noise``.
+
+    Args:
+        temperature: strength of the noise, in the unit of the scores.
+        generator: advanced by one draw, as the draw does.
+        sign: of the noise.
+    """
+
+    def __init__(self, temperature: float, generator: torch.Generator, sign: float = 1.0) -> None:
+        self._scale = sign * temperature
+        self._seed = _draw_seed(generator)
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """Return the noise of the candidates ``start .. stop - 1``, ``(stop - start,)`` float64."""
+        if not self._scale or stop <= start:
+            return torch.zeros(max(0, stop - start), dtype=torch.float64)
+        first, last = start // _CHUNK, (stop - 1) // _CHUNK
+        # a short last chunk is the beginning of the whole one
+        drawn = [_gumbel(self._seed, (_KEYS, chunk), _CHUNK) for chunk in range(first, last)]
+        drawn.append(_gumbel(self._seed, (_KEYS, last), stop - last * _CHUNK))
+        return torch.from_numpy(self._scale * np.concatenate(drawn)[start - first * _CHUNK :])
+
+
 def _perturbed_topk(scores: Tensor, k: int, temperature: float, generator: torch.Generator, sign: float) -> Tensor:
     if scores.dim() != 1 or not scores.is_floating_point():
         raise ValueError(f"expected scores (n,) of a floating point type, got {tuple(scores.shape)} {scores.dtype}")

@@ -1,8 +1,9 @@
 """What to measure, and what to train on."""
 
 from liveselect.selectors.regression import RegressionSelector
+from liveselect.selectors.replay import ReplaySelector
 from liveselect.selectors.scored import PriorSelector, ScoredSelector
 from liveselect.selectors.ucb import UCBSelector
 from liveselect.selectors.uniform import UniformSelector
 
-__all__ = ["PriorSelector", "RegressionSelector", "ScoredSelector", "UCBSelector", "UniformSelector"]
+__all__ = ["PriorSelector", "RegressionSelector", "ReplaySelector", "ScoredSelector", "UCBSelector", "UniformSelector"]

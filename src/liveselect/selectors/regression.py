@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from liveselect.distributed import gather_objects, gather_shards, shard
+from liveselect.functional.sampling import Noise as DrawnNoise
 from liveselect.functional.sampling import gumbel_topk, released_bottomk, uniform_subset
 from liveselect.protocols import InfluenceRegressor, RoundContext, Selection
 from liveselect.selectors.uniform import check_budget, training_order, uniform_selection
@@ -21,6 +22,7 @@ _DRAW: dict[str, Callable[[Tensor, int, float, torch.Generator], Tensor]] = {
     "gumbel_topk": gumbel_topk,
     "released_bottomk": released_bottomk,
 }
+_SIGN: dict[str, float] = {"gumbel_topk": 1.0, "released_bottomk": -1.0}
 
 
 @dataclass
@@ -183,7 +185,8 @@ class RegressionSelector:
         temperature = self.temperature * (std if self.standardize else 1.0)  # as if the predictions were divided by std
         metrics |= {"predictions/std": std, "temperature_over_std": temperature / std}
         drawn = _DRAW[self.noise](predictions, budget, temperature, context.generator("select"))
-        return Selection(training_order(context, window[drawn]), window, predictions, metrics, notes)
+        added = DrawnNoise(temperature, context.generator("select"), _SIGN[self.noise])
+        return Selection(training_order(context, window[drawn]), window, predictions, metrics, notes, noise=added)
 
     def _predict(self, context: RoundContext, ids: Tensor) -> Tensor:
         """Return the predicted influence of ``ids (n,)``, ``(n,)`` float32, each rank predicting its share."""

@@ -20,10 +20,12 @@ class BetterPart(NamedTuple):
     Attributes:
         ids: ``(k,)``, in the order of the round's candidates.
         beyond: how many of them had to be taken from below the share that was asked for.
+        from_below: ``(beyond,)`` which these are.
     """
 
     ids: Tensor
     beyond: int
+    from_below: Tensor
 
 
 class ScoreTable:
@@ -99,6 +101,7 @@ class ScoreTable:
         kept[gumbel_topk(values, max(1, round(ratio * self._count)), temperature, context.generator("scores"))] = True
         is_kept = kept[candidates]
         beyond = max(0, at_least - int(is_kept.sum()))
+        from_below = candidates[:0]
         if beyond:
             rest = (~is_kept & (values[candidates] > -torch.inf)).nonzero().flatten()
             if len(rest) < beyond:
@@ -108,8 +111,9 @@ class ScoreTable:
                     "or train for fewer steps"
                 )
             generator = context.generator("scores beyond the ratio")
-            is_kept[rest[gumbel_topk(values[candidates[rest]], beyond, temperature, generator)]] = True
-        return BetterPart(candidates[is_kept], beyond)
+            below = rest[gumbel_topk(values[candidates[rest]], beyond, temperature, generator)]
+            is_kept[below], from_below = True, candidates[below]
+        return BetterPart(candidates[is_kept], beyond, from_below)
 
     def _in_groups(self, pool: CandidatePool) -> Tensor:
         unknown = sorted(set(self.groups or ()) - set(pool.group_names))

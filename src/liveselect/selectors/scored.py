@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liveselect.functional.sampling import uniform_subset
+from liveselect.functional.sampling import Noise, uniform_subset
 from liveselect.pool import CandidatePool
 from liveselect.protocols import RoundContext, Selection, Selector
 from liveselect.selectors.score_table import ScoreTable
@@ -113,7 +113,17 @@ class ScoredSelector:
             "left_in_ratio": float(len(better.ids) - better.beyond),
             "beyond_ratio": float(better.beyond),
         }
-        return Selection(ids, scored, values[scored].float(), metrics, _notes(self.ratio, better.beyond))
+        noise = Noise(temperature, context.generator("scores"))  # of all candidates of the pool, used ones too
+        return Selection(
+            ids,
+            scored,
+            values[scored].float(),
+            metrics,
+            _notes(self.ratio, better.beyond),
+            noise=lambda start, stop: _at(noise, scored[start:stop]),
+            eligible=better.ids,
+            reasons={"drawn uniformly": others, "the share that is drawn from is used up": better.from_below},
+        )
 
     def temperature_in(self, round_index: int) -> float:
         """Return the temperature of a round."""
@@ -213,6 +223,14 @@ class PriorSelector:
     def _narrowed(self, context: RoundContext, at_least: int) -> tuple[RoundContext, int]:
         better = self._table.better_part(context, self.ratio, self.temperature, at_least)
         return replace(context, candidates=better.ids), better.beyond
+
+
+def _at(noise: Noise, ids: Tensor) -> Tensor:
+    """Return the noise of the ascending ``ids (n,)``, float64."""
+    if not len(ids):
+        return torch.empty(0, dtype=torch.float64)
+    first = int(ids[0])
+    return noise(first, int(ids[-1]) + 1)[ids - first]
 
 
 def _notes(ratio: float, beyond: int) -> tuple[str, ...]:

@@ -48,7 +48,8 @@ def uniform_selection(
         equal = context.candidates[uses == level]
         left = budget - sum(len(part) for part in drawn)
         drawn.append(equal if len(equal) <= left else equal[uniform_subset(len(equal), left, generator)])
-    return Selection(training_order(context, torch.cat(drawn)), metrics=metrics or {}, notes=notes)
+    ids = training_order(context, torch.cat(drawn))
+    return Selection(ids, metrics=metrics or {}, notes=notes, reasons={"drawn uniformly": ids})
 
 
 def training_order(context: RoundContext, ids: Tensor) -> Tensor:

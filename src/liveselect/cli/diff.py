@@ -1,0 +1,44 @@
+"""``liveselect diff``: what two runs chose differently."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = """\
+Compare what two runs chose, round by round: whether the plans are the same, how many candidates both chose, how far
+their mixtures of groups are apart (0 alike, 1 disjoint), and how their scores of the same candidates correlate.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; the status is 0 when all plans are the same, and 1 when they are not, as that of diff."""
+    parser = argparse.ArgumentParser(prog="liveselect diff", description=DESCRIPTION)
+    for name in ("run_a", "run_b"):
+        parser.add_argument(name, type=Path, metavar=name.upper(), help="folder of a run, or its ledger.jsonl")
+    arguments = parser.parse_args(argv)
+
+    from liveselect.cli.output import say
+    from liveselect.decisions.diff import compare_runs
+    from liveselect.decisions.files import find_decisions, rounds_in
+
+    found = compare_runs(arguments.run_a, arguments.run_b)
+    say(f"{'round':>5}  {'plans':<9}  {'chosen':>15}  {'by both':>9}  {'mixture':>7}  {'scores':>7}  scored by both")
+    for entry in found:
+        plans = "same" if entry.same_plan else "different"
+        chosen = f"{entry.chosen[0]} / {entry.chosen[1]}"
+        correlation = "-" if math.isnan(entry.correlation) else f"{entry.correlation:.3f}"
+        say(
+            f"{entry.round:>5}  {plans:<9}  {chosen:>15}  {entry.shared:>9}  {entry.mixture:>7.3f}  {correlation:>7}  "
+            f"{entry.scored}"
+        )
+    counts = [len(rounds_in(find_decisions(run))) for run in (arguments.run_a, arguments.run_b)]
+    same = all(entry.same_plan for entry in found) and counts[0] == counts[1]
+    apart = next((entry.round for entry in found if not entry.same_plan), None)
+    if apart is not None:
+        say(f"The plans part in round {apart}.")
+    elif not same:
+        say(f"The plans of the {len(found)} rounds that both have are the same; there are {counts[0]} and {counts[1]}.")
+    else:
+        say(f"All {len(found)} plans are the same.")
+    return 0 if same else 1

@@ -1,0 +1,38 @@
+"""``liveselect replay``: train on the plans that a run recorded."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = """\
+Train on the plans that a run recorded, in the recorded order, without measuring anything: the settings are those of the
+run (its config.yaml), with the selection replaced. What follows is passed on to 'liveselect fit', such as
+--model.init_args.lr=0.001 or --config larger.yaml to train another model on the same data.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="liveselect replay", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, or its ledger.jsonl")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the new run writes")
+    arguments, others = parser.parse_known_args(argv)
+
+    from liveselect.cli import fit
+    from liveselect.decisions import find_decisions
+
+    decisions = find_decisions(arguments.run)
+    config = next((folder / "config.yaml" for folder in decisions.parents if (folder / "config.yaml").is_file()), None)
+    if config is None and not any(word.startswith("--config") or word == "-c" for word in others):
+        raise ValueError(
+            f"there is no config.yaml beside {decisions}: the run was not made by `liveselect fit`, so say with "
+            "--config what to train, or use liveselect.callbacks.Replay in your own script"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder) / "replay.yaml"  # JSON is YAML
+        select = {"class_path": "liveselect.callbacks.Replay", "init_args": {"run": str(decisions.resolve())}}
+        own.write_text(json.dumps({"select": select, "trainer": {"default_root_dir": str(arguments.out)}}))
+        base = [] if config is None else [f"--config={config}"]
+        return fit.main([*base, f"--config={own}", *others])

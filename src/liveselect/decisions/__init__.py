@@ -1,0 +1,23 @@
+"""The decision ledger: why every candidate was chosen or not, one Parquet file for each round."""
+
+from liveselect.decisions.files import (
+    DecisionLedger,
+    RecordedPlan,
+    find_decisions,
+    read_about,
+    read_plan,
+    read_round,
+    rounds_in,
+)
+from liveselect.decisions.table import RoundDecisions
+
+__all__ = [
+    "DecisionLedger",
+    "RecordedPlan",
+    "RoundDecisions",
+    "find_decisions",
+    "read_about",
+    "read_plan",
+    "read_round",
+    "rounds_in",
+]

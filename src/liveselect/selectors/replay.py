@@ -1,0 +1,111 @@
+"""Replay: train on recorded plans, without measuring anything."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liveselect.decisions import RecordedPlan, find_decisions, read_about, read_plan, rounds_in
+from liveselect.protocols import RoundContext, Selection
+
+
+class ReplaySelector:
+    """Follows the plans that another run recorded, in their order; measures nothing.
+
+    The recorded plans are one long list of candidates, from which every round takes the next ones: with rounds of the
+    recorded sizes each plan comes back as it was, whatever the model; with others the order stays the same and only the
+    borders move. The plans are read when they are first needed, 8 bytes for each choice.
+
+    Args:
+        run: folder of the run whose plans are followed, or its ledger.
+    """
+
+    def __init__(self, run: str | Path) -> None:
+        self.run = run
+        self._plans: list[RecordedPlan] | None = None
+        self._ids = torch.empty(0, dtype=torch.int64)
+        self._position = 0
+
+    def check(self, context: RoundContext) -> None:
+        """Read the plans, and see that they are of this pool.
+
+        Raises:
+            FileNotFoundError: there are none.
+            ValueError: they are damaged, or of another pool.
+        """
+        if self._plans is not None:
+            return
+        folder = find_decisions(self.run)
+        plans = [read_plan(path) for path in rounds_in(folder).values()]
+        if [plan.round for plan in plans] != list(range(len(plans))):
+            raise ValueError(f"{folder} lacks rounds: it holds {[plan.round for plan in plans]}")
+        if (pool := context.source.pool.fingerprint) != plans[0].pool:
+            raise ValueError(
+                f"the plans in {folder} are of the pool {plans[0].pool!r}, this run has the pool {pool!r}: their ids "
+                "would mean other texts. Point the run at the pool that was recorded"
+            )
+        self._plans, self._ids = plans, torch.cat([plan.ids for plan in plans])
+
+    def propose(self, context: RoundContext) -> Tensor:
+        """Return no ids, ``(0,)``: everything was decided before."""
+        return torch.empty(0, dtype=torch.int64)
+
+    def observe(self, ids: Tensor, influence: Tensor) -> None:
+        """Take no note."""
+
+    def select(self, context: RoundContext, budget: int) -> Selection:
+        """Return the next ``budget`` recorded candidates, in their order.
+
+        Raises:
+            FileNotFoundError: there are no plans.
+            ValueError: they are damaged, of another pool, or used up, or a round would hold a candidate twice.
+        """
+        self.check(context)
+        if context.round == 0:  # another run of the same selector
+            self._position = 0
+        ids = self._ids[self._position : self._position + budget].clone()
+        if len(ids) < budget:
+            raise ValueError(
+                f"{self.run} recorded {len(self._ids)} choices, and this run needs {self._position + budget} by round "
+                f"{context.round}: train for fewer steps (max_steps), or with a smaller global batch"
+            )
+        if len(ids.unique()) < budget:
+            raise ValueError(
+                f"round {context.round} would hold {budget - len(ids.unique())} candidates twice, because its border "
+                f"is none of the recorded ones: choose every_n_steps so that a round takes {self._sizes()} candidates"
+            )
+        borders = {0, *torch.tensor([len(plan.ids) for plan in self._plans or []]).cumsum(0).tolist()}
+        fits = {self._position, self._position + budget} <= borders
+        self._position += budget
+        notes = (
+            () if fits else (f"the recorded plans are cut otherwise here: {self._sizes()} candidates a round there",)
+        )
+        return Selection(ids, notes=notes, reasons={"recorded plan": ids})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many of the recorded choices were taken."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._position = state["position"]
+
+    def _sizes(self) -> int:
+        return len(self._plans[0].ids) if self._plans else 0
+
+
+def recorded_interval(run: str | Path) -> int:
+    """Return the optimizer steps of a recorded round.
+
+    Raises:
+        FileNotFoundError: there are no plans.
+        ValueError: there is a single round, whose length nobody has recorded.
+    """
+    folder = find_decisions(run)
+    files = list(rounds_in(folder).values())
+    if len(files) < 2:
+        raise ValueError(f"{folder} holds a single round, so its number of steps is not known: pass every_n_steps")
+    first, second = (int(read_about(path)["step"]) for path in files[:2])
+    return second - first
