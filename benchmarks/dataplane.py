@@ -50,8 +50,7 @@ class PlanTurns:
 
     def __init__(self, rows: StoreRows, batch_size: int, workers: int, steps: int) -> None:
         self.size, self.count, self.round = len(rows), steps * batch_size, 0
-        options = {"num_workers": workers, "collate_fn": rows.collate_fn}
-        self.loader = PlanLoader(rows, batch_size, steps, receive=rows.receive, options=options)
+        self.loader = PlanLoader(rows, batch_size, steps, receive=rows.receive, options={"num_workers": workers})
 
     def publish(self) -> None:
         """Follow a new plan of random rows."""

@@ -1,69 +1,21 @@
 """What is wrong with pool, reference set and model together, said before hours are spent."""
 
 import inspect
-import warnings
-from collections.abc import Callable
+import re
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import nn
 
-from liveselect.datamodules.overlap import (
-    Overlap,
-    pool_tokens,
-    scan_limit,
-    shared_documents,
-    shared_passages,
-    shared_rows,
-)
 from liveselect.datamodules.pool_files import TOKENIZER
-from liveselect.datamodules.reference import Loaded
-from liveselect.datamodules.rows import Rows
 from liveselect.datamodules.tokens import TokenStore
-from liveselect.protocols import SelectionWarning
+
+POSITIONS = re.compile(r"wpe|wpos|pos(itions?)?|(embed_|learned_)?pos(ition(s|al)?)?_?(emb\w*|enc\w*)?|embed_positions")
+"""Names that models give to the table of their learned positions."""
 
 PACKABLE = ("gpt2", "gpt_neox", "llama")
 """Hugging Face model types that keep packed items apart; a test compares each with items run one by one."""
-
-
-def check_no_overlap(rows: Rows, reference: Loaded, decode: Callable[[Tensor], list[str]]) -> None:
-    """Raise ValueError when reference examples are in the pool; warn where that was not looked for in full.
-
-    Whole documents of prepared pools are compared by their hashes. In pools up to
-    :func:`~liveselect.datamodules.overlap.scan_limit` tokens, a passage from the middle of every example is looked for
-    at every position, and short examples are compared with the rows of a dataset.
-    """
-    remedy = (
-        "Selection would be rewarded for choosing the very text that it is judged by. Remove them from the pool or "
-        "from the reference set, or pass check_overlap=False if this is meant"
-    )
-    if reference.fingerprint is not None and reference.fingerprint == rows.fingerprint:
-        raise ValueError(f"the reference set and the pool are the same prepared pool ({rows.fingerprint}). {remedy}")
-    found: list[Overlap] = []
-    if rows.store is not None:
-        found = shared_documents(rows.store.document_hashes, reference.documents)
-    if not found:
-        size = pool_tokens(rows)
-        if size <= scan_limit(rows):
-            found = shared_passages(rows, reference.items)
-            if not found and rows.store is None:
-                found = shared_rows(rows, reference.items)
-        else:
-            compared = "nothing was compared" if rows.store is None else "only whole documents were compared"
-            warnings.warn(
-                f"the pool holds {size} tokens, too many to search for passages of the reference set: {compared}. If "
-                "they come from the same corpus, make sure that they are disjoint",
-                SelectionWarning,
-                stacklevel=2,
-            )
-    if found:
-        raise ValueError(
-            f"{len(found)} of {len(reference.documents)} reference records are in the pool, the first of them record "
-            f"{found[0].record}{_where(found[0], decode)}. {remedy}"
-        )
 
 
 def check_same_tokenizer(pool: TokenStore | None, reference: TokenStore | None) -> None:
@@ -78,13 +30,6 @@ def check_same_tokenizer(pool: TokenStore | None, reference: TokenStore | None) 
             "texts: prepare the second one with the tokenizer of the first "
             f"(liveselect prepare ... --tokenizer {pool.tokenizer_path or 'NAME'})"
         )
-
-
-def _where(overlap: Overlap, decode: Callable[[Tensor], list[str]]) -> str:
-    if overlap.candidate is None:
-        return ", which is one of the pool's documents"
-    (text,) = decode(torch.from_numpy(overlap.tokens[np.newaxis]))
-    return f", which shares the passage {text!r} with candidate {overlap.candidate}"
 
 
 def check_vocabulary(module: nn.Module, largest: int, what: str) -> None:
@@ -109,6 +54,39 @@ def model_vocabulary(module: nn.Module) -> int | None:
     embeddings = [part.get_input_embeddings() for part in models] or list(module.modules())
     sizes = [part.num_embeddings for part in embeddings if isinstance(part, nn.Embedding)]
     return max(sizes, default=None)
+
+
+def check_positions(module: nn.Module, longest: int, what: str, remedy: str) -> None:
+    """Raise ValueError when ``what`` has rows of ``longest`` tokens, and the model learned positions for fewer."""
+    size = model_positions(module)
+    if size is not None and longest > size:
+        raise ValueError(
+            f"{what} has rows of up to {longest} tokens, but the model has embeddings for {size} positions: build the "
+            f"model with at least {longest} of them (max_position_embeddings, n_positions), or {remedy}"
+        )
+
+
+def model_positions(module: nn.Module) -> int | None:
+    """Return the longest row that a model has positions for, None where positions are not learned or not found.
+
+    Rotary and other computed positions reach as far as one likes. Tables are told by their names; some models keep a
+    few more entries in them than positions, so the configuration of a Hugging Face model counts too.
+    """
+    sizes = [
+        part.num_embeddings
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Embedding) and POSITIONS.fullmatch(name.rpartition(".")[2])
+    ]
+    if not sizes:
+        return None
+    configured = [
+        size
+        for part in module.modules()
+        if _is_transformer(part)
+        and isinstance(size := getattr(part.config, "max_position_embeddings", None), int)
+        and size > 0
+    ]
+    return min(sizes + configured)
 
 
 def check_packing(module: nn.Module) -> None:

@@ -46,8 +46,11 @@ class Recipe:
     on_undecodable: OnUndecodable = "error"
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise DataError(f"expected a block of at least one token, got block_size={self.block_size}")
+        if self.block_size < 2:
+            raise DataError(
+                f"expected blocks of at least 2 tokens, got block_size={self.block_size}: a single token leaves "
+                "nothing to predict"
+            )
         if self.on_undecodable not in ON_UNDECODABLE:
             raise DataError(f"expected on_undecodable to be one of {ON_UNDECODABLE}, got {self.on_undecodable!r}")
         if self.ids_column is None and self.tokenizer is None:

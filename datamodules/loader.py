@@ -1,30 +1,73 @@
 """PlanLoader: serves the training batches of the plan in hand."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from liveselect.datamodules.draws import load_rows, training_seeds
 from liveselect.datamodules.rows import Receive, Rows
 from liveselect.plan import Plan
 
 STARTING_PAYS = 8  # batches for each worker that make up for starting it
 
 
-class PlanBatches:
-    """The batch sampler of the inner DataLoader: yields the ids of one rank's batches, as lists.
+class Part(NamedTuple):
+    """One batch of one rank, before it is read.
 
     Attributes:
-        rows: ``(steps, B)`` ids of the walk that the next iterator will make.
+        round: the round of the plan.
+        start: place of the first row in the plan; the others follow it.
+        ids: ids of the rows.
     """
 
-    def __init__(self) -> None:
-        self.rows = torch.empty((0, 1), dtype=torch.int64)
+    round: int
+    start: int
+    ids: list[int]
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return (row.tolist() for row in self.rows)  # bound to the rows of this moment
+
+class PlanBatches:
+    """The sampler of the inner DataLoader: yields one rank's batches, as :class:`Part`.
+
+    Attributes:
+        plan: what the next iterator will walk, from its cursor on.
+    """
+
+    def __init__(self, rank: int, world_size: int, batch_size: int) -> None:
+        self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
+        self.plan: Plan | None = None
+
+    def rows(self, plan: Plan) -> Tensor:
+        """Return the ids that remain for this rank, ``(steps, B)``; raise ValueError when they do not come out even."""
+        return plan.remaining(self.rank, self.world_size, self.batch_size)
+
+    def __iter__(self) -> Iterator[Part]:
+        if self.plan is None:
+            return iter(())
+        rows = self.rows(self.plan)  # bound to the plan and the cursor of this moment
+        index, first = self.plan.round, self.plan.cursor + self.rank * self.batch_size
+        step = self.world_size * self.batch_size
+        return (Part(index, first + n * step, row.tolist()) for n, row in enumerate(rows))
+
+
+class SeededBatches(Dataset):
+    """A dataset whose batches draw what the place of each row in its plan says, in whichever process they are made.
+
+    Args:
+        load: makes the batch of some ids and the seeds of these.
+        seed: seed of the run's data.
+        draws: whether anything is drawn at all.
+    """
+
+    def __init__(self, load: Callable[[Sequence[int], Sequence[int]], Any], seed: int, draws: bool = True) -> None:
+        self.load, self.seed, self.draws = load, seed, draws
+
+    def __getitem__(self, part: Part) -> Any:
+        seeds = training_seeds(self.seed, part.round, part.start, len(part.ids)) if self.draws else []
+        return self.load(part.ids, seeds)
 
 
 class PlanLoader:
@@ -38,13 +81,18 @@ class PlanLoader:
     ``plan.cursor`` belongs to whoever trains (the DataSelection callback advances it in ``on_train_batch_end``). The
     loader reads it when an iterator begins and when a plan is published; in between it keeps its own position.
 
+    Random numbers that the dataset or the collate function draw from the global generators depend on the seed, the
+    round and the place of each row in the plan, and not on the process that reads it: batches are the same with any
+    number of workers and after a resume, and the process that trains keeps its own random states.
+
     Args:
-        dataset: map-style dataset of the pool; ``__getitems__`` is used where it exists.
+        dataset: map-style dataset of the pool, or :class:`~liveselect.datamodules.rows.Rows`. A dataset with
+            ``__getitems__`` reads a batch at once, under the seed of its first row.
         batch_size: rows of one batch of this rank.
         length: batches of one epoch of this rank.
         rank: index of this rank.
         world_size: number of ranks.
-        seed: seeds the private generator from which workers are seeded.
+        seed: seeds what the dataset draws.
         pin_memory: serve batches in pinned memory.
         receive: makes the training batch of what the inner ``DataLoader`` yields.
         options: further arguments of the inner ``DataLoader``: ``num_workers``, ``collate_fn``, ...
@@ -72,7 +120,7 @@ class PlanLoader:
         self.options = dict(options or {})
         self.plan: Plan | None = None
         self._length = length
-        self._batches = PlanBatches()
+        self._batches = PlanBatches(rank, world_size, batch_size)
         self._inner: DataLoader | None = None
         self._walk: Iterator[Any] | None = None  # None: the next batch begins a new walk at the plan's cursor
         self._position = 0
@@ -88,7 +136,7 @@ class PlanLoader:
         Raises:
             ValueError: the ranks cannot share what remains of the plan evenly.
         """
-        self._remaining(plan)
+        self._batches.rows(plan)
         self.plan = plan
         self._walk = None
 
@@ -148,22 +196,34 @@ class PlanLoader:
     def _start_walk(self, plan: Plan) -> Iterator[Any]:
         """Point the inner DataLoader at what remains of the plan; its workers live on and drop what they fetched."""
         if self._inner is None:
-            workers = self.options.get("num_workers", 0)
-            self._inner = DataLoader(
-                self.dataset,
-                batch_sampler=self._batches,
-                persistent_workers=workers > 0,
-                pin_memory=self.pin_memory and self.receive is None,
-                # without a generator of its own, every new iterator would draw from the global random state
-                generator=torch.Generator().manual_seed(self.seed + self.rank),
-                **self.options,
-            )
-        self._batches.rows = self._remaining(plan)
+            self._inner = self._make_inner()
+        self._batches.plan = plan
         self._position = plan.cursor
         return iter(self._inner)
 
-    def _remaining(self, plan: Plan) -> Tensor:
-        return plan.remaining(self.rank, self.world_size, self.batch_size)
+    def _make_inner(self) -> DataLoader:
+        options = dict(self.options)
+        workers = options.get("num_workers", 0)
+        collate_fn = options.pop("collate_fn", None)
+        if isinstance(self.dataset, Rows):
+            load, draws = self.dataset.load, self.dataset.draws
+        else:
+            load, draws = partial(load_rows, self.dataset, collate_fn or default_collate), True
+        return DataLoader(
+            SeededBatches(load, self.seed, draws),
+            batch_size=None,
+            sampler=self._batches,
+            collate_fn=_as_it_is,
+            persistent_workers=workers > 0,
+            pin_memory=self.pin_memory and self.receive is None,
+            # without a generator of its own, every new iterator would draw from the global random state
+            generator=torch.Generator().manual_seed(self.seed + self.rank),
+            **options,
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class ShardedBatches:

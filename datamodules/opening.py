@@ -1,20 +1,24 @@
 """From what a user names to what training reads: rows of a pool, batches of a reference set."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor
+import numpy as np
 from torch.utils.data import DataLoader
 
 from liveselect.datamodules import checks, wrapping
-from liveselect.datamodules.batching import bucket, pack
-from liveselect.datamodules.reference import ReferenceSet, as_store, load_reference, loader_batches
-from liveselect.datamodules.rows import Collate, CollatedRows, DatasetRows, Rows, StoreRows, complete_batch
+from liveselect.datamodules.batching import Item, bucket, pack
+from liveselect.datamodules.collating import unpadded, without_fill
+from liveselect.datamodules.disjoint import Decode, OnOverlap, set_apart
+from liveselect.datamodules.pool_files import hash_tokens
+from liveselect.datamodules.reference import Loaded, ReferenceSet, as_store, load_reference, loader_batches
+from liveselect.datamodules.rows import Collate, CollatedRows, DatasetRows, Rows, StoreRows
+from liveselect.datamodules.token_rows import complete_batch
 from liveselect.datamodules.tokenizers import load_tokenizer
-from liveselect.protocols import Batch, SelectionWarning
+from liveselect.protocols import IGNORE_INDEX, Batch, SelectionWarning
 
 
 def open_source(source: Any, collate_fn: Collate | None) -> Rows:
@@ -63,7 +67,8 @@ def open_reference(
     tokenizer: Any,
     tokens: int,
     packed: bool,
-    decode: Callable[[Tensor], list[str]] | None,
+    on_overlap: OnOverlap,
+    decode: Decode,
 ) -> list[Batch]:
     """Return the batches of a reference set.
 
@@ -73,14 +78,18 @@ def open_reference(
         tokenizer: for text.
         tokens: tokens of a batch, padding included.
         packed: put several examples into one row.
-        decode: shows what pool and reference set share; None to leave out the search for it.
+        on_overlap: what to do with records that stand in the pool: ``refuse``, ``drop`` or ``allow``.
+        decode: shows what pool and reference set share.
 
     Raises:
         ValueError: the reference set is empty, inside the pool, or prepared with another tokenizer.
     """
     reference = ReferenceSet.of(source)
     if isinstance(reference.source, DataLoader):
-        return _completed(loader_batches(reference.source))
+        batches = _completed(loader_batches(reference.source))
+        if on_overlap != "allow":
+            _check_batches_apart(rows, batches, decode)
+        return batches
     checks.check_same_tokenizer(rows.store, as_store(reference.source))
     loaded = load_reference(reference, tokenizer, rows.block_size)
     if loaded.left_out:
@@ -90,8 +99,7 @@ def open_reference(
             SelectionWarning,
             stacklevel=2,
         )
-    if decode is not None:
-        checks.check_no_overlap(rows, loaded, decode)
+    loaded = set_apart(rows, loaded, on_overlap, decode)
     pad_id = (rows.store.eos_id or 0) if rows.store is not None else 0
     if packed:
         return list(pack(loaded.items, rows.block_size or max(map(len, loaded.items)), tokens, pad_id))
@@ -100,14 +108,42 @@ def open_reference(
 
 def largest_id(batches: Iterable[Batch]) -> int:
     """Return the largest token id of some batches."""
-    return max(int(batch["input_ids"].max()) for batch in batches)
+    return max((int(batch["input_ids"].max()) for batch in batches), default=0)
+
+
+def most_positions(batches: Iterable[Batch]) -> int:
+    """Return how many positions a model needs for some batches; packed examples begin anew."""
+    return max(
+        (
+            int(batch["position_ids"].max()) + 1 if "position_ids" in batch else batch["input_ids"].shape[1]
+            for batch in batches
+        ),
+        default=0,
+    )
 
 
 def _completed(batches: Iterable[Any]) -> list[Batch]:
     complete: list[Batch] = []
     start = 0
     for batch in batches:
-        rows = len(batch["input_ids"]) if "input_ids" in batch else len(batch)
-        complete.append(complete_batch(batch, range(start, start + rows), "the reference DataLoader"))
-        start += rows
+        tokens = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else batch
+        batch = complete_batch(batch, range(start, start + len(tokens)), "the reference DataLoader")
+        if batch["input_ids"].numel() == 0 or int(batch["input_ids"].min()) < 0:
+            raise ValueError(
+                f"expected input_ids of the reference DataLoader as token ids of 0 or more, got a batch of shape "
+                f"{tuple(batch['input_ids'].shape)} with the smallest id "
+                f"{int(batch['input_ids'].min()) if batch['input_ids'].numel() else None}: mask tokens in labels, by "
+                f"{IGNORE_INDEX}, and leave empty examples out"
+            )
+        complete.append(batch)
+        start += len(tokens)
     return complete
+
+
+def _check_batches_apart(rows: Rows, batches: Iterable[Batch], decode: Decode) -> None:
+    """Raise ValueError when rows of ready batches stand in the pool."""
+    seen = [tokens for batch in batches for tokens in unpadded(batch)]
+    items = [Item(tokens, tokens, record) for record, tokens in enumerate(map(without_fill, seen))]
+    documents = np.array([hash_tokens(item.input_ids) for item in items], np.uint64)
+    loaded = Loaded([item for item in items if len(item)], documents, list(range(len(items))))
+    set_apart(rows, loaded, "refuse", decode, can_drop=False)

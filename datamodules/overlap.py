@@ -45,7 +45,7 @@ def shared_passages(rows: Rows, items: Sequence[Item]) -> list[Overlap]:
     themselves, and passages are no longer than these. Every match is compared token by token. Items shorter than a
     passage are not looked for.
     """
-    length = PASSAGE if rows.store else min(PASSAGE, rows.block_size or PASSAGE)
+    length = passage_length(rows)
     passages: dict[bytes, list[int]] = {}
     for item in items:
         if len(item) >= length:
@@ -63,6 +63,11 @@ def shared_passages(rows: Rows, items: Sequence[Item]) -> list[Overlap]:
             for record in passages.get(_key(tokens), []):
                 found.setdefault(record, Overlap(record, piece.candidate_at(position), tokens.copy()))
     return [found[record] for record in sorted(found)]
+
+
+def passage_length(rows: Rows) -> int:
+    """Return how many tokens are looked for; rows of a dataset may be shorter than a passage."""
+    return PASSAGE if rows.store else min(PASSAGE, rows.block_size or PASSAGE)
 
 
 def shared_rows(rows: Rows, items: Sequence[Item]) -> list[Overlap]:

@@ -11,10 +11,11 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler
 
 from liveselect.datamodules.batching import Item
+from liveselect.datamodules.draws import fetch
 from liveselect.datamodules.encoding import Encoded, encode_answers, encode_texts
 from liveselect.datamodules.pool_files import MANIFEST, hash_tokens
-from liveselect.datamodules.rows import check_map_style, fetch, token_row
 from liveselect.datamodules.sources import read_records
+from liveselect.datamodules.token_rows import check_map_style, token_row
 from liveselect.datamodules.tokens import TokenStore
 from liveselect.protocols import IGNORE_INDEX
 from liveselect.seeding import generator_for
@@ -73,12 +74,14 @@ class Loaded:
     Attributes:
         items: its examples.
         documents: ``(records,)`` uint64, the hash of each record's tokens before any cutting.
+        positions: where each record stands in its source, which differs where only some were drawn.
         left_out: records without a token that could count.
         fingerprint: fingerprint of the prepared pool that it was read from, or None.
     """
 
     items: list[Item]
     documents: np.ndarray
+    positions: list[int]
     left_out: int = 0
     fingerprint: str | None = None
 
@@ -100,10 +103,12 @@ def load_reference(reference: ReferenceSet, tokenizer: Any = None, max_length: i
     longest = reference.max_length or max_length
     items: list[Item] = []
     documents: list[int] = []
+    positions: list[int] = []
     left_out = 0
-    for position, encoded in enumerate(_encode(records, reference, tokenizer)):
+    for position, encoded in _encode(records, reference, tokenizer):
+        parts = [item for item in _cut(encoded, longest, len(documents)) if item.targets]
         documents.append(hash_tokens(encoded.input_ids))
-        parts = [item for item in _cut(encoded, longest, position) if item.targets]
+        positions.append(position)
         left_out += not parts
         items += parts
     items = [items[i] for i in _drawn(len(items), reference)]
@@ -112,7 +117,7 @@ def load_reference(reference: ReferenceSet, tokenizer: Any = None, max_length: i
             f"the reference set is empty: of its {len(documents)} records none has a token that could count (a text "
             f"needs two tokens, an answer needs a prompt before it). It was read from {_name(reference.source)}"
         )
-    return Loaded(items, np.array(documents, np.uint64), left_out, store.fingerprint if store else None)
+    return Loaded(items, np.array(documents, np.uint64), positions, left_out, store.fingerprint if store else None)
 
 
 def as_store(source: Any) -> TokenStore | None:
@@ -145,57 +150,61 @@ def _drawn(size: int, reference: ReferenceSet) -> list[int]:
     return sorted(order[: reference.max_examples].tolist())
 
 
-def _store_records(store: TokenStore, reference: ReferenceSet) -> Iterator[Any]:
+def _store_records(store: TokenStore, reference: ReferenceSet) -> Iterator[tuple[int, Any]]:
     for ids in _together(_drawn(len(store), reference)):
-        yield from ({"input_ids": block} for block in store.read(ids).numpy())
+        yield from ((i, {"input_ids": block}) for i, block in zip(ids, store.read(ids).numpy(), strict=True))
 
 
-def _records(reference: ReferenceSet) -> Iterator[Any]:
+def _records(reference: ReferenceSet) -> Iterator[tuple[int, Any]]:
+    """Yield the records to use, each with its position in the source."""
     source = reference.source
     if isinstance(source, (str, Path)):
-        return _reservoir(read_records(source), reference)
+        yield from _reservoir(enumerate(read_records(source)), reference)
+        return
     check_map_style(source, "the reference set")
-    return (record for ids in _together(_drawn(len(source), reference)) for record in fetch(source, ids))
+    for ids in _together(_drawn(len(source), reference)):
+        yield from zip(ids, fetch(source, ids), strict=True)
 
 
 def _together(ids: list[int]) -> Iterator[list[int]]:
     return (ids[first : first + TOGETHER] for first in range(0, len(ids), TOGETHER))
 
 
-def _reservoir(records: Iterable[Any], reference: ReferenceSet) -> Iterator[Any]:
+def _reservoir(records: Iterable[tuple[int, Any]], reference: ReferenceSet) -> Iterator[tuple[int, Any]]:
     """Yield up to ``max_examples`` records of a stream, every one equally likely, in their order."""
     if reference.max_examples is None:
         yield from records
         return
     generator = generator_for(reference.seed, 0, "reference stream")
     kept: list[tuple[int, Any]] = []
-    for position, record in enumerate(records):
+    for position, record in records:
         if position < reference.max_examples:
             kept.append((position, record))
             continue
         slot = int(torch.randint(position + 1, (), generator=generator))
         if slot < reference.max_examples:
             kept[slot] = (position, record)
-    yield from (record for _, record in sorted(kept, key=lambda pair: pair[0]))
+    yield from sorted(kept, key=lambda pair: pair[0])
 
 
-def _encode(records: Iterator[Any], reference: ReferenceSet, tokenizer: Any) -> Iterator[Encoded]:
-    """Yield each record's tokens and which of them count."""
-    position = 0
+def _encode(
+    records: Iterator[tuple[int, Any]], reference: ReferenceSet, tokenizer: Any
+) -> Iterator[tuple[int, Encoded]]:
+    """Yield each record's position, its tokens, and which of them count."""
     while part := list(itertools.islice(records, TOGETHER)):
-        rows = [_named(record, reference, position + i) for i, record in enumerate(part)]
+        rows = [_named(record, reference, position) for position, record in part]
         kinds = {kind for kind, _ in rows}
         if kinds & {"text", "pair"} and tokenizer is None:
             raise ValueError(
-                f"the reference set ({_name(reference.source)}) holds text, but there is no tokenizer: the pool was "
-                "made without one. Pass tokenizer= (a name, a path or a tokenizer), or give the reference as input_ids"
+                f"the reference set ({_name(reference.source)}) holds text, but it is not known which tokenizer made "
+                "the pool: pass it to SelectionDataModule, or to SelectionDataModule.wrap, as tokenizer= (a name, a "
+                "path or a tokenizer), or give the reference as input_ids"
             )
         ids = [encoded for kind, encoded in rows if kind == "ids"]
         texts = encode_texts(tokenizer, [value for kind, value in rows if kind == "text"])
         pairs = encode_answers(tokenizer, [value for kind, value in rows if kind == "pair"])
         of_kind = {"ids": iter(ids), "text": iter(texts), "pair": iter(pairs)}
-        yield from (next(of_kind[kind]) for kind, _ in rows)
-        position += len(part)
+        yield from ((position, next(of_kind[kind])) for (position, _), (kind, _) in zip(part, rows, strict=True))
 
 
 def _named(record: Any, reference: ReferenceSet, position: int) -> tuple[str, Any]:
@@ -207,9 +216,7 @@ def _named(record: Any, reference: ReferenceSet, position: int) -> tuple[str, An
         raise TypeError(f"expected {where} as a string or a dict, got {type(record).__name__}")
     names = {role: reference.columns.get(role, role) for role in ("input_ids", "prompt", "answer", "text")}
     if names["input_ids"] in record:
-        tokens, labels = token_row({**record, "input_ids": record[names["input_ids"]]}, where)
-        seen = np.asarray(record["attention_mask"], bool) if "attention_mask" in record else np.ones(len(tokens), bool)
-        return "ids", Encoded(tokens[seen], labels[seen] != IGNORE_INDEX)
+        return "ids", _ready(record, names["input_ids"], where)
     if names["prompt"] in record and names["answer"] in record:
         prompt, answer = (_text(record[names[role]], names[role], where) for role in ("prompt", "answer"))
         return "pair", (prompt + reference.separator, answer)
@@ -221,6 +228,28 @@ def _named(record: Any, reference: ReferenceSet, position: int) -> tuple[str, An
         f"{names['input_ids']!r}, got the columns {sorted(map(str, record))}: name yours, as in "
         'ReferenceSet(source, columns={"text": "content"})'
     )
+
+
+def _ready(record: Mapping[str, Any], column: str, where: str) -> Encoded:
+    """Return the tokens of a record of ready ids; what its attention mask hides is left out."""
+    tokens, labels = token_row({"input_ids": record[column], "labels": record.get("labels")}, where)
+    mask = record.get("attention_mask")
+    seen = np.ones(len(tokens), bool) if mask is None else np.asarray(mask) != 0
+    if seen.shape != tokens.shape:
+        raise ValueError(f"expected attention_mask of {where} to have {len(tokens)} entries, got shape {seen.shape}")
+    tokens, labels = tokens[seen], labels[seen]
+    if len(tokens) and tokens.min() < 0:
+        raise ValueError(
+            f"expected input_ids of {where} as token ids of 0 or more, got {tokens.min()}: mask tokens that should not "
+            f"count in labels, by {IGNORE_INDEX}"
+        )
+    counts = labels != IGNORE_INDEX
+    if (wrong := labels[counts & (labels != tokens)]).size:
+        raise ValueError(
+            f"expected labels of {where} to be its input_ids, or {IGNORE_INDEX} where no loss is taken, got {wrong[0]}:"
+            " losses shift labels themselves, and know no other value that is left out"
+        )
+    return Encoded(tokens, counts)
 
 
 def _text(value: Any, column: str, where: str) -> str:

@@ -2,47 +2,56 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from liveselect.datamodules import transport
+from liveselect.datamodules import hugging_face, transport
 from liveselect.datamodules.cluster import Clusters
+from liveselect.datamodules.collating import check_order, unpadded
+from liveselect.datamodules.content import CHUNK_ROWS, WHOLE_ROWS, WHOLE_TOKENS, Chunk, join, spread_ids, survey
+from liveselect.datamodules.draws import candidate_seeds, fetch, load_rows, private_draws
+from liveselect.datamodules.token_rows import check_map_style, complete_batch, pad_rows, token_row
 from liveselect.datamodules.tokens import TokenStore
 from liveselect.pool import CandidatePool
-from liveselect.protocols import IGNORE_INDEX
 
-SPREAD = 64  # rows of a data set that are looked at before training: for its fingerprint, length and vocabulary
+ARROW_TOKENS = 1 << 29  # Hugging Face datasets are read by columns, which is fast: this many tokens take some seconds
+COLLATED_ROWS = 64  # collated at once when everything is read; the rows of a trial one by one
 
 Collate = Callable[[Any], Any]
 Receive = Callable[[Any], Any]
 
 
+@runtime_checkable
 class Rows(Protocol):
     """The rows of a pool as a SelectionDataModule uses them.
 
     Attributes:
-        dataset: what the training loader reads; map-style.
-        collate_fn: makes a batch of what the dataset returns for a list of ids, in a worker.
-        receive: makes the training batch of that, in the process that trains; None where it is one already.
+        receive: makes the training batch of what :meth:`load` returned, in the process that trains; None where it is
+            one already.
         vocab_size: every token id is below it, as far as was looked at.
         block_size: tokens of every row, None when rows differ.
+        longest: tokens of the longest row that was looked at.
         fingerprint: identifies the content.
         store: the prepared pool behind the rows, if there is one.
+        draws: whether random numbers may be drawn when rows are read.
     """
 
-    dataset: Any
-    collate_fn: Collate
+    draws: bool
     receive: Receive | None
     vocab_size: int
     block_size: int | None
+    longest: int
     fingerprint: str
     store: TokenStore | None
 
     def __len__(self) -> int:
         """Return the number of rows."""
+
+    def load(self, ids: Sequence[int], seeds: Sequence[int]) -> Any:
+        """Return the rows ``ids (B,)`` as a training batch on its way; each draws under its own of ``seeds (B,)``."""
 
     def candidates(self, ids: Sequence[int]) -> dict[str, Any]:
         """Return the rows ``ids (B,)`` as a candidate batch."""
@@ -51,21 +60,23 @@ class Rows(Protocol):
 class StoreRows:
     """The rows of a prepared pool; batches are ``id (B,)``, ``input_ids (B, T)`` and ``labels (B, T)``."""
 
+    draws = False
+
     def __init__(self, store: TokenStore) -> None:
         self.store: TokenStore | None = store
         self._store = store
-        self.dataset = self
-        self.collate_fn: Collate = transport.send
         self.receive: Receive | None = transport.receive
         self.vocab_size = store.vocab_size
         self.block_size: int | None = store.block_size
+        self.longest = store.block_size
         self.fingerprint = store.fingerprint
 
     def __len__(self) -> int:
         return len(self._store)
 
-    def __getitems__(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        return self.candidates(ids)
+    def load(self, ids: Sequence[int], seeds: Sequence[int]) -> Any:
+        """Return the rows ``ids (B,)`` as they travel; nothing is drawn."""
+        return transport.send(self.candidates(ids))
 
     def candidates(self, ids: Sequence[int]) -> dict[str, Tensor]:
         """Return the rows ``ids (B,)`` as a candidate batch."""
@@ -81,36 +92,53 @@ class DatasetRows:
     right, and padding carries no loss.
 
     Args:
-        dataset: Hugging Face datasets are read through their numpy format; ``__getitems__`` is used where it exists.
+        dataset: Hugging Face datasets are read through their numpy format, unless they have a transform;
+            ``__getitems__`` is used where it exists.
 
     Raises:
-        TypeError: the dataset has no length, or its rows are not dicts.
-        ValueError: rows have no ``input_ids``.
+        TypeError: the dataset has no length, its rows are not dicts, or its token ids are no integers.
+        ValueError: rows have no ``input_ids``, are empty, or have ids or labels that cannot be.
     """
+
+    draws = True
 
     def __init__(self, dataset: Any) -> None:
         check_map_style(dataset, "the pool")
         self.source = dataset
         self.store: TokenStore | None = None
-        self.dataset = self
-        self.collate_fn: Collate = transport.send
         self.receive: Receive | None = transport.receive
-        self._view = _numpy_view(dataset)
-        spread = read_token_rows(self._view, spread_ids(len(dataset)))
-        lengths = {len(tokens) for tokens, _ in spread}
-        self.vocab_size = max((int(tokens.max()) for tokens, _ in spread if len(tokens)), default=0) + 1
-        self.block_size = lengths.pop() if len(lengths) == 1 else None
-        self.fingerprint = dataset_fingerprint(dataset, [tokens for tokens, _ in spread])
+        self._view = hugging_face.numpy_view(dataset)
+        arrow = hugging_face.arrow_view(dataset)
+
+        def read(ids: Sequence[int], seed: int) -> Chunk:
+            chunk = hugging_face.read_chunk(arrow, ids) if arrow is not None else None
+            return chunk or join(self._rows(ids, [seed] + [None] * (len(ids) - 1)))
+
+        by_columns = arrow is not None
+        content = survey(
+            len(dataset),
+            read,
+            whole_rows=len(dataset) if by_columns else WHOLE_ROWS,
+            whole_tokens=ARROW_TOKENS if by_columns else WHOLE_TOKENS,
+        )
+        self.vocab_size = content.largest + 1
+        self.block_size, self.longest, self.fingerprint = content.block_size, content.longest, content.fingerprint
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        return self.candidates(ids)
+    def load(self, ids: Sequence[int], seeds: Sequence[int]) -> Any:
+        """Return the rows ``ids (B,)`` as they travel; each draws under its own of ``seeds (B,)``."""
+        return transport.send(pad_rows(self._rows(ids, seeds), ids))
 
     def candidates(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        """Return the rows ``ids (B,)`` as a candidate batch."""
-        return pad_rows(read_token_rows(self._view, ids), ids)
+        """Return the rows ``ids (B,)`` as a candidate batch; what they draw is the same at every call."""
+        return pad_rows(self._rows(ids, candidate_seeds(ids)), ids)
+
+    def _rows(self, ids: Sequence[int], seeds: Sequence[int | None]) -> list[tuple[np.ndarray, np.ndarray]]:
+        with private_draws() as seed:
+            rows = fetch(self._view, ids, seeds, seed)
+        return [token_row(row, f"row {i} of the pool") for i, row in zip(ids, rows, strict=True)]
 
 
 class CollatedRows:
@@ -124,66 +152,75 @@ class CollatedRows:
         collate_fn: must keep the rows in their order, one row of the batch for each.
 
     Raises:
-        TypeError: the dataset has no length, or batches are no mappings.
-        ValueError: batches have no ``input_ids``, or another number of rows than they were made of.
+        TypeError: the dataset has no length, batches are no mappings, or token ids are no integers.
+        ValueError: batches have no ``input_ids``, or another number or order of rows than they were made of.
     """
+
+    draws = True
 
     def __init__(self, dataset: Any, collate_fn: Collate) -> None:
         check_map_style(dataset, "the training data")
-        self.dataset = dataset
+        self.source = dataset
         self.collate_fn = collate_fn
         self.receive: Receive | None = None
-        rows = [self.candidates([i])["input_ids"][0].numpy() for i in spread_ids(len(dataset))]
-        lengths = {len(row) for row in rows}
-        self.vocab_size = max((int(row.max()) for row in rows if len(row)), default=0) + 1
-        self.block_size: int | None = lengths.pop() if len(lengths) == 1 else None
-        self.fingerprint = dataset_fingerprint(dataset, rows)
-        self.store: TokenStore | None = None
-        if isinstance(dataset, TokenStore):
-            self.store, self.vocab_size, self.fingerprint = dataset, dataset.vocab_size, dataset.fingerprint
-        self.candidates(spread_ids(len(dataset))[:2])  # a function that joins rows shows itself at two, not at one
+        tried = spread_ids(len(dataset), COLLATED_ROWS)
+        widths = {self.candidates([i])["input_ids"].shape[1] for i in tried}
+        self.candidates(tried[:2])  # a function that joins rows shows itself at two, not at one
+        check_order(self._tried, tried)
+        self.block_size: int | None = widths.pop() if len(widths) == 1 else None
+        self.store: TokenStore | None = dataset if isinstance(dataset, TokenStore) else None
+        if self.store is not None:
+            self.vocab_size, self.fingerprint = self.store.vocab_size, self.store.fingerprint
+            self.longest = max([self.block_size or 0, *widths])
+        else:
+            content = survey(len(dataset), self._read, strict=False, name="the training data")
+            self.vocab_size, self.fingerprint = content.largest + 1, content.fingerprint
+            self.longest = content.longest
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.source)
+
+    def load(self, ids: Sequence[int], seeds: Sequence[int | None]) -> Any:
+        """Return what the collate function makes of the rows ``ids (B,)``; each draws under its own of ``seeds``."""
+        return load_rows(self.source, self.collate_fn, ids, seeds)
 
     def candidates(self, ids: Sequence[int]) -> dict[str, Any]:
-        """Return the rows ``ids (B,)`` as a candidate batch."""
-        batch = self.collate_fn(fetch(self.dataset, ids))
+        """Return the rows ``ids (B,)`` as a candidate batch; what is drawn is the same at every call."""
+        return self._complete(ids, candidate_seeds(ids))
+
+    def _complete(self, ids: Sequence[int], seeds: Sequence[int | None], then: int | None = None) -> dict[str, Any]:
+        batch = load_rows(self.source, self.collate_fn, ids, seeds, then)
         return complete_batch(batch, ids, "the collate function of the training data")
 
+    def _tried(self, ids: Sequence[int], seed: int) -> list[np.ndarray]:
+        """Return the rows ``ids (B,)`` as they are collated under a seed; the dataset reads them as it always does."""
+        return unpadded(self._complete(ids, candidate_seeds(ids), then=seed))
 
-def complete_batch(batch: Any, ids: Sequence[int], name: str) -> dict[str, Any]:
-    """Return a batch of the rows ``ids (B,)`` with ``id`` and ``labels``; what it had stays as it was."""
-    if isinstance(batch, Tensor):
-        batch = {"input_ids": batch}
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"expected {name} to return a mapping with input_ids, got {type(batch).__name__}")
-    if "input_ids" not in batch:
-        raise ValueError(f"expected {name} to return input_ids, got the keys {sorted(map(str, batch))}")
-    batch = dict(batch)
-    tokens = batch["input_ids"]
-    if not isinstance(tokens, (Tensor, np.ndarray)):
-        raise TypeError(
-            f"expected {name} to return input_ids as one tensor (B, T), got {type(tokens).__name__}: the default "
-            "collate function stacks tensors only, so let the dataset return tensors (datasets: with_format('torch'))"
-        )
-    tokens = torch.as_tensor(tokens)
-    if tokens.dim() != 2 or len(tokens) != len(ids):
-        raise ValueError(
-            f"expected {name} to return one row for each example, got input_ids {tuple(tokens.shape)} for {len(ids)} "
-            "examples: selection cannot trace rows that are dropped, joined or packed while collating"
-        )
-    batch["input_ids"] = tokens
-    batch["id"] = torch.as_tensor(ids, dtype=torch.int64)
-    if "labels" not in batch:
-        batch["labels"] = tokens.clone()
-        if "attention_mask" in batch:
-            batch["labels"].masked_fill_(torch.as_tensor(batch["attention_mask"]) == 0, IGNORE_INDEX)
-    return batch
+    def _read(self, ids: Sequence[int], seed: int) -> Chunk:
+        """Return rows as they are collated, ``COLLATED_ROWS`` at a time; padding counts as tokens."""
+        chunks = []
+        for first in range(0, len(ids), COLLATED_ROWS):
+            part = ids[first : first + COLLATED_ROWS]
+            batch = self._complete(part, [seed + first] + [None] * (len(part) - 1))
+            tokens, mask = np.asarray(batch["input_ids"], dtype=np.int64), batch.get("attention_mask")
+            chunks.append(
+                Chunk(
+                    np.full(len(part), tokens.shape[1], dtype=np.int64),
+                    tokens.reshape(-1),
+                    np.asarray(batch["labels"]).reshape(-1),
+                    None if mask is None else np.asarray(mask).reshape(-1) != 0,
+                )
+            )
+        lengths, tokens, labels, masks = zip(*chunks, strict=True)
+        mask = None if masks[0] is None else np.concatenate(masks)
+        return Chunk(np.concatenate(lengths), np.concatenate(tokens), np.concatenate(labels), mask)
 
 
 def open_pool(rows: Rows, groups: str | None) -> CandidatePool:
-    """Return the candidates of ``rows``, grouped by a column of their dataset, or by clusters or sources of a pool."""
+    """Return the candidates of ``rows``, grouped by a column of their dataset, or by clusters or sources of a pool.
+
+    A column of a dataset is part of the fingerprint: with other groups, what is known about each would be wrong.
+    """
     if rows.store is not None:
         if groups is not None:
             return Clusters(rows.store, groups).pool(rows.fingerprint)
@@ -192,107 +229,27 @@ def open_pool(rows: Rows, groups: str | None) -> CandidatePool:
         return CandidatePool(len(rows), rows.fingerprint, codes, names)
     if groups is None:
         return CandidatePool(len(rows), rows.fingerprint)
-    values = np.asarray([str(value) for value in _column(getattr(rows, "source", rows.dataset), groups)])
+    values = np.asarray([str(value) for value in _column(getattr(rows, "source", rows), groups)])
     found, inverse = np.unique(values, return_inverse=True)
-    return CandidatePool(len(rows), rows.fingerprint, torch.from_numpy(inverse.astype(np.int32)), found.tolist())
-
-
-def check_map_style(dataset: Any, what: str) -> None:
-    """Raise unless ``dataset`` has a length and rows that can be asked for by position."""
-    if isinstance(dataset, torch.utils.data.IterableDataset) or not (
-        hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    ):
-        raise TypeError(
-            f"expected {what} as a map-style dataset (with __len__ and __getitem__), got {type(dataset).__name__}: "
-            "selection asks for rows by their position, which a stream cannot give. Write the stream to disk with "
-            "`liveselect prepare`, or pass a map-style dataset"
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"{what} is empty: {type(dataset).__name__} has no rows")
-
-
-def fetch(dataset: Any, ids: Sequence[int]) -> list[Any]:
-    """Return the rows ``ids`` of a map-style dataset as a ``DataLoader`` would."""
-    if hasattr(dataset, "__getitems__"):
-        return dataset.__getitems__(list(ids))
-    return [dataset[i] for i in ids]
-
-
-def read_token_rows(dataset: Any, ids: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return ``input_ids (T,)`` and ``labels (T,)``, int64, of the rows ``ids``; masked tokens carry no loss."""
-    return [token_row(row, f"row {i} of the pool") for i, row in zip(ids, fetch(dataset, ids), strict=True)]
-
-
-def token_row(row: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``input_ids (T,)`` and ``labels (T,)`` of one row; a padded row keeps its padding, without loss."""
-    if not isinstance(row, Mapping):
-        raise TypeError(f"expected {where} as a dict with input_ids, got {type(row).__name__}")
-    if "input_ids" not in row:
-        raise ValueError(
-            f"expected {where} to have input_ids, got the columns {sorted(map(str, row))}: text has to be made a pool "
-            "first (`liveselect prepare`), or rename the column"
-        )
-    tokens = np.asarray(row["input_ids"], dtype=np.int64)
-    labels = np.array(row.get("labels", tokens), dtype=np.int64)
-    if tokens.ndim != 1 or labels.shape != tokens.shape:
-        raise ValueError(
-            f"expected {where} to have one-dimensional input_ids and labels of one length, got shapes {tokens.shape} "
-            f"and {labels.shape}"
-        )
-    if "attention_mask" in row and "labels" not in row:
-        labels[np.asarray(row["attention_mask"]) == 0] = IGNORE_INDEX
-    return tokens, labels
-
-
-def pad_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], ids: Sequence[int], pad_id: int = 0) -> dict[str, Tensor]:
-    """Return ``id (B,)``, ``input_ids (B, T)`` and ``labels (B, T)``, padded on the right to the longest row.
-
-    No attention mask: in a causal model no token sees what stands to its right.
-    """
-    width = max(len(tokens) for tokens, _ in rows)
-    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
-    for i, (tokens, targets) in enumerate(rows):
-        input_ids[i, : len(tokens)] = tokens
-        labels[i, : len(tokens)] = targets
-    return {
-        "id": torch.as_tensor(ids, dtype=torch.int64),
-        "input_ids": torch.from_numpy(input_ids),
-        "labels": torch.from_numpy(labels),
-    }
-
-
-def spread_ids(size: int) -> list[int]:
-    """Return the positions of up to ``SPREAD`` rows, evenly spread, the first and the last among them."""
-    return np.unique(np.linspace(0, size - 1, min(size, SPREAD)).astype(np.int64)).tolist()
-
-
-def dataset_fingerprint(dataset: Any, rows: Sequence[np.ndarray]) -> str:
-    """Return the fingerprint of a Hugging Face dataset, or else a hash of the length and the given spread of rows."""
-    if isinstance(known := getattr(dataset, "_fingerprint", None), str):
-        return known
-    digest = hashlib.blake2b(str(len(dataset)).encode(), digest_size=16)
-    for row in rows:
-        digest.update(len(row).to_bytes(8, "little") + np.ascontiguousarray(row, dtype="<i8").tobytes())
-    return digest.hexdigest()
-
-
-def _numpy_view(dataset: Any) -> Any:
-    """Return a Hugging Face dataset in its numpy format, restricted to token columns; other datasets as they are."""
-    if not (hasattr(dataset, "with_format") and hasattr(dataset, "column_names")):
-        return dataset
-    columns = [name for name in ("input_ids", "labels", "attention_mask") if name in dataset.column_names]
-    return dataset.with_format("numpy", columns=columns) if "input_ids" in columns else dataset
+    groups_of = inverse.astype("<i4")
+    digest = hashlib.blake2b(repr((rows.fingerprint, found.tolist())).encode(), digest_size=16)
+    digest.update(groups_of.tobytes())
+    codes = torch.from_numpy(groups_of.astype(np.int32))
+    return CandidatePool(len(rows), digest.hexdigest(), codes, found.tolist())
 
 
 def _column(dataset: Any, name: str) -> Sequence[Any]:
     """Return one value per row of a dataset."""
-    if hasattr(dataset, "column_names"):
-        if name not in dataset.column_names:
-            raise ValueError(f"groups={name!r} is no column of the dataset; the columns are {dataset.column_names}")
-        return dataset.with_format(None)[name]
-    first = dataset[0]
-    if not isinstance(first, Mapping) or name not in first:
-        columns = sorted(map(str, first)) if isinstance(first, Mapping) else type(first).__name__
-        raise ValueError(f"groups={name!r} is no column of the dataset; its rows have {columns}")
-    return [dataset[i][name] for i in range(len(dataset))]
+    if (values := hugging_face.column(dataset, name)) is not None:
+        return values
+    values = []
+    for start in range(0, len(dataset), CHUNK_ROWS):
+        ids = range(start, min(start + CHUNK_ROWS, len(dataset)))
+        with private_draws() as seed:
+            rows = fetch(dataset, ids, candidate_seeds(ids), seed)
+        for row in rows:
+            if not isinstance(row, Mapping) or name not in row:
+                columns = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+                raise ValueError(f"groups={name!r} is no column of the dataset; its rows have {columns}")
+            values.append(row[name])
+    return values

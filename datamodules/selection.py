@@ -9,8 +9,16 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from liveselect.datamodules import checks, wrapping
+from liveselect.datamodules.disjoint import ON_OVERLAP, OnOverlap
 from liveselect.datamodules.loader import PlanLoader, ShardedBatches, candidate_batches, epoch_length
-from liveselect.datamodules.opening import largest_id, open_existing, open_reference, open_source, open_tokenizer
+from liveselect.datamodules.opening import (
+    largest_id,
+    most_positions,
+    open_existing,
+    open_reference,
+    open_source,
+    open_tokenizer,
+)
 from liveselect.datamodules.reference import ReferenceSet
 from liveselect.datamodules.rows import Collate, Rows, open_pool
 from liveselect.plan import Plan
@@ -45,8 +53,10 @@ class SelectionDataModule(pl.LightningDataModule):
             `liveselect cluster` was given; by default its sources.
         tokenizer: name, path or Hugging Face tokenizer; by default the one inside the prepared pool.
         collate_fn: makes training batches of the dataset's rows, in place of ``{"id", "input_ids", "labels"}``.
-        check_overlap: refuse reference examples that are in the pool.
-        seed: seed of the workers.
+        overlap: what to do with reference records that stand in the pool: ``refuse`` them, ``drop`` them from the
+            reference set with a warning that lists them, or ``allow`` them without looking.
+        seed: seeds what the dataset draws: each row draws what its place in the plan says, from torch, numpy and
+            random.
     """
 
     def __init__(
@@ -63,7 +73,7 @@ class SelectionDataModule(pl.LightningDataModule):
         groups: str | None = None,
         tokenizer: str | Any = None,
         collate_fn: Collate | None = None,
-        check_overlap: bool = True,
+        overlap: OnOverlap = "refuse",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -74,6 +84,8 @@ class SelectionDataModule(pl.LightningDataModule):
         for name, value in {**sizes, "reference_tokens": reference_tokens}.items():
             if value is not None and value < 1:
                 raise ValueError(f"expected {name} of at least 1, got {value}")
+        if overlap not in ON_OVERLAP:
+            raise ValueError(f"expected overlap to be one of {ON_OVERLAP}, got {overlap!r}")
         self.batch_size = batch_size or 0
         self._source = pool
         self._reference_set = reference
@@ -87,7 +99,7 @@ class SelectionDataModule(pl.LightningDataModule):
         self._tokenizer_spec = tokenizer
         self._tokenizer: Any = None
         self._collate_fn = collate_fn
-        self._check_overlap = check_overlap
+        self._overlap: OnOverlap = overlap
         self._seed = seed
         self._options: dict[str, Any] = {"num_workers": num_workers}
         self._rows: Rows | None = None
@@ -155,7 +167,7 @@ class SelectionDataModule(pl.LightningDataModule):
             rows = self._opened()
             self._check_model()
             self._loader = PlanLoader(
-                rows.dataset,
+                rows,
                 self.batch_size,
                 self._epoch_batches(),
                 self._rank,
@@ -163,7 +175,7 @@ class SelectionDataModule(pl.LightningDataModule):
                 self._seed,
                 self._pins_memory,
                 rows.receive,
-                {**self._options, "collate_fn": rows.collate_fn},
+                self._options,
             )
             if self._plan is not None:
                 self._loader.follow(self._plan)
@@ -233,10 +245,11 @@ class SelectionDataModule(pl.LightningDataModule):
 
     def _setup_fit(self) -> None:
         self._open_pool()
-        if self._pool is None or self._pool.fingerprint != self._opened().fingerprint:
-            self._pool = open_pool(self._opened(), self._groups)
+        pool = open_pool(self._opened(), self._groups)
+        if self._pool is None or self._pool.fingerprint != pool.fingerprint:  # else it keeps what was used of it
+            self._pool = pool
         self._check_size()
-        self._reference = self._open_reference(self._reference_set, self._check_overlap)
+        self._reference = self._open_reference(self._reference_set, self._overlap)
         self._open_validation()
         self._check_model()
 
@@ -247,18 +260,17 @@ class SelectionDataModule(pl.LightningDataModule):
             self._rows, self.batch_size, self._options = open_existing(self._existing, self._batch_size)
         self._tokenizer = open_tokenizer(self._tokenizer_spec, self._rows, self._existing)
 
-    def _open_reference(self, source: Any, check_overlap: bool) -> list[Batch]:
-        decode = self.decode if check_overlap else None
+    def _open_reference(self, source: Any, overlap: OnOverlap) -> list[Batch]:
         tokens, packed = self._reference_tokens, self._pack_reference
-        return open_reference(source, self._opened(), self._tokenizer, tokens, packed, decode)
+        return open_reference(source, self._opened(), self._tokenizer, tokens, packed, overlap, self.decode)
 
     def _open_validation(self) -> None:
         if not self._serves_validation:
             return
         if self._validation_set is not None:
-            self._validation = self._open_reference(self._validation_set, check_overlap=False)
+            self._validation = self._open_reference(self._validation_set, "allow")
         else:
-            self._validation = self._reference or self._open_reference(self._reference_set, check_overlap=False)
+            self._validation = self._reference or self._open_reference(self._reference_set, "allow")
 
     def _check_size(self) -> None:
         global_batch = self.batch_size * self._world_size * self._accumulate
@@ -275,8 +287,13 @@ class SelectionDataModule(pl.LightningDataModule):
         module = self.trainer.lightning_module if self.trainer else None
         if module is None or not any(True for _ in module.parameters()):
             return
-        checks.check_vocabulary(module, self._opened().vocab_size - 1, "the pool")
-        checks.check_vocabulary(module, largest_id(self._reference or []), "the reference set")
+        rows = self._opened()
+        checks.check_vocabulary(module, rows.vocab_size - 1, "the pool")
+        checks.check_positions(module, rows.longest, "the pool", "make the rows shorter (`prepare --block-size`)")
+        for what, batches in {"reference": self._reference, "validation": self._validation}.items():
+            checks.check_vocabulary(module, largest_id(batches or []), f"the {what} set")
+            longest = most_positions(batches or [])
+            checks.check_positions(module, longest, f"the {what} set", "shorten it (ReferenceSet(max_length=...))")
         if self._pack_reference:
             checks.check_packing(module)
 

@@ -214,6 +214,8 @@ def write_store(
         metadata: further columns of each document.
         tokenizer: anything with ``save_pretrained``, kept in the pool.
     """
+    if block_size < 2:
+        raise ValueError(f"expected blocks of at least 2 tokens, got block_size={block_size}: one has none to predict")
     path = Path(path)
     path.mkdir(parents=True)
     try:

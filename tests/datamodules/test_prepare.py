@@ -436,7 +436,12 @@ TEXT = {"tokenizer": "bpe:300"}
         ([{"input_ids": [1]}], {"ids_column": "input_ids", **TEXT}, r"cannot be trained on ready token ids"),
         ([{"text": "x"}], {**TEXT, "vocab_size": 5}, r"vocab_size=5 is smaller than the tokenizer's, 257"),
         ([{"text": "x"}], {**TEXT, "on_undecodable": "ignore"}, r"one of \('error', 'replace', 'skip'\), got 'ignore'"),
-        ([{"text": "x"}], {**TEXT, "block_size": 0}, r"a block of at least one token"),
+        ([{"text": "x"}], {**TEXT, "block_size": 0}, r"blocks of at least 2 tokens, got block_size=0"),
+        (
+            [{"text": "x"}],
+            {**TEXT, "block_size": 1},
+            r"blocks of at least 2 tokens, got block_size=1: .* nothing to predict",
+        ),
         ([{"text": "x"}], {**TEXT, "workers": 0}, r"at least one worker"),
     ],
 )

@@ -237,7 +237,9 @@ def test_what_is_wrong_with_a_reference_set_is_said(tokenizer, source, settings,
 
 
 def test_text_without_a_tokenizer_is_an_error():
-    with pytest.raises(ValueError, match=r"holds text, but there is no tokenizer.*Pass tokenizer="):
+    with pytest.raises(
+        ValueError, match=r"holds text, but it is not known which tokenizer.*SelectionDataModule.wrap, as tokenizer="
+    ):
         load_reference(ReferenceSet(TEXTS))
 
 

@@ -1,0 +1,259 @@
+"""One pass over the rows of a dataset before training: what they are, and what is wrong with them."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from liveselect.protocols import IGNORE_INDEX, SelectionWarning
+
+WHOLE_ROWS, WHOLE_TOKENS = 1 << 20, 1 << 26
+"""Datasets up to this size are read in full: half a minute where a row takes 30 microseconds."""
+
+SPREAD_ROWS = 4096
+"""Rows of a larger dataset that stand for all."""
+
+TWICE = 256  # rows that are read twice, to see whether they are the same
+CHUNK_ROWS, CHUNK_TOKENS = 1024, 1 << 18  # what is read at once
+LARGEST = 2**31 - 1  # ids are hashed as 32-bit numbers, so that equal rows are equal whatever type held them
+
+
+class Chunk(NamedTuple):
+    """Some rows, end to end.
+
+    Attributes:
+        lengths: ``(n,)`` int64 tokens of each row, at least one each where the dataset is sound.
+        tokens: ``(sum of lengths,)`` int64.
+        labels: the same shape; another one where batches carry labels that are not one for each token.
+        mask: ``(sum of lengths,)`` bool attention mask, or None.
+    """
+
+    lengths: np.ndarray
+    tokens: np.ndarray
+    labels: np.ndarray
+    mask: np.ndarray | None = None
+
+
+Read = Callable[[Sequence[int], int], Chunk]
+"""Reads the rows ``ids (n,)`` of a dataset; draws of the dataset are made under the seed."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What was found.
+
+    Attributes:
+        fingerprint: hash of all rows, of a spread of them, or, where they differ whenever they are read, of their
+            number.
+        largest: the largest token id.
+        longest: tokens of the longest row.
+        block_size: tokens of every row, None where they differ.
+    """
+
+    fingerprint: str
+    largest: int
+    longest: int
+    block_size: int | None
+
+
+def survey(
+    size: int,
+    read: Read,
+    *,
+    strict: bool = True,
+    whole_rows: int = WHOLE_ROWS,
+    whole_tokens: int = WHOLE_TOKENS,
+    name: str = "the pool",
+) -> Content:
+    """Read a dataset, in full up to a size, and return what it holds.
+
+    Args:
+        size: number of rows.
+        read: reads some of them.
+        strict: labels must be token ids or -100; a loss function of the user's may know others.
+        whole_rows: read everything up to this many rows,
+        whole_tokens: and up to about this many tokens.
+        name: what to call the dataset.
+
+    Raises:
+        ValueError: rows are empty, token ids are negative, or no row has a token to predict.
+        TypeError: token ids are no integers.
+    """
+    first = spread_ids(size, TWICE)
+    spread = read(first, 0)
+    mean = max(1.0, float(spread.lengths.mean()))
+    is_whole = size <= whole_rows and size * mean <= whole_tokens
+    is_stable = _equal(spread, read(first, 0))
+    at_once = int(max(1, min(CHUNK_ROWS, CHUNK_TOKENS // mean)))
+    found = _Findings(name, strict)
+    parts = _parts(size, at_once) if is_whole and is_stable else _split(spread_ids(size, SPREAD_ROWS), at_once)
+    for number, ids in enumerate(parts):
+        found.add(read(ids, number), ids)
+    found.conclude()
+    _warn_of_shifted_labels(spread, name)
+    if not is_stable:
+        warnings.warn(
+            f"rows of {name} differ each time they are read, although torch, numpy and random are seeded for each row: "
+            "the dataset, or its collate function, draws from a generator of its own. A resumed run cannot train on "
+            "the same tokens, and of the data only the number of rows is compared when it resumes. Let it draw from "
+            "torch.rand, numpy.random or random",
+            SelectionWarning,
+            stacklevel=2,
+        )
+    elif not is_whole:
+        warnings.warn(
+            f"{name} holds {size} rows of about {mean:.0f} tokens, too many to read before training: {SPREAD_ROWS} of "
+            "them, evenly spread, stand for all when a resumed run compares its data with those of the checkpoint, and "
+            "when token ids are checked. A pool made by `liveselect prepare` is compared in full, whatever its size",
+            SelectionWarning,
+            stacklevel=2,
+        )
+    how = "length" if not is_stable else "whole" if is_whole else "spread"
+    return Content(found.fingerprint(how, size), found.largest, found.longest, found.block_size)
+
+
+def spread_ids(size: int, count: int) -> list[int]:
+    """Return up to ``count`` positions below ``size``, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, size - 1, min(size, count)).astype(np.int64)).tolist()
+
+
+def join(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Chunk:
+    """Return rows of ``input_ids (T,)`` and ``labels (T,)`` end to end."""
+    lengths = np.array([len(tokens) for tokens, _ in rows], dtype=np.int64)
+    return Chunk(lengths, np.concatenate([r[0] for r in rows]), np.concatenate([r[1] for r in rows]))
+
+
+def _parts(size: int, at_once: int) -> Iterator[range]:
+    return (range(start, min(start + at_once, size)) for start in range(0, size, at_once))
+
+
+def _split(ids: list[int], at_once: int) -> Iterator[list[int]]:
+    return (ids[start : start + at_once] for start in range(0, len(ids), at_once))
+
+
+def _equal(one: Chunk, other: Chunk) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(a is b if a is None or b is None else np.array_equal(a, b) for a, b in pairs)
+
+
+@dataclass
+class _Findings:
+    """What was seen so far."""
+
+    name: str
+    strict: bool
+    largest: int = 0
+    longest: int = 0
+    rows: int = 0
+    without_target: int = 0
+    foreign_label: int | None = None
+    lengths: set[int] = field(default_factory=set)
+    digests: list[Any] = field(default_factory=lambda: [hashlib.blake2b(digest_size=16) for _ in range(4)])
+
+    @property
+    def block_size(self) -> int | None:
+        return next(iter(self.lengths)) if len(self.lengths) == 1 else None
+
+    def add(self, chunk: Chunk, ids: Sequence[int]) -> None:
+        self._check(chunk, ids)
+        self.rows += len(ids)
+        self.largest = max(self.largest, int(chunk.tokens.max()))
+        self.longest = max(self.longest, int(chunk.lengths.max()))
+        self.lengths |= {int(chunk.lengths.min()), int(chunk.lengths.max())}
+        arrays = (chunk.lengths, chunk.tokens, chunk.labels, chunk.mask)
+        for digest, array in zip(self.digests, arrays, strict=True):
+            if array is not None:
+                small = array.astype("<i4") if array.dtype.kind in "iub" else array
+                digest.update(np.ascontiguousarray(small).data)
+
+    def _check(self, chunk: Chunk, ids: Sequence[int]) -> None:
+        if not chunk.lengths.all():
+            raise ValueError(
+                f"row {ids[int(chunk.lengths.argmin())]} of {self.name} has no tokens: leave empty rows out (datasets: "
+                "data.filter(lambda row: len(row['input_ids']) > 1))"
+            )
+        if chunk.tokens.min() < 0 or chunk.tokens.max() > LARGEST:
+            wrong = int(np.flatnonzero((chunk.tokens < 0) | (chunk.tokens > LARGEST))[0])
+            raise ValueError(
+                f"expected input_ids of {self.name} as token ids of 0 or more, got {chunk.tokens[wrong]} in row "
+                f"{_row_of(chunk, ids, wrong)}: no model has an embedding for it. A value that marks padding or masked "
+                "labels (-100, -1) belongs into labels; pad input_ids with a token"
+            )
+        if chunk.labels.shape != chunk.tokens.shape or chunk.labels.dtype.kind not in "iu":
+            return
+        counted = chunk.labels != IGNORE_INDEX
+        starts = np.cumsum(chunk.lengths) - chunk.lengths
+        targets = np.add.reduceat(counted, starts, dtype=np.int64) - counted[starts]
+        self.without_target += int((targets == 0).sum())
+        wrong_labels = counted & ((chunk.labels < 0) | (chunk.labels > LARGEST))
+        if wrong_labels.any():
+            wrong = int(wrong_labels.argmax())
+            self._note_label(int(chunk.labels[wrong]), _row_of(chunk, ids, wrong))
+        elif self.strict:
+            self.largest = max(self.largest, int(chunk.labels.max()))
+
+    def _note_label(self, label: int, row: int) -> None:
+        if self.strict:
+            raise ValueError(
+                f"expected labels of {self.name} as token ids, or {IGNORE_INDEX} where no loss is taken, got {label} "
+                f"in row {row}: replace it by {IGNORE_INDEX}"
+            )
+        self.foreign_label = label if self.foreign_label is None else self.foreign_label
+
+    def conclude(self) -> None:
+        """Say what is wrong with the rows as a whole."""
+        if self.without_target == self.rows:
+            raise ValueError(
+                f"none of the {self.rows} rows of {self.name} that were looked at has a token to predict: each holds "
+                f"less than two tokens, or labels of {IGNORE_INDEX} alone"
+            )
+        if self.without_target:
+            warnings.warn(
+                f"{self.without_target} of the {self.rows} rows of {self.name} that were looked at have no token to "
+                f"predict (less than two tokens, or labels of {IGNORE_INDEX} alone): training on them teaches nothing, "
+                "and their influence is zero. Leave them out",
+                SelectionWarning,
+                stacklevel=3,
+            )
+        if self.foreign_label is not None:
+            warnings.warn(
+                f"batches of {self.name} have labels of {self.foreign_label}: losses of selection leave out "
+                f"{IGNORE_INDEX} alone. Map them to {IGNORE_INDEX}, or pass a loss_fn that knows them",
+                SelectionWarning,
+                stacklevel=3,
+            )
+
+    def fingerprint(self, how: str, size: int) -> str:
+        """Return the name of what was read."""
+        digest = hashlib.blake2b(f"{how} {size}".encode(), digest_size=16)
+        if how != "length":
+            for part in self.digests:
+                digest.update(part.digest())
+        return digest.hexdigest()
+
+
+def _row_of(chunk: Chunk, ids: Sequence[int], place: int) -> int:
+    """Return the id of the row that holds the token at a place of a chunk."""
+    return ids[int(np.searchsorted(np.cumsum(chunk.lengths), place, side="right"))]
+
+
+def _warn_of_shifted_labels(chunk: Chunk, name: str) -> None:
+    """Warn when labels are the next tokens: a loss that shifts them itself would predict the one after."""
+    tokens, labels = chunk.tokens[:-1], chunk.labels[:-1]
+    if chunk.labels.shape != chunk.tokens.shape or not len(tokens):
+        return
+    inside = np.ones(len(tokens), bool)
+    inside[np.cumsum(chunk.lengths)[:-1] - 1] = False  # the last token of a row has no next one
+    inside &= labels != IGNORE_INDEX
+    shifted, aligned = (labels == chunk.tokens[1:])[inside], (labels == tokens)[inside]
+    if len(shifted) and shifted.mean() > 0.95 and aligned.mean() < 0.5:
+        warnings.warn(
+            f"labels of {name} look shifted: each is the token after its own. The default loss of selection shifts "
+            "labels itself, as Hugging Face models do, so it would predict one token too far: leave labels out or make "
+            "them equal to input_ids, or pass a loss_fn that takes them as they are",
+            SelectionWarning,
+            stacklevel=3,
+        )

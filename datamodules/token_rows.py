@@ -1,0 +1,149 @@
+"""Rows of token ids, checked and brought into one form: as they come from a dataset, and as batches."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from liveselect.protocols import IGNORE_INDEX
+
+
+def check_map_style(dataset: Any, what: str) -> None:
+    """Raise unless ``dataset`` has a length and rows that can be asked for by position."""
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not (
+        hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    ):
+        raise TypeError(
+            f"expected {what} as a map-style dataset (with __len__ and __getitem__), got {type(dataset).__name__}: "
+            "selection asks for rows by their position, which a stream cannot give. Write the stream to disk with "
+            "`liveselect prepare`, or pass a map-style dataset"
+        )
+    if isinstance(dataset, Mapping) and 0 not in dataset:
+        raise TypeError(
+            f"expected {what} as a sequence of rows, got a {type(dataset).__name__} with the keys "
+            f"{sorted(map(str, dataset))[:5]}: pass one split of a dataset, or a list of its values"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{what} is empty: {type(dataset).__name__} has no rows")
+
+
+def integers(values: Any, name: str, where: str) -> np.ndarray:
+    """Return ``values`` as int64; raise TypeError unless they are integers already.
+
+    Args:
+        values: a sequence, an array or a tensor, of any shape.
+        name: what they are.
+        where: whose they are.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu" and array.size:
+        held = "missing values or sequences" if array.dtype.kind == "O" else array.dtype.name
+        raise TypeError(
+            f"expected {name} of {where} as integers, got {held}: token ids are never rounded for you; convert them "
+            "where they are made, or name the right column"
+        )
+    return array.astype(np.int64, copy=False)
+
+
+def token_row(row: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``input_ids (T,)`` and ``labels (T,)``, int64, of one row; a padded row keeps its padding, without loss.
+
+    Padding on the left is moved to the right: without an attention mask, only what stands to the right of all tokens
+    is invisible to them.
+    """
+    if not isinstance(row, Mapping):
+        raise TypeError(f"expected {where} as a dict with input_ids, got {type(row).__name__}")
+    if "input_ids" not in row:
+        raise ValueError(
+            f"expected {where} to have input_ids, got the columns {sorted(map(str, row))}: text has to be made a pool "
+            "first (`liveselect prepare`), or rename the column"
+        )
+    tokens = integers(row["input_ids"], "input_ids", where)
+    labels = integers(row["labels"], "labels", where) if row.get("labels") is not None else tokens
+    if tokens.ndim != 1 or labels.shape != tokens.shape:
+        raise ValueError(
+            f"expected {where} to have one-dimensional input_ids and labels of one length, got shapes {tokens.shape} "
+            f"and {labels.shape}"
+        )
+    labels = np.array(labels)  # a copy: what the dataset holds is not ours to change
+    if row.get("attention_mask") is not None:
+        return _without_hidden(tokens, labels, row["attention_mask"], "labels" in row, where)
+    return tokens, labels
+
+
+def _without_hidden(
+    tokens: np.ndarray, labels: np.ndarray, attention_mask: Any, has_labels: bool, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    seen = np.asarray(attention_mask) != 0
+    if seen.shape != tokens.shape:
+        raise ValueError(
+            f"expected attention_mask of {where} to have one entry for each of its {len(tokens)} tokens, got the shape "
+            f"{seen.shape}"
+        )
+    if seen.all():
+        return tokens, labels
+    if not has_labels:
+        labels[~seen] = IGNORE_INDEX
+    places = np.flatnonzero(seen)
+    if len(places) and places[-1] - places[0] + 1 != len(places):
+        raise ValueError(
+            f"the attention_mask of {where} hides tokens between others, which cannot be padding, and training batches "
+            "made here carry no mask: pass a collate_fn that returns the mask, or cut the hidden tokens out"
+        )
+    first = int(places[0]) if len(places) else 0
+    return np.roll(tokens, -first), np.roll(labels, -first)
+
+
+def pad_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], ids: Sequence[int], pad_id: int = 0) -> dict[str, Tensor]:
+    """Return ``id (B,)``, ``input_ids (B, T)`` and ``labels (B, T)``, padded on the right to the longest row.
+
+    No attention mask: in a causal model no token sees what stands to its right.
+    """
+    width = max(len(tokens) for tokens, _ in rows)
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
+    for i, (tokens, targets) in enumerate(rows):
+        input_ids[i, : len(tokens)] = tokens
+        labels[i, : len(tokens)] = targets
+    return {
+        "id": torch.as_tensor(ids, dtype=torch.int64),
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
+    }
+
+
+def complete_batch(batch: Any, ids: Sequence[int], name: str) -> dict[str, Any]:
+    """Return a batch of the rows ``ids (B,)`` with ``id`` and ``labels``; what it had stays as it was."""
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"expected {name} to return a mapping with input_ids, got {type(batch).__name__}")
+    if "input_ids" not in batch:
+        raise ValueError(f"expected {name} to return input_ids, got the keys {sorted(map(str, batch))}")
+    batch = dict(batch)
+    tokens = batch["input_ids"]
+    if not isinstance(tokens, (Tensor, np.ndarray)):
+        raise TypeError(
+            f"expected {name} to return input_ids as one tensor (B, T), got {type(tokens).__name__}: the default "
+            "collate function stacks tensors only, so let the dataset return tensors (datasets: with_format('torch'))"
+        )
+    tokens = torch.as_tensor(tokens)
+    if tokens.dim() != 2 or len(tokens) != len(ids):
+        raise ValueError(
+            f"expected {name} to return one row for each example, got input_ids {tuple(tokens.shape)} for {len(ids)} "
+            "examples: selection cannot trace rows that are dropped, joined or packed while collating"
+        )
+    if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
+        raise TypeError(
+            f"expected {name} to return input_ids as integers, got {tokens.dtype}: token ids are never rounded for "
+            "you; convert them where they are made"
+        )
+    batch["input_ids"] = tokens
+    batch["id"] = torch.as_tensor(ids, dtype=torch.int64)
+    if "labels" not in batch:
+        batch["labels"] = tokens.clone()
+        if "attention_mask" in batch:
+            batch["labels"].masked_fill_(torch.as_tensor(batch["attention_mask"]) == 0, IGNORE_INDEX)
+    return batch
