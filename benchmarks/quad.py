@@ -1,9 +1,10 @@
 """What live Quad costs: selection's share of the wall time by phase, and the bandit's own time for large pools.
 
 The first table trains a small decoder on random tokens in rounds of 20 optimizer steps and prints selection's share of
-the processor's time, and how it divides among the phases of the ledger. What counts is the ratio of measured to trained
-examples: the share falls in proportion to the examples of a step. ``outside`` is what no phase of the ledger covers:
-finding the available candidates, and writing the ledger and the logs.
+the processor's time, and how it divides among the phases of the ledger. The first round is a warm-up; by default five
+more follow, in which the factors of the curvature are refreshed once, as in any five rounds. What counts is the ratio
+of measured to trained examples: the share falls in proportion to the examples of a step. ``outside`` is what no phase
+of the ledger covers: finding the available candidates, and writing the ledger and the logs.
 
 The second table runs the bandit alone, without a model, and prints milliseconds per round. Its rounds are as short as
 those of the first table.
@@ -17,22 +18,26 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from liveselect.callbacks import Quad
 from liveselect.datamodules import SelectionDataModule
 from liveselect.influence import KFACInfluence, OneStepInfluence
 from liveselect.ledger import RoundRecord
+from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
-from liveselect.protocols import RoundContext
+from liveselect.protocols import Batch, InfluenceEstimator, RoundContext
 from liveselect.rounds import SelectionRun, run_round
 from liveselect.selectors import UCBSelector, UniformSelector
 
 VOCABULARY, LENGTH, CLUSTERS = 512, 64, 64
-ESTIMATORS = {
+ESTIMATORS: dict[str, Callable[[], InfluenceEstimator]] = {
     "kfac": KFACInfluence,
     "identity": lambda: KFACInfluence(curvature="identity"),
     "one-step": lambda: OneStepInfluence(step="in_batch"),
@@ -42,25 +47,30 @@ ESTIMATORS = {
 class TimedQuad(Quad):
     """Notes the seconds of every round, and of training between rounds."""
 
-    def __init__(self, **settings) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        self.begun = self.ended = 0.0
         self.round_seconds: list[float] = []
         self.wall_seconds: list[float] = []
         self.step_seconds: list[float] = []
         self.batch_seconds: dict[bool, list[float]] = {False: [], True: []}  # by whether the batch was listened to
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Start the clock of a batch before listening begins."""
         self.begun = time.process_time()
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Stop the clock of a batch."""
         listened = self._direction() is not None and self._in_last_step(trainer)
         self.batch_seconds[listened].append(time.process_time() - self.begun)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def _select(self, trainer, pl_module) -> None:
+    def _select(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         started = time.process_time(), time.perf_counter()
         if self.round_seconds:
             self.step_seconds.append(started[0] - self.ended)
@@ -86,10 +96,11 @@ class Decoder(pl.LightningModule):
             )
         )
 
-    def training_step(self, batch, index):
-        return self.model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        loss: Tensor = self.model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+        return loss
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
@@ -144,13 +155,14 @@ def tell(name: str, selection: TimedQuad, step: int, reference: int) -> None:
         f"{name:>9}  {step:>5} examples a step, {measured:.0f} measured, {reference} reference: "
         f"training {training:.2f} s, selection {whole:.2f} s, {100 * share:.1f}%"
     )
-    heard, silent = (statistics.median(selection.batch_seconds[listened]) for listened in (True, False))
-    batches = len(selection.batch_seconds[True]) / max(1, len(selection.round_seconds) - 2)
-    extra = batches * (heard - silent) / (whole + training)
-    print(
-        f"{'':>11}a batch that is listened to takes {heard / silent:.2f} times as long: {100 * extra:.2f}% of the time, "  # noqa: E501
-        "counted as training"
-    )
+    if selection.batch_seconds[True]:
+        heard, silent = (statistics.median(selection.batch_seconds[listened]) for listened in (True, False))
+        batches = len(selection.batch_seconds[True]) / max(1, len(selection.round_seconds) - 2)
+        extra = 100 * batches * (heard - silent) / (whole + training)
+        print(
+            f"{'':>11}a batch that is listened to takes {heard / silent:.2f} times as long: {extra:.2f}% of the time, "
+            "counted as training"
+        )
     for phase, seconds in sorted(phases.items(), key=lambda item: -item[1]):
         print(f"{'':>11}{phase:<26}{100 * share * seconds / wall:>7.2f}%")
 
@@ -164,26 +176,31 @@ class NoData:
         groups = torch.randint(0, arms, (size,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
         self.pool = CandidatePool(size, "none", groups, tuple(f"{arm:05d}" for arm in range(arms)))
 
-    def candidates(self, ids):
+    def candidates(self, ids: Tensor) -> Iterable[Batch]:
+        """Yield the ids as if they were tokens."""
         yield {"id": ids, "input_ids": ids.view(-1, 1)}
 
-    def reference(self):
+    def reference(self) -> Iterable[Batch]:
+        """Return nothing."""
         return ()
 
-    def decode(self, input_ids):
+    def decode(self, input_ids: Tensor) -> list[str]:
+        """Return empty texts."""
         return [""] * len(input_ids)
 
-    def follow(self, plan) -> None:
-        pass
+    def follow(self, plan: Plan) -> None:
+        """Train on nothing."""
 
 
 class Noise:
     """An estimator that measures nothing."""
 
-    def fit(self, context):
+    def fit(self, context: RoundContext) -> Mapping[str, float]:
+        """Prepare nothing."""
         return {}
 
-    def score(self, context, batch):
+    def score(self, context: RoundContext, batch: Batch) -> Tensor:
+        """Return random numbers."""
         return torch.randn(len(batch["id"]), generator=context.generator(f"noise {len(batch['id'])}"))
 
 
@@ -212,7 +229,7 @@ def bandit_alone(size: int, arms: int, rounds: int, budget: int = 5120) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--estimator", choices=ESTIMATORS, default=next(iter(ESTIMATORS)))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6, help="the first is a warm-up")
     parser.add_argument("--width", type=int, default=48)
     parser.add_argument("--batch", type=int, nargs="*", default=[64], help="rows of a batch")
     parser.add_argument("--accumulate", type=int, default=4)
