@@ -70,6 +70,9 @@ class MATES(DataSelection):
         loss_fn: per-example loss, see :class:`~liveselect.callbacks.DataSelection`.
         seed: seed of every draw that selection makes.
         dirpath: where the ledger is written.
+        probes_between_steps: candidates measured after every optimizer step, see
+            :class:`~liveselect.callbacks.DataSelection`.
+        max_overhead: share of the training time that measuring between steps may take.
     """
 
     def __init__(
@@ -87,6 +90,8 @@ class MATES(DataSelection):
         loss_fn: LossFn | None = None,
         seed: int = 0,
         dirpath: str | Path | None = None,
+        probes_between_steps: int | None = None,
+        max_overhead: float | None = None,
     ) -> None:
         super().__init__(
             selector=RegressionSelector(
@@ -104,4 +109,6 @@ class MATES(DataSelection):
             loss_fn=loss_fn,
             seed=seed,
             dirpath=dirpath,
+            probes_between_steps=probes_between_steps,
+            max_overhead=max_overhead,
         )

@@ -4,6 +4,7 @@ import logging
 import random
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,22 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 
 from liveselect import distributed
 from liveselect.callbacks.compatibility import check_intervals, check_rest, check_setup, find_source, run_folder
+from liveselect.callbacks.pace import Pace
 from liveselect.callbacks.progress import RoundProgress
-from liveselect.cost import CostMeter
+from liveselect.cost import CostMeter, SilentProgress
 from liveselect.decisions import DecisionLedger
 from liveselect.functional.flops import forward_flops
 from liveselect.ledger import RoundRecord
 from liveselect.losses import causal_lm_loss
+from liveselect.measurement import Measurement
 from liveselect.plan import Plan
 from liveselect.protocols import CandidateSource, InfluenceEstimator, LossFn, RoundContext, SelectionWarning, Selector
 from liveselect.rehearsal import rehearse
-from liveselect.rounds import SelectionRun, run_round
+from liveselect.rounds import SelectionRun, finish_round, run_round
 from liveselect.selectors import UniformSelector
 
 log = logging.getLogger("liveselect")
@@ -61,6 +64,12 @@ class DataSelection(Callback):
             causal language models and modules that return logits.
         seed: seed of every draw that selection makes.
         dirpath: where ``ledger.jsonl`` is written; by default ``selection/`` in the logger's folder.
+        probes_between_steps: measure so many candidates after every optimizer step, for the round to come, instead of
+            all of them in one pause between rounds. What is left at the end of the round is measured then. The numbers
+            are as old as the steps between; the ledger says how old. Resuming stays exact.
+        max_overhead: measure after optimizer steps for up to this share of the time that training takes, and do without
+            what was not measured by the end of the round. How much is measured when depends on the machine, so two runs
+            differ; a resumed run goes on with what was measured before.
     """
 
     def __init__(
@@ -72,11 +81,19 @@ class DataSelection(Callback):
         loss_fn: LossFn | None = None,
         seed: int = 0,
         dirpath: str | Path | None = None,
+        probes_between_steps: int | None = None,
+        max_overhead: float | None = None,
     ) -> None:
         if not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ValueError(f"expected every_n_steps of at least one optimizer step, got {every_n_steps}")
         if not isinstance(warmup_rounds, int) or warmup_rounds < 0:
             raise ValueError(f"expected warmup_rounds of zero or more, got {warmup_rounds}")
+        self.pace = Pace(probes_between_steps, max_overhead)
+        if self.pace and getattr(estimator, "once_a_round", False):
+            raise ValueError(
+                f"{type(estimator).__name__} measures from one state of the model, so its rounds cannot be spread over "
+                "training steps: leave out probes_between_steps and max_overhead, or take another estimator"
+            )
         self.selector = selector
         self.estimator = estimator
         self.every_n_steps = every_n_steps
@@ -92,6 +109,8 @@ class DataSelection(Callback):
         self._in_batch = False
         self._loaded = False
         self._since: float | None = None
+        self._trained_before = 0.0
+        self._ahead_candidates: Tensor | None = None
         self._last_step = -1
         self._flops_per_token = 0.0
 
@@ -195,7 +214,8 @@ class DataSelection(Callback):
         self._loaded = False
         if self.plan is not None:
             check_rest(self.plan, self._global_batch(trainer), trainer)
-        rehearse(self.run, self._context(trainer, pl_module, 1))
+        rehearse(self.run, self._context(trainer, pl_module, self.run.pool.available(1)))
+        self._trained_before, self._ahead_candidates = self.run.ledger.training_seconds, None
         if self.plan is None or self.plan.exhausted:
             self._select(trainer, pl_module)
         else:
@@ -225,6 +245,8 @@ class DataSelection(Callback):
         self._last_step = trainer.global_step
         self._in_batch = False
         if not plan.exhausted:
+            if at_boundary:
+                self._measure_ahead(trainer, pl_module)
             return
         if not at_boundary:
             raise RuntimeError(
@@ -285,14 +307,61 @@ class DataSelection(Callback):
     def _select(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run a round and publish its plan."""
         run = self.run
-        steps = int(min(self.every_n_steps, trainer.estimated_stepping_batches - trainer.global_step))
-        budget = max(1, steps) * self._global_batch(trainer)
-        self._follow(run_round(run, self._context(trainer, pl_module, budget), budget))
+        budget = self._budget(trainer, trainer.global_step)
+        context = self._context(trainer, pl_module, run.pool.available(budget))
+        plan = run_round(run, context, budget) if run.ahead is None else self._finish_ahead(run.ahead, context, budget)
+        self._follow(plan)
         self._write_ledger()
         self._log(trainer, run.ledger.rounds[-1])
+        self._trained_before = run.ledger.training_seconds
 
-    def _context(self, trainer: pl.Trainer, pl_module: pl.LightningModule, budget: int) -> RoundContext:
-        """Return what the parts may look at in the round to come, which chooses ``budget`` candidates."""
+    def _measure_ahead(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure a little for the round to come, between two optimizer steps of this one."""
+        run, plan = self.run, self._current_plan()
+        begins = trainer.global_step + (len(plan.ids) - plan.cursor) // self._global_batch(trainer)
+        asks = run.estimator is not None and run.selector_for(run.next_round) is run.selector
+        if not self.pace or not asks:
+            return
+        if begins >= trainer.estimated_stepping_batches or (run.ahead is not None and run.ahead.complete):
+            return
+        self._charge_training()
+        if run.ahead is None:
+            run.ahead = Measurement(run.estimator, run.selector)
+            run.ahead.remember()
+        if self._ahead_candidates is None:
+            self._ahead_candidates = run.pool.available(self._budget(trainer, begins))
+        trained = run.ledger.training_seconds - self._trained_before
+        if limit := self.pace.affordable(run.ahead, trained):
+            context = self._context(trainer, pl_module, self._ahead_candidates)
+            run.ahead.advance(replace(context, meter=run.ahead.meter, progress=SilentProgress()), limit)
+            run.ledger.ahead_seconds = sum(run.ahead.meter.seconds.values())
+            run.ledger.ahead_flops = sum(run.ahead.meter.flops.values()) * trainer.world_size
+        self._since = time.perf_counter()
+
+    def _finish_ahead(self, ahead: Measurement, context: RoundContext, budget: int) -> Plan:
+        """Make the plan from what was measured between the steps and, unless that is limited, from what is left."""
+        context = replace(context, meter=ahead.meter)
+        self._ahead_candidates = None
+        missing = 0
+        if self.pace.max_overhead is None:
+            ahead.advance(context)
+        else:
+            missing = ahead.cut(context)
+        plan = finish_round(self.run, ahead, context, budget)
+        if missing:
+            self.run.ledger.rounds[-1].notes.append(
+                f"{missing} of {missing + ahead.measured} candidates were not measured within max_overhead="
+                f"{self.pace.max_overhead}"
+            )
+        return plan
+
+    def _budget(self, trainer: pl.Trainer, begins: int) -> int:
+        """Return how many candidates a round that begins at step ``begins`` trains on."""
+        steps = int(min(self.every_n_steps, trainer.estimated_stepping_batches - begins))
+        return max(1, steps) * self._global_batch(trainer)
+
+    def _context(self, trainer: pl.Trainer, pl_module: pl.LightningModule, candidates: Tensor) -> RoundContext:
+        """Return what the parts may look at in the round to come, which chooses among ``candidates (n,)``."""
         run, source = self.run, self._source_or_raise()
         selector = run.selector_for(run.next_round)
         title = f"round {run.next_round} ({type(selector).__name__}, step {trainer.global_step})"
@@ -304,7 +373,7 @@ class DataSelection(Callback):
             optimizer=trainer.optimizers[0],
             loss_fn=self.loss_fn,
             source=source,
-            candidates=run.pool.available(budget),
+            candidates=candidates,
             global_batch=self._global_batch(trainer),
             clip_gradients=lambda parameters: _clip_gradients(trainer, pl_module, parameters),
             forward_context=trainer.precision_plugin.forward_context,

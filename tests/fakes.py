@@ -10,6 +10,23 @@ from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
 from liveselect.protocols import Batch, LossFn, RoundContext
 
+VOCABULARY = 50
+
+
+class Bigrams(nn.Module):
+    """The smallest language model that learns something; ``settings`` go to its embedding."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # noqa: TID251 - the initial weights
+            self.embed = nn.Embedding(VOCABULARY, 8, **settings)
+            self.hidden = nn.Linear(8, 8)
+            self.head = nn.Linear(8, VOCABULARY)
+
+    def forward(self, input_ids):
+        return self.head(self.hidden(self.embed(input_ids)).tanh())
+
 
 class FakeSource:
     """A CandidateSource over token matrices: ``tokens (n, T)``, ``reference (r, T)``; text is space-joined ids.

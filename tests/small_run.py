@@ -14,6 +14,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from liveselect.callbacks import DataSelection
@@ -21,7 +22,7 @@ from liveselect.datamodules import SelectionDataModule
 from liveselect.influence import OneStepInfluence
 from liveselect.protocols import Batch, RoundContext
 from liveselect.regressors import HashedRidgeRegressor
-from liveselect.selectors import RegressionSelector
+from liveselect.selectors import RegressionSelector, UniformSelector
 
 VOCABULARY, TOKENS = 50, 12
 STEPS, ROUND, ACCUMULATE, BATCH = 14, 4, 3, 2
@@ -75,6 +76,22 @@ def weights_hash(module: torch.nn.Module) -> str:
     for tensor in module.state_dict().values():
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+class ProbingUniform(UniformSelector):
+    """Measures some candidates and then ignores what it learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = False
+        self.influence: list[Tensor] = []
+
+    def propose(self, context: RoundContext) -> Tensor:
+        self.asked = not self.asked
+        return context.candidates[:6] if self.asked else torch.empty(0, dtype=torch.int64)
+
+    def observe(self, ids: Tensor, influence: Tensor) -> None:
+        self.influence.append(influence)
 
 
 class Trace(Callback):

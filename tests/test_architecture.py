@@ -28,11 +28,26 @@ ALLOWED = {
     "influence": {"protocols", "losses", "distributed", "functional", "snapshot"},
     "regressors": {"protocols", "losses", "distributed", "functional", "seeding"},
     "selectors": {"protocols", "pool", "distributed", "functional", "seeding", "scores", "decisions"},
-    "rounds": {"protocols", "pool", "plan", "ledger", "decisions", "seeding", "distributed", "functional", "snapshot"},
+    "measurement": {"protocols", "cost", "distributed", "snapshot"},
+    "rounds": {
+        *("protocols", "pool", "plan", "ledger", "decisions", "seeding", "distributed", "functional", "snapshot"),
+        "measurement",
+    },
+    "rehearsal": {"protocols", "plan", "cost", "losses", "snapshot", "rounds"},
     "report": {"ledger"},
     "callbacks": {
         *("protocols", "pool", "plan", "cost", "ledger", "losses", "distributed", "functional", "seeding"),
-        *("influence", "regressors", "selectors", "rounds", "snapshot", "decisions"),
+        *(
+            "influence",
+            "regressors",
+            "selectors",
+            "rounds",
+            "snapshot",
+            "decisions",
+            "monitoring",
+            "measurement",
+            "rehearsal",
+        ),
     },
     "datamodules": {"protocols", "pool", "plan", "seeding", "distributed", "functional"},
 }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fakes import fake_context, random_source
+from fakes import VOCABULARY, Bigrams, fake_context, random_source
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,21 +13,6 @@ from liveselect.rehearsal import rehearse
 from liveselect.rounds import SelectionRun
 from liveselect.selectors import RegressionSelector, UniformSelector
 from liveselect.snapshot import checksum
-
-VOCABULARY = 50
-
-
-class Bigrams(nn.Module):
-    def __init__(self, **settings) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # noqa: TID251 - the initial weights
-            self.embed = nn.Embedding(VOCABULARY, 8, **settings)
-            self.hidden = nn.Linear(8, 8)
-            self.head = nn.Linear(8, VOCABULARY)
-
-    def forward(self, input_ids):
-        return self.head(self.hidden(self.embed(input_ids)).tanh())
 
 
 class Checkpointed(Bigrams):

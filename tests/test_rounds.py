@@ -6,8 +6,9 @@ import torch
 from fakes import fake_context, random_source
 from torch import Tensor, nn
 
+from liveselect.measurement import Measurement
 from liveselect.protocols import Batch, NotMeasurableError, RoundContext, Selection
-from liveselect.rounds import GROUPS_RECORDED, SelectionRun, round_slices, run_round
+from liveselect.rounds import GROUPS_RECORDED, SelectionRun, finish_round, run_round
 from liveselect.snapshot import checksum
 
 PER_PROPOSAL = 10
@@ -148,17 +149,20 @@ def test_between_slices_the_model_is_as_training_left_it():
     model(torch.ones(1, 2)).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     before = checksum(model, optimizer), torch.get_rng_state()
-    slices = round_slices(run, fake_context(source, model=model, optimizer=optimizer), budget=5)
-    count = 0
-    for _ in slices:
-        count += 1
+    context = fake_context(source, model=model, optimizer=optimizer)
+    measurement = Measurement(run.estimator, run.selector)
+    pieces = 0
+    while not measurement.complete:
+        measurement.advance(context, limit=4)
+        pieces += 1
         assert checksum(model, optimizer) == before[0]
         assert torch.equal(torch.get_rng_state(), before[1])
         assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
         assert model.training
         assert run.plan is None
         assert not source.pool.uses.any()
-    assert count == 1 + 2 * 3  # fitting, then three batches of at most four candidates for each of two questions
+    assert pieces == 2 * PER_PROPOSAL // 4 + 1  # the last finds that nothing more is asked
+    assert finish_round(run, measurement, context, budget=5) is run.plan
 
 
 def test_warm_up_rounds_use_the_other_selector():

@@ -140,6 +140,8 @@ class Ledger:
         evaluations: one entry for each validation.
         training_seconds: wall-clock seconds spent between rounds, outside validation.
         training_flops: floating point operations of the training steps, over all ranks.
+        ahead_seconds: seconds spent so far for the round to come, which has no record yet.
+        ahead_flops: FLOPs likewise.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
@@ -147,16 +149,18 @@ class Ledger:
     evaluations: list[Evaluation] = field(default_factory=list)
     training_seconds: float = 0.0
     training_flops: float = 0.0
+    ahead_seconds: float = 0.0
+    ahead_flops: float = 0.0
 
     @property
     def selection_seconds(self) -> float:
         """Seconds spent in rounds."""
-        return sum(record.total_seconds for record in self.rounds)
+        return self.ahead_seconds + sum(record.total_seconds for record in self.rounds)
 
     @property
     def selection_flops(self) -> float:
         """FLOPs spent in rounds."""
-        return sum(record.total_flops for record in self.rounds)
+        return self.ahead_flops + sum(record.total_flops for record in self.rounds)
 
     @property
     def selection_share(self) -> float:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,16 +12,10 @@ from torch import Tensor
 from liveselect import distributed
 from liveselect.decisions import DecisionLedger, RoundDecisions
 from liveselect.ledger import Example, Histogram, Ledger, RoundRecord
+from liveselect.measurement import Measurement
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
-from liveselect.protocols import (
-    InfluenceEstimator,
-    NotMeasurableError,
-    RoundContext,
-    Selection,
-    SelectionWarning,
-    Selector,
-)
+from liveselect.protocols import InfluenceEstimator, RoundContext, Selection, SelectionWarning, Selector
 from liveselect.snapshot import measuring
 
 EXAMPLES_SHOWN = 6
@@ -42,6 +36,7 @@ class SelectionRun:
         plan: what is being trained on; None before the first round.
         ledger: all rounds so far.
         decisions: where each candidate's fate is written, None for nowhere.
+        ahead: what was measured for the next round while its predecessor is trained on; None when nothing was.
     """
 
     selector: Selector
@@ -52,6 +47,7 @@ class SelectionRun:
     plan: Plan | None = None
     ledger: Ledger = field(default_factory=Ledger)
     decisions: DecisionLedger | None = None
+    ahead: Measurement | None = None
 
     @property
     def next_round(self) -> int:
@@ -68,8 +64,9 @@ class SelectionRun:
             "pool": self.pool.state_dict(),
             "plan": None if self.plan is None else self.plan.state_dict(),
             "ledger": self.ledger.state_dict(),
-            "selector": _state_of(self.selector),
+            "selector": _state_of(self.selector, None if self.ahead is None else self.ahead.selector_state),
             "estimator": _state_of(self.estimator),
+            "ahead": None if self.ahead is None else self.ahead.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -79,21 +76,22 @@ class SelectionRun:
         self.ledger.load_state_dict(state["ledger"])
         _load_into(self.selector, state["selector"], "selector")
         _load_into(self.estimator, state["estimator"], "estimator")
+        self.ahead = None
+        if state["ahead"] is not None:
+            self.ahead = Measurement(self.estimator, self.selector)
+            self.ahead.remember()
+            self.ahead.load_state_dict(state["ahead"])
 
 
 def run_round(run: SelectionRun, context: RoundContext, budget: int) -> Plan:
     """Run one whole round and return its plan of ``budget`` candidates, which is also ``run.plan`` from now on."""
-    slices = round_slices(run, context, budget)
-    while True:
-        try:
-            next(slices)
-        except StopIteration as end:
-            plan: Plan = end.value
-            return plan
+    measurement = Measurement(run.estimator, run.selector_for(context.round), context.meter)
+    measurement.advance(context)
+    return finish_round(run, measurement, context, budget)
 
 
-def round_slices(run: SelectionRun, context: RoundContext, budget: int) -> Generator[None, None, Plan]:
-    """Run one round in slices: control is handed back after every measured batch, with the model as it was.
+def finish_round(run: SelectionRun, measurement: Measurement, context: RoundContext, budget: int) -> Plan:
+    """Choose by what was measured, and return the plan of ``budget`` candidates; it is ``run.plan`` from now on.
 
     The run changes only when the round is complete.
 
@@ -102,84 +100,20 @@ def round_slices(run: SelectionRun, context: RoundContext, budget: int) -> Gener
         RuntimeError: the ranks decided differently.
     """
     selector = run.selector_for(context.round)
-    found = yield from _measure(run.estimator, selector, context)
     with measuring(context.model, context.optimizer), context.meter.phase("choose"):
         selection = selector.select(context, budget)
     _validate(selection.ids, context.candidates, budget, selector)
     distributed.check_agreement(f"the plan of round {context.round}", selection.ids)
     plan = Plan(context.round, selection.ids)
     with measuring(context.model, context.optimizer):
-        record = _record(run.pool, context, selector, selection, plan, found)
+        record = _record(run.pool, context, selector, selection, plan, measurement)
     _write_decisions(run, context, record, selection, plan)
     run.pool.record_use(plan.ids)
     run.plan = plan
+    run.ahead = None
+    run.ledger.ahead_seconds = run.ledger.ahead_flops = 0.0
     run.ledger.rounds.append(record)
     return plan
-
-
-@dataclass
-class _Found:
-    """What was measured in a round: ids and influence by question, the estimator's metrics, and what kept it away."""
-
-    ids: list[Tensor] = field(default_factory=list)
-    influence: list[Tensor] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    obstacle: str | None = None
-
-
-def _measure(
-    estimator: InfluenceEstimator | None, selector: Selector, context: RoundContext
-) -> Generator[None, None, _Found]:
-    """Measure until the selector has asked enough."""
-    found = _Found()
-    while len(ids := selector.propose(context)):
-        if estimator is None:
-            raise ValueError(
-                f"{type(selector).__name__} proposes candidates to measure, but there is no estimator: pass one, "
-                "such as liveselect.influence.OneStepInfluence()"
-            )
-        distributed.check_agreement(f"what to measure in round {context.round}", ids)
-        if not found.ids:
-            _fit(estimator, context, found)
-            yield
-        if found.obstacle is None:
-            influence = yield from _measure_shard(estimator, context, ids)
-        else:
-            influence = torch.full((len(ids),), math.nan)  # selectors know what to do when they are told nothing
-        selector.observe(ids, influence)
-        found.ids.append(ids)
-        found.influence.append(influence)
-    return found
-
-
-def _fit(estimator: InfluenceEstimator, context: RoundContext, found: _Found) -> None:
-    """Prepare the estimator for the round, or note what keeps it from measuring; the same on all ranks."""
-    try:
-        with context.phase("fit estimator", 1, "fit") as advance, measuring(context.model, context.optimizer):
-            found.metrics = dict(estimator.fit(context))
-            advance(1)
-    except NotMeasurableError as obstacle:
-        found.obstacle = str(obstacle)
-    distributed.check_agreement(
-        f"whether influence can be measured in round {context.round}", torch.tensor([found.obstacle is None])
-    )
-
-
-def _measure_shard(estimator: InfluenceEstimator, context: RoundContext, ids: Tensor) -> Generator[None, None, Tensor]:
-    """Measure this rank's share of ``ids (m,)`` and return the influence of all of them, ``(m,)``."""
-    mine = ids[distributed.shard(len(ids))]
-    scores = [torch.empty(0)]
-    with context.phase("measure influence", len(mine), "candidates") as advance:
-        batches = context.candidate_batches(mine)
-        while True:
-            with measuring(context.model, context.optimizer):
-                batch = next(batches, None)  # inside: a user's dataset may draw from the global random state
-                if batch is None:
-                    break
-                scores.append(estimator.score(context, batch).float().cpu())
-            advance(len(scores[-1]))
-            yield
-        return distributed.gather_shards(torch.cat(scores), len(ids))
 
 
 def _validate(ids: Tensor, candidates: Tensor, budget: int, selector: Selector) -> None:
@@ -200,11 +134,12 @@ def _record(
     selector: Selector,
     selection: Selection,
     plan: Plan,
-    found: _Found,
+    found: Measurement,
 ) -> RoundRecord:
     measured = torch.cat([torch.empty(0, dtype=torch.int64), *found.ids])
     influence = torch.cat([torch.empty(0), *found.influence])
-    obstacle = () if found.obstacle is None else (f"nothing could be measured: {found.obstacle}",)
+    steps = torch.cat([torch.empty(0, dtype=torch.int64), *found.steps])
+    obstacle = _obstacle(found, influence)
     histogram = None
     if selection.scored is not None and selection.scores is not None:
         chosen = torch.isin(selection.scored, plan.ids)
@@ -226,11 +161,25 @@ def _record(
         groups=_groups(pool, context.candidates, measured, plan.ids, selection.group_metrics),
         histogram=histogram,
         examples=examples,
-        metrics={**found.metrics, **selection.metrics},
+        metrics={**found.metrics, **_staleness(context.step - steps[steps >= 0]), **selection.metrics},
         seconds=dict(context.meter.seconds),
         flops=flops,
         notes=[*obstacle, *selection.notes],
     )
+
+
+def _obstacle(found: Measurement, influence: Tensor) -> tuple[str, ...]:
+    if found.obstacle is None:
+        return ()
+    what = "not everything" if influence.isfinite().any() else "nothing"
+    return (f"{what} could be measured: {found.obstacle}",)
+
+
+def _staleness(ages: Tensor) -> dict[str, float]:
+    """Return how many optimizer steps old the measurements ``ages (m,)`` are; nothing where they are all fresh."""
+    if not ages.any():
+        return {}
+    return {"staleness/mean": float(ages.double().mean()), "staleness/max": float(ages.max())}
 
 
 def _write_decisions(
@@ -297,8 +246,11 @@ def _examples(pool: CandidatePool, context: RoundContext, selection: Selection) 
     ]
 
 
-def _state_of(part: Any) -> dict[str, Any] | None:
-    return {"class": type(part).__name__, "state": part.state_dict()} if hasattr(part, "state_dict") else None
+def _state_of(part: Any, known: Any = None) -> dict[str, Any] | None:
+    """Return the class and the state of a part, which may be ``known`` already; None when it keeps none."""
+    if not hasattr(part, "state_dict"):
+        return None
+    return {"class": type(part).__name__, "state": part.state_dict() if known is None else known}
 
 
 def _load_into(part: Any, state: Mapping[str, Any] | None, role: str) -> None:

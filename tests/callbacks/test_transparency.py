@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from small_run import SIMPLE, Place, SmallLM, Trace, rows, small_data, small_trainer
+from small_run import SIMPLE, Place, ProbingUniform, SmallLM, Trace, rows, small_data, small_trainer
 from torch import Tensor
 
 from liveselect.callbacks import DataSelection
@@ -11,24 +11,6 @@ from liveselect.datamodules import SelectionDataModule
 from liveselect.influence import OneStepInfluence
 from liveselect.protocols import Batch, RoundContext
 from liveselect.selectors import UniformSelector
-
-PROBES = 6
-
-
-class ProbingUniform(UniformSelector):
-    """Measures some candidates and then ignores what it learned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked = False
-        self.influence: list[Tensor] = []
-
-    def propose(self, context: RoundContext) -> Tensor:
-        self.asked = not self.asked
-        return context.candidates[:PROBES] if self.asked else torch.empty(0, dtype=torch.int64)
-
-    def observe(self, ids: Tensor, influence: Tensor) -> None:
-        self.influence.append(influence)
 
 
 class Leaky(OneStepInfluence):

@@ -84,6 +84,9 @@ class PMPInfluence:
     Source: Gu et al. 2024, "Data Selection via Optimal Control for Language Models", arXiv 2410.07064.
     """
 
+    once_a_round = True
+    """All candidates are measured from the one state of the model that was unrolled."""
+
     def __init__(
         self,
         steps: int = 100,

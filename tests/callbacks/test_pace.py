@@ -1,0 +1,125 @@
+"""Rounds that are spread over the training steps before them."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from small_run import Place, ProbingUniform, SmallLM, Trace, small_data, small_trainer
+from two_ranks import trained as trained_on
+
+from liveselect.callbacks import MATES, DataSelection
+from liveselect.callbacks.pace import Pace
+from liveselect.influence import OneStepInfluence, PMPInfluence
+from liveselect.ledger import Ledger
+from liveselect.measurement import Measurement
+from liveselect.regressors import HashedRidgeRegressor
+from liveselect.selectors import RegressionSelector, UniformSelector
+
+
+def trained(folder, selector, estimator=None, ckpt_path=None, steps=14, **pace):
+    """Train the small run; returns its trace and its ledger."""
+    folder.mkdir(exist_ok=True)
+    pl.seed_everything(1, verbose=False)
+    selection = DataSelection(selector, estimator, every_n_steps=4, warmup_rounds=0, dirpath=folder, **pace)
+    keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    trainer = small_trainer(folder, [Place(selection), selection, Trace(folder / "trace"), keep], max_steps=steps)
+    trainer.fit(SmallLM(), datamodule=small_data(), ckpt_path=ckpt_path)
+    return (folder / "trace").read_text().splitlines(), Ledger.read(folder / "ledger.jsonl")
+
+
+def live() -> tuple[RegressionSelector, OneStepInfluence]:
+    return (
+        RegressionSelector(HashedRidgeRegressor(), probes=12, ratio=0.5, min_spearman=None),
+        OneStepInfluence(step="in_batch"),
+    )
+
+
+@pytest.mark.parametrize(
+    "pace", [{"probes_between_steps": 2}, {"max_overhead": 10.0}], ids=lambda pace: next(iter(pace))
+)
+def test_measuring_between_steps_leaves_training_as_it_was(tmp_path, pace):
+    probing = ProbingUniform()
+    spread, ledger = trained(tmp_path / "on", probing, OneStepInfluence(), **pace)
+    assert spread == trained(tmp_path / "off", UniformSelector())[0]
+    assert len(probing.influence) == 4
+    ages = [record.metrics.get("staleness/max", 0.0) for record in ledger.rounds]
+    assert ages[0] == 0  # nothing was trained on before the first round
+    assert all(0 < age < 4 for age in ages[1:3])
+
+
+def test_the_measurements_are_those_of_the_steps_at_which_they_were_made(tmp_path):
+    blocking, spread = ProbingUniform(), ProbingUniform()
+    trained(tmp_path / "blocking", blocking, OneStepInfluence())
+    trained(tmp_path / "spread", spread, OneStepInfluence(), probes_between_steps=3)
+    assert torch.equal(blocking.influence[0], spread.influence[0])
+    assert not torch.equal(blocking.influence[1], spread.influence[1])  # of the model two and three steps earlier
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, *trained(folder, *live(), probes_between_steps=4)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 6, 7, 8, 11, 13])
+def test_a_run_that_is_resumed_anywhere_measures_and_trains_as_if_it_had_not_stopped(whole, tmp_path, step):
+    folder, trace, ledger = whole
+    resumed, again = trained(tmp_path, *live(), ckpt_path=folder / f"step={step}.ckpt", probes_between_steps=4)
+    assert resumed == trace[3 * step :]
+    assert [record.influence for record in again.rounds] == [record.influence for record in ledger.rounds]
+    assert [record.measured for record in again.rounds] == [record.measured for record in ledger.rounds]
+
+
+def test_a_spread_round_measures_all_that_was_asked(whole):
+    _, _, ledger = whole
+    assert [len(record.measured) for record in ledger.rounds] == [12, 12, 12, 12]
+    assert all(record.total_seconds > 0 for record in ledger.rounds)
+    assert ledger.ahead_seconds == 0
+
+
+@pytest.mark.parametrize(
+    "pace", [{"probes_between_steps": 5}, {"max_overhead": 0.5}], ids=lambda pace: next(iter(pace))
+)
+def test_two_ranks_measure_ahead_as_one(tmp_path, pace):
+    (rounds, ids), (other_rounds, other_ids) = trained_on(tmp_path, 2, **pace)
+    assert rounds == other_rounds
+    assert ids == other_ids
+
+
+def test_a_share_of_the_time_is_not_exceeded_by_more_than_one_candidate():
+    pace, ahead = Pace(max_overhead=0.1), Measurement(None, UniformSelector())
+    trained_seconds, cost = 0.0, 0.3
+    for _ in range(200):
+        trained_seconds += 1.0
+        number = pace.affordable(ahead, trained_seconds)
+        ahead.steps.append(torch.zeros(number, dtype=torch.int64))
+        ahead.meter.seconds["measure"] += number * cost
+        assert ahead.meter.seconds["measure"] <= 0.1 * trained_seconds + cost
+    assert ahead.meter.seconds["measure"] > 0.1 * trained_seconds - 2 * cost
+
+
+def test_what_was_not_measured_in_time_is_said(tmp_path):
+    _, ledger = trained(tmp_path, *live(), max_overhead=1e-9)
+    assert "12 of 12 candidates were not measured" not in " ".join(ledger.rounds[0].notes)  # the first is blocking
+    for record in ledger.rounds[1:]:
+        assert any("were not measured within max_overhead=1e-09" in note for note in record.notes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"probes_between_steps": 0}, "probes_between_steps of at least 1"),
+        ({"probes_between_steps": 1.5}, "probes_between_steps of at least 1"),
+        ({"max_overhead": 0.0}, "max_overhead, a share of the training time, above 0"),
+        ({"max_overhead": 0.1, "probes_between_steps": 2}, "got both"),
+        ({"max_overhead": 0.1, "estimator": PMPInfluence()}, "PMPInfluence measures from one state of the model"),
+    ],
+    ids=str,
+)
+def test_a_pace_that_means_nothing_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DataSelection(UniformSelector(), **arguments)
+
+
+def test_presets_take_a_pace():
+    assert MATES(regressor=HashedRidgeRegressor(), max_overhead=0.05).pace == Pace(max_overhead=0.05)
