@@ -1,9 +1,19 @@
 """Lightning callbacks: they say when to select, and hand over the live model."""
 
+from liveselect.callbacks.loggers import OfflineFallbackWandbLogger
 from liveselect.callbacks.mates import MATES
+from liveselect.callbacks.monitor import SelectionMonitor
 from liveselect.callbacks.pds import PDS
 from liveselect.callbacks.quad import Quad
 from liveselect.callbacks.replay import Replay
 from liveselect.callbacks.selection import DataSelection
 
-__all__ = ["MATES", "PDS", "DataSelection", "Quad", "Replay"]
+__all__ = [
+    "MATES",
+    "PDS",
+    "DataSelection",
+    "OfflineFallbackWandbLogger",
+    "Quad",
+    "Replay",
+    "SelectionMonitor",
+]

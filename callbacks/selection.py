@@ -420,7 +420,8 @@ class DataSelection(Callback):
         """Send the round's numbers to every logger; one that fails costs a warning."""
         scalars = {f"selection/{name}": value for name, value in record.scalars().items()}
         scalars["selection/time_share"] = self.run.ledger.selection_share
-        for logger in trainer.loggers:
+        shown = any(getattr(each, "logs_rounds", False) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        for logger in [] if shown else trainer.loggers:  # a SelectionMonitor shows them, and more
             try:
                 logger.log_metrics(scalars, step=trainer.global_step)
             except Exception as error:  # whatever a third-party logger raises: training matters more

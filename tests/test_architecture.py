@@ -34,6 +34,7 @@ ALLOWED = {
         "measurement",
     },
     "rehearsal": {"protocols", "plan", "cost", "losses", "snapshot", "rounds"},
+    "monitoring": {"decisions", "ledger"},
     "report": {"ledger"},
     "callbacks": {
         *("protocols", "pool", "plan", "cost", "ledger", "losses", "distributed", "functional", "seeding"),

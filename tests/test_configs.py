@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from torch import nn
 
 import liveselect.cli.model
-from liveselect.callbacks import MATES, DataSelection
+from liveselect.callbacks import MATES, DataSelection, SelectionMonitor
 from liveselect.cli.demo import METHODS
 from liveselect.cli.demo_runs import Demo
 from liveselect.cli.fit import SelectionCLI, StepsProgressBar
@@ -141,7 +141,12 @@ def test_the_demo_in_python_is_the_demo_in_yaml():
         logger=False,
         enable_model_summary=False,
         default_root_dir="liveselect-demo/mates",
-        callbacks=[ModelCheckpoint(save_last=True, save_on_train_epoch_end=False), StepsProgressBar(), select],
+        callbacks=[
+            ModelCheckpoint(save_last=True, save_on_train_epoch_end=False),
+            SelectionMonitor(),
+            StepsProgressBar(),
+            select,
+        ],
     )
     assert told(cli.model) == told(model)
     assert told(cli.datamodule) == told(data)

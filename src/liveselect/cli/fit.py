@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from liveselect.callbacks import DataSelection
+from liveselect.callbacks import DataSelection, SelectionMonitor
 from liveselect.cli.output import show_progress_lines
 
 USAGE = "liveselect fit --config FILE [--config FILE ...] [--SECTION.NAME VALUE ...]"
@@ -46,10 +46,13 @@ class SelectionCLI(LightningCLI):
         self.config = parser.parse_args(args) if isinstance(args, list) else parser.parse_object(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Build the Trainer, with the selection callback when there is one."""
+        """Build the Trainer, with the selection callback when there is one, and with what shows it in the loggers."""
         settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         select = self._get(self.config_init, "select")
+        given = settings.get("callbacks") or []
         callbacks = [] if select is None else [select]
+        if select is not None and not any(isinstance(each, SelectionMonitor) for each in given):
+            callbacks.append(SelectionMonitor())
         return self._instantiate_trainer(settings, [*callbacks, *_bar(settings)])
 
 

@@ -1,0 +1,209 @@
+"""SelectionMonitor: shows every round of selection in the loggers of the Trainer."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from liveselect.callbacks.selection import DataSelection
+from liveselect.decisions import rounds_in
+from liveselect.decisions.diff import RoundDifference, compare_rounds
+from liveselect.ledger import Evaluation, RoundRecord
+from liveselect.monitoring.tensorboard_sink import TensorBoardSink
+from liveselect.monitoring.view import RoundView, evaluation_scalars, names_to_show, round_scalars, shortened
+from liveselect.monitoring.wandb_sink import WandbSink
+from liveselect.protocols import SelectionWarning
+from liveselect.rounds import SelectionRun
+
+log = logging.getLogger("liveselect")
+
+FAILURES_BORNE = 3
+
+
+class SelectionMonitor(Callback):
+    """Shows what selection measures, chooses and costs, while training runs.
+
+    Scalars go to every logger of the Trainer as ``selection/*``: the round's cost, the regressor's rank correlation,
+    the mixture of what is chosen, the pulls and bonuses of arms, and how far preferences moved since the round before.
+    Weights & Biases also gets histograms, tables with texts, charts and artifacts, TensorBoard histograms and texts.
+
+    It stands beside :class:`~liveselect.callbacks.DataSelection`, runs on rank 0 alone and never stops the training: a
+    logger that fails costs one warning, and after three failures in a row it is left alone.
+
+    Args:
+        examples: rows of a table of texts: so many chosen and so many rejected candidates of a round.
+        characters: of each text.
+        groups: sources or arms that have curves of their own; the others are added up.
+        rich_rounds: so many rounds of a run, evenly spread, get tables, charts and artifacts beside the scalars and
+            histograms of all.
+    """
+
+    logs_rounds = True  # DataSelection leaves the loggers to a callback that says so
+
+    def __init__(self, examples: int = 6, characters: int = 600, groups: int = 32, rich_rounds: int = 100) -> None:
+        for name, value in {"examples": examples, "characters": characters, "groups": groups}.items():
+            if value < 0:
+                raise ValueError(f"expected {name} of zero or more, got {value}")
+        if rich_rounds < 1:
+            raise ValueError(f"expected rich_rounds of at least 1, got {rich_rounds}")
+        self.examples = examples
+        self.characters = characters
+        self.groups = groups
+        self.rich_rounds = rich_rounds
+        self._selection: DataSelection | None = None
+        self._sinks: dict[int, Any] = {}
+        self._failures: dict[int, int] = {}
+        self._names: list[str] = []
+        self._rounds_shown = self._evaluations_shown = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how much was shown."""
+        return {"rounds": self._rounds_shown, "evaluations": self._evaluations_shown, "names": list(self._names)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._rounds_shown, self._evaluations_shown = state_dict["rounds"], state_dict["evaluations"]
+        self._names = list(state_dict["names"])
+
+    # ---- hooks -------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the selection, and prepare the loggers."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self._selection = next((each for each in callbacks if isinstance(each, DataSelection)), None)
+        if self._selection is None:
+            rank_zero_warn(
+                "SelectionMonitor has nothing to show: no DataSelection (MATES, Quad, PDS) is among the callbacks",
+                category=SelectionWarning,
+            )
+        self._sinks.clear()
+        self._failures.clear()
+        if not trainer.is_global_zero or self._selection is None:
+            return
+        for logger in trainer.loggers:
+            self._try(logger, self._open, logger)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the first round."""
+        if trainer.global_step == 0:
+            self._rounds_shown = self._evaluations_shown = 0
+            self._names = []
+        self._show(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show a round that was made after this batch."""
+        self._show(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the metrics beside what they cost."""
+        if not trainer.sanity_checking:
+            self._show(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show what came last, and name the checkpoint that it led to."""
+        self._show(trainer)
+        if self._selection is None:
+            return
+        found = getattr(trainer.checkpoint_callback, "last_model_path", "") or ""
+        plan = None if self._selection.plan is None else self._selection.plan.fingerprint
+        for logger in trainer.loggers:
+            sink = self._sinks.get(id(logger))
+            if isinstance(sink, WandbSink):
+                self._try(logger, sink.end, Path(found) if found else None, plan)
+
+    # ---- showing -----------------------------------------------------------------------------------------------
+
+    def _open(self, logger: Logger) -> None:
+        if isinstance(logger, WandbLogger):
+            sink = WandbSink(logger.experiment)
+            sink.begin()
+            self._sinks[id(logger)] = sink
+        elif isinstance(logger, TensorBoardLogger):
+            self._sinks[id(logger)] = TensorBoardSink(logger.experiment)
+
+    def _show(self, trainer: pl.Trainer) -> None:
+        """Show rounds and evaluations that were not shown yet."""
+        if self._selection is None:
+            return
+        ledger = self._selection.run.ledger
+        rounds, evaluations = ledger.rounds[self._rounds_shown :], ledger.evaluations[self._evaluations_shown :]
+        self._rounds_shown, self._evaluations_shown = len(ledger.rounds), len(ledger.evaluations)
+        if not trainer.is_global_zero:
+            return
+        for record in rounds:
+            view = self._view(self._selection.run, record)
+            rich = self._is_rich(trainer, record.round)
+            for logger in trainer.loggers:
+                self._try(logger, self._show_round, logger, view, rich)
+        for entry in evaluations:
+            for logger in trainer.loggers:
+                self._try(logger, self._show_evaluation, logger, entry)
+
+    def _show_evaluation(self, logger: Logger, entry: Evaluation) -> None:
+        sink = self._sinks.get(id(logger))
+        if isinstance(sink, WandbSink):
+            sink.evaluation(entry)
+        else:
+            logger.log_metrics(evaluation_scalars(entry), step=entry.step)
+
+    def _show_round(self, logger: Logger, view: RoundView, rich: bool) -> None:
+        sink = self._sinks.get(id(logger))
+        if not isinstance(sink, WandbSink):
+            logger.log_metrics(dict(view.scalars), step=view.record.step)
+        if sink is not None:
+            sink.round(view, rich)
+
+    def _view(self, run: SelectionRun, record: RoundRecord) -> RoundView:
+        self._names = names_to_show(self._names, record, self.groups)
+        files = {} if run.decisions is None else rounds_in(run.decisions.folder)
+        drift = self._drift(files, record.round)
+        return RoundView(
+            record=record,
+            ledger=run.ledger,
+            scalars=round_scalars(record, run.ledger, drift, self._names),
+            decisions=files.get(record.round),
+            pool=run.pool.fingerprint,
+            examples=shortened(record.examples, self.examples, self.characters),
+        )
+
+    def _drift(self, files: dict[int, Path], index: int) -> RoundDifference | None:
+        if index not in files or index - 1 not in files:
+            return None
+        try:
+            return compare_rounds(files[index - 1], files[index])
+        except ValueError as error:
+            rank_zero_warn(
+                f"round {index} cannot be compared with the one before it: {error}", category=SelectionWarning
+            )
+            return None
+
+    def _is_rich(self, trainer: pl.Trainer, index: int) -> bool:
+        if self._selection is None:
+            return False
+        steps = trainer.estimated_stepping_batches
+        total = steps / self._selection.every_n_steps if steps != float("inf") else 10_000
+        return index % max(1, -(-int(total) // self.rich_rounds)) == 0
+
+    def _try(self, logger: Logger, action: Callable[..., None], *arguments: Any) -> None:
+        """Run ``action``; a logger that fails is warned of once, and left alone when it goes on failing."""
+        failures = self._failures.get(id(logger), 0)
+        if failures >= FAILURES_BORNE:
+            return
+        try:
+            action(*arguments)
+            if failures:
+                self._failures[id(logger)] = 1  # it was warned of already
+        except Exception as error:  # whatever a third-party logger raises: training matters more
+            self._failures[id(logger)] = failures + 1
+            if not failures:
+                rank_zero_warn(
+                    f"{type(logger).__name__} failed to show selection, training goes on without it: {error}",
+                    category=SelectionWarning,
+                )

@@ -1,0 +1,118 @@
+"""One round as numbers and tables, whoever shows them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from liveselect.decisions.diff import RoundDifference
+from liveselect.ledger import Evaluation, Example, Ledger, RoundRecord
+
+PREFIX = "selection/"
+BY_FLOPS = "selection_by_flops/"
+OTHERS = "(others)"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RoundView:
+    """What is shown of one round.
+
+    Attributes:
+        record: the round's line in the ledger.
+        ledger: the run so far.
+        scalars: names with ``selection/`` in front, and numbers.
+        decisions: file of every decision, where there is one.
+        pool: fingerprint of the pool.
+        examples: chosen and rejected candidates, as many and as long as the monitor allows.
+    """
+
+    record: RoundRecord
+    ledger: Ledger
+    scalars: Mapping[str, float]
+    decisions: Path | None
+    pool: str
+    examples: Sequence[Example] = ()
+
+
+def round_scalars(
+    record: RoundRecord, ledger: Ledger, drift: RoundDifference | None, names: Sequence[str]
+) -> dict[str, float]:
+    """Return the numbers of a round for a logger.
+
+    Args:
+        record: the round.
+        ledger: the run so far.
+        drift: how the round differs from the one before it.
+        names: groups that have numbers of their own; the others are added up.
+    """
+    found = {name: value for name, value in record.scalars().items() if not name.startswith("chosen_share/")}
+    found |= {
+        "step": float(record.step),
+        "total_flops": ledger.training_flops + ledger.selection_flops,
+        "total_seconds": ledger.training_seconds + ledger.selection_seconds,
+        "time_share": ledger.selection_share,
+        "flops_share": ledger.selection_flops / max(1.0, ledger.selection_flops + ledger.training_flops),
+        "notes": float(len(record.notes)),
+    }
+    found |= {f"cost/{phase}": seconds for phase, seconds in record.seconds.items()}
+    found |= _group_scalars(record, names)
+    if drift is not None:
+        found |= {
+            "drift/overlap": drift.shared / max(1, min(drift.chosen)),
+            "drift/mixture": drift.mixture,
+            "drift/rank_correlation": drift.correlation,
+        }
+    return {PREFIX + name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def evaluation_scalars(entry: Evaluation) -> dict[str, float]:
+    """Return the numbers of a validation beside its total cost."""
+    total = entry.training_flops + entry.selection_flops
+    return {f"{PREFIX}total_flops": total, **{BY_FLOPS + name: value for name, value in entry.metrics.items()}}
+
+
+def names_to_show(known: Sequence[str], record: RoundRecord, most: int) -> list[str]:
+    """Return the groups with numbers of their own: those known before, and the largest new ones while there is room."""
+    new = [name for name in record.groups if name not in known]
+    new.sort(key=lambda name: -record.groups[name].get("chosen", 0))
+    return [*known, *new][:most]
+
+
+def shortened(examples: Sequence[Example], rows: int, characters: int) -> list[Example]:
+    """Return at most ``rows`` of the chosen and of the rejected examples, their texts cut."""
+    kept = [example for example in examples if example.chosen][:rows]
+    kept += [example for example in examples if not example.chosen][:rows]
+    return [Example(one.id, one.group, one.score, one.chosen, one.text[:characters]) for one in kept]
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """Return at most ``most`` items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+
+
+def example_rows(view: RoundView) -> list[list[Any]]:
+    """Return the rows of the table of examples: round, step, chosen, score, group, id, text."""
+    record = view.record
+    return [[record.round, record.step, one.chosen, one.score, one.group, one.id, one.text] for one in view.examples]
+
+
+EXAMPLE_COLUMNS = ["round", "step", "chosen", "score", "group", "id", "text"]
+
+
+def _group_scalars(record: RoundRecord, names: Sequence[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    shown = 0.0
+    for name in names:
+        row = record.groups.get(name, {})
+        share = row.get("chosen", 0) / max(1, record.chosen)
+        shown += share
+        found[f"mixture/{name}"] = share
+        found |= {f"arms/{key}/{name}": row[key] for key in ("reward", "pulls", "bonus") if key in row}
+    if set(record.groups) - set(names):
+        found[f"mixture/{OTHERS}"] = max(0.0, 1.0 - shown)
+    return found

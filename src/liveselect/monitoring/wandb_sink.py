@@ -1,0 +1,175 @@
+"""Shows rounds in Weights & Biases: scalars, histograms, tables, charts and artifacts of one run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from liveselect.decisions import read_plan
+from liveselect.ledger import Evaluation, RoundRecord
+from liveselect.monitoring.view import (
+    BY_FLOPS,
+    EXAMPLE_COLUMNS,
+    PREFIX,
+    RoundView,
+    evaluation_scalars,
+    example_rows,
+    spread,
+)
+
+POINTS, LINES = 200, 8  # of a chart
+LARGEST_FILE = 256 * 2**20  # bytes; a larger file of decisions stays on the disk, and the artifact says where
+
+
+class WandbSink:
+    """Writes to a W&B run. Nothing here waits for the network.
+
+    Args:
+        run: the run, ``WandbLogger.experiment``.
+    """
+
+    def __init__(self, run: Any) -> None:
+        import wandb
+
+        self._wandb: Any = wandb
+        self._run = run
+        self._pool: str | None = None
+
+    def begin(self) -> None:
+        """Give the numbers of selection axes of their own."""
+        for axis in ("step", "round", "total_flops"):
+            self._run.define_metric(f"{PREFIX}{axis}")
+        self._run.define_metric(f"{PREFIX}*", step_metric=f"{PREFIX}step")
+        for part in ("mixture", "arms", "drift"):
+            self._run.define_metric(f"{PREFIX}{part}/*", step_metric=f"{PREFIX}round")
+        self._run.define_metric(f"{BY_FLOPS}*", step_metric=f"{PREFIX}total_flops")
+
+    def round(self, view: RoundView, rich: bool) -> None:
+        """Show a round; ``rich`` adds tables, charts and artifacts."""
+        found: dict[str, Any] = {**view.scalars, **self._histograms(view.record)}
+        found["trainer/global_step"] = view.record.step
+        if rich:
+            if view.examples:
+                found[f"{PREFIX}examples"] = self._wandb.Table(columns=EXAMPLE_COLUMNS, data=example_rows(view))
+            if view.record.groups:
+                found[f"{PREFIX}groups"] = self._groups(view.record)
+            found |= self._charts(view)
+        self._run.log(found)
+        if rich:
+            self._artifacts(view)
+
+    def evaluation(self, entry: Evaluation) -> None:
+        """Show a validation against the total cost."""
+        self._run.log({**evaluation_scalars(entry), "trainer/global_step": entry.step})
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        """Send an alert."""
+        self._run.alert(title=title, text=text, level=self._wandb.AlertLevel(level))
+
+    def end(self, checkpoint: Path | None, plan: str | None) -> None:
+        """Name the checkpoint that the plans led to."""
+        if checkpoint is not None and checkpoint.is_file():
+            artifact = self._artifact("checkpoint", "model", {"plan": plan, "path": str(checkpoint)})
+            artifact.add_reference(checkpoint.resolve().as_uri(), name=checkpoint.name, checksum=False)
+            self._run.log_artifact(artifact)
+
+    # ---- parts -------------------------------------------------------------------------------------------------
+
+    def _histograms(self, record: RoundRecord) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if record.histogram is not None:
+            edges = record.histogram.edges
+            for name, counts in (("scores", record.histogram.counts), ("scores_of_chosen", record.histogram.chosen)):
+                binned = np.asarray(counts), np.asarray(edges)
+                found[f"{PREFIX}{name}"] = self._wandb.Histogram(np_histogram=binned)
+        influence = np.asarray(record.influence, dtype=np.float64)
+        if np.isfinite(influence).any():
+            binned = np.histogram(influence[np.isfinite(influence)], bins=64)
+            found[f"{PREFIX}influence"] = self._wandb.Histogram(np_histogram=binned)
+        return found
+
+    def _groups(self, record: RoundRecord) -> Any:
+        rows = sorted(record.groups.items(), key=lambda item: -item[1].get("chosen", 0))[:POINTS]
+        keys = list(dict.fromkeys(key for _, row in rows for key in row))
+        data = [[record.round, name, *(row.get(key) for key in keys)] for name, row in rows]
+        return self._wandb.Table(columns=["round", "group", *keys], data=data)
+
+    def _charts(self, view: RoundView) -> dict[str, Any]:
+        """Return charts that stand in the workspace without a click."""
+        plot, ledger = self._wandb.plot, view.ledger
+        charts: dict[str, Any] = {}
+        rounds = spread(ledger.rounds, POINTS)
+        names = _largest_groups(rounds)
+        if len(names) > 1:
+            ys = [[_share(record, name) for record in rounds] for name in names]
+            charts["mixture"] = plot.line_series(
+                [record.round for record in rounds], ys, keys=names, title="What is chosen", xname="round"
+            )
+        curves = _loss_curves(spread(ledger.evaluations, POINTS))
+        if curves:
+            xs, ys = [xs for xs, _ in curves.values()], [ys for _, ys in curves.values()]
+            title = "Loss against total FLOPs, selection included"
+            charts["loss"] = plot.line_series(xs, ys, keys=list(curves), title=title, xname="FLOPs")
+        costs = {"training": ledger.training_seconds}
+        for record in ledger.rounds:
+            for phase, seconds in record.seconds.items():
+                costs[phase] = costs.get(phase, 0.0) + seconds
+        table = self._wandb.Table(columns=["phase", "seconds"], data=[list(item) for item in costs.items()])
+        charts["cost"] = plot.bar(table, "phase", "seconds", title="Where the time went")
+        return {f"{PREFIX}charts/{name}": chart for name, chart in charts.items()}
+
+    def _artifacts(self, view: RoundView) -> None:
+        """Store pool (once), scores and plan, each naming what it was made from."""
+        record = view.record
+        if self._pool is None:
+            self._pool = f"pool-{view.pool[:16]}".replace("/", "-")
+            pool = self._wandb.Artifact(self._pool, type="pool", metadata={"fingerprint": view.pool})
+            with pool.new_file("fingerprint.txt") as file:
+                file.write(view.pool)
+            if self._run.offline:  # inputs can be named only online
+                self._run.log_artifact(pool)
+            else:
+                self._run.use_artifact(pool)
+        if view.decisions is None or not view.decisions.is_file():
+            return
+        about = {"round": record.round, "step": record.step, "pool": self._pool, "selector": record.selector}
+        scores = self._artifact("scores", "scores", about)
+        self._add(scores, view.decisions)
+        self._run.log_artifact(scores)
+        plan = self._artifact(
+            "plan", "plan", {**about, "scores": scores.name, "fingerprint": record.plan, "chosen": record.chosen}
+        )
+        with plan.new_file("plan.npy", mode="wb") as file:
+            np.save(file, read_plan(view.decisions).ids.numpy())
+        self._run.log_artifact(plan)
+
+    def _artifact(self, name: str, kind: str, metadata: Mapping[str, Any]) -> Any:
+        return self._wandb.Artifact(f"{name}-{self._run.id}", type=kind, metadata=dict(metadata))
+
+    def _add(self, artifact: Any, path: Path) -> None:
+        if path.stat().st_size <= LARGEST_FILE:
+            artifact.add_file(str(path))
+        else:
+            artifact.add_reference(path.resolve().as_uri(), name=path.name, checksum=False)
+
+
+def _largest_groups(rounds: Sequence[RoundRecord]) -> list[str]:
+    totals: dict[str, float] = {}
+    for record in rounds:
+        for name in record.groups:
+            totals[name] = totals.get(name, 0.0) + _share(record, name)
+    return sorted(totals, key=lambda name: -totals[name])[:LINES]
+
+
+def _share(record: RoundRecord, name: str) -> float:
+    return record.groups.get(name, {}).get("chosen", 0) / max(1, record.chosen)
+
+
+def _loss_curves(entries: Sequence[Evaluation]) -> dict[str, tuple[list[float], list[float]]]:
+    names = [name for name in (entries[-1].metrics if entries else {}) if "loss" in name]
+    curves = {}
+    for name in names[:LINES]:
+        points = [(e.training_flops + e.selection_flops, e.metrics[name]) for e in entries if name in e.metrics]
+        curves[name] = ([x for x, _ in points], [y for _, y in points])
+    return curves
