@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     OnExceptionCheckpoint,
 )
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from liveselect.plan import Plan
@@ -30,11 +30,7 @@ def find_source(trainer: pl.Trainer) -> CandidateSource:
 
 def check_setup(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Raise MisconfigurationException for settings that can be judged before the data are loaded."""
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise MisconfigurationException(
-            f"DataSelection works with a single device and with DDP, not yet with {type(trainer.strategy).__name__}: "
-            "use strategy='ddp'"
-        )
+    _check_strategy(trainer.strategy)
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
             "DataSelection needs automatic optimization: with manual optimization it cannot know where an optimizer "
@@ -53,6 +49,26 @@ def check_setup(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
                 f"{type(callback).__name__} changes the number of examples of an optimizer step while DataSelection "
                 "plans rounds of whole steps: set accumulate_grad_batches and batch_size to fixed numbers"
             )
+
+
+def _check_strategy(strategy: Any) -> None:
+    if isinstance(strategy, FSDPStrategy):
+        raise MisconfigurationException(
+            "DataSelection does not work with FSDPStrategy, which lets nothing but the Trainer's own hooks call the "
+            "module that it wraps. Use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1) with "
+            "torch.distributed.fsdp.fully_shard in configure_model, which shards the same way"
+        )
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
+        raise MisconfigurationException(
+            "DataSelection works with a single device, DDPStrategy and ModelParallelStrategy (FSDP2), not with "
+            f"{type(strategy).__name__}: use one of these"
+        )
+    if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
+        raise MisconfigurationException(
+            "DataSelection shares out batches over all ranks, but with tensor_parallel_size="
+            f"{strategy.device_mesh['tensor_parallel'].size()} groups of ranks must see the same ones: use "
+            "ModelParallelStrategy(data_parallel_size=<all devices>, tensor_parallel_size=1)"
+        )
 
 
 def check_intervals(trainer: pl.Trainer) -> None:

@@ -1,11 +1,17 @@
 """Every collective of liveselect. All functions work unchanged on a single process."""
 
 import hashlib
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from liveselect.functional.sharding import copies
+
+T = TypeVar("T")
+_END: Any = object()
 
 
 def rank() -> int:
@@ -90,6 +96,57 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Return whether ``flag`` is true on some rank."""
+    if world_size() == 1:
+        return flag
+    raised = torch.tensor([int(flag)], device=_collective_device())
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return bool(raised)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that ranks hold in parts (a DTensor), on every rank; others are returned as they are."""
+    full_tensor = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else full_tensor()
+
+
+def total_of_parts(tensors: Sequence[Tensor], sums: Sequence[Tensor]) -> Tensor:
+    """Return what numbers of the parts of sharded tensors add up to, float64 on CPU; equal on all ranks.
+
+    Args:
+        tensors: of a sharded model; a plain tensor among them is held by every rank alike.
+        sums: for each of them a number, or numbers ``(...)``, of the part that this rank holds.
+    """
+    ranks = world_size()
+    parts = [value.detach().cpu().double() / copies(tensor, ranks) for tensor, value in zip(tensors, sums, strict=True)]
+    return sum_over_ranks(torch.stack(parts).sum(dim=0))
+
+
+def even_share(items: Sequence[T]) -> list[tuple[T, bool]]:
+    """Return this rank's share of items that all ranks hold, as many on each, and whether each of them counts.
+
+    Where forwards are collectives, ranks with less to do must take part in as many of them: they get the first item
+    again, which does not count.
+    """
+    mine = [(item, True) for item in items[rank() :: world_size()]]
+    return mine + [(item, False) for item in items[: -(-len(items) // world_size()) - len(mine)]]
+
+
+def in_step(items: Iterable[T], spare: Callable[[], T], together: bool = True) -> Iterator[tuple[T, bool]]:
+    """Yield this rank's items, and whether each of them counts, as often as on the rank that has most of them.
+
+    What a rank is missing is filled up with ``spare()``, which does not count. A small collective for each item; with
+    ``together`` false there is none, and each rank gets its own items only.
+    """
+    iterator = iter(items)
+    while True:
+        item = next(iterator, _END)
+        if not (any_rank(item is not _END) if together else item is not _END):
+            return
+        yield (spare(), False) if item is _END else (item, True)
 
 
 def check_agreement(what: str, value: Tensor) -> None:

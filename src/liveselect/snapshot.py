@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
+from liveselect.functional.sharding import local, reshard
+
 _IMMUTABLE = (Number, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -25,9 +27,11 @@ def measuring(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
     the weights, loggers) and torch.compile is bypassed, because unusual shapes would recompile the training graph. On
     exit, also after an exception, these are as before: the very ``.grad`` tensors (backward adds into them in place, so
     copies would not do), buffers, each module's training flag, and the random states of torch (CPU, CUDA), numpy and
-    Python. Parameters and the optimizer's state belong to :class:`Snapshot`; a GradScaler is not touched.
+    Python. Parameters and the optimizer's state belong to :class:`Snapshot`; a GradScaler is not touched. A sharded
+    model enters and leaves the block with all of its parameters sharded.
     """
     with ExitStack() as stack:
+        stack.enter_context(_resharded(model))
         stack.enter_context(_buffers_kept(model))
         stack.enter_context(_random_states_kept())
         stack.enter_context(_eval_mode(model))
@@ -43,7 +47,8 @@ class Snapshot:
 
     It holds the trainable parameters of the model and all parameters of the optimizer, buffers, the optimizer's state
     (moments, step counters, whatever its kind keeps) and the values of its parameter groups. Parameters that share
-    storage are kept once. The memory is that of the live tensors again: 12 bytes per parameter for AdamW in float32.
+    storage are kept once. The memory is that of the live tensors again: 12 bytes per parameter for AdamW in float32. Of
+    a sharded model every rank keeps its own part.
 
     Raises:
         TypeError: the optimizer's step needs a closure, or its state holds objects that cannot be put back exactly.
@@ -51,6 +56,8 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         refuse_closure(optimizer)
+        reshard(model)  # else the model would show whole parameters that are not the optimizer's
+        self._model = model
         self._optimizer = optimizer
         self._names = set(vars(optimizer))
         self._plain = {name: value for name, value in vars(optimizer).items() if isinstance(value, _IMMUTABLE)}
@@ -59,6 +66,7 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put all values back into the same storage; entries of the optimizer's state that are new are deleted."""
+        reshard(self._model)  # else the next forward would not see what is put back
         self._inventory.restore()
         attributes = vars(self._optimizer)  # some optimizers count on themselves, and schedulers leave marks
         for name in set(attributes) - self._names:
@@ -67,7 +75,11 @@ class Snapshot:
 
 
 def checksum(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """Return a hash of the bits of all parameters, buffers and optimizer state, and of the optimizer's settings."""
+    """Return a hash of the bits of all parameters, buffers and optimizer state, and of the optimizer's settings.
+
+    Of a sharded model it is that of the part that this rank holds.
+    """
+    reshard(model)
     inventory = _take_inventory(model, optimizer)
     for parameter in model.parameters():  # the frozen ones too
         inventory.add(parameter)
@@ -116,7 +128,7 @@ class _Inventory:
         """Copy the values of all tensors."""
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in self.tensors.values():
-            groups.setdefault((tensor.device, tensor.dtype), []).append(_without_overlap(tensor.detach()))
+            groups.setdefault((tensor.device, tensor.dtype), []).append(_without_overlap(local(tensor)))
         self._saved = [(live, [tensor.clone() for tensor in live]) for live in groups.values()]
 
     @torch.no_grad()
@@ -133,7 +145,7 @@ class _Inventory:
         digest = hashlib.blake2b(digest_size=16)
         for tensor in self.tensors.values():
             digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(local(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         for _, entries in self.containers.values():
             items = entries.items() if isinstance(entries, dict) else enumerate(entries)
             plain = [(str(key), repr(item)) for key, item in items if isinstance(item, _IMMUTABLE)]
@@ -160,6 +172,15 @@ def _without_overlap(tensor: Tensor) -> Tensor:
         if stride == 0 and size > 1:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor
+
+
+@contextmanager
+def _resharded(model: nn.Module) -> Iterator[None]:
+    reshard(model)
+    try:
+        yield
+    finally:
+        reshard(model)
 
 
 def _group_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -24,7 +24,6 @@ from liveselect.influence.one_step import (
     StepSize,
     live_learning_rate,
     refuse_unfit,
-    rows_of,
     trainable_parameters,
 )
 from liveselect.influence.reference import Precision, ReferencePass, batch_flops
@@ -232,9 +231,8 @@ class FirstOrderInfluence:
     def _from_steps(self, context: RoundContext, batch: Batch, tangent: _Tangent) -> Tensor:
         weight = context.global_batch if self.step == "in_batch" else 1
         probe = Probe(context, tangent, self.reference_precision, weight)
-        moved = [probe.loss_after_example(row) for row in rows_of(batch)]
         rate = self._fitted.learning_rate if self._fitted else math.nan
-        return -weight * torch.tensor(moved, dtype=torch.float64) / rate
+        return -weight * probe.losses_after_examples(batch) / rate
 
     def _reference_gradient(
         self, context: RoundContext, reference: ReferencePass, parameters: Mapping[str, nn.Parameter]

@@ -4,12 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
+from liveselect import distributed
 from liveselect.functional.flops import forward_flops
+from liveselect.functional.sharding import backward, is_sharded, local
 from liveselect.influence.reference import Precision, ReferencePass
 from liveselect.protocols import Batch, NotMeasurableError, RoundContext
 from liveselect.snapshot import Snapshot, measuring, refuse_closure
@@ -45,6 +47,9 @@ class OneStepInfluence:
     A candidate costs one forward and backward of one row, one step, and one pass over the reference set, which is
     nearly all of the time. Memory: a copy of the trainable parameters and of the optimizer's state, while a batch is
     scored, and a set of gradients.
+
+    Several ranks share out the candidates. Where the model itself is sharded (FSDP), they probe each candidate together
+    and share out the reference set instead; each copies its own part of parameters and state.
 
     Args:
         step: the size of the step, one of the forms above.
@@ -102,8 +107,8 @@ class OneStepInfluence:
         weight = context.global_batch if self.step == "in_batch" else 1
         with measuring(context.model, context.optimizer):
             probe = Probe(context, base.reference, self.reference_precision, weight)
-            after = [probe.loss_after_example(row) for row in rows_of(context.to_device(batch))]
-        influence = weight * (base.loss - torch.tensor(after, dtype=torch.float64)) / base.learning_rate
+            after = probe.losses_after_examples(batch)
+        influence = weight * (base.loss - after) / base.learning_rate
         return influence.where(influence.isfinite(), math.nan).float()
 
 
@@ -126,11 +131,22 @@ class Probe:
         self._precision = precision
         self._divisor = gradient_divisor
         with context.meter.phase("snapshot"):
+            self._sharded = is_sharded(context.model)
             self._snapshot = Snapshot(context.model, context.optimizer)
             self._gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
 
-    def loss_after_example(self, row: Batch) -> float:
-        """Return the reference loss after one step on one example, NaN when its own loss or gradient is not finite."""
+    def losses_after_examples(self, batch: Batch) -> Tensor:
+        """Return the reference loss after one step on each example, ``(B,)`` float64 on CPU.
+
+        NaN where the loss or the gradient of an example is not finite. For a sharded model it is a collective that goes
+        through the batches of all ranks, because a step on one example then takes all of them.
+        """
+        batches = distributed.gather_objects(_on_cpu(batch)) if self._sharded else [batch]
+        after = [[self._loss_after_example(row) for row in rows_of(self._context.to_device(b))] for b in batches]
+        own = after[distributed.rank() if self._sharded else 0]
+        return torch.tensor(own, dtype=torch.float64)
+
+    def _loss_after_example(self, row: Batch) -> float:
         context = self._context
         with context.meter.phase("probe step"):
             torch.clear_autocast_cache()
@@ -142,11 +158,11 @@ class Probe:
                     "the loss of a candidate does not depend on any parameter that is trained: expected loss_fn to "
                     "compute with gradients (no torch.no_grad, no detach) from the model that the optimizer trains"
                 )
-            # not backward(): it would run hooks on the accumulation of gradients, which may communicate or step
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            if not _all_finite(loss, gradients):
+            gradients = gradients_of(context.model, loss, self.parameters)
+            finite = _all_finite(loss, gradients)
+            if distributed.any_rank(not finite) if self._sharded else not finite:
                 return math.nan
-        return self.loss_after(list(gradients))
+        return self.loss_after(gradients)
 
     def loss_after(self, gradients: list[Tensor | None]) -> float:
         """Return the reference loss after one step on the gradients of one example, and put the model back."""
@@ -173,12 +189,25 @@ class Probe:
         """
         for parameter, own in zip(self.parameters, self._gradients, strict=True):
             parameter.grad = own
-        torch._foreach_zero_(self._gradients)
-        given = [(own, new) for own, new in zip(self._gradients, gradients, strict=True) if new is not None]
+        filled = [local(gradient) for gradient in self._gradients]
+        torch._foreach_zero_(filled)
+        given = [(to, local(new)) for to, new in zip(filled, gradients, strict=True) if new is not None]
         if given:
-            torch._foreach_copy_([own for own, _ in given], [new for _, new in given])
+            torch._foreach_copy_([to for to, _ in given], [new for _, new in given])
         if self._divisor != 1:
-            torch._foreach_div_(self._gradients, float(self._divisor))
+            torch._foreach_div_(filled, float(self._divisor))
+
+
+def gradients_of(model: nn.Module, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Return the gradients of a loss in the parameters, None where it does not depend on them; ``.grad`` stays None.
+
+    For a sharded model it is a collective, and returns the mean over the losses of all ranks: give it the loss of one
+    and the same example.
+    """
+    if is_sharded(model):
+        return backward(loss, parameters)
+    # not backward(): it would run hooks on the accumulation of gradients, which may communicate or step
+    return list(torch.autograd.grad(loss, parameters, allow_unused=True))
 
 
 def trainable_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -234,7 +263,7 @@ def refuse_unfit(context: RoundContext) -> None:
 
 def _all_finite(loss: Tensor, gradients: Sequence[Tensor | None]) -> bool:
     # one wait for the device; without it a gradient that clipping scales to zero would pass for no influence
-    norms = torch._foreach_norm([gradient for gradient in gradients if gradient is not None])
+    norms = torch._foreach_norm([local(gradient) for gradient in gradients if gradient is not None])
     return bool(torch.stack([loss, *(norm.to(loss) for norm in norms)]).isfinite().all())
 
 
@@ -254,3 +283,7 @@ def rows_of(batch: Batch) -> list[Batch]:
         return value[index : index + 1] if per_example else value
 
     return [{key: row(value, index) for key, value in batch.items()} for index in range(count)]
+
+
+def _on_cpu(batch: Batch) -> dict[str, Any]:
+    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in batch.items()}

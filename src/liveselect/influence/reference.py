@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liveselect import distributed
 from liveselect.functional.flops import forward_flops
+from liveselect.functional.sharding import is_sharded, reshard
 from liveselect.losses import (
     TARGET_COLUMNS,
     at_targets,
@@ -79,14 +81,27 @@ class ReferencePass:
         """Return the mean loss over all reference tokens, nats per token, and charge its FLOPs to the meter.
 
         ``float32`` switches autocast off and computes in the precision of the parameters; ``training`` computes as
-        training does.
+        training does. For a sharded model it is a collective: ranks share out the batches, and all get the same loss.
         """
         torch.clear_autocast_cache()  # casts of the weights made before the last step would be used again
         full = torch.autocast(context.device.type, enabled=False)
         with full if precision == "float32" else context.forward_context():
+            if is_sharded(context.model):
+                return self._shared_out(context)
             losses = [context.loss_fn(context.model, batch) for batch in self.batches]
         context.meter.add_flops(self.flops)
         return reference_loss(losses, self.counts)
+
+    def _shared_out(self, context: RoundContext) -> float:
+        losses, counts = [], []
+        for (batch, count), own in distributed.even_share(list(zip(self.batches, self.counts, strict=True))):
+            losses.append(context.loss_fn(context.model, batch).cpu().double())
+            counts.append(count.double() * own)
+            context.meter.add_flops(batch_flops(context.model, batch))
+        reshard(context.model)  # a step on the shards comes next
+        summed = torch.cat(losses) @ torch.cat(counts)
+        total, tokens = distributed.sum_over_ranks(torch.stack([summed, torch.cat(counts).sum()])).tolist()
+        return float(total / max(1.0, tokens))
 
 
 def batch_flops(model: nn.Module, batch: Batch) -> float:

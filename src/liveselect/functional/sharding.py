@@ -1,0 +1,98 @@
+"""Models whose parameters are spread over ranks (FSDP): the part that this rank holds, and when it may be written to.
+
+Nothing here communicates.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor, Replicate
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether ranks hold different parts of the model's parameters.
+
+    Every forward and backward of such a model is then a collective: all ranks must do the same number of them in the
+    same order. Gradients come out of ``backward`` only (``torch.autograd.grad`` does not know the parameters), averaged
+    over ranks. ``functional_call``, ``vmap`` and ``jvp`` on its parameters fail, or are silently wrong.
+    """
+    if not torch.distributed.is_available():
+        return False
+    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole parameters that a forward without backward leaves behind in the root; no-op when not sharded.
+
+    The next forward would read them, and not see what was written into the shards since. While they are there,
+    ``model.parameters()`` yields them in place of those that the optimizer holds.
+    """
+    if not torch.distributed.is_available():
+        return
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        elif isinstance(module, FullyShardedDataParallel) and module._handle is not None:
+            module._handle.reshard(True)  # no public way
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank holds, detached, in the same storage; the tensor where it is whole."""
+    if torch.distributed.is_available() and isinstance(tensor, DTensor):
+        part: Tensor = tensor._local_tensor
+        return part.detach()
+    return tensor.detach()
+
+
+def like(part: Tensor, tensor: Tensor) -> Tensor:
+    """Return ``part`` as the sharded tensor whose part on this rank it is, laid out as ``tensor``."""
+    if not (torch.distributed.is_available() and isinstance(tensor, DTensor)):
+        return part
+    whole: Tensor = DTensor.from_local(
+        part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+    return whole
+
+
+def copies(tensor: Tensor, ranks: int) -> int:
+    """Return how many of the ``ranks`` hold the same part of a tensor of a sharded model."""
+    if not (torch.distributed.is_available() and isinstance(tensor, DTensor)):
+        return ranks
+    count = ranks // tensor.device_mesh.size()
+    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+        count *= size if isinstance(placement, Replicate) else 1
+    return count
+
+
+def backward(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Return the gradients of a loss in sharded parameters, as ``backward`` leaves them: averaged over ranks.
+
+    A collective. The ``.grad`` of the parameters is lost, and None afterwards. Hooks that wait for gradients to be
+    accumulated, which may step, do not run.
+    """
+    for parameter in parameters:
+        parameter.grad = None  # else the new gradient would be added to it
+    with _accumulation_hooks_silenced(parameters):
+        loss.backward()
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return gradients
+
+
+@contextmanager
+def _accumulation_hooks_silenced(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    name = "_post_accumulate_grad_hooks"
+    hooks = [(parameter, getattr(parameter, name)) for parameter in parameters if isinstance(parameter, DTensor)]
+    try:
+        for parameter, _ in hooks:
+            setattr(parameter, name, None)
+        yield
+    finally:
+        for parameter, kept in hooks:
+            setattr(parameter, name, kept)
