@@ -50,8 +50,8 @@ class Quad(DataSelection):
 
     **Cost.** A round measures ``pulls * probes + controls`` candidates and prepares the estimator on the reference set.
     Keep both below the examples of an optimizer step, and a round every 20 steps costs about 5% of training or less.
-    Arms that are being trained on need no probes: the last step of a round tells their influence out of its own
-    backward (``overhear``), so the pulls are spent on the others.
+    Arms that are being trained on need no probes: the first step of a round tells their influence out of its own
+    backward (``overhear``), so the pulls of the next round are spent on the others.
 
     **Where we differ.** The paper chooses once, by one checkpoint; here arms are pulled by the live model and the
     mixture follows it. Rewards are told against random candidates of the same round, in units of their spread, so
@@ -74,7 +74,7 @@ class Quad(DataSelection):
         discount: what remains of old rewards and pulls in each round.
         cutoff: cosine distance up to which clusters share outcomes; None for no sharing.
         released: the bound and the neighbour counts of the released code.
-        overhear: let the last step of every round tell the influence of what it trains on, where the estimator has a
+        overhear: let the first step of every round tell the influence of what it trains on, where the estimator has a
             direction to compare gradients with.
         estimator: measures influence; by default :class:`~liveselect.influence.KFACInfluence`.
         warmup_rounds: rounds of uniform data at the beginning.
@@ -132,11 +132,10 @@ class Quad(DataSelection):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin to listen in the last optimizer step of a round."""
+        """Listen in the first optimizer step of a round, whose model is the one that the round measured with."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        direction = self._direction()
-        is_followed = trainer.global_step + 1 < trainer.estimated_stepping_batches
-        if direction is not None and is_followed and self._in_last_step(trainer):
+        direction = self._direction(trainer)
+        if direction is not None and self._in_first_step(trainer):
             self._listener.begin(trainer, pl_module, batch, direction)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -150,26 +149,29 @@ class Quad(DataSelection):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Hand on what was heard before the next round begins."""
-        plan = self._current_plan()
-        is_last = plan.cursor + self._source_or_raise().batch_size * trainer.world_size >= len(plan.ids)
-        if is_last and self._direction() is not None:
+        """Hand on what was heard once the step is over."""
+        done = self._current_plan().cursor + self._source_or_raise().batch_size * trainer.world_size
+        if done == self._step_examples(trainer) and self._direction(trainer) is not None:
             ids, influence = self._listener.collect()
             if len(ids):
                 self._bandit.overhear(ids, influence)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def _direction(self) -> Mapping[str, Tensor] | None:
-        """Return what gradients are compared with, once the estimator has it, if the next round asks the bandit."""
-        if not self.overhear or self.run.selector_for(self.run.next_round) is not self._bandit:
+    def _direction(self, trainer: pl.Trainer) -> Mapping[str, Tensor] | None:
+        """Return what the round compared gradients with, if the bandit asked for it and will be asked again."""
+        plan = self._current_plan()
+        end = self.run.ledger.rounds[-1].step + len(plan.ids) // self._step_examples(trainer)
+        is_last = end >= trainer.estimated_stepping_batches
+        if not self.overhear or is_last or self.run.selector_for(plan.round) is not self._bandit:
             return None
         try:
             direction: Mapping[str, Tensor] | None = getattr(self.estimator, "direction", None)
-        except RuntimeError:  # not fitted yet
+        except RuntimeError:  # nothing could be measured yet
             return None
         return direction
 
-    def _in_last_step(self, trainer: pl.Trainer) -> bool:
-        plan = self._current_plan()
-        step = self._source_or_raise().batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        return len(plan.ids) - plan.cursor <= step
+    def _in_first_step(self, trainer: pl.Trainer) -> bool:
+        return self._current_plan().cursor < self._step_examples(trainer)
+
+    def _step_examples(self, trainer: pl.Trainer) -> int:
+        return self._source_or_raise().batch_size * trainer.world_size * trainer.accumulate_grad_batches

@@ -15,7 +15,7 @@ from small_run import SIMPLE, Killer, Place, SmallLM, Trace, forked, small_train
 from liveselect.callbacks import Quad
 from liveselect.datamodules import SelectionDataModule
 from liveselect.functional.gradients import example_dot
-from liveselect.influence import OneStepInfluence
+from liveselect.influence import KFACInfluence, OneStepInfluence
 from liveselect.ledger import Ledger
 from liveselect.protocols import SelectionWarning
 from liveselect.rounds import SelectionRun, run_round
@@ -107,7 +107,7 @@ class Noted(Callback):
         self.selection, self.influence = selection, {}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        direction = self.selection._direction()
+        direction = self.selection._direction(trainer)
         if direction is not None:
             with measuring(pl_module, trainer.optimizers[0]):
                 found = example_dot(pl_module, self.selection.loss_fn, batch, direction)
@@ -115,7 +115,7 @@ class Noted(Callback):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_last_step_of_a_round_tells_the_influence_of_what_it_trains_on(tmp_path, accumulate):
+def test_the_first_step_of_a_round_tells_the_influence_of_what_it_trains_on(tmp_path, accumulate):
     selection = quad(tmp_path, arms=3, probes=4)
     heard = []
     selection.selector.overhear = lambda ids, influence: heard.append((ids, influence))
@@ -173,8 +173,9 @@ def share_of_the_new_clusters(seed: int, plans_ahead: int) -> float:
     model = small_lm(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     train(model, optimizer, source, torch.arange(160))
-    selector = UCBSelector(pulls=4, at_once=4, probes=6, controls=8, arms=2, discount=0.8)
-    run = SelectionRun(selector, OneStepInfluence(step="in_batch"), UniformSelector(), 0, source.pool)
+    selector = UCBSelector(pulls=4, at_once=4, probes=8, controls=16, arms=2, discount=0.7)
+    estimator = KFACInfluence(factor_examples=32, factors_every=1)
+    run = SelectionRun(selector, estimator, UniformSelector(), 0, source.pool)
     draws = torch.Generator().manual_seed(99)
     swapped = torch.cat([walk(chains[index], 8, 16, draws) for index in after.tolist()])
     trained = []

@@ -8,6 +8,7 @@ from liveselect.functional.bandit import (
     arm_means,
     credit_pulls,
     exploration_bonus,
+    follow_controls,
     follow_moments,
     neighbour_weights,
     pull_regret,
@@ -124,6 +125,35 @@ def test_running_moments_are_those_of_the_values_and_forget_the_past_geometrical
     assert follow_moments((1.0, 4.0), doubles(2.0), decay=0.75, center=0.0) == pytest.approx(
         (0.75, 0.75 * 4 + 0.25 * 1.5625)
     )
+
+
+def test_level_and_spread_of_controls_follow_a_jump_of_their_scale_within_one_round():
+    for jump in (1e3, 1e-3):
+        moments = None
+        for factor in (1.0, 1.0, 1.0, jump):
+            level, variance = 2 * factor, factor**2
+            values = level + math.sqrt(variance) * doubles(-1, 1).repeat(8) * math.sqrt(15 / 16)
+            moments = follow_controls(moments, values)
+        assert abs(moments[0] - level) < 1.1 * math.sqrt(variance)
+        assert 1 / 2.5 < math.sqrt(moments[1] / variance) < 2.5
+
+
+def test_steady_controls_are_averaged_and_a_shift_or_a_factor_of_all_passes_through():
+    draws = torch.randn(400, 16, generator=generator(), dtype=torch.float64)
+
+    def levels(shift, factor):
+        moments, found = None, []
+        for values in draws:
+            moments = follow_controls(moments, shift + factor * values)
+            found.append(moments)
+        return doubles(*(level for level, _ in found)), doubles(*(variance for _, variance in found))
+
+    level, variance = levels(0.0, 1.0)
+    # weights of one half for the round and its past: the variance of a mean of 16 falls to a third
+    assert float(level.var()) == pytest.approx(1 / 16 / 3, rel=0.25)
+    assert float(variance.log().mean()) == pytest.approx(0.0, abs=0.1)
+    torch.testing.assert_close(levels(7.0, 1e3)[0], 7.0 + 1e3 * level)
+    torch.testing.assert_close(levels(7.0, 1e3)[1], 1e6 * variance)
 
 
 def test_influence_that_is_not_finite_is_refused():

@@ -311,6 +311,21 @@ def test_a_resumed_run_pulls_the_same_arms_to_the_bit(cut):
     assert whole["moments"] == second["moments"]
 
 
+def test_what_was_overheard_before_a_checkpoint_is_credited_after_it():
+    source = arms_source()
+    run = a_run(source, ArmInfluence(source, [0, 1, 2, 3, 4]), tau=None)
+    play(run, source, 2, 8)
+    run.selector.overhear(torch.arange(6), torch.linspace(0.0, 1.0, 6))
+    state = saved(run)
+    source = arms_source()
+    resumed = a_run(source, ArmInfluence(source, [0, 1, 2, 3, 4]), tau=None)
+    resumed.load_state_dict(state)
+    for one in (run, resumed):
+        one.selector.propose(fake_context(source, round_index=2))
+    assert known(resumed)["pulls"].sum() > state["selector"]["state"]["rewards"]["pulls"].sum()
+    assert all(torch.equal(known(run)[name], known(resumed)[name]) for name in ("sums", "pulls"))
+
+
 def test_a_checkpoint_of_other_arms_is_refused():
     source = arms_source()
     run = a_run(source, ArmInfluence(source, [0, 1, 2, 3, 4]))

@@ -165,6 +165,36 @@ def follow_moments(
     return mean, decay * moments[1] + (1 - decay) * float((values - mean).square().mean())
 
 
+def follow_controls(
+    moments: tuple[float, float] | None, values: Tensor, level_memory: float = 16.0, spread_memory: float = 2.0
+) -> tuple[float, float]:
+    """Return level and variance of the influence of random candidates after a round's ``values (m,)``.
+
+    The scale of influence may change by orders of magnitude from one round to the next, as the gradient that it is
+    compared with does, and an average over rounds would be that of the loudest. So the spread is mostly the round's
+    own, averaged by its logarithm, and a past level counts less the larger its spread was. A common shift or factor of
+    all values shifts or scales the result.
+
+    Args:
+        moments: level and variance in the round before; None in the first one, whose values then stand alone.
+        values: at least two.
+        level_memory: in the level the past counts as much as this many values, if its spread was no larger.
+        spread_memory: likewise in the spread.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    level, variance = follow_moments(None, values)
+    if moments is None or moments[1] == 0.0:
+        return level, variance
+    if variance == 0.0:  # all alike: no scale to be seen
+        return level, moments[1]
+    past = level_memory * min(1.0, variance / moments[1])
+    level = (len(values) * level + past * moments[0]) / (len(values) + past)
+    fresh = len(values) / (len(values) + spread_memory)
+    return level, math.exp(fresh * math.log(variance) + (1 - fresh) * math.log(moments[1]))
+
+
 def simulate_pulls(
     means: Tensor,
     k: int,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liveselect.functional.bandit import arm_means, credit_pulls, exploration_bonus, follow_moments
+from liveselect.functional.bandit import arm_means, credit_pulls, exploration_bonus, follow_controls, follow_moments
 
 CONTROL = -1
 """Stands for the arm of a candidate that was measured as a control."""
@@ -17,8 +17,9 @@ class Rewards:
     r"""Sums of rewards and counts of pulls of every arm.
 
     A pull's outcome is the mean influence of its candidates; its reward says how many standard errors of a mean of
-    ``probes`` random candidates that lies above their level. Level and spread are followed on controls; without any,
-    the level is 0 and the spread the root mean square of outcomes.
+    ``probes`` random candidates that lies above their level. Level and spread are followed on the controls of each
+    round, see :func:`~liveselect.functional.bandit.follow_controls`; without any, the level is 0 and the spread the
+    running root mean square of outcomes.
 
     Args:
         arms: K.
@@ -71,7 +72,7 @@ class Rewards:
         outcomes = torch.zeros(len(arms), dtype=torch.float64).index_add_(0, place, influence[~is_control])
         outcomes /= place.bincount(minlength=len(arms))
         if self._has_controls and is_control.any():
-            self.moments = follow_moments(self.moments, influence[is_control])
+            self.moments = follow_controls(self.moments, influence[is_control])
         elif not self._has_controls and len(outcomes):
             self.moments = follow_moments(self.moments, outcomes, center=0.0)
         if self.moments is None:

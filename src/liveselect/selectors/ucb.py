@@ -126,7 +126,7 @@ class UCBSelector:
         self._fingerprint: str | None = None
         self._rewards = Rewards(0, probes, controls > 0, released)
         self._cursors = torch.zeros(0, dtype=torch.int64)
-        self._overheard: list[tuple[Tensor, Tensor]] = []  # only between the last step of a round and the next round
+        self._overheard: list[tuple[Tensor, Tensor]] = []  # since the last round
 
     # ---- ask, tell, choose -------------------------------------------------------------------------------------
 
@@ -165,8 +165,9 @@ class UCBSelector:
     def overhear(self, ids: Tensor, influence: Tensor) -> None:
         """Take note of the influence ``(m,)`` of candidates ``ids (m,)`` that were trained on since the last round.
 
-        The next round credits their arms, each with one pull, against the level of the controls so far, and spends its
-        own pulls on other arms. What is not finite is left out.
+        The next round credits their arms, each with one pull, against the level of the controls of the last round, and
+        spends its own pulls on other arms. So they should be measured as that round measured: with its model, against
+        its reference gradient. What is not finite is left out.
         """
         finite = influence.isfinite()
         self._overheard.append((ids[finite].cpu(), influence[finite].double().cpu()))
@@ -215,17 +216,18 @@ class UCBSelector:
     # ---- state -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return rewards, pulls, units and cursors; the orders of the arms follow from the seed."""
+        """Return rewards, pulls, units, cursors and what was overheard; the orders of the arms follow from the seed."""
         return {
             "fingerprint": self._fingerprint,
             "rewards": self._rewards.state_dict(),
             "cursors": self._cursors.clone(),
+            "overheard": [[ids.clone(), influence.clone()] for ids, influence in self._overheard],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; the next round refuses arms that are not those of the state."""
         self._arms = self._round = None
-        self._overheard.clear()
+        self._overheard = [(ids.clone(), influence.clone()) for ids, influence in state["overheard"]]
         self._fingerprint = state["fingerprint"]
         self._rewards.load_state_dict(state["rewards"])
         self._cursors = state["cursors"].clone()
