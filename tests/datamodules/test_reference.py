@@ -367,3 +367,22 @@ def test_packed_bucketed_and_single_items_have_the_same_loss(kind, attention):
         {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1])[None]} for batch in pack(items, 64, 200)
     ]
     assert abs(total_loss(model, seen)[0] - single) > 1e-6 * single  # without its positions each sees those before it
+
+
+@pytest.mark.parametrize(
+    ("record", "error", "message"),
+    [
+        (
+            {"input_ids": [1.5, 2.0]},
+            TypeError,
+            "input_ids of record 0 of the reference set .* as integers, got float64",
+        ),
+        ({"input_ids": [3, -1, 4]}, ValueError, "record 0 .* token ids of 0 or more, got -1: .*in labels, by -100"),
+        ({"input_ids": [3, 4, 5], "labels": [3, -1, 5]}, ValueError, "to be its input_ids, or -100 .*, got -1"),
+        ({"input_ids": [3, 4, 5], "labels": [4, 5, -100]}, ValueError, "losses shift labels themselves"),
+        ({"input_ids": [3, 4, 5], "attention_mask": [1]}, ValueError, "attention_mask of record 0 .* 3 entries, got"),
+    ],
+)
+def test_ready_ids_that_cannot_be_are_refused(record, error, message):
+    with pytest.raises(error, match=message):
+        load_reference(ReferenceSet([record]))

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from plan_following import PublishPlans, trainer_for
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTForCausalLM
 
 from liveselect.datamodules import ReferenceSet, SelectionDataModule, overlap
 from liveselect.datamodules.tokenizers import train_bpe
@@ -590,6 +590,106 @@ def test_a_model_without_hugging_face_is_judged_by_its_largest_embedding(store, 
     with pytest.raises(ValueError, match="knows only 319 tokens"):
         fit(tmp_path, SelectionDataModule(store, REFERENCE, batch_size=4), Plain(319))
     fit(tmp_path, SelectionDataModule(store, REFERENCE, batch_size=4), Plain(320))
+
+
+class Learned(LM):
+    """Has a table of learned positions."""
+
+    def __init__(self, positions, model=GPT2LMHeadModel):
+        super().__init__()
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2} if model is GPT2LMHeadModel else OPT_SIZES
+        key = "n_positions" if model is GPT2LMHeadModel else "max_position_embeddings"
+        self.model = model(
+            model.config_class(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, **sizes, **{key: positions})
+        )
+
+
+OPT_SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "ffn_dim": 16,
+    "word_embed_proj_dim": 16,
+}
+
+
+@pytest.mark.parametrize("model", [GPT2LMHeadModel, OPTForCausalLM])
+def test_rows_longer_than_the_positions_of_a_model_are_refused(store, tmp_path, model):
+    fit(tmp_path, SelectionDataModule(store, REFERENCE, batch_size=4), Learned(16, model))
+    with pytest.raises(
+        ValueError, match=r"the pool has rows of up to 16 tokens, but the model has .* 15 positions.*n_pos"
+    ):
+        fit(tmp_path, SelectionDataModule(store, REFERENCE, batch_size=4), Learned(15, model))
+    for role in ("reference", "validation"):
+        sets = {"reference": REFERENCE, role: ReferenceSet([{"input_ids": list(range(17))}], max_length=20)}
+        with pytest.raises(
+            ValueError, match=rf"the {role} set has rows of up to 17 tokens, .* 16 positions: .*max_length"
+        ):
+            fit(tmp_path, SelectionDataModule(store, batch_size=4, **sets), Learned(16, model))
+    packed = SelectionDataModule(store, ReferenceSet(REFERENCE, max_length=8), batch_size=4, pack_reference=True)
+    if model is GPT2LMHeadModel:
+        fit(tmp_path, packed, Learned(16, model))
+
+
+def test_one_long_row_among_many_is_measured_against_the_positions(tmp_path):
+    rows = [{"input_ids": [1 + i % 9, 2, 3]} for i in range(600)]
+    rows[401] = {"input_ids": list(range(1, 20))}
+    with pytest.raises(ValueError, match="the pool has rows of up to 19 tokens, but the model has embeddings for 16"):
+        fit(tmp_path, SelectionDataModule(rows, SMALL_REFERENCE, batch_size=4), Learned(16))
+
+
+def test_positions_of_a_plain_model_are_found_by_the_name_of_their_table(store, tmp_path):
+    class Plain(LM):
+        def __init__(self, name):
+            super().__init__()
+            self.model = nn.ModuleDict({"tokens": nn.Embedding(VOCABULARY, 4), name: nn.Embedding(8, 4)})
+
+        def training_step(self, batch, batch_idx):
+            return self.model["tokens"](batch["input_ids"]).square().mean()
+
+    for name in ("wpe", "position_embeddings", "pos_emb", "embed_positions", "pos", "positional_encoding"):
+        with pytest.raises(ValueError, match="rows of up to 16 tokens, but the model has embeddings for 8 positions"):
+            fit(tmp_path, SelectionDataModule(store, REFERENCE, batch_size=4), Plain(name))
+    for name in ("segments", "pos_tags", "composition", "relative_bias"):
+        fit(tmp_path, SelectionDataModule(store, REFERENCE, batch_size=4), Plain(name))
+
+
+def test_computed_positions_reach_as_far_as_the_rows(store, tmp_path):
+    module = LM()
+    module.model.config.max_position_embeddings = 8
+    fit(tmp_path, SelectionDataModule(store, REFERENCE, batch_size=4), module)
+
+
+def test_an_id_in_one_row_among_many_is_measured_against_the_vocabulary(tmp_path):
+    rows = [{"input_ids": [1 + i % 9, 2, 3]} for i in range(600)]
+    rows[401] = {"input_ids": [4, VOCABULARY]}
+    with pytest.raises(ValueError, match="the pool holds token ids up to 320, but the model knows only 320 tokens"):
+        fit(tmp_path, SelectionDataModule(rows, SMALL_REFERENCE, batch_size=4))
+
+
+@pytest.mark.parametrize("name", ["reference.jsonl", "reference"])
+def test_a_wrapped_module_and_text_without_a_tokenizer_are_an_error_that_names_the_argument(tmp_path, name):
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference" / "a.txt").write_text("some text")
+    (tmp_path / "reference.jsonl").write_text('{"text": "some text"}')
+    with pytest.raises(ValueError, match=r"holds text, .* pass it to .*SelectionDataModule.wrap, as tokenizer="):
+        fit(tmp_path, SelectionDataModule.wrap(Existing(), str(tmp_path / name)))
+
+
+def test_a_column_of_groups_that_changed_is_another_pool():
+    def pool(groups):
+        rows = [{"input_ids": row, "source": group} for row, group in zip(RAGGED, groups, strict=True)]
+        data = open_for_fit(SelectionDataModule(rows, [{"input_ids": [9, 9]}], batch_size=4, groups="source"))
+        first = data.pool
+        assert open_for_fit(data).pool is first
+        return first
+
+    groups = ["web", "book"] * 10
+    state = pool(groups).state_dict()
+    pool(groups).load_state_dict(state)
+    groups[13] = "web"
+    with pytest.raises(ValueError, match="the checkpoint was made with pool"):
+        pool(groups).load_state_dict(state)
 
 
 def test_packing_is_for_models_that_keep_packed_examples_apart(store, tmp_path):
