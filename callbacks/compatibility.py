@@ -124,6 +124,24 @@ def check_rest(plan: Plan, global_batch: int, trainer: pl.Trainer) -> None:
         )
 
 
+def keep_checkpoints_out_of_windows(trainer: pl.Trainer) -> None:
+    """Let no ``ModelCheckpoint`` save the step that was resumed from once more, inside the next accumulation window.
+
+    It saves when the step number fits and is not the one that it saved last, which it forgets over a resume.
+    """
+    if trainer.accumulate_grad_batches == 1:
+        return
+    for callback in trainer.checkpoint_callbacks:
+        every = getattr(callback, "_every_n_train_steps", 0)
+        if isinstance(callback, ModelCheckpoint) and every and trainer.global_step % every == 0:
+            callback._last_global_step_saved = max(callback._last_global_step_saved, trainer.global_step)
+
+
+def is_inside_window(trainer: pl.Trainer) -> bool:
+    """Return whether some batches of an optimizer step are done and others are not."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches != 0
+
+
 def run_folder(trainer: pl.Trainer) -> Path:
     """Return the folder of this run: where its logger writes, or its checkpoints would lie by default."""
     logger = trainer.logger

@@ -19,7 +19,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from liveselect import distributed
-from liveselect.callbacks.compatibility import check_intervals, check_rest, check_setup, find_source, run_folder
+from liveselect.callbacks.compatibility import (
+    check_intervals,
+    check_rest,
+    check_setup,
+    find_source,
+    is_inside_window,
+    keep_checkpoints_out_of_windows,
+    run_folder,
+)
 from liveselect.callbacks.pace import Pace
 from liveselect.callbacks.progress import RoundProgress
 from liveselect.cost import CostMeter, SilentProgress
@@ -164,6 +172,13 @@ class DataSelection(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Refuse a checkpoint of a step that this callback has not counted yet; it would train the step again."""
+        if is_inside_window(trainer):
+            rank_zero_warn(
+                f"a checkpoint of step {trainer.global_step} is written inside an accumulation window of "
+                f"{trainer.accumulate_grad_batches} batches. Lightning saves no gradients, so a resume from it could "
+                "not be exact and is refused: save after an optimizer step",
+                category=SelectionWarning,
+            )
         if self._in_batch and trainer.global_step != self._last_step:
             raise RuntimeError(
                 f"a checkpoint of step {trainer.global_step} was written before DataSelection had counted the step's "
@@ -204,6 +219,7 @@ class DataSelection(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the first plan, or continue the one of the checkpoint."""
         check_intervals(trainer)
+        keep_checkpoints_out_of_windows(trainer)
         self._flops_per_token = 3 * forward_flops(pl_module, 1)  # backward costs twice the forward
         self._last_step = trainer.global_step
         self._in_batch = False

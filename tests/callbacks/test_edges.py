@@ -217,3 +217,31 @@ def test_what_a_clipping_hook_logs_while_probing_stays_out_of_the_metrics(tmp_pa
 def test_steps_and_rounds_are_whole_numbers(arguments):
     with pytest.raises(ValueError, match=rf"expected {next(iter(arguments))}"):
         DataSelection(UniformSelector(), **arguments)
+
+
+def test_after_a_resume_nothing_is_saved_inside_an_accumulation_window(tmp_path):
+    def fit(folder, steps, ckpt_path=None):
+        selection = DataSelection(UniformSelector(), every_n_steps=4, dirpath=folder)
+        keep = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        trainer = small_trainer(folder, [selection, keep], max_steps=steps)
+        trainer.fit(SmallLM(), datamodule=small_data(), ckpt_path=ckpt_path)
+        return sorted(path.name for path in folder.glob("step=*"))
+
+    assert fit(tmp_path / "first", 4) == ["step=2.ckpt", "step=4.ckpt"]
+    assert fit(tmp_path / "second", 6, tmp_path / "first" / "step=2.ckpt") == ["step=4.ckpt", "step=6.ckpt"]
+
+
+def test_a_checkpoint_inside_an_accumulation_window_is_warned_of_and_refused(tmp_path):
+    class Hasty(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 6:
+                trainer.save_checkpoint(tmp_path / "hasty.ckpt")
+
+    def fit(*more, ckpt_path=None):
+        selection = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path)
+        small_trainer(tmp_path, [selection, *more]).fit(SmallLM(), datamodule=small_data(), ckpt_path=ckpt_path)
+
+    with pytest.warns(SelectionWarning, match="step 2 is written inside an accumulation window of 3"):
+        fit(Hasty())
+    with pytest.raises(MisconfigurationException, match="no whole steps"):
+        fit(ckpt_path=tmp_path / "hasty.ckpt")
