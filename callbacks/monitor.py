@@ -12,13 +12,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from liveselect.callbacks.selection import DataSelection
 from liveselect.decisions import rounds_in
-from liveselect.decisions.diff import RoundDifference, compare_rounds
 from liveselect.ledger import Evaluation, RoundRecord
 from liveselect.monitoring.tensorboard_sink import TensorBoardSink
 from liveselect.monitoring.view import RoundView, evaluation_scalars, names_to_show, round_scalars, shortened
 from liveselect.monitoring.wandb_sink import WandbSink
 from liveselect.protocols import SelectionWarning
 from liveselect.rounds import SelectionRun
+from liveselect.watch import Watch
 
 log = logging.getLogger("liveselect")
 
@@ -32,6 +32,9 @@ class SelectionMonitor(Callback):
     the mixture of what is chosen, the pulls and bonuses of arms, and how far preferences moved since the round before.
     Weights & Biases also gets histograms, tables with texts, charts and artifacts, TensorBoard histograms and texts.
 
+    What the watch finds wrong with a round becomes an alert there, a text in TensorBoard, and stands in the log and the
+    ledger anyway.
+
     It stands beside :class:`~liveselect.callbacks.DataSelection`, runs on rank 0 alone and never stops the training: a
     logger that fails costs one warning, and after three failures in a row it is left alone.
 
@@ -41,11 +44,19 @@ class SelectionMonitor(Callback):
         groups: sources or arms that have curves of their own; the others are added up.
         rich_rounds: so many rounds of a run, evenly spread, get tables, charts and artifacts beside the scalars and
             histograms of all.
+        watch: bounds of the alarms; by default those of :class:`~liveselect.watch.Watch`.
     """
 
     logs_rounds = True  # DataSelection leaves the loggers to a callback that says so
 
-    def __init__(self, examples: int = 6, characters: int = 600, groups: int = 32, rich_rounds: int = 100) -> None:
+    def __init__(
+        self,
+        examples: int = 6,
+        characters: int = 600,
+        groups: int = 32,
+        rich_rounds: int = 100,
+        watch: Watch | None = None,
+    ) -> None:
         for name, value in {"examples": examples, "characters": characters, "groups": groups}.items():
             if value < 0:
                 raise ValueError(f"expected {name} of zero or more, got {value}")
@@ -55,6 +66,7 @@ class SelectionMonitor(Callback):
         self.characters = characters
         self.groups = groups
         self.rich_rounds = rich_rounds
+        self.watch = watch
         self._selection: DataSelection | None = None
         self._sinks: dict[int, Any] = {}
         self._failures: dict[int, int] = {}
@@ -81,6 +93,8 @@ class SelectionMonitor(Callback):
                 "SelectionMonitor has nothing to show: no DataSelection (MATES, Quad, PDS) is among the callbacks",
                 category=SelectionWarning,
             )
+        elif self.watch is not None:
+            self._selection.run.watch = self.watch
         self._sinks.clear()
         self._failures.clear()
         if not trainer.is_global_zero or self._selection is None:
@@ -159,30 +173,20 @@ class SelectionMonitor(Callback):
             logger.log_metrics(dict(view.scalars), step=view.record.step)
         if sink is not None:
             sink.round(view, rich)
+            for alarm in view.record.alarms:
+                sink.alert(f"Selection: {alarm.kind}", f"Round {alarm.round}, step {alarm.step}: {alarm.text}")
 
     def _view(self, run: SelectionRun, record: RoundRecord) -> RoundView:
         self._names = names_to_show(self._names, record, self.groups)
         files = {} if run.decisions is None else rounds_in(run.decisions.folder)
-        drift = self._drift(files, record.round)
         return RoundView(
             record=record,
             ledger=run.ledger,
-            scalars=round_scalars(record, run.ledger, drift, self._names),
+            scalars=round_scalars(record, run.ledger, self._names),
             decisions=files.get(record.round),
             pool=run.pool.fingerprint,
             examples=shortened(record.examples, self.examples, self.characters),
         )
-
-    def _drift(self, files: dict[int, Path], index: int) -> RoundDifference | None:
-        if index not in files or index - 1 not in files:
-            return None
-        try:
-            return compare_rounds(files[index - 1], files[index])
-        except ValueError as error:
-            rank_zero_warn(
-                f"round {index} cannot be compared with the one before it: {error}", category=SelectionWarning
-            )
-            return None
 
     def _is_rich(self, trainer: pl.Trainer, index: int) -> bool:
         if self._selection is None:

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
@@ -41,6 +42,7 @@ from liveselect.protocols import CandidateSource, InfluenceEstimator, LossFn, Ro
 from liveselect.rehearsal import rehearse
 from liveselect.rounds import SelectionRun, finish_round, run_round
 from liveselect.selectors import UniformSelector
+from liveselect.watch import Watch
 
 log = logging.getLogger("liveselect")
 
@@ -315,6 +317,7 @@ class DataSelection(Callback):
             warmup_rounds=self.warmup_rounds,
             pool=pool,
             decisions=None if self._run is None else self._run.decisions,
+            watch=Watch() if self._run is None else self._run.watch,
         )
         self._run.ledger.about = self._about()
 
@@ -325,8 +328,7 @@ class DataSelection(Callback):
         run = self.run
         budget = self._budget(trainer, trainer.global_step)
         context = self._context(trainer, pl_module, run.pool.available(budget))
-        plan = run_round(run, context, budget) if run.ahead is None else self._finish_ahead(run.ahead, context, budget)
-        self._follow(plan)
+        self._follow(self._measure_and_choose(context, budget))
         self._write_ledger()
         self._log(trainer, run.ledger.rounds[-1])
         self._trained_before = run.ledger.training_seconds
@@ -335,8 +337,7 @@ class DataSelection(Callback):
         """Measure a little for the round to come, between two optimizer steps of this one."""
         run, plan = self.run, self._current_plan()
         begins = trainer.global_step + (len(plan.ids) - plan.cursor) // self._global_batch(trainer)
-        asks = run.estimator is not None and run.selector_for(run.next_round) is run.selector
-        if not self.pace or not asks:
+        if not self.pace or not self._asks():
             return
         if begins >= trainer.estimated_stepping_batches or (run.ahead is not None and run.ahead.complete):
             return
@@ -349,27 +350,45 @@ class DataSelection(Callback):
         trained = run.ledger.training_seconds - self._trained_before
         if limit := self.pace.affordable(run.ahead, trained):
             context = self._context(trainer, pl_module, self._ahead_candidates)
-            run.ahead.advance(replace(context, meter=run.ahead.meter, progress=SilentProgress()), limit)
+            self._advance(run.ahead, replace(context, meter=run.ahead.meter, progress=SilentProgress()), limit)
             run.ledger.ahead_seconds = sum(run.ahead.meter.seconds.values())
             run.ledger.ahead_flops = sum(run.ahead.meter.flops.values()) * trainer.world_size
         self._since = time.perf_counter()
 
-    def _finish_ahead(self, ahead: Measurement, context: RoundContext, budget: int) -> Plan:
-        """Make the plan from what was measured between the steps and, unless that is limited, from what is left."""
+    def _measure_and_choose(self, context: RoundContext, budget: int) -> Plan:
+        """Run the round, or what was not measured of it between the steps before, unless that is limited."""
+        run, missing = self.run, 0
+        if not self._asks():
+            return run_round(run, context, budget)
+        limited = run.ahead is not None and self.pace.max_overhead is not None
+        if run.ahead is None:  # a part of the run's state, so that a checkpoint on an interruption goes on from it
+            run.ahead = Measurement(run.estimator, run.selector)
+            run.ahead.remember()
+        ahead, self._ahead_candidates = run.ahead, None
         context = replace(context, meter=ahead.meter)
-        self._ahead_candidates = None
-        missing = 0
-        if self.pace.max_overhead is None:
-            ahead.advance(context)
-        else:
+        if limited:
             missing = ahead.cut(context)
-        plan = finish_round(self.run, ahead, context, budget)
+        else:
+            self._advance(ahead, context)
+        plan = finish_round(run, ahead, context, budget)
         if missing:
-            self.run.ledger.rounds[-1].notes.append(
+            run.ledger.rounds[-1].notes.append(
                 f"{missing} of {missing + ahead.measured} candidates were not measured within max_overhead="
                 f"{self.pace.max_overhead}"
             )
         return plan
+
+    def _asks(self) -> bool:
+        """Return whether the round to come may measure something."""
+        return self.run.estimator is not None and self.run.selector_for(self.run.next_round) is self.run.selector
+
+    @staticmethod
+    def _advance(ahead: Measurement, context: RoundContext, limit: int | None = None) -> None:
+        try:
+            ahead.advance(context, limit)
+        except RoundInterruptedError as stopped:
+            log.info("%s: the run ends now, and continues from its last checkpoint", stopped)
+            raise SIGTERMException from stopped
 
     def _budget(self, trainer: pl.Trainer, begins: int) -> int:
         """Return how many candidates a round that begins at step ``begins`` trains on."""
@@ -395,6 +414,7 @@ class DataSelection(Callback):
             forward_context=trainer.precision_plugin.forward_context,
             meter=CostMeter(),
             progress=RoundProgress(title, live=False if _has_live_display(trainer) else None),
+            interrupted=lambda: trainer.received_sigterm,
         )
 
     def _global_batch(self, trainer: pl.Trainer) -> int:
@@ -446,6 +466,8 @@ class DataSelection(Callback):
                 )
         for note in record.notes:
             rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
+        for alarm in record.alarms:
+            log.warning("ALARM (%s) in round %d, step %d: %s", alarm.kind, alarm.round, alarm.step, alarm.text)
 
     def _keep_older_ledger(self) -> None:
         """Give the ledger of an earlier run in the same folder another name; it is the only record of that run."""

@@ -31,6 +31,23 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Alarm:
+    """Something that is wrong with selection.
+
+    Attributes:
+        round: index of the round.
+        step: optimizer steps done when it ran.
+        kind: one word for all alarms of the same cause.
+        text: what was seen, and what to do.
+    """
+
+    round: int
+    step: int
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Histogram:
     """Scores of a round: ``counts[i]`` of all and ``chosen[i]`` of the chosen lie in ``edges[i] .. edges[i + 1]``."""
 
@@ -72,6 +89,7 @@ class RoundRecord:
         seconds: wall-clock seconds by phase, on rank 0.
         flops: floating point operations by phase, summed over ranks.
         notes: what a person should know, such as the reason of a fallback.
+        alarms: what is wrong.
     """
 
     round: int
@@ -89,6 +107,7 @@ class RoundRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    alarms: list[Alarm] = field(default_factory=list)
 
     @property
     def total_seconds(self) -> float:
@@ -245,5 +264,6 @@ def _record_from(state: Mapping[str, Any]) -> RoundRecord:
             **state,
             "histogram": Histogram(**histogram) if histogram else None,
             "examples": [Example(**example) for example in state["examples"]],
+            "alarms": [Alarm(**alarm) for alarm in state.get("alarms", [])],
         }
     )

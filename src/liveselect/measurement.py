@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from liveselect import distributed
+from liveselect.bits import bit_sum
 from liveselect.cost import CostMeter
 from liveselect.functional.sharding import is_sharded
-from liveselect.protocols import InfluenceEstimator, NotMeasurableError, RoundContext, Selector
+from liveselect.protocols import (
+    InfluenceEstimator,
+    NotMeasurableError,
+    RoundContext,
+    RoundInterruptedError,
+    Selector,
+)
 from liveselect.snapshot import measuring
 
 
@@ -37,6 +44,7 @@ class Measurement:
         metrics: what the estimator said of its last fit.
         obstacle: why something could not be measured, None when everything could.
         complete: whether the selector has asked enough.
+        restored: whether model and optimizer were the same, to the bit, after every piece.
         meter: what measuring has cost so far.
     """
 
@@ -49,6 +57,7 @@ class Measurement:
         self.metrics: dict[str, float] = {}
         self.obstacle: str | None = None
         self.complete = False
+        self.restored = True
         self.meter = meter or CostMeter()
         self._estimator = estimator
         self._selector = selector
@@ -80,7 +89,13 @@ class Measurement:
         Raises:
             ValueError: the selector wants measurements, and there is no estimator.
             RuntimeError: the ranks decided differently.
+            RoundInterruptedError: the context says that the run has to stop.
         """
+        before = bit_sum(context.model, context.optimizer)
+        self._advance(context, limit)
+        self.restored &= bit_sum(context.model, context.optimizer) == before
+
+    def _advance(self, context: RoundContext, limit: int | None) -> None:
         self._answer_again(context)
         ranks = distributed.world_size()
         left = None if limit is None else max(1, math.ceil(limit / ranks))
@@ -204,6 +219,8 @@ class Measurement:
                     influence = self._estimator.score(context, batch).float().cpu()
                     scores.append(influence[: len(influence) * counts])
                 advance(len(scores[-1]))
+                if distributed.world_size() == 1 and context.interrupted():  # ranks would stop at different batches
+                    raise RoundInterruptedError(f"stopped while round {context.round} was measuring")
         return torch.cat(scores)
 
     def _tell(self) -> None:

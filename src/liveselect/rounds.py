@@ -17,6 +17,7 @@ from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
 from liveselect.protocols import InfluenceEstimator, RoundContext, Selection, SelectionWarning, Selector
 from liveselect.snapshot import measuring
+from liveselect.watch import Scene, Watch
 
 EXAMPLES_SHOWN = 6
 CHARACTERS_SHOWN = 600
@@ -36,6 +37,7 @@ class SelectionRun:
         plan: what is being trained on; None before the first round.
         ledger: all rounds so far.
         decisions: where each candidate's fate is written, None for nowhere.
+        watch: raises alarms, None for none.
         ahead: what was measured for the next round while its predecessor is trained on; None when nothing was.
     """
 
@@ -47,6 +49,7 @@ class SelectionRun:
     plan: Plan | None = None
     ledger: Ledger = field(default_factory=Ledger)
     decisions: DecisionLedger | None = None
+    watch: Watch | None = None
     ahead: Measurement | None = None
 
     @property
@@ -108,6 +111,7 @@ def finish_round(run: SelectionRun, measurement: Measurement, context: RoundCont
     with measuring(context.model, context.optimizer):
         record = _record(run.pool, context, selector, selection, plan, measurement)
     _write_decisions(run, context, record, selection, plan)
+    _raise_alarms(run, context, record, selection, plan, measurement)
     run.pool.record_use(plan.ids)
     run.plan = plan
     run.ahead = None
@@ -188,7 +192,7 @@ def _write_decisions(
     """Write every decision of the round on rank 0, and add the time to the record."""
     if run.decisions is None or distributed.rank() != 0:
         return
-    spent = run.ledger.training_flops + run.ledger.selection_flops
+    spent = run.ledger.training_flops + sum(other.total_flops for other in run.ledger.rounds)
     measured, influence = torch.tensor(record.measured, dtype=torch.int64), torch.tensor(record.influence)
     decisions = RoundDecisions(record, run.pool, selection, plan, measured, influence, spent)
     try:
@@ -201,6 +205,39 @@ def _write_decisions(
             stacklevel=2,
         )
     record.seconds.update(context.meter.seconds)
+
+
+def _raise_alarms(
+    run: SelectionRun,
+    context: RoundContext,
+    record: RoundRecord,
+    selection: Selection,
+    plan: Plan,
+    measurement: Measurement,
+) -> None:
+    """Let the watch look at the round, and add what it found and its time to the record."""
+    if run.watch is None:
+        return
+    scene = Scene(
+        record,
+        run.ledger.rounds,
+        context,
+        selection,
+        plan,
+        run.pool,
+        estimator=run.estimator if measurement.ids and measurement.obstacle is None else None,
+        restored=measurement.restored,
+        decisions=None if run.decisions is None else run.decisions.folder,
+    )
+    before = sum(context.meter.flops.values())
+    try:
+        with context.meter.phase("watch"):
+            record.alarms.extend(run.watch.look(scene))
+    except Exception as error:  # whoever only looks must not end the training
+        record.notes.append(f"the watch failed: {error!r}")
+    record.seconds.update(context.meter.seconds)
+    if spent := sum(context.meter.flops.values()) - before:
+        record.flops["watch"] = spent * distributed.world_size()  # every rank measures all canaries
 
 
 def _groups(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import sys
 from itertools import pairwise
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from liveselect.ledger import Ledger
 from liveselect.protocols import SelectionWarning
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import UniformSelector
+from liveselect.watch import Watch
 
 STEPS, ROUND = 12, 4
 
@@ -170,6 +172,27 @@ def test_monitoring_changes_nothing_in_the_training(tmp_path, shown):
     assert weights_hash(module) == weights_hash(shown.module)
     plans = [record.plan for record in shown.selection.run.ledger.rounds]
     assert [record.plan for record in selection.run.ledger.rounds] == plans
+
+
+def test_an_alarm_is_an_alert_a_text_a_log_line_and_a_line_of_the_ledger(tmp_path, caplog):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = [WandbLogger(project="x", save_dir=tmp_path, offline=True), TensorBoardLogger(tmp_path, "tb")]
+    with caplog.at_level(logging.WARNING, "liveselect"):
+        monitored(tmp_path, loggers, monitor=SelectionMonitor(watch=Watch(min_spearman=1.0)))
+    close_wandb()
+    run = OfflineRun(tmp_path)
+    rounds = Ledger.read(tmp_path / "selection/ledger.jsonl").rounds
+    texts = [alarm.text for record in rounds for alarm in record.alarms if alarm.kind == "regressor"]
+    assert len(texts) == 2  # not in the warm-up
+    for text in texts:
+        assert any(alert.title == "Selection: regressor" and text in alert.text for alert in run.alerts)
+        assert any(text in line for line in caplog.messages)
+    assert run.series("selection/alarms") == [len(record.alarms) for record in rounds]
+    events = EventAccumulator(str(tmp_path / "tb/version_0"), size_guidance={"tensors": 0})
+    events.Reload()
+    shown = b"".join(event.tensor_proto.string_val[0] for event in events.Tensors("selection/alarms/text_summary"))
+    assert all(text.encode() in shown for text in texts)
 
 
 class Broken(Logger):

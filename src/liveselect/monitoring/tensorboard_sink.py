@@ -33,9 +33,9 @@ class TensorBoardSink:
             text = "\n".join("| " + " | ".join(_cell(value) for value in row) + " |" for row in rows)
             self._writer.add_text(f"{PREFIX}examples", text, record.step)
 
-    def alert(self, title: str, text: str, level: str) -> None:
+    def alert(self, title: str, text: str) -> None:
         """Show an alarm as text."""
-        self._writer.add_text(f"{PREFIX}alarms", f"**{level}: {title}** {text}")
+        self._writer.add_text(f"{PREFIX}alarms", f"**{title}** {text}")
 
     def _histogram(self, name: str, histogram: Histogram, step: int) -> None:
         edges, counts = np.asarray(histogram.edges), np.asarray(histogram.counts, dtype=np.float64)

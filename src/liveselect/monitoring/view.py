@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from liveselect.decisions.diff import RoundDifference
 from liveselect.ledger import Evaluation, Example, Ledger, RoundRecord
 
 PREFIX = "selection/"
@@ -37,15 +36,12 @@ class RoundView:
     examples: Sequence[Example] = ()
 
 
-def round_scalars(
-    record: RoundRecord, ledger: Ledger, drift: RoundDifference | None, names: Sequence[str]
-) -> dict[str, float]:
+def round_scalars(record: RoundRecord, ledger: Ledger, names: Sequence[str]) -> dict[str, float]:
     """Return the numbers of a round for a logger.
 
     Args:
         record: the round.
         ledger: the run so far.
-        drift: how the round differs from the one before it.
         names: groups that have numbers of their own; the others are added up.
     """
     found = {name: value for name, value in record.scalars().items() if not name.startswith("chosen_share/")}
@@ -56,15 +52,10 @@ def round_scalars(
         "time_share": ledger.selection_share,
         "flops_share": ledger.selection_flops / max(1.0, ledger.selection_flops + ledger.training_flops),
         "notes": float(len(record.notes)),
+        "alarms": float(len(record.alarms)),
     }
     found |= {f"cost/{phase}": seconds for phase, seconds in record.seconds.items()}
     found |= _group_scalars(record, names)
-    if drift is not None:
-        found |= {
-            "drift/overlap": drift.shared / max(1, min(drift.chosen)),
-            "drift/mixture": drift.mixture,
-            "drift/rank_correlation": drift.correlation,
-        }
     return {PREFIX + name: value for name, value in found.items() if not math.isnan(value)}
 
 

@@ -63,9 +63,9 @@ class WandbSink:
         """Show a validation against the total cost."""
         self._run.log({**evaluation_scalars(entry), "trainer/global_step": entry.step})
 
-    def alert(self, title: str, text: str, level: str) -> None:
+    def alert(self, title: str, text: str) -> None:
         """Send an alert."""
-        self._run.alert(title=title, text=text, level=self._wandb.AlertLevel(level))
+        self._run.alert(title=title, text=text, level="WARN", wait_duration=0)
 
     def end(self, checkpoint: Path | None, plan: str | None) -> None:
         """Name the checkpoint that the plans led to."""

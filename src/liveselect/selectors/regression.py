@@ -179,11 +179,11 @@ class RegressionSelector:
         if broken:
             reason = f"{broken} of {len(window)} predictions are not finite"
             return _uniform(context, budget, metrics, notes, reason)
-        std = float(predictions.double().std(correction=0))
+        metrics["predictions/std"] = std = float(predictions.double().std(correction=0))
         if std == 0.0:
             return _uniform(context, budget, metrics, notes, "all predictions are equal")
         temperature = self.temperature * (std if self.standardize else 1.0)  # as if the predictions were divided by std
-        metrics |= {"predictions/std": std, "temperature_over_std": temperature / std}
+        metrics["temperature_over_std"] = temperature / std
         drawn = _DRAW[self.noise](predictions, budget, temperature, context.generator("select"))
         added = DrawnNoise(temperature, context.generator("select"), _SIGN[self.noise])
         return Selection(training_order(context, window[drawn]), window, predictions, metrics, notes, noise=added)

@@ -1,0 +1,47 @@
+"""A cheap checksum of a live model and its optimizer: one pass over their memory, on their device."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def bit_sum(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Return the sum of the bits of all parameters, buffers and optimizer state of this rank, read as integers.
+
+    Any single value that changes changes the sum. It is no hash: changes that make up for each other are missed.
+    """
+    sums: dict[torch.device, Tensor] = {}
+    seen: set[int] = set()
+    for tensor in _tensors(model, optimizer):
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if id(tensor) in seen or not local.numel() or local.element_size() not in _WORDS or local.is_complex():
+            continue
+        seen.add(id(tensor))
+        words = local.detach().contiguous().view(_WORDS[local.element_size()])
+        # the weight of a tensor in the sum: exchanging two tensors is seen
+        part = words.sum(dtype=torch.int64) * (2 * len(seen) + 1)
+        sums[local.device] = sums.get(local.device, part.new_zeros(())) + part
+    return sum(int(part) for part in sums.values())
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    for state in optimizer.state.values():
+        yield from _inside(state)
+
+
+def _inside(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _inside(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _inside(item)

@@ -1,0 +1,280 @@
+"""Each alarm is raised by a planted fault, and by nothing in a healthy run."""
+
+import pytest
+import torch
+from fakes import FakeSource, fake_context, planted_source
+
+from liveselect.bits import bit_sum
+from liveselect.decisions import DecisionLedger
+from liveselect.influence import OneStepInfluence
+from liveselect.ledger import Alarm, Ledger
+from liveselect.protocols import Selection
+from liveselect.regressors import HashedRidgeRegressor
+from liveselect.rounds import SelectionRun, run_round
+from liveselect.selectors import RegressionSelector, UCBSelector, UniformSelector
+from liveselect.watch import Watch
+
+BUDGET = 30
+
+
+class TokenCount:
+    """Influence: the share of a candidate's tokens that the reference set uses, times ``sign`` in a round."""
+
+    def __init__(self, signs=(1, 1, 1, 1), fault=None) -> None:
+        self.signs, self.fault = signs, fault
+
+    def fit(self, context):
+        return {}
+
+    def score(self, context, batch):
+        if self.fault is not None:
+            self.fault(context)
+        return self.signs[context.round] * (batch["input_ids"] < 20).float().mean(-1)
+
+
+class Regressor(HashedRidgeRegressor):
+    """Reports the rank correlation that it is told to."""
+
+    def __init__(self, spearman) -> None:
+        super().__init__()
+        self.spearman = spearman
+
+    def fit(self, context, ids, influence):
+        return {**super().fit(context, ids, influence), "spearman": self.spearman}
+
+
+class Fixed:
+    """Chooses the given ids."""
+
+    def __init__(self, ids, scores=None) -> None:
+        self.ids, self.scores = ids, scores
+
+    def propose(self, context):
+        return context.candidates[:0]
+
+    def observe(self, ids, influence):
+        pass
+
+    def select(self, context, budget):
+        scored = None if self.scores is None else self.ids[: len(self.scores)]
+        return Selection(self.ids, scored, self.scores)
+
+
+def regression(**settings):
+    regressor = settings.pop("regressor", None) or HashedRidgeRegressor()
+    return RegressionSelector(regressor, **{"probes": 80, "ratio": 0.2, "min_spearman": None, **settings})
+
+
+def alarms(folder, selector, estimator=None, rounds=1, source=None, watch=None, budget=BUDGET, **context):
+    source = source or planted_source(1000)[0]
+    decisions = DecisionLedger(folder / "decisions")
+    run = SelectionRun(
+        selector, estimator, UniformSelector(), 0, source.pool, decisions=decisions, watch=watch or Watch()
+    )
+    for index in range(rounds):
+        candidates = source.pool.available(budget)
+        run_round(run, fake_context(source, round_index=index, candidates=candidates, **context), budget)
+    return run, [(alarm.round, alarm.kind) for record in run.ledger.rounds for alarm in record.alarms]
+
+
+def grouped(share=0.1, **settings):
+    """A planted source whose first ``share`` of candidates is the group 'a'."""
+    source, planted = planted_source(1000, **settings)
+    groups = (torch.arange(1000) >= 1000 * share).long()
+    return FakeSource(source.tokens, source.references, groups=groups, group_names=("a", "b")), planted
+
+
+def test_a_healthy_regression_raises_none(tmp_path):
+    run, found = alarms(tmp_path, regression(probes=400), TokenCount(), rounds=4)
+    assert found == []
+    assert run.ledger.rounds[1].metrics["drift/rank_correlation"] > 0.5
+    assert "canary/reference" not in run.ledger.rounds[0].metrics  # eight of 400 would be too many
+    assert "canary/reference" in run.ledger.rounds[1].metrics
+
+
+def test_a_healthy_bandit_raises_none(tmp_path):
+    source, _ = planted_source(1000)
+    groups = torch.arange(1000) % 10
+    source = FakeSource(source.tokens, source.references, groups=groups, group_names=tuple("abcdefghij"))
+    selector = UCBSelector(pulls=10, at_once=5, probes=8, controls=16, arms=4, tau=None)
+    _, found = alarms(tmp_path, selector, TokenCount(), rounds=4, source=source)
+    assert found == []
+
+
+def test_a_healthy_uniform_run_raises_none(tmp_path):
+    _, found = alarms(tmp_path, UniformSelector(), rounds=4, source=grouped()[0])
+    assert found == []
+
+
+@pytest.mark.parametrize("value", [0.0, 2.5, float("nan")])
+def test_influence_without_differences_is_an_alarm(tmp_path, value):
+    class Constant(TokenCount):
+        def score(self, context, batch):
+            return torch.full((len(batch["id"]),), value)
+
+    run, found = alarms(tmp_path, regression(), Constant())
+    assert found == [(0, "constant")]
+    assert "measured influences" in run.ledger.rounds[0].alarms[0].text
+
+
+def test_constant_scores_and_constant_predictions_are_alarms(tmp_path):
+    class Blind(HashedRidgeRegressor):
+        def predict(self, context, batch):
+            return torch.ones(len(batch["id"]))
+
+    assert alarms(tmp_path / "a", regression(regressor=Blind()), TokenCount())[1] == [(0, "constant")]
+    ids = torch.arange(BUDGET)
+    assert alarms(tmp_path / "b", Fixed(ids, torch.zeros(BUDGET)))[1] == [(0, "constant")]
+
+
+def test_scores_that_turn_around_are_an_alarm(tmp_path):
+    run, found = alarms(tmp_path, regression(ratio=0.05), TokenCount(signs=(1, 1, -1, -1)), rounds=4)
+    assert (2, "flip") in found
+    assert {kind for _, kind in found} <= {"flip", "canary"}
+    assert [index for index, kind in found if kind == "flip"] == [2]
+    assert run.ledger.rounds[2].metrics["drift/rank_correlation"] < -0.5
+
+
+def test_rewards_of_arms_that_turn_around_are_an_alarm(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(1000) % 10
+    tokens = torch.where(
+        torch.rand(1000, 24, generator=generator) < groups[:, None] / 10,
+        torch.randint(0, 20, (1000, 24), generator=generator),
+        torch.randint(20, 60, (1000, 24), generator=generator),
+    )
+    source = FakeSource(tokens, groups=groups, group_names=tuple("abcdefghij"))
+    settings = {"pulls": 10, "at_once": 10, "probes": 8, "controls": 16, "arms": 4, "tau": None, "discount": 0.001}
+    watch = Watch(canaries=0, passage=10_000)
+    _, found = alarms(
+        tmp_path, UCBSelector(**settings), TokenCount((1, 1, -1, -1)), rounds=4, source=source, watch=watch
+    )
+    assert (2, "flip") in found
+
+
+def test_a_regressor_below_its_floor_is_an_alarm(tmp_path):
+    assert alarms(tmp_path / "a", regression(regressor=Regressor(-0.01)), TokenCount())[1] == [(0, "regressor")]
+    high = alarms(tmp_path / "b", regression(regressor=Regressor(0.3)), TokenCount(), watch=Watch(min_spearman=0.4))
+    assert high[1] == [(0, "regressor")]
+
+
+def test_a_small_group_that_fills_the_plan_is_an_alarm_and_a_large_one_is_not(tmp_path):
+    few = Fixed(torch.arange(BUDGET))
+    assert alarms(tmp_path / "a", few, source=grouped(0.1)[0])[1] == [(0, "takeover")]
+    assert alarms(tmp_path / "b", few, source=grouped(0.6)[0])[1] == []
+
+
+def test_a_candidate_that_comes_too_often_is_an_alarm(tmp_path):
+    source = planted_source(40)[0]
+    _, found = alarms(tmp_path, UniformSelector(), rounds=6, source=source, budget=40)
+    assert found == [(4, "repeats"), (5, "repeats")]
+
+
+def test_chosen_text_from_the_reference_is_an_alarm(tmp_path):
+    source, _ = planted_source(1000, length=48, vocab=600)
+    source.references = source.tokens[100:104].clone()
+    source.references[:, :10] = 0  # the rest, 38 tokens, is shared
+    source.reference_labels = source.references
+    ids = torch.arange(90, 90 + BUDGET)
+    run, found = alarms(tmp_path / "a", Fixed(ids), source=source)
+    assert found == [(0, "duplicate")]
+    assert "[100, 101, 102, 103]" in run.ledger.rounds[0].alarms[0].text
+    source.pool.uses.zero_()
+    source.references[:, ::20] = 0  # now at most 19 in a row
+    assert alarms(tmp_path / "b", Fixed(ids), source=source)[1] == []
+
+
+def test_padding_is_no_duplicate(tmp_path):
+    source, _ = planted_source(1000, length=48)
+    source.tokens[:, 8:] = 0
+    source.references[:, 8:] = 0
+    assert alarms(tmp_path, Fixed(torch.arange(BUDGET)), source=source)[1] == []
+
+
+def test_canaries_that_rank_wrongly_are_an_alarm(tmp_path):
+    run, found = alarms(tmp_path, regression(probes=800), TokenCount(signs=(-1,)))
+    assert found == [(0, "canary")]
+    metrics = run.ledger.rounds[0].metrics
+    assert metrics["canary/reference"] < metrics["canary/random"]
+    assert alarms(tmp_path / "none", regression(probes=800), TokenCount((-1,)), watch=Watch(canaries=0))[1] == []
+
+
+def small_model():
+    torch.manual_seed(0)  # noqa: TID251 - the weights of the test's model
+    return torch.nn.Sequential(torch.nn.Embedding(60, 8), torch.nn.Linear(8, 60))
+
+
+def test_a_measurement_that_leaves_a_trace_is_an_alarm(tmp_path):
+    def spoil_weights(context):
+        with torch.no_grad():
+            context.model[1].bias[3] += 1e-6
+
+    def spoil_moments(context):
+        for state in context.optimizer.state.values():
+            state["exp_avg"].view(-1)[0] += 1e-6
+
+    for name, fault in (("weights", spoil_weights), ("moments", spoil_moments)):
+        model = small_model()
+        optimizer = torch.optim.Adam(model.parameters())
+        sum(parameter.square().sum() for parameter in model.parameters()).backward()
+        optimizer.step()
+        settings = {"model": model, "optimizer": optimizer}
+        assert (0, "restore") in alarms(tmp_path / name, regression(), TokenCount(fault=fault), **settings)[1]
+        _, found = alarms(tmp_path / f"{name}-healthy", regression(), OneStepInfluence(step="in_batch"), **settings)
+        assert "restore" not in {kind for _, kind in found}
+
+
+def test_the_cheap_checksum_sees_every_single_change():
+    model = small_model()
+    optimizer = torch.optim.Adam(model.parameters())
+    before = bit_sum(model, optimizer)
+    assert bit_sum(model, optimizer) == before
+    with torch.no_grad():
+        for parameter in model.parameters():
+            value = parameter.view(-1)[0].clone()
+            parameter.view(-1)[0] = torch.nextafter(value, torch.tensor(torch.inf))
+            assert bit_sum(model, optimizer) != before
+            parameter.view(-1)[0] = value
+    assert bit_sum(model, optimizer) == before
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    exchanged = torch.nn.ModuleList([second, first])
+    assert bit_sum(torch.nn.ModuleList([first, second]), optimizer) != bit_sum(exchanged, optimizer)
+
+
+def test_ranks_that_hold_other_scores_but_choose_alike_are_an_alarm(tmp_path, monkeypatch):
+    monkeypatch.setattr("liveselect.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("liveselect.distributed.check_agreement", lambda what, value: None)
+    monkeypatch.setattr("liveselect.distributed.gather_shards", lambda local, total: local)
+    monkeypatch.setattr("liveselect.distributed.shard", lambda total, index=None, count=None: slice(0, total))
+    ids, scores = torch.arange(BUDGET), torch.arange(float(BUDGET))
+    monkeypatch.setattr("liveselect.distributed.gather_objects", lambda value: [value, value])
+    assert alarms(tmp_path / "a", Fixed(ids, scores))[1] == []
+    other = lambda value: [value, value if isinstance(value, dict) else "another"]  # noqa: E731
+    monkeypatch.setattr("liveselect.distributed.gather_objects", other)
+    assert alarms(tmp_path / "b", Fixed(ids, scores))[1] == [(0, "ranks")]
+
+
+def test_alarms_stand_in_the_ledger_and_in_its_file(tmp_path):
+    run, _ = alarms(tmp_path, regression(regressor=Regressor(-0.5)), TokenCount())
+    alarm = run.ledger.rounds[0].alarms[0]
+    assert alarm == Alarm(0, 0, "regressor", alarm.text)
+    run.ledger.write(tmp_path / "ledger.jsonl")
+    assert Ledger.read(tmp_path / "ledger.jsonl").rounds[0].alarms == [alarm]
+    restored = Ledger()
+    restored.load_state_dict(run.ledger.state_dict())
+    assert restored.rounds[0].alarms == [alarm]
+
+
+def test_a_ledger_from_before_there_were_alarms_is_read(tmp_path):
+    run, _ = alarms(tmp_path, UniformSelector())
+    run.ledger.write(tmp_path / "ledger.jsonl")
+    text = (tmp_path / "ledger.jsonl").read_text().replace(', "alarms": []', "")
+    assert "alarms" not in text
+    (tmp_path / "ledger.jsonl").write_text(text)
+    assert Ledger.read(tmp_path / "ledger.jsonl").rounds == run.ledger.rounds
+
+
+@pytest.mark.parametrize(("name", "value"), [("flip", 0.1), ("max_share", 0.0), ("max_uses", 0), ("canaries", -1)])
+def test_bounds_that_mean_nothing_are_refused(name, value):
+    with pytest.raises(ValueError, match="expected"):
+        Watch(**{name: value})
