@@ -274,6 +274,16 @@ def test_a_ledger_from_before_there_were_alarms_is_read(tmp_path):
     assert Ledger.read(tmp_path / "ledger.jsonl").rounds == run.ledger.rounds
 
 
+def test_a_watch_that_fails_is_noted_and_ends_nothing(tmp_path):
+    class Failing(Watch):
+        def look(self, scene):
+            raise KeyError("lost")
+
+    run, found = alarms(tmp_path, UniformSelector(), watch=Failing())
+    assert found == []
+    assert run.ledger.rounds[0].notes == ["the watch failed: KeyError('lost')"]
+
+
 @pytest.mark.parametrize(("name", "value"), [("flip", 0.1), ("max_share", 0.0), ("max_uses", 0), ("canaries", -1)])
 def test_bounds_that_mean_nothing_are_refused(name, value):
     with pytest.raises(ValueError, match="expected"):
