@@ -38,7 +38,15 @@ from liveselect.ledger import RoundRecord
 from liveselect.losses import causal_lm_loss
 from liveselect.measurement import Measurement
 from liveselect.plan import Plan
-from liveselect.protocols import CandidateSource, InfluenceEstimator, LossFn, RoundContext, SelectionWarning, Selector
+from liveselect.protocols import (
+    CandidateSource,
+    InfluenceEstimator,
+    LossFn,
+    RoundContext,
+    RoundInterruptedError,
+    SelectionWarning,
+    Selector,
+)
 from liveselect.rehearsal import rehearse
 from liveselect.rounds import SelectionRun, finish_round, run_round
 from liveselect.selectors import UniformSelector

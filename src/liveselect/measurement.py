@@ -137,7 +137,8 @@ class Measurement:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state; the selector, as it was before the first question, is told its answers again when used."""
         self.metrics, self.obstacle = dict(state["metrics"]), state["obstacle"]
-        self._fitted_at = state["fitted_at"]
+        # what keeps no state is another object now, and has to be fitted again even at the very step
+        self._fitted_at = state["fitted_at"] if hasattr(self._estimator, "state_dict") else None
         self._fits = self.obstacle is None
         self._replay = state
         seconds, _ = state["costs"][min(distributed.rank(), len(state["costs"]) - 1)]

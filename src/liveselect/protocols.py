@@ -39,6 +39,10 @@ class NotMeasurableError(ValueError):
     """
 
 
+class RoundInterruptedError(RuntimeError):
+    """The run was asked to stop while a round was measuring; what was measured of complete questions is kept."""
+
+
 @runtime_checkable
 class CandidateSource(Protocol):
     """The data as the engine sees it; a datamodule implements it."""
@@ -77,6 +81,7 @@ class RoundContext:
         forward_context: opens the precision context of training (autocast).
         meter: where the parts charge what they cost.
         progress: where the parts show what they do.
+        interrupted: whether this process was asked to stop; a round on one rank looks after every measured batch.
     """
 
     round: int
@@ -92,6 +97,7 @@ class RoundContext:
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext
     meter: CostMeter = field(default_factory=CostMeter)
     progress: Progress = field(default_factory=SilentProgress)
+    interrupted: Callable[[], bool] = lambda: False
 
     @property
     def device(self) -> torch.device:

@@ -1,25 +1,34 @@
 """Runs that are interrupted, repeated or set up askew: selection says so or goes on, and loses nothing."""
 
+import os
+import signal
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from small_run import SIMPLE, Place, SmallLM, Trace, small_data, small_trainer
+from small_run import BATCH, POOL, SIMPLE, Place, SmallLM, Trace, rows, small_data, small_trainer
 
 from liveselect.callbacks import MATES, DataSelection
 from liveselect.callbacks.compatibility import run_folder
+from liveselect.datamodules import SelectionDataModule
+from liveselect.influence import OneStepInfluence
 from liveselect.ledger import Ledger
 from liveselect.losses import causal_lm_loss
 from liveselect.protocols import SelectionWarning
 from liveselect.regressors import HashedRidgeRegressor
-from liveselect.selectors import UniformSelector
+from liveselect.selectors import RegressionSelector, UCBSelector, UniformSelector
 
 
 def small_mates(folder, **arguments) -> MATES:
     defaults = {"every_n_steps": 4, "probes": 12, "ratio": 0.5, "regressor": HashedRidgeRegressor(), "dirpath": folder}
     return MATES(**{**defaults, **arguments})
+
+
+def regression() -> RegressionSelector:
+    return RegressionSelector(HashedRidgeRegressor(), probes=12, ratio=0.5, min_spearman=None)
 
 
 class EndsAtZero(SmallLM):
@@ -245,3 +254,49 @@ def test_a_checkpoint_inside_an_accumulation_window_is_warned_of_and_refused(tmp
         fit(Hasty())
     with pytest.raises(MisconfigurationException, match="no whole steps"):
         fit(ckpt_path=tmp_path / "hasty.ckpt")
+
+
+class Preempted(OneStepInfluence):
+    """Gets SIGTERM, as from a scheduler, while it measures the second batch of round 2."""
+
+    batches = 0
+
+    def score(self, context, batch):
+        self.batches += context.round == 2
+        if self.batches == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().score(context, batch)
+
+
+@pytest.mark.parametrize("on_exception", [True, False])
+@pytest.mark.parametrize("quad", [True, False])
+def test_a_run_that_is_preempted_in_a_round_stops_at_once_and_continues_to_the_bit(tmp_path, on_exception, quad):
+    def fit(folder, estimator, ckpt_path=None, *more):
+        folder.mkdir(exist_ok=True)
+        pl.seed_everything(1, verbose=False)
+        selector = UCBSelector(pulls=4, at_once=1, probes=4, controls=4, arms=2) if quad else regression()
+        selection = DataSelection(selector, estimator, every_n_steps=4, dirpath=folder)
+        callbacks = [Place(selection), selection, Trace(folder / "trace"), *more]
+        data = SelectionDataModule(
+            pool=[{**row, "source": str(i % 3)} for i, row in enumerate(rows(POOL, seed=1))],
+            groups="source",
+            reference=rows(6, seed=2),
+            batch_size=BATCH,
+            probe_batch_size=4,
+        )
+        small_trainer(folder, callbacks, **SIMPLE).fit(SmallLM(), datamodule=data, ckpt_path=ckpt_path)
+        return (folder / "trace").read_text().splitlines(), selection.run.ledger
+
+    trace, ledger = fit(tmp_path / "whole", OneStepInfluence())
+    keep = (
+        OnExceptionCheckpoint(tmp_path, "saved")
+        if on_exception
+        else ModelCheckpoint(tmp_path, every_n_train_steps=2, filename="saved")
+    )
+    preempted = Preempted()
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "stopped", preempted, None, keep)
+    assert preempted.batches == 2  # no batch more
+    resumed, again = fit(tmp_path / "resumed", OneStepInfluence(), tmp_path / "saved.ckpt")
+    assert resumed == trace[8 if on_exception else 6 :]
+    assert [record.influence for record in again.rounds] == [record.influence for record in ledger.rounds]
