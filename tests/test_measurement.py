@@ -2,13 +2,18 @@
 
 import copy
 import io
+import time
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from fakes import Bigrams, fake_context, random_source
+from ranks import on_ranks
 from torch import Tensor
 
+from liveselect import distributed
 from liveselect.influence import KFACInfluence, OneStepInfluence
 from liveselect.measurement import Measurement
 from liveselect.pool import CandidatePool
@@ -191,3 +196,26 @@ def test_a_selector_that_asks_something_else_after_a_resume_is_told_of():
     other.load_state_dict(saved(run))
     with pytest.raises(RuntimeError, match="does not ask what it asked before the checkpoint"):
         other.ahead.advance(context, 4)
+
+
+class Slow(Counts):
+    """Measures slowly on rank 1: over the whole question it falls further behind than the process group waits."""
+
+    def score(self, context: RoundContext, batch: Batch) -> Tensor:
+        time.sleep(0.025 * len(batch["id"]) * distributed.rank())
+        return super().score(context, batch)
+
+
+def _measured_on_this_rank() -> list[float]:
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)
+    source = random_source(candidates=330, rows=7)
+    selector = RegressionSelector(HashedRidgeRegressor(), probes=323)
+    measurement = Measurement(Slow(), selector)
+    measurement.advance(fake_context(source))
+    return measurement.influence[0].tolist()
+
+
+def test_a_round_on_ranks_of_unequal_speed_may_take_longer_than_the_process_group_waits():
+    first, second = on_ranks(_measured_on_this_rank, 2)
+    assert first == second
+    assert len(first) == 323

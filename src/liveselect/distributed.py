@@ -149,6 +149,12 @@ def in_step(items: Iterable[T], spare: Callable[[], T], together: bool = True) -
         yield (spare(), False) if item is _END else (item, True)
 
 
+def wait_for_all() -> None:
+    """Return when every rank has called this; ranks of unequal speed drift no further apart than between two calls."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def check_agreement(what: str, value: Tensor) -> None:
     """Raise RuntimeError, on every rank, when the ranks hold different values of a replicated decision."""
     if world_size() == 1:

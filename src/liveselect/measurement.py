@@ -21,6 +21,9 @@ from liveselect.protocols import (
 )
 from liveselect.snapshot import measuring
 
+TOGETHER = 64
+"""Candidates that a rank measures before it waits for the others."""
+
 
 class Measurement:
     """What a round has measured so far.
@@ -195,21 +198,27 @@ class Measurement:
         # lengths that differ by at most one, the longer first: those of the shards of as many rows
         rows = torch.cat(shares)
         self.influence[-1][rows] = distributed.gather_shards(
-            self._influence_of(context, self.ids[-1][shares[distributed.rank()]]), len(rows)
+            self._influence_of(context, self.ids[-1][shares[distributed.rank()]], len(shares[-1]) // TOGETHER),
+            len(rows),
         )
         self.steps[-1][rows] = context.step
         return len(shares[0])
 
-    def _influence_of(self, context: RoundContext, ids: Tensor) -> Tensor:
-        """Return the influence of ``ids (m,)`` as this rank measures it, ``(m,)`` float32 on CPU."""
+    def _influence_of(self, context: RoundContext, ids: Tensor, meetings: int) -> Tensor:
+        """Return the influence of ``ids (m,)`` as this rank measures it, ``(m,)`` float32 on CPU.
+
+        On the way it waits for the others so many times: without it a rank that is a tenth slower would make them wait
+        at the end for a tenth of the round, longer than a process group allows.
+        """
         if not self._fits or self._estimator is None:
             return torch.full((len(ids),), math.nan)  # selectors know what to do when they are told nothing
-        scores = [torch.empty(0)]
+        scores, met = [torch.empty(0)], 0
+        together = is_sharded(context.model)  # then ranks keep step batch by batch
         with context.phase("measure influence", len(ids), "candidates") as advance:
             batches = distributed.in_step(
                 context.candidate_batches(ids),
                 lambda: next(context.candidate_batches(self.ids[-1][:1])),
-                together=is_sharded(context.model),
+                together,
             )
             while True:
                 with measuring(context.model, context.optimizer):
@@ -220,6 +229,9 @@ class Measurement:
                     influence = self._estimator.score(context, batch).float().cpu()
                     scores.append(influence[: len(influence) * counts])
                 advance(len(scores[-1]))
+                while not together and met < min(meetings, sum(map(len, scores)) // TOGETHER):
+                    distributed.wait_for_all()
+                    met += 1
                 if distributed.world_size() == 1 and context.interrupted():  # ranks would stop at different batches
                     raise RoundInterruptedError(f"stopped while round {context.round} was measuring")
         return torch.cat(scores)

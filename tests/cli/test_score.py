@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from fakes import fake_context, planted_source
-from test_distributed import on_ranks
+from ranks import on_ranks
 from unrolled_language_model import warm_context
 
 from liveselect import cli

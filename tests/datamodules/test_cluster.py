@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
-from test_distributed import on_ranks
+from ranks import on_ranks
 
 from liveselect.cli.cluster import main
 from liveselect.datamodules import SelectionDataModule, cluster

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fakes import FakeSource, fake_context, random_source
 from probing import VOCAB, warm_context
 from scipy.stats import pearsonr, spearmanr
-from test_distributed import on_ranks
+from ranks import on_ranks
 from torch import nn
 
 from liveselect.influence.kfac import KFACInfluence

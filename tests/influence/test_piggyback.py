@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from probing import VOCAB, tiny_model
-from test_distributed import on_ranks
+from ranks import on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fakes import fake_context, random_source
 from probing import VOCAB, restless_context, tiny_model
-from test_distributed import on_ranks
+from ranks import on_ranks
 from torch import nn
 from unrolled_language_model import BATCH, CANDIDATES, RATE, warm_context
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sharded import local_sizes, measured, warm
-from test_distributed import on_ranks
+from ranks import on_ranks
 
 from liveselect.influence import OneStepInfluence
 

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from fakes import fake_context, planted_source, random_source
-from test_distributed import on_ranks
+from ranks import on_ranks
 from tiny_encoder import tiny_regressor
 
 from liveselect.distributed import rank
