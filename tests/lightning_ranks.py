@@ -9,8 +9,8 @@ import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
+from ranks import free_port
 from small_run import BATCH, POOL, SIMPLE, SmallLM, rows, small_trainer
-from test_distributed import free_port
 from torch.distributed.fsdp import fully_shard
 
 from liveselect.callbacks import DataSelection

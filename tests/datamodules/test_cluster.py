@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import adjusted_rand_score
 from ranks import on_ranks
+from sklearn.metrics import adjusted_rand_score
 
 from liveselect.cli.cluster import main
 from liveselect.datamodules import SelectionDataModule, cluster

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from fakes import FakeSource, fake_context, random_source
 from probing import VOCAB, warm_context
-from scipy.stats import pearsonr, spearmanr
 from ranks import on_ranks
+from scipy.stats import pearsonr, spearmanr
 from torch import nn
 
 from liveselect.influence.kfac import KFACInfluence

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from fakes import planted_source, random_source
 from probing import CLIP, VOCAB, clip, mean_loss
-from scipy.stats import spearmanr
 from ranks import on_ranks
+from scipy.stats import spearmanr
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from unrolled import SETTINGS, guarded_sqrt, written_out
 from unrolled_language_model import BATCH, CANDIDATES, RATE, TRAINED, warm_context
