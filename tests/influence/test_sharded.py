@@ -1,23 +1,120 @@
 """Influence of a model that is sharded over ranks is that of the whole model on one process."""
 
+import math
+import re
+from dataclasses import replace
+
 import pytest
 import torch
-from sharded import local_sizes, measured, warm
+import torch.nn.functional as F
+from fakes import fake_context, random_source
+from probing import VOCAB
 from ranks import on_ranks
+from sharded import CANDIDATES, local_sizes, measured, warm
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from liveselect.influence import OneStepInfluence
+from liveselect import distributed
+from liveselect.functional.sharding import is_part, local
+from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence, PMPInfluence
+from liveselect.influence.piggyback import TrainingStepScores, mean_weights
+from liveselect.losses import causal_lm_loss
+from liveselect.snapshot import measuring
 
 RANKS = 3
+BAD = 6  # a candidate without a finite loss; no reference example has this id
 ESTIMATORS = {
     "one step": OneStepInfluence,
     "one step in a batch": lambda: OneStepInfluence(step="in_batch"),
+    "hooks": FirstOrderInfluence,
+    "hooks, at zero": lambda: FirstOrderInfluence(slope_over="zero", gradient_at="current", exclude=("*norm*",)),
+    "central difference": lambda: FirstOrderInfluence(engine="central_difference"),
+    "optimizer step": lambda: FirstOrderInfluence(engine="optimizer_step"),
+    "K-FAC": lambda: KFACInfluence(factor_examples=13),
+    "EK-FAC": lambda: KFACInfluence(curvature="ekfac", factor_examples=13),
+    "diagonal": lambda: KFACInfluence(curvature="diagonal", factor_examples=13),
+    "gradients": lambda: KFACInfluence(curvature="identity"),
 }
+REFUSED = {
+    "forward mode": lambda: FirstOrderInfluence(engine="forward_mode"),
+    "PMP": lambda: PMPInfluence(steps=2),
+}
+
+
+class HiddenUse(nn.Module):
+    """A head whose weight is used without a call of the head, where no hook can see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB, bias=False)
+
+    def forward(self, input_ids):
+        return F.linear(self.embed(input_ids), self.head.weight)
+
+
+def _message(function) -> str:
+    try:
+        function()
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def _refusals(context) -> dict:
+    found = {name: _message(lambda make=make: make().fit(context)) for name, make in REFUSED.items()}
+    found["PMP before training"] = _message(lambda: PMPInfluence(steps=2).check(context))
+    model = fully_shard(HiddenUse().double())
+    hidden = fake_context(
+        random_source(8, vocab=VOCAB), model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1)
+    )
+    found["hidden use"] = _message(lambda: measured(FirstOrderInfluence(), hidden))
+    return found
+
+
+def _without_a_loss(model, batch):
+    return causal_lm_loss(model, batch).where(batch.get("id", torch.tensor(-1)) != BAD, math.inf)
+
+
+def _overheard(context) -> list:
+    """Gradients of a training step with and without scores attached, the scores, and the estimator's own numbers."""
+    estimator = FirstOrderInfluence(slope_over="zero")
+    estimator.fit(context)
+    batch = next(context.candidate_batches(torch.arange(2) + 2 * distributed.rank()))
+    found = [estimator.score(context, batch)]
+    scores = TrainingStepScores(context.model, estimator.direction)
+    with measuring(context.model, context.optimizer):
+        for listens in (True, False):
+            if listens:
+                scores.attach(batch)
+            loss = context.model(batch["input_ids"], labels=batch["input_ids"]).loss
+            loss.backward()
+            if listens:
+                found.append(scores.collect(mean_weights(batch)))
+            found.append([local(parameter.grad) for parameter in context.model.parameters()])
+            context.optimizer.zero_grad()
+    return found
+
+
+def _state_round_trip(context) -> tuple:
+    """Influence before and after the estimator was saved and loaded, and whether the state is free of parts."""
+    estimator, resumed = KFACInfluence(factor_examples=13), KFACInfluence(factor_examples=13)
+    estimator.fit(context)
+    state = estimator.state_dict()
+    resumed.load_state_dict(state)
+    batch = next(context.candidate_batches(torch.arange(2)))
+    plain = not any(is_part(value) for value in state["direction"].values())
+    return estimator.score(context, batch), resumed.score(context, batch), plain
 
 
 def _all_measured(sharded: bool) -> dict:
     context = warm(sharded)
     found = {name: measured(make(), context) for name, make in ESTIMATORS.items()}
-    return {**found, "sizes": local_sizes(context)}
+    found["single precision"] = measured(OneStepInfluence(), warm(sharded, torch.float32))
+    found["not finite"] = measured(OneStepInfluence(), replace(context, loss_fn=_without_a_loss))
+    found["sizes"] = local_sizes(context)
+    if sharded:
+        found |= {"refusals": _refusals(context), "overheard": _overheard(context), "state": _state_round_trip(context)}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +127,7 @@ def results():
     return _all_measured(False), together
 
 
-def test_some_rank_holds_less_than_another(results):
+def test_ranks_hold_unequal_shares(results):
     sizes = [result["sizes"] for result in results[1]]
     assert sizes[0] != sizes[-1]
 
@@ -39,11 +136,52 @@ def test_some_rank_holds_less_than_another(results):
 def test_sharded_influence_is_that_of_one_process(results, name):
     alone, together = results
     influence, metrics, _ = alone[name]
+    assert influence.std() > 0
     for rank in together:
         torch.testing.assert_close(rank[name][0], influence, rtol=1e-5, atol=1e-7)
         assert rank[name][1] == pytest.approx(metrics, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+def test_in_single_precision_the_numbers_differ_by_rounding_only(results):
+    alone, together = results
+    influence = alone["single precision"][0]
+    for rank in together:
+        assert (rank["single precision"][0] - influence).abs().max() < 1e-3 * influence.abs().max()
+
+
+@pytest.mark.parametrize("name", [*ESTIMATORS, "single precision", "not finite"])
 def test_measuring_leaves_every_shard_and_moment_bitwise_unchanged(results, name):
     assert all(rank[name][2] for rank in results[1])
+
+
+def test_a_candidate_without_a_loss_is_nan_on_every_rank_and_no_other_is(results):
+    for result in (results[0], *results[1]):
+        assert result["not finite"][0].isnan().tolist() == [index == BAD for index in range(CANDIDATES)]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("forward mode", r'"forward_mode" does not work with parameters that are sharded.*engine="hooks"'),
+        ("PMP", r"does not work with a model whose parameters are sharded.*strategy='ddp'"),
+        ("PMP before training", r"does not work with a model whose parameters are sharded.*strategy='ddp'"),
+        ("hidden use", r"the loss uses parameters \['head.weight'\] past the layers"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_on_every_rank(results, what, message):
+    for rank in results[1]:
+        assert re.search(message, rank["refusals"][what]), rank["refusals"][what]
+
+
+def test_a_training_step_tells_the_influence_of_its_own_examples_and_trains_as_without(results):
+    for rank in results[1]:
+        influence, heard, gradients, without = rank["overheard"]
+        torch.testing.assert_close(heard, influence, rtol=1e-5, atol=1e-7)
+        assert all(torch.equal(one, other) for one, other in zip(gradients, without, strict=True))
+
+
+def test_factors_and_direction_survive_a_checkpoint(results):
+    for rank in results[1]:
+        before, after, plain = rank["state"]
+        assert plain
+        assert torch.equal(before, after)

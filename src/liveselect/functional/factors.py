@@ -206,6 +206,7 @@ def _plan(
         observers={layer.name: partial(observe, layer) for layer in layers},
         parameters={name: parameters[name] for layer in layers for name in layer.parameters},
         holders={name: (layer.name,) for layer in layers for name in layer.parameters},
+        model=model,
     )
 
 

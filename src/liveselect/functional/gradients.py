@@ -1,7 +1,7 @@
 """Gradients of single examples, met with one direction in parameter space: exactly, and without forming them."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,11 +11,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liveselect.functional.layer_pass import LayerPlan, LossFn, backward_through_layers
 from liveselect.functional.layers import Rule, any_dot, rule_for
+from liveselect.functional.sharding import local, reshard
 from liveselect.functional.taps import Observer
+
+Gather = Callable[[Tensor], Tensor]
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def example_dot(
-    model: nn.Module, loss_fn: LossFn, batch: Any, direction: Mapping[str, Tensor | None], check: bool = True
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    direction: Mapping[str, Tensor | None],
+    check: bool = True,
+    whole: Gather = _as_it_is,
 ) -> Tensor:
     r"""Return the exact inner product of every example's gradient with one direction, ``(B,)``.
 
@@ -31,6 +43,7 @@ def example_dot(
         batch: a mapping of tensors with one row per example, ``input_ids`` among them or first.
         direction: for each parameter that takes part a tensor of its shape; what is missing or None is left out.
         check: look through the graph of the loss for uses of parameters that no layer saw; a few milliseconds.
+        whole: gathers a tensor of the direction that ranks hold in parts, each time that a layer needs it.
 
     Raises:
         ValueError: the direction names parameters that the model lacks, that no rule covers, or that the loss uses
@@ -39,11 +52,11 @@ def example_dot(
     Source: the product of layer inputs and output gradients is that of Goodfellow 2015, arXiv 1510.01799; its use for
     data selection during training that of Wang et al. 2024, arXiv 2406.11011.
     """
-    return backward_through_layers(model, loss_fn, batch, plan_products(model, direction), check=check)
+    return backward_through_layers(model, loss_fn, batch, plan_products(model, direction, whole), check=check)
 
 
-def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None]) -> LayerPlan:
-    """Find for every parameter of the direction the layers that hold it, and their rules.
+def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None], whole: Gather = _as_it_is) -> LayerPlan:
+    """Find for every parameter of the direction the layers that hold it, and their rules; ``whole`` as above.
 
     Raises:
         ValueError: unknown names, shapes that do not fit, or parameters that no rule covers.
@@ -58,8 +71,8 @@ def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None]) -> L
         if rule is None:
             uncovered += own.values()
             continue
-        local = {local_name: values[name] for local_name, name in own.items()}
-        observers[module_name] = _bind(rule, module, local)
+        moves = {its_name: values[name] for its_name, name in own.items()}
+        observers[module_name] = _bind(rule, module, moves, whole)
         for name in own.values():
             holders[name].append(module_name)
         if rule is any_dot:
@@ -70,7 +83,7 @@ def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None]) -> L
             "hold other layers, or mix the examples of a batch. Leave them out of the direction (exclude), or use "
             "central_difference_dot or forward_mode_dot"
         )
-    return LayerPlan(observers, parameters, {n: tuple(h) for n, h in holders.items()}, frozenset(opaque))
+    return LayerPlan(observers, parameters, {n: tuple(h) for n, h in holders.items()}, frozenset(opaque), model)
 
 
 def uncovered_parameters(model: nn.Module) -> list[str]:
@@ -81,7 +94,12 @@ def uncovered_parameters(model: nn.Module) -> list[str]:
 
 
 def central_difference_dot(
-    model: nn.Module, loss_fn: LossFn, batch: Any, direction: Mapping[str, Tensor | None], step: float = 1e-3
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    direction: Mapping[str, Tensor | None],
+    step: float = 1e-3,
+    length: Callable[[Sequence[Tensor]], float] | None = None,
 ) -> Tensor:
     r"""Return the products of :func:`example_dot` by finite differences, ``(B,)``: two forwards, any architecture.
 
@@ -95,16 +113,20 @@ def central_difference_dot(
         direction: as in :func:`example_dot`; any parameter may take part.
         step: length of the displacement as a share of that of the parameters, :math:`|hV| / |\theta|`. In float32
             1e-3 to 1e-2 is a plateau; in float64 1e-5.
+        length: of several tensors together, where ranks hold them in parts; each rank then moves its own.
 
     Raises:
         ValueError: unknown names or shapes that do not fit.
     """
+    reshard(model)
     parameters, values = _match(model, direction)
-    live = [parameter.detach() for parameter in parameters.values()]
-    moves = [values[name] for name in parameters]
+    length = length or _length
+    distance = length([values[name] for name in parameters])
+    size = length([parameter.detach() for parameter in parameters.values()])
+    live = [local(parameter) for parameter in parameters.values()]
+    moves = [local(values[name]) for name in parameters]
     kept = [parameter.clone() for parameter in live]
-    length = _length(moves)
-    h = step * max(_length(live), torch.finfo(live[0].dtype).tiny) / length if length else 1.0
+    h = step * max(size, torch.finfo(live[0].dtype).tiny) / distance if distance else 1.0
     losses = []
     try:
         for signed in (h, -h):
@@ -114,6 +136,7 @@ def central_difference_dot(
                 torch.clear_autocast_cache()  # casts of the weights before the move would be used again
                 with torch.compiler.set_stance("force_eager"):
                     losses.append(loss_fn(model, batch))
+                reshard(model)  # the next forward would not see what is written into the shards
     finally:
         torch._foreach_copy_(live, kept)
         torch.clear_autocast_cache()
@@ -247,8 +270,8 @@ def _owners(
             yield module_name, module, own
 
 
-def _bind(rule: Rule, module: nn.Module, direction: Mapping[str, Tensor]) -> Observer:
-    return lambda inputs, delta: rule(module, inputs, delta, direction)
+def _bind(rule: Rule, module: nn.Module, direction: Mapping[str, Tensor], whole: Gather) -> Observer:
+    return lambda inputs, delta: rule(module, inputs, delta, {name: whole(value) for name, value in direction.items()})
 
 
 def _length(tensors: Iterable[Tensor]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liveselect.functional.sharding import whole_twins
 from liveselect.functional.taps import Observer, TapLog, missed_uses, tapped
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -23,12 +24,14 @@ class LayerPlan:
         parameters: what is to be covered, by name.
         holders: for each parameter name, the observed modules that hold it; tied weights have several.
         opaque: parameters of layers that may read them several times in one call.
+        model: holds the parameters; needed to recognise those of a sharded model in a graph.
     """
 
     observers: Mapping[str, Observer]
     parameters: Mapping[str, nn.Parameter]
     holders: Mapping[str, tuple[str, ...]]
     opaque: frozenset[str] = frozenset()
+    model: nn.Module | None = None
 
 
 def backward_through_layers(
@@ -85,7 +88,8 @@ def check_coverage(plan: LayerPlan, loss: Tensor, log: TapLog) -> None:
     for name, modules in plan.holders.items():
         seen = sum(log.calls[module] for module in modules)
         calls[name] = 1 << 30 if name in plan.opaque and seen else seen
-    missed = missed_uses(loss, plan.parameters, calls) if loss.requires_grad else {}
+    twins = {} if plan.model is None else whole_twins(plan.model)
+    missed = missed_uses(loss, plan.parameters, calls, twins) if loss.requires_grad else {}
     if missed:
         raise ValueError(
             f"the loss uses parameters {sorted(missed)} past the layers that hold them (a functional call, a fused "

@@ -5,13 +5,14 @@ Nothing here communicates.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -49,6 +50,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
+def is_part(tensor: Tensor) -> bool:
+    """Return whether ranks hold this tensor in parts, as a DTensor."""
+    return torch.distributed.is_available() and isinstance(tensor, DTensor)
+
+
 def like(part: Tensor, tensor: Tensor) -> Tensor:
     """Return ``part`` as the sharded tensor whose part on this rank it is, laid out as ``tensor``."""
     if not (torch.distributed.is_available() and isinstance(tensor, DTensor)):
@@ -57,6 +63,33 @@ def like(part: Tensor, tensor: Tensor) -> Tensor:
         part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
     return whole
+
+
+def part_of(whole: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor that all ranks hold alike laid out as ``tensor``: each keeps its part, and nothing is sent."""
+    if not (torch.distributed.is_available() and isinstance(tensor, DTensor)):
+        return whole
+    spread: Tensor = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    return spread
+
+
+def whole_twins(model: nn.Module) -> dict[int, int]:
+    """Return what stands in autograd's graphs for sharded parameters: id of the whole parameter -> id of the sharded.
+
+    Empty for a model that is not sharded by ``fully_shard``, or was never run.
+    """
+    if not torch.distributed.is_available():
+        return {}
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for state in states for group in _groups_of(state)]
+    pairs = [(getattr(each, "_unsharded_param", None), each.sharded_param) for group in groups for each in group]
+    return {id(twin): id(parameter) for twin, parameter in pairs if twin is not None}
+
+
+def _groups_of(state: Any) -> list[list[Any]]:
+    groups = getattr(state, "_fsdp_param_groups", None)  # several since torch 2.13, one or none before
+    groups = [getattr(state, "_fsdp_param_group", None)] if groups is None else groups
+    return [group.fsdp_params for group in groups if group is not None]
 
 
 def copies(tensor: Tensor, ranks: int) -> int:

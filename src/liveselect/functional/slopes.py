@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liveselect.functional.sharding import local
+
 _WHOLESALE = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
 _INDEPENDENT = 1e-6
 
@@ -21,22 +23,23 @@ def step_slope(optimizer: torch.optim.Optimizer, parameter: Tensor, amplitude: T
     For plain SGD that is minus the learning rate whatever the amplitude. Where the step saturates, as that of Adam does
     in coordinates whose second moment is small against :math:`a_j^2`, it is the slope that a gradient of this size
     meets; as :math:`a \to 0` it becomes the derivative at a zero gradient. The step is taken by the optimizer's own
-    code on copies in float64, with the live moments, counters and settings; nothing of the optimizer is touched.
+    code on copies in float64, with the live moments, counters and settings; nothing of the optimizer is touched. Of a
+    parameter that ranks hold in parts, this rank's part is looked at.
 
     Args:
         optimizer: any that treats the coordinates of a parameter apart.
         parameter: one of the optimizer's.
-        amplitude: of the parameter's shape, positive.
+        amplitude: of the shape of the parameter's local part, positive.
 
     Returns:
-        float64, of the parameter's shape.
+        float64, of the same shape.
 
     Raises:
         TypeError: the step of one coordinate depends on the gradients of others.
     """
     amplitude = amplitude.double()
     forth, back = (_stepped(optimizer, parameter, sign * amplitude) for sign in (1, -1))
-    if parameter.numel() > 1:
+    if amplitude.numel() > 1:
         half = torch.arange(amplitude.numel(), device=amplitude.device).view(amplitude.shape) % 2
         alone = _stepped(optimizer, parameter, (2 * half - 1) * amplitude)  # every second coordinate forth, others back
         apart = torch.where(half == 1, forth, back)
@@ -50,8 +53,7 @@ def step_slope(optimizer: torch.optim.Optimizer, parameter: Tensor, amplitude: T
 
 def _stepped(optimizer: torch.optim.Optimizer, parameter: Tensor, gradient: Tensor) -> Tensor:
     """Return the parameter after one step on a gradient, float64, from a twin of the optimizer that holds it alone."""
-    value = parameter.detach().double()
-    value = value.clone() if value is parameter.detach() or value.data_ptr() == parameter.data_ptr() else value
+    value = local(parameter).to(torch.float64, copy=True)
     value.grad = gradient
     group = next(group for group in optimizer.param_groups if any(each is parameter for each in group["params"]))
     twin = object.__new__(type(optimizer))  # copy.copy would lose what a subclass keeps outside of its state
@@ -59,13 +61,14 @@ def _stepped(optimizer: torch.optim.Optimizer, parameter: Tensor, gradient: Tens
     twin.param_groups = [{**group, **{k: v for k, v in _WHOLESALE.items() if k in group}, "params": [value]}]
     twin.state = defaultdict(dict)
     if parameter in optimizer.state:
-        twin.state[value] = {name: _own(item, parameter) for name, item in optimizer.state[parameter].items()}
+        twin.state[value] = {name: _own(item) for name, item in optimizer.state[parameter].items()}
     type(optimizer).step(twin)
     return value
 
 
-def _own(item: Any, parameter: Tensor) -> Any:
+def _own(item: Any) -> Any:
     if not isinstance(item, Tensor):
         return item
+    item = local(item)
     # counters keep their type: some optimizers ask for float32
-    return item.detach().to(torch.float64, copy=True) if item.is_floating_point() and item.dim() else item.clone()
+    return item.to(torch.float64, copy=True) if item.is_floating_point() and item.dim() else item.clone()

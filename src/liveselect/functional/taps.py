@@ -127,7 +127,12 @@ def _per_example(name: str, module: nn.Module, inputs: Tensor, output: Tensor, r
     return output if output.shape[0] == rows else output.expand(rows, *output.shape[1:])
 
 
-def missed_uses(loss: Tensor, parameters: Mapping[str, nn.Parameter], calls: Mapping[str, int]) -> dict[str, int]:
+def missed_uses(
+    loss: Tensor,
+    parameters: Mapping[str, nn.Parameter],
+    calls: Mapping[str, int],
+    twins: Mapping[int, int] | None = None,
+) -> dict[str, int]:
     """Return the parameters that the graph of ``loss`` uses more often than taps saw, and how often it does.
 
     A weight that is used without its module being called (``F.linear(x, module.weight)``, a fused kernel) is invisible
@@ -137,8 +142,10 @@ def missed_uses(loss: Tensor, parameters: Mapping[str, nn.Parameter], calls: Map
         loss: any tensor computed under grad.
         parameters: by name.
         calls: for each name, how many calls of modules that hold the parameter were tapped.
+        twins: what stands for parameters in the graph, as ids: :func:`~liveselect.functional.sharding.whole_twins`.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
+    names |= {twin: names[parameter] for twin, parameter in (twins or {}).items() if parameter in names}
     uses = _count_uses(loss, names)
     return {name: count for name, count in uses.items() if count > calls.get(name, 0)}
 

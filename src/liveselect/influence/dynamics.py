@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from liveselect.functional.adjoint import Dynamics, State
+from liveselect.functional.sharding import is_sharded
 from liveselect.functional.updates import AdamRule, Clip, ClipNorm, ClipValue, Moments, Rule, SGDRule, Vector, norm
 from liveselect.protocols import RoundContext
 
@@ -19,8 +20,14 @@ def moving_parameters(context: RoundContext) -> dict[str, nn.Parameter]:
 
     Raises:
         ValueError: there is none.
-        TypeError: some are kept in 16 bits, in which a costate is lost in rounding.
+        TypeError: some are kept in 16 bits, in which a costate is lost in rounding; or they are sharded over ranks.
     """
+    if is_sharded(context.model):
+        raise TypeError(
+            "PMPInfluence differentiates twice, through whole parameters, so it does not work with a model whose "
+            "parameters are sharded over ranks (FSDP): train with strategy='ddp', score the pool with a smaller model "
+            "beforehand (liveselect score) and select by ScoredSelector, or take another estimator"
+        )
     trained = {id(parameter) for group in context.optimizer.param_groups for parameter in group["params"]}
     found = {
         name: parameter

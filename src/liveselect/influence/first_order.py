@@ -1,10 +1,11 @@
 """Influence to first order: the product of every candidate's gradient with one direction."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,8 +17,8 @@ from liveselect.functional.gradients import (
     example_dot,
     forward_mode_dot,
     plan_products,
-    summed_loss_and_gradient,
 )
+from liveselect.functional.sharding import is_sharded, like, local
 from liveselect.functional.slopes import step_slope
 from liveselect.influence.one_step import (
     Probe,
@@ -27,6 +28,7 @@ from liveselect.influence.one_step import (
     trainable_parameters,
 )
 from liveselect.influence.reference import Precision, ReferencePass, batch_flops
+from liveselect.influence.reference_gradient import mean_reference_gradient
 from liveselect.influence.step_sizes import typical_gradient
 from liveselect.protocols import Batch, NotMeasurableError, RoundContext
 from liveselect.snapshot import Snapshot, measuring
@@ -52,7 +54,7 @@ class _Tangent:
     """The reference loss as a linear function around one point; takes the place of the reference pass in a probe."""
 
     parameters: Sequence[Tensor]
-    origin: Sequence[Tensor]
+    origin: Sequence[Tensor]  # the local parts
     gradient: Sequence[Tensor]
 
     @torch.no_grad()
@@ -60,7 +62,8 @@ class _Tangent:
         """Return how far the loss lies from that at the origin, nats per token."""
         triples = zip(self.parameters, self.origin, self.gradient, strict=True)
         # the difference first, and wide: it is a small one of large numbers
-        return float(sum(((now.double() - then) * slope).sum() for now, then, slope in triples))
+        sums = [((local(now).double() - then) * local(slope)).sum() for now, then, slope in triples]
+        return _total(context.model, self.parameters, sums)
 
 
 @dataclass(frozen=True)
@@ -162,9 +165,15 @@ class FirstOrderInfluence:
         Raises:
             NotMeasurableError: the learning rate is zero, or the reference loss is not finite.
             ValueError: a pattern fits no parameter, or no rule gives the gradients of a layer.
-            TypeError: the optimizer cannot take a step on a given gradient, or has no slope for each coordinate.
+            TypeError: the optimizer cannot take a step on a given gradient, or has no slope for each coordinate; or the
+                engine does not work with a sharded model.
         """
         refuse_unfit(context)
+        if self.engine == "forward_mode" and is_sharded(context.model):
+            raise TypeError(
+                'engine="forward_mode" does not work with parameters that are sharded over ranks (FSDP): use '
+                'engine="hooks", or "central_difference"'
+            )
         rate = live_learning_rate(context.optimizer)
         parameters = self._parameters(context)
         with measuring(context.model, context.optimizer):
@@ -183,13 +192,13 @@ class FirstOrderInfluence:
                 return metrics
             with context.meter.phase("precondition"):
                 direction = self._precondition(context, parameters, gradient, rate)
-        difference = self.difference or _difference(parameters, direction, gradient)
+        difference = self.difference or _difference(context.model, parameters, direction, gradient)
         if self.engine == "hooks":
             plan_products(context.model, direction)  # what no rule covers is told here, not at the first candidate
         self._fitted = _Fitted(direction, None, rate, difference)
         total = sum(parameter.numel() for parameter in trainable_parameters(context.optimizer))
         return metrics | {
-            "direction_norm": _length(direction.values()),
+            "direction_norm": _length(context.model, list(direction.values())),
             "measured_share": sum(parameter.numel() for parameter in parameters.values()) / total,
         }
 
@@ -222,11 +231,13 @@ class FirstOrderInfluence:
         context.meter.add_flops(_FORWARDS[self.engine] * batch_flops(context.model, batch))
         if self.engine == "central_difference":
             with _full_precision(context):
-                return central_difference_dot(context.model, loss_fn, batch, direction, difference)
-        product = example_dot if self.engine == "hooks" else forward_mode_dot
+                length = partial(_length, context.model)
+                return central_difference_dot(context.model, loss_fn, batch, direction, difference, length)
         with context.forward_context():
-            influence = product(context.model, loss_fn, batch, direction)
-        return influence.where(finite[0], math.nan) if self.engine == "hooks" else influence
+            if self.engine == "forward_mode":
+                return forward_mode_dot(context.model, loss_fn, batch, direction)
+            influence = example_dot(context.model, loss_fn, batch, direction, whole=distributed.whole)
+        return influence.where(finite[0], math.nan)
 
     def _from_steps(self, context: RoundContext, batch: Batch, tangent: _Tangent) -> Tensor:
         weight = context.global_batch if self.step == "in_batch" else 1
@@ -256,27 +267,22 @@ class FirstOrderInfluence:
             if self.gradient_at == "zero_step":
                 loss, gradient = self._summed(context, reference, parameters)
             keep = self.engine == "optimizer_step"
-            return loss, gradient, [p.detach().clone() for p in parameters.values()] if keep else []
+            return loss, gradient, [local(p).clone() for p in parameters.values()] if keep else []
         finally:
             snapshot.restore()
 
     def _summed(
         self, context: RoundContext, reference: ReferencePass, parameters: Mapping[str, nn.Parameter]
     ) -> tuple[float, dict[str, Tensor]]:
-        share = slice(distributed.rank(), None, distributed.world_size())
-        batches, counts = reference.batches[share], reference.counts[share]
         with _full_precision(context) if self.reference_precision == "float32" else context.forward_context():
-            found = summed_loss_and_gradient(context.model, context.loss_fn, batches, counts, parameters)
-        context.meter.add_flops(3 * sum(batch_flops(context.model, batch) for batch in batches))
-        totals = distributed.sum_over_ranks(torch.tensor(found[:2], dtype=torch.float64))
-        loss, tokens = float(totals[0] / totals[1]), float(totals[1])
+            loss, gradient = mean_reference_gradient(context, reference, parameters)
         if not math.isfinite(loss):
             raise NotMeasurableError(
                 f"the reference loss {'after a step on zero gradients' if self.gradient_at == 'zero_step' else ''} is "
                 f"{loss}; influence cannot be measured from there: lower the learning rate, or look at the training "
                 "loss, the model may have diverged"
             )
-        return loss, {name: distributed.sum_over_ranks(found[2][name]) / tokens for name in parameters}
+        return loss, gradient
 
     def _precondition(
         self, context: RoundContext, parameters: Mapping[str, nn.Parameter], gradient: dict[str, Tensor], rate: float
@@ -289,15 +295,17 @@ class FirstOrderInfluence:
             sizes, kept = typical_gradient(context, everything, divisor, self.sampled)
             amplitudes = {id(parameter): size for parameter, size in zip(everything, sizes, strict=True)}
         else:
-            amplitudes = {id(p): _NEAR_ZERO * gradient[name].abs() for name, p in parameters.items()}
+            amplitudes = {id(p): _NEAR_ZERO * local(gradient[name]).abs() for name, p in parameters.items()}
         direction = {}
         for name, parameter in parameters.items():
             amplitude = amplitudes.pop(id(parameter))
             least = torch.finfo(amplitude.dtype).tiny ** 0.5  # a square of it is still told from zero in float64
             slope = step_slope(context.optimizer, parameter, amplitude.clamp(min=least))
-            value = (-kept / rate * slope * gradient[name]).to(parameter.dtype)
-            if bool((value != 0).any()):
-                direction[name] = value
+            direction[name] = like((-kept / rate * slope * local(gradient[name])).to(parameter.dtype), parameter)
+        moves = torch.stack([(local(value) != 0).any() for value in direction.values()]).double()
+        if is_sharded(context.model):
+            moves = distributed.sum_over_ranks(moves)
+        direction = {name: value for (name, value), any_ in zip(direction.items(), moves.tolist(), strict=True) if any_}
         if not direction:
             raise ValueError(
                 "the reference loss does not change with any parameter that is measured: expected loss_fn to compute "
@@ -322,21 +330,28 @@ class FirstOrderInfluence:
 
 
 def _difference(
-    parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor], gradient: Mapping[str, Tensor]
+    model: nn.Module, parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor], gradient: Mapping[str, Tensor]
 ) -> float:
     """Return how far to go along the direction, as a share of the parameters' length, for a small change of the loss.
 
     What moves the reference loss by so much moves those of candidates by as much or less, and all of them enough to be
     told from rounding.
     """
-    slope = sum(float((value.double() * gradient[name]).sum()) for name, value in direction.items())
+    products = [(local(value).double() * local(gradient[name])).sum() for name, value in direction.items()]
+    slope = _total(model, list(direction.values()), products)
     double = all(value.dtype == torch.float64 for value in direction.values())
-    start = _length(parameters[name].detach() for name in direction)
-    return (_MOVE_IN_DOUBLE if double else _MOVE) * _length(direction.values()) / max(abs(slope) * start, 1e-30)
+    start = _length(model, [parameters[name] for name in direction])
+    length = _length(model, list(direction.values()))
+    return (_MOVE_IN_DOUBLE if double else _MOVE) * length / max(abs(slope) * start, 1e-30)
 
 
-def _length(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+def _length(model: nn.Module, tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(_total(model, tensors, [local(tensor).double().square().sum() for tensor in tensors]))
+
+
+def _total(model: nn.Module, tensors: Sequence[Tensor], sums: Sequence[Tensor]) -> float:
+    """Return the sum of ``sums``, numbers of the local parts of ``tensors``, over all parts of a sharded model's."""
+    return float(distributed.total_of_parts(tensors, sums) if is_sharded(model) else sum(sums))
 
 
 def _full_precision(context: RoundContext) -> AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -17,12 +18,14 @@ from liveselect.functional.factors import (
     add_squares,
     zero_sums,
 )
-from liveselect.functional.gradients import example_dot, summed_loss_and_gradient
+from liveselect.functional.gradients import example_dot
 from liveselect.functional.kronecker import relative_damping, solve
+from liveselect.functional.sharding import is_sharded, local, part_of, reshard
 from liveselect.influence.blocks import Blocks, Variant
 from liveselect.influence.fisher import Labels, active_tokens, with_sampled_labels
 from liveselect.influence.matrices import find_matrix_layers
 from liveselect.influence.reference import ReferencePass, batch_flops
+from liveselect.influence.reference_gradient import mean_reference_gradient
 from liveselect.losses import target_counts
 from liveselect.protocols import Batch, NotMeasurableError, RoundContext
 from liveselect.snapshot import measuring
@@ -148,16 +151,19 @@ class KFACInfluence:
             with context.meter.phase("reference gradient"):
                 loss, gradient = _reference_gradient(context, reference, layers)
             with context.meter.phase("precondition"):
-                self._direction = self._precondition(layers, gradient)
+                self._direction = self._precondition(context, layers, gradient)
             self._reference_from = context.round
         self._coverage_checked = False
         size = sum(value.numel() for value in self._direction.values())
+        squares = [local(value).double().square().sum() for value in self._direction.values()]
+        together = is_sharded(context.model)
+        length = distributed.total_of_parts(list(self._direction.values()), squares) if together else sum(squares)
         return metrics | {
             "reference_loss": loss,
             "reference_examples": float(reference.examples),
             "reference_tokens": float(reference.targets),
             "factors_age": float(context.round - (self._factors_from or context.round)),
-            "direction_norm": math.sqrt(sum(float(v.double().square().sum()) for v in self._direction.values())),
+            "direction_norm": math.sqrt(float(length)),
             "measured_share": size / sum(p.numel() for p in context.model.parameters() if p.requires_grad),
         }
 
@@ -173,7 +179,9 @@ class KFACInfluence:
         with measuring(context.model, context.optimizer), context.meter.phase("example gradients"):
             with context.forward_context():
                 check = not self._coverage_checked
-                influence = example_dot(context.model, context.loss_fn, batch, direction, check)
+                influence = example_dot(
+                    context.model, context.loss_fn, batch, direction, check, whole=distributed.whole
+                )
                 self._coverage_checked = True
             context.meter.add_flops(3 * batch_flops(context.model, batch))
         return influence.where(influence.isfinite(), math.nan).float().cpu()
@@ -185,7 +193,7 @@ class KFACInfluence:
             "curvature": self.curvature,
             "factors_from": self._factors_from,
             "reference_from": self._reference_from,
-            "direction": None if direction is None else {name: value.cpu() for name, value in direction.items()},
+            "direction": None if direction is None else {n: distributed.whole(v).cpu() for n, v in direction.items()},
             "blocks": self._blocks.state_dict(),
         }
 
@@ -203,35 +211,47 @@ class KFACInfluence:
 
     def _layers(self, context: RoundContext, reference: ReferencePass) -> list[MatrixLayer]:
         row = {name: value[:1] for name, value in reference.batches[0].items() if isinstance(value, Tensor)}
-        return find_matrix_layers(
+        layers = find_matrix_layers(
             context.model,
             lambda: context.loss_fn(context.model, row),
             self.include,
             self.exclude,
             self.split_fused,
         )
+        reshard(context.model)
+        return layers
 
     def _refresh_factors(self, context: RoundContext, layers: list[MatrixLayer]) -> float:
         """Measure curvature on examples of this round and mix it into the average; returns the tokens seen."""
         drawn = torch.randperm(len(context.candidates), generator=context.generator("factors"))[: self.factor_examples]
         ids = context.candidates[drawn]
         mine = ids[distributed.shard(len(ids))]
-        batches = list(context.candidate_batches(mine))
+        together = is_sharded(context.model)
+        spare = partial(self._first, context, ids)
+        batches = list(distributed.in_step(context.candidate_batches(mine), spare, together))
         if self.labels == "sampled":
             generator = context.generator(f"labels of rank {distributed.rank()}")
             with context.forward_context():
-                batches = [with_sampled_labels(context.model, batch, generator) for batch in batches]
+                batches = [(with_sampled_labels(context.model, batch, generator), own) for batch, own in batches]
+        reshard(context.model)
         seen = 0.0
         kept: list[Seen | None] = []
         for kinds in self._blocks.passes:
             sums = zero_sums(layers, context.model, kinds)
-            for index, batch in enumerate(batches):
+            for index, (batch, own) in enumerate(batches):
+                into = sums if own else zero_sums(layers, context.model, kinds)
                 if "squares" in kinds:
-                    self._add_squares(context, sums, layers, batch, kept[index] if kept else None)
+                    self._add_squares(context, into, layers, batch, kept[index] if kept else None)
                 else:
-                    kept.append(self._add_covariances(context, sums, layers, batch, _size(kept), check=index == 0))
+                    found = self._add_covariances(context, into, layers, batch, _size(kept), check=index == 0)
+                    lost = found is None
+                    kept.append(None if together and distributed.any_rank(lost) else found)
             seen = self._blocks.take(layers, sums, kinds)
         return seen
+
+    @staticmethod
+    def _first(context: RoundContext, ids: Tensor) -> dict[str, Tensor]:
+        return next(context.candidate_batches(ids[:1]))
 
     def _add_covariances(
         self, context: RoundContext, sums: Sums, layers: list[MatrixLayer], batch: Batch, size: int, check: bool
@@ -255,13 +275,16 @@ class KFACInfluence:
             add_squares(sums, *arguments, self._blocks.basis)
         context.meter.add_flops(2 * batch_flops(context.model, batch))
 
-    def _precondition(self, layers: list[MatrixLayer], gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _precondition(
+        self, context: RoundContext, layers: list[MatrixLayer], gradient: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         if self.curvature == "identity":
             return dict(gradient)
         direction: dict[str, Tensor] = {}
         owners = self._blocks.owners(layers)
+        parameters = dict(context.model.named_parameters())
         for layer in layers:
-            matrix = layer.matrix(gradient)
+            matrix = layer.matrix({name: distributed.whole(gradient[name]) for name in layer.parameters})
             moved = torch.zeros_like(matrix)
             if owners[layer.leader] == distributed.rank():
                 for block, index in enumerate(layer.blocks):
@@ -269,7 +292,8 @@ class KFACInfluence:
                     curvature = self._blocks.curvature(layer, block, matrix.device)
                     if curvature is not None:
                         moved[rows] = solve(curvature, matrix[rows], relative_damping(curvature, self.damping))
-            direction |= layer.by_name(distributed.copy_from(moved, owners[layer.leader]))
+            moved = distributed.copy_from(moved, owners[layer.leader])
+            direction |= {name: part_of(value, parameters[name]) for name, value in layer.by_name(moved).items()}
         return direction
 
 
@@ -280,21 +304,17 @@ def _is_due(last: int | None, now: int, every: int) -> bool:
 def _reference_gradient(
     context: RoundContext, reference: ReferencePass, layers: list[MatrixLayer]
 ) -> tuple[float, dict[str, Tensor]]:
-    """Return the mean reference loss, nats per token, and its gradient in the layers' parameters, on every rank."""
-    share = slice(distributed.rank(), None, distributed.world_size())
-    batches, counts = reference.batches[share], reference.counts[share]
+    """Return the mean reference loss, nats per token, and its gradient in the layers' parameters."""
     names = {name for layer in layers for name in layer.parameters}
+    parameters = {name: parameter for name, parameter in context.model.named_parameters() if name in names}
     with context.forward_context():
-        loss, tokens, gradient = summed_loss_and_gradient(context.model, context.loss_fn, batches, counts, names)
-    context.meter.add_flops(3 * sum(batch_flops(context.model, batch) for batch in batches))
-    totals = distributed.sum_over_ranks(torch.tensor([loss, tokens], dtype=torch.float64))
-    mean = float(totals[0] / totals[1])
+        mean, gradient = mean_reference_gradient(context, reference, parameters)
     if not math.isfinite(mean):
         raise NotMeasurableError(
             f"the reference loss is {mean}; influence cannot be measured from there: look at the training loss, the "
             "model may have diverged"
         )
-    return mean, {name: distributed.sum_over_ranks(value) / float(totals[1]) for name, value in gradient.items()}
+    return mean, gradient
 
 
 def _size(kept: list[Seen | None]) -> int:

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liveselect import distributed
 from liveselect.functional.gradients import plan_products
 from liveselect.functional.layer_pass import LayerPlan, check_coverage, count_rows, make_anchor
+from liveselect.functional.sharding import is_sharded
 from liveselect.functional.taps import Observer, TapLog, tapped
 from liveselect.losses import target_counts
 from liveselect.protocols import Batch
@@ -49,7 +51,8 @@ class TrainingStepScores:
     A single one is scored for next to nothing.
 
     With activation checkpointing hooks must stay until the backward is over, as they do here. Compiled layers do not
-    run hooks; :meth:`collect` says so.
+    run hooks; :meth:`collect` says so. With a sharded model all ranks must attach in the same micro-batches, because
+    directions that they hold in parts are gathered layer by layer.
 
     Args:
         model: the module that holds the parameters; under data parallel wrappers, the one inside.
@@ -66,7 +69,8 @@ class TrainingStepScores:
         if examples is not None and examples < 1:
             raise ValueError(f"expected examples of at least 1, or None for all of a batch, got {examples}")
         self._model = model
-        self._plan: LayerPlan = plan_products(model, direction)
+        self._plan: LayerPlan = plan_products(model, direction, distributed.whole)
+        self._sharded = is_sharded(model)
         self._direction = direction
         self._examples = examples
         self._stack = ExitStack()
@@ -83,7 +87,8 @@ class TrainingStepScores:
             raise RuntimeError("scores of a training step are attached already: collect() or detach() them first")
         rows = count_rows(batch)
         wanted = rows if self._examples is None else min(rows, self._examples)
-        from_total = wanted == rows <= _FEW
+        # of a sharded model backward only leaves the mean of all ranks' gradients
+        from_total = wanted == rows <= _FEW and not self._sharded
         self._open = _Open(make_anchor(self._plan.parameters.values(), rows), wanted, from_total)
         products = wanted - from_total
         if products:

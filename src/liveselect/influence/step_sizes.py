@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from liveselect import distributed
 from liveselect.functional.flops import forward_flops
-from liveselect.influence.one_step import rows_of
+from liveselect.functional.sharding import is_sharded, local
+from liveselect.influence.one_step import gradients_of, rows_of
 from liveselect.protocols import RoundContext
 
 
@@ -19,7 +20,8 @@ def typical_gradient(
 
     Examples are drawn from the round's candidates and shared out over ranks. The size of a coordinate is the root mean
     square over those whose gradient reaches it: a row of an embedding is told by the texts that hold its token. Where
-    none does, it is that of the coordinates of the same parameter that some gradient reaches.
+    none does, it is that of the coordinates of the same parameter that some gradient reaches. Ranks that hold a sharded
+    model take every gradient together.
 
     Call inside :func:`liveselect.snapshot.measuring`, which takes care of the live gradients.
 
@@ -30,23 +32,32 @@ def typical_gradient(
         examples: how many are drawn.
 
     Returns:
-        For each parameter a tensor of its shape, zero where no gradient reaches any of it; and a number up to 1.
+        For each parameter a tensor of the shape of its local part, zero where no gradient reaches any of the parameter;
+        and a number up to 1.
     """
     drawn = torch.randperm(len(context.candidates), generator=context.generator("step sizes"))[:examples]
-    mine = context.candidates[drawn[distributed.shard(len(drawn))]]
-    squares = [torch.zeros_like(parameter) for parameter in parameters]
-    reached = [torch.zeros_like(parameter) for parameter in parameters]
+    sharded = is_sharded(context.model)
+    mine = context.candidates[drawn if sharded else drawn[distributed.shard(len(drawn))]]
+    squares = [torch.zeros_like(local(parameter)) for parameter in parameters]
+    reached = [torch.zeros_like(local(parameter)) for parameter in parameters]
     lengths = torch.zeros(2, dtype=torch.float64)  # squared, before and after clipping
     for batch in context.candidate_batches(mine):
         for row in rows_of(batch):
             with context.forward_context():
                 loss = context.loss_fn(context.model, row).sum()
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradients = gradients_of(context.model, loss, parameters)
             context.meter.add_flops(3 * forward_flops(context.model, row["input_ids"].numel()))
             lengths += _add(squares, reached, parameters, gradients, divisor, context)
-    sums = zip(map(distributed.sum_over_ranks, squares), map(distributed.sum_over_ranks, reached), strict=True)
-    sizes = [_size(total, count) for total, count in sums]
-    before, after = distributed.sum_over_ranks(lengths).tolist()
+    if not sharded:
+        squares = [distributed.sum_over_ranks(square) for square in squares]
+        reached = [distributed.sum_over_ranks(count) for count in reached]
+        lengths = distributed.sum_over_ranks(lengths)
+    overall = torch.stack([torch.stack([s.sum(), r.sum()]) for s, r in zip(squares, reached, strict=True)]).double()
+    if sharded:  # parts that several ranks hold alike count as often above as below
+        overall = distributed.sum_over_ranks(overall)
+    typical = overall[:, 0] / overall[:, 1].clamp(min=1)
+    sizes = [_size(*each) for each in zip(squares, reached, typical.tolist(), strict=True)]
+    before, after = lengths.tolist()
     return sizes, math.sqrt(after / before) if before else 1.0
 
 
@@ -62,22 +73,23 @@ def _add(
     """Add one clipped gradient to the sums; returns its squared length before and after clipping, ``(2,)``."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient / divisor
-    before = _squared_length(parameters)
+    before = _squared_length(parameters, is_sharded(context.model))
     if not math.isfinite(before):
         return torch.zeros(2, dtype=torch.float64)
     context.clip_gradients(list(parameters))
     for square, count, parameter in zip(squares, reached, parameters, strict=True):
         if parameter.grad is not None:
-            square.addcmul_(parameter.grad, parameter.grad)
-            count.add_(parameter.grad != 0)
-    return torch.tensor([before, _squared_length(parameters)], dtype=torch.float64)
+            gradient = local(parameter.grad)
+            square.addcmul_(gradient, gradient)
+            count.add_(gradient != 0)
+    return torch.tensor([before, _squared_length(parameters, is_sharded(context.model))], dtype=torch.float64)
 
 
-def _squared_length(parameters: Sequence[nn.Parameter]) -> float:
-    norms = torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    return float(torch.stack([norm.double() for norm in norms]).square().sum())
+def _squared_length(parameters: Sequence[nn.Parameter], sharded: bool) -> float:
+    given = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    squares = [norm.double().square() for norm in torch._foreach_norm([local(gradient) for gradient in given])]
+    return float(distributed.total_of_parts(given, squares) if sharded else torch.stack(squares).sum())
 
 
-def _size(squares: Tensor, reached: Tensor) -> Tensor:
-    overall = squares.sum() / reached.sum().clamp(min=1)
+def _size(squares: Tensor, reached: Tensor, overall: float) -> Tensor:
     return torch.where(reached > 0, squares / reached.clamp(min=1), overall).sqrt()
