@@ -33,12 +33,12 @@ class Seen(Callback):
         (self.folder / f"rounds-{trainer.global_rank}").write_text(json.dumps([rounds, run.plan.ids.tolist()]))
 
 
-def trained(folder, ranks, ckpt_path=None, steps=STEPS, **pace):
+def trained(folder, ranks, ckpt_path=None, steps=STEPS, selector=None, estimator=None, callbacks=(), **pace):
     folder.mkdir(exist_ok=True)
     pl.seed_everything(1, verbose=False)
     selection = DataSelection(
-        RegressionSelector(HashedRidgeRegressor(), probes=13, ratio=0.5, min_spearman=None),
-        OneStepInfluence(),
+        selector or RegressionSelector(HashedRidgeRegressor(), probes=13, ratio=0.5, min_spearman=None),
+        estimator or OneStepInfluence(),
         every_n_steps=ROUND,
         dirpath=folder,
         **pace,
@@ -47,7 +47,7 @@ def trained(folder, ranks, ckpt_path=None, steps=STEPS, **pace):
     settings = {"precision": "32-true", "max_steps": steps, "devices": ranks, "limit_val_batches": 0}
     if ranks > 1:
         settings["strategy"] = DDPStrategy(process_group_backend="gloo", start_method="fork")
-    trainer = small_trainer(folder, [selection, Seen(folder)], val_check_interval=3, **settings)
+    trainer = small_trainer(folder, [selection, Seen(folder), *callbacks], val_check_interval=3, **settings)
     trainer.fit(SmallLM(dropout=0.0), datamodule=data, ckpt_path=ckpt_path)
     return [json.loads((folder / f"rounds-{rank}").read_text()) for rank in range(ranks)]
 

@@ -1,10 +1,19 @@
 """Two processes decide as one and train on the same global batches."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from small_run import ACCUMULATE
 from two_ranks import STEPS, batches, trained
+
+from liveselect import distributed
+from liveselect.influence import OneStepInfluence
+from liveselect.regressors import HashedRidgeRegressor
+from liveselect.selectors import RegressionSelector
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +49,31 @@ def test_a_run_continues_on_another_number_of_ranks(runs, tmp_path):
         (rounds,) = {json.dumps(r) for r in trained(place, ranks, folder / source / "end.ckpt", steps=STEPS + 2)}
         assert json.loads(rounds)[1] == longer
         assert sorted(i for batch in batches(place, ranks) for i in batch) == sorted(longer)
+
+
+class Dying(OneStepInfluence):
+    """Its rank 1 is killed while it measures for the second round."""
+
+    def score(self, context, batch):
+        if context.round == 2 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().score(context, batch)
+
+
+def test_a_rank_that_dies_in_a_round_ends_the_run_and_its_last_checkpoint_continues_it(runs, tmp_path):
+    folder, *_ = runs
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=3, filename="saved")
+    with pytest.raises(Exception, match=r"SIGKILL|terminated|Connection closed"):
+        trained(tmp_path / "broken", 2, estimator=Dying(), callbacks=[keep])
+    rounds = trained(tmp_path / "resumed", 2, tmp_path / "saved.ckpt")
+    assert rounds == runs[2]
+    assert batches(tmp_path / "resumed", 2) == batches(folder / "two", 2)[3 * ACCUMULATE :]
+
+
+def test_ranks_that_propose_different_candidates_are_named_before_anything_is_measured(tmp_path):
+    class Torn(RegressionSelector):
+        def propose(self, context):
+            return super().propose(context) + distributed.rank()
+
+    with pytest.raises(Exception, match=r"ranks disagree about what to measure in round 1: .*ranks \[1\] hold"):
+        trained(tmp_path, 2, selector=Torn(HashedRidgeRegressor(), probes=13))
