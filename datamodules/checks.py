@@ -1,18 +1,30 @@
 """What is wrong with pool, reference set and model together, said before hours are spent."""
 
 import inspect
+import itertools
 import re
+import warnings
+from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from liveselect import distributed
+from liveselect.datamodules.collating import without_fill
+from liveselect.datamodules.content import spread_ids
+from liveselect.datamodules.overlap import visible_rows
 from liveselect.datamodules.pool_files import TOKENIZER
+from liveselect.datamodules.rows import Rows
+from liveselect.datamodules.tokenizers import load_tokenizer
 from liveselect.datamodules.tokens import TokenStore
+from liveselect.protocols import SelectionWarning
 
 POSITIONS = re.compile(r"wpe|wpos|pos(itions?)?|(embed_|learned_)?pos(ition(s|al)?)?_?(emb\w*|enc\w*)?|embed_positions")
 """Names that models give to the table of their learned positions."""
+
+MADE_AGAIN = 0.95  # with the tokenizer that made some ids, nearly all come back; with another, 85% and less
 
 PACKABLE = ("gpt2", "gpt_neox", "llama")
 """Hugging Face model types that keep packed items apart; a test compares each with items run one by one."""
@@ -29,6 +41,76 @@ def check_same_tokenizer(pool: TokenStore | None, reference: TokenStore | None) 
             f"{pool.path} and {reference.path} were prepared with different tokenizers, so the same ids mean different "
             "texts: prepare the second one with the tokenizer of the first "
             f"(liveselect prepare ... --tokenizer {pool.tokenizer_path or 'NAME'})"
+        )
+
+
+def check_tokenizer(tokenizer: Any, rows: Rows, what: str) -> None:
+    """Raise where ``tokenizer`` cannot be the one that made the pool; warn where it hardly is.
+
+    A reference set in other ids than the pool's is noise to the model, and nothing would fail. Ids beyond the
+    tokenizer's are a sign. So is text of the pool, decoded, that does not become the same ids again: with the right
+    tokenizer nearly all do.
+
+    Args:
+        tokenizer: the one that will be used.
+        rows: the pool.
+        what: where the tokenizer comes from.
+
+    Raises:
+        TypeError: it is no Hugging Face tokenizer.
+        ValueError: the pool was prepared with another one.
+    """
+    if not callable(tokenizer) or not hasattr(tokenizer, "all_special_ids"):
+        raise TypeError(
+            f"expected {what} as a Hugging Face tokenizer, or the name or path of one, got {type(tokenizer).__name__}"
+        )
+    if rows.store is not None and rows.store.tokenizer_path is not None:
+        own = load_tokenizer(rows.store.tokenizer_path)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"{what} is not the tokenizer that {rows.store.path} was prepared with, so the same ids mean different "
+                "texts: leave it out, the pool holds its own"
+            )
+        return
+    known = len(tokenizer)
+    again = _made_again(tokenizer, rows)
+    if rows.vocab_size > known or again < MADE_AGAIN:
+        warnings.warn(
+            f"{what} does not look like the one that made the pool: it knows {known} tokens, ids of the pool reach to "
+            f"{rows.vocab_size - 1}, and of some decoded rows {again:.0%} of the ids came back. If it is another one, "
+            "the reference set means nothing to the model",
+            SelectionWarning,
+            stacklevel=2,
+        )
+
+
+def _made_again(tokenizer: Any, rows: Rows) -> float:
+    """Return the share of the ids of some rows that are there again after decoding and encoding."""
+    special = {*tokenizer.all_special_ids}
+    kept = total = 0
+    for i in spread_ids(len(rows), 8):
+        (row,) = visible_rows(rows.candidates([i]))
+        for is_text, part in itertools.groupby(
+            without_fill(row[:256]).tolist(), lambda token: token < len(tokenizer) and token not in special
+        ):
+            if not is_text:  # documents that it separates were encoded one by one
+                continue
+            ids = list(part)
+            text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            encoded = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            kept += sum((Counter(ids) & Counter(encoded)).values())
+            total += len(ids)
+    return kept / total if total else 1.0
+
+
+def check_same_on_all_ranks(what: str, fingerprint: str) -> None:
+    """Raise ValueError when ranks opened different data; a collective."""
+    found = distributed.gather_objects(fingerprint)
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"{what} differs between the ranks ({', '.join(found)}): every rank must open all of it, since an id must "
+            "mean the same row everywhere. Do not shard data by rank (dataset.shard, split_dataset_by_node), and give "
+            "every random split a seed; the plan is shared out over the ranks by itself"
         )
 
 

@@ -1,4 +1,4 @@
-"""Does a collate function keep the rows of a batch in their order? Asked before training, by trying it."""
+"""Does what makes a batch keep the rows in their order? Asked before training, by trying it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,19 +11,20 @@ CLEARER, HALF = 0.25, 0.5  # a random function moved a row when half of it is fo
 SLIDING = 1 << 20  # comparisons of a pair of rows beyond which only their beginnings and ends are aligned
 
 Together = Callable[[Sequence[int], int], list[np.ndarray]]
-"""Collates the rows ``ids (B,)``, draws made under a seed, and returns what became of each, without marked padding."""
+"""Makes a batch of the rows ``ids (B,)`` under a seed, and returns what became of each, without marked padding."""
 
 
-def check_order(together: Together, ids: Sequence[int]) -> None:
+def check_order(together: Together, ids: Sequence[int], what: str) -> None:
     """Raise ValueError unless row j of a batch is what becomes of its j-th example.
 
-    Rows are collated one by one, and together, the short ones first and the long ones first, so that a function that
+    Rows are asked for one by one, and together, the short ones first and the long ones first, so that a function that
     sorts shows itself in one of the two. Padding on either side and truncation do not count. A function that draws
     random numbers (masking) is judged by the tokens that it leaves alone.
 
     Args:
-        together: collates some rows.
+        together: makes a batch of some rows.
         ids: rows to try, of different lengths where there are any.
+        what: what makes the batch.
     """
     alone = _distinct({i: together([i], 0)[0] for i in ids})
     by_length = sorted(alone, key=lambda i: len(alone[i]))
@@ -34,10 +35,10 @@ def check_order(together: Together, ids: Sequence[int]) -> None:
         rows = together(order, 0)
         is_random = not all(map(np.array_equal, rows, together(order, 1)))
         for place, row in enumerate(rows):
-            _check_place([agreement(row, alone[i]) for i in order], place, order, is_random)
+            _check_place([agreement(row, alone[i]) for i in order], place, order, is_random, what)
 
 
-def _check_place(found: list[tuple[float, int]], place: int, order: Sequence[int], is_random: bool) -> None:
+def _check_place(found: list[tuple[float, int]], place: int, order: Sequence[int], is_random: bool, what: str) -> None:
     """Raise ValueError unless a row agrees best with its own example; ``found`` has its agreement with each."""
     own, own_tokens = found[place]
     best = max(range(len(found)), key=lambda k: (found[k][1], k == place))
@@ -45,15 +46,15 @@ def _check_place(found: list[tuple[float, int]], place: int, order: Sequence[int
     is_clear = share >= max(HALF, own + CLEARER) if is_random else share > own
     if is_clear and tokens > own_tokens:
         raise ValueError(
-            f"the collate function of the training data changes the order of the rows: of the examples {list(order)}, "
-            f"in this order, row {place} of the batch holds example {order[best]}, not {order[place]}. Selection "
-            "credits row j to the j-th example, so influence would go to the wrong ones: return the rows in the order "
-            "in which they came (sort, if you must, inside the model)"
+            f"{what} changes the order of the rows: of the examples {list(order)}, in this order, row {place} of the "
+            f"batch holds example {order[best]}, not {order[place]}. Selection credits row j to the j-th example, so "
+            "influence would go to the wrong ones: return the rows in the order in which they came (sort, if you must, "
+            "inside the model)"
         )
     if not is_random and own < SAME:
         raise ValueError(
-            f"the collate function of the training data mixes rows: of the examples {list(order)}, row {place} of the "
-            f"batch holds {own:.0%} of what example {order[place]} is when it is collated alone. Selection credits row "
+            f"{what} mixes rows: of the examples {list(order)}, row {place} of the "
+            f"batch holds {own:.0%} of what example {order[place]} is when it stands alone. Selection credits row "
             "j to the j-th example: return one row for each example, padded or cut, and nothing of the others in it"
         )
 

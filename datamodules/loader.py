@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from liveselect.datamodules.draws import load_rows, training_seeds
 from liveselect.datamodules.rows import Receive, Rows
@@ -202,7 +202,7 @@ class PlanLoader:
         return iter(self._inner)
 
     def _make_inner(self) -> DataLoader:
-        options = dict(self.options)
+        options = _introducing(getattr(self.dataset, "source", self.dataset), self.options)
         workers = options.get("num_workers", 0)
         collate_fn = options.pop("collate_fn", None)
         if isinstance(self.dataset, Rows):
@@ -220,6 +220,20 @@ class PlanLoader:
             generator=torch.Generator().manual_seed(self.seed + self.rank),
             **options,
         )
+
+
+def _introducing(dataset: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options under which a ``worker_init_fn`` finds the user's dataset in ``get_worker_info()``, as it expects.
+
+    What the workers are given is a dataset around it.
+    """
+    function = options.get("worker_init_fn")
+    return dict(options) if function is None else {**options, "worker_init_fn": partial(_introduce, dataset, function)}
+
+
+def _introduce(dataset: Any, function: Callable[[int], Any], worker: int) -> None:
+    object.__setattr__(get_worker_info(), "dataset", dataset)  # it is frozen
+    function(worker)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -257,6 +271,7 @@ def candidate_batches(rows: Rows, ids: Tensor, batch_size: int, options: Mapping
         yield from (rows.candidates(part) for part in parts)
     else:
         generator = torch.Generator().manual_seed(0)
+        options = _introducing(getattr(rows, "source", rows), options)
         yield from DataLoader(_Parts(rows, parts), batch_size=None, generator=generator, **options)
 
 

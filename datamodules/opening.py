@@ -1,5 +1,6 @@
 """From what a user names to what training reads: rows of a pool, batches of a reference set."""
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -54,11 +55,26 @@ def open_existing(existing: pl.LightningDataModule, batch_size: int | None) -> t
 
 def open_tokenizer(spec: Any, rows: Rows, existing: pl.LightningDataModule | None) -> Any:
     """Return the tokenizer that ``spec`` is or names, else the pool's, else the wrapped module's, else None."""
-    if spec is None and rows.store is not None:
-        spec = rows.store.tokenizer_path
+    if spec is None and rows.store is not None and rows.store.tokenizer_path is not None:
+        return load_tokenizer(rows.store.tokenizer_path)
+    what = "tokenizer="
     if spec is None:
-        spec = getattr(existing, "tokenizer", None)
-    return load_tokenizer(spec) if isinstance(spec, (str, Path)) else spec
+        spec, what = getattr(existing, "tokenizer", None), f"the tokenizer of {type(existing).__name__}"
+    if spec is None:
+        return None
+    tokenizer = load_tokenizer(spec) if isinstance(spec, (str, Path)) else spec
+    checks.check_tokenizer(tokenizer, rows, what)
+    return tokenizer
+
+
+def fingerprint_of(batches: Iterable[Batch]) -> str:
+    """Return a hash of the token ids and labels of some batches."""
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in batches:
+        for name in ("input_ids", "labels"):
+            array = np.ascontiguousarray(batch[name])
+            digest.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def open_reference(

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from liveselect.datamodules.batching import Item
+from liveselect.datamodules.collating import unpadded
 from liveselect.datamodules.rows import Rows
-from liveselect.protocols import IGNORE_INDEX
+from liveselect.protocols import IGNORE_INDEX, Batch
 
 PASSAGE = 32  # tokens of a passage; long enough not to be shared by chance or by idiom
 PIECE_TOKENS = 1 << 16  # what is hashed at once stays in cache
@@ -82,11 +83,22 @@ def shared_rows(rows: Rows, items: Sequence[Item]) -> list[Overlap]:
     found: dict[int, Overlap] = {}
     for first in range(0, len(rows) if wanted else 0, 1024):
         batch = rows.candidates(range(first, min(first + 1024, len(rows))))
-        inputs, counted = batch["input_ids"].numpy(), batch["labels"].numpy() != IGNORE_INDEX
-        for i, (tokens, seen) in enumerate(zip(inputs, counted, strict=True)):
-            for record in wanted.get(_key(tokens[seen]), []):
-                found.setdefault(record, Overlap(record, first + i, tokens[seen]))
+        for i, tokens in enumerate(visible_rows(batch)):
+            for record in wanted.get(_key(tokens), []):
+                found.setdefault(record, Overlap(record, first + i, tokens))
     return [found[record] for record in sorted(found)]
+
+
+def visible_rows(batch: Batch) -> list[np.ndarray]:
+    """Return the rows of a batch without padding; without an attention mask, what follows the last label is padding."""
+    rows = unpadded(batch)
+    if "attention_mask" in batch or batch["labels"].shape != batch["input_ids"].shape:
+        return rows
+    counted = batch["labels"].numpy() != IGNORE_INDEX
+    return [
+        row[: len(seen) - int(seen[::-1].argmax())] if seen.any() else row
+        for row, seen in zip(rows, counted, strict=True)
+    ]
 
 
 def scan_limit(rows: Rows) -> int:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from liveselect.datamodules.batching import Item
-from liveselect.datamodules.draws import fetch
+from liveselect.datamodules.draws import candidate_seeds, fetch, private_draws
 from liveselect.datamodules.encoding import Encoded, encode_answers, encode_texts
 from liveselect.datamodules.pool_files import MANIFEST, hash_tokens
 from liveselect.datamodules.sources import read_records
@@ -131,12 +131,15 @@ def as_store(source: Any) -> TokenStore | None:
 
 def loader_batches(loader: DataLoader) -> list[Any]:
     """Return the batches of an existing ``DataLoader``, which must be the same ones whenever it is walked."""
-    if isinstance(getattr(loader, "sampler", None), RandomSampler):
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)):
         raise ValueError(
-            "the reference DataLoader shuffles, so its batches would differ between ranks and after a resume: make it "
-            "with shuffle=False"
+            f"the reference DataLoader shuffles or shares out its rows ({type(sampler).__name__}): its batches would "
+            "differ between ranks and after a resume: make it with shuffle=False and without a sampler"
         )
-    batches = list(loader)
+    with private_draws() as seed:
+        seed(0)
+        batches = list(loader)
     if not batches:
         raise ValueError("the reference set is empty: its DataLoader yields no batch")
     return batches
@@ -163,7 +166,9 @@ def _records(reference: ReferenceSet) -> Iterator[tuple[int, Any]]:
         return
     check_map_style(source, "the reference set")
     for ids in _together(_drawn(len(source), reference)):
-        yield from zip(ids, fetch(source, ids), strict=True)
+        with private_draws() as seed:  # what a dataset draws must not differ between ranks, nor after a resume
+            records = fetch(source, ids, candidate_seeds(ids), seed)
+        yield from zip(ids, records, strict=True)
 
 
 def _together(ids: list[int]) -> Iterator[list[int]]:

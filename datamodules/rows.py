@@ -20,6 +20,8 @@ from liveselect.pool import CandidatePool
 ARROW_TOKENS = 1 << 29  # Hugging Face datasets are read by columns, which is fast: this many tokens take some seconds
 COLLATED_ROWS = 64  # collated at once when everything is read; the rows of a trial one by one
 
+COLLATE = "the collate function of the training data"
+
 Collate = Callable[[Any], Any]
 Receive = Callable[[Any], Any]
 
@@ -109,6 +111,9 @@ class DatasetRows:
         self.receive: Receive | None = transport.receive
         self._view = hugging_face.numpy_view(dataset)
         arrow = hugging_face.arrow_view(dataset)
+        if arrow is None and hasattr(self._view, "__getitems__"):
+            where = f"the pool ({type(dataset).__name__}), when it is asked for several rows at once,"
+            check_order(self._tried, spread_ids(len(dataset), COLLATED_ROWS), where)
 
         def read(ids: Sequence[int], seed: int) -> Chunk:
             chunk = hugging_face.read_chunk(arrow, ids) if arrow is not None else None
@@ -138,7 +143,17 @@ class DatasetRows:
     def _rows(self, ids: Sequence[int], seeds: Sequence[int | None]) -> list[tuple[np.ndarray, np.ndarray]]:
         with private_draws() as seed:
             rows = fetch(self._view, ids, seeds, seed)
+        if not isinstance(rows, Sequence) or len(rows) != len(ids):
+            got = f"{len(rows)} of them" if isinstance(rows, Sequence) else type(rows).__name__
+            raise ValueError(
+                f"expected __getitems__ of {type(self._view).__name__} to return a list of the {len(ids)} rows that it "
+                f"was asked for, got {got}"
+            )
         return [token_row(row, f"row {i} of the pool") for i, row in zip(ids, rows, strict=True)]
+
+    def _tried(self, ids: Sequence[int], seed: int) -> list[np.ndarray]:
+        """Return the tokens of the rows ``ids (B,)``, read at once under a seed."""
+        return [tokens for tokens, _ in self._rows(ids, [seed] + [None] * (len(ids) - 1))]
 
 
 class CollatedRows:
@@ -166,7 +181,7 @@ class CollatedRows:
         tried = spread_ids(len(dataset), COLLATED_ROWS)
         widths = {self.candidates([i])["input_ids"].shape[1] for i in tried}
         self.candidates(tried[:2])  # a function that joins rows shows itself at two, not at one
-        check_order(self._tried, tried)
+        check_order(self._tried, tried, COLLATE)
         self.block_size: int | None = widths.pop() if len(widths) == 1 else None
         self.store: TokenStore | None = dataset if isinstance(dataset, TokenStore) else None
         if self.store is not None:
@@ -190,7 +205,7 @@ class CollatedRows:
 
     def _complete(self, ids: Sequence[int], seeds: Sequence[int | None], then: int | None = None) -> dict[str, Any]:
         batch = load_rows(self.source, self.collate_fn, ids, seeds, then)
-        return complete_batch(batch, ids, "the collate function of the training data")
+        return complete_batch(batch, ids, COLLATE)
 
     def _tried(self, ids: Sequence[int], seed: int) -> list[np.ndarray]:
         """Return the rows ``ids (B,)`` as they are collated under a seed; the dataset reads them as it always does."""
@@ -251,5 +266,6 @@ def _column(dataset: Any, name: str) -> Sequence[Any]:
             if not isinstance(row, Mapping) or name not in row:
                 columns = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
                 raise ValueError(f"groups={name!r} is no column of the dataset; its rows have {columns}")
-            values.append(row[name])
+            value = row[name]
+            values.append(value.item() if isinstance(value, (Tensor, np.generic)) and value.ndim == 0 else value)
     return values

@@ -12,6 +12,7 @@ from liveselect.datamodules import checks, wrapping
 from liveselect.datamodules.disjoint import ON_OVERLAP, OnOverlap
 from liveselect.datamodules.loader import PlanLoader, ShardedBatches, candidate_batches, epoch_length
 from liveselect.datamodules.opening import (
+    fingerprint_of,
     largest_id,
     most_positions,
     open_existing,
@@ -248,8 +249,10 @@ class SelectionDataModule(pl.LightningDataModule):
         pool = open_pool(self._opened(), self._groups)
         if self._pool is None or self._pool.fingerprint != pool.fingerprint:  # else it keeps what was used of it
             self._pool = pool
+        checks.check_same_on_all_ranks("the pool", pool.fingerprint)
         self._check_size()
         self._reference = self._open_reference(self._reference_set, self._overlap)
+        checks.check_same_on_all_ranks("the reference set", fingerprint_of(self._reference))
         self._open_validation()
         self._check_model()
 

@@ -115,7 +115,10 @@ def pad_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], ids: Sequence[int], 
 
 
 def complete_batch(batch: Any, ids: Sequence[int], name: str) -> dict[str, Any]:
-    """Return a batch of the rows ``ids (B,)`` with ``id`` and ``labels``; what it had stays as it was."""
+    """Return a batch of the rows ``ids (B,)`` with ``id`` and ``labels``; what else it had stays as it was.
+
+    Token ids and labels become int64, which losses and embeddings need.
+    """
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
@@ -140,10 +143,13 @@ def complete_batch(batch: Any, ids: Sequence[int], name: str) -> dict[str, Any]:
             f"expected {name} to return input_ids as integers, got {tokens.dtype}: token ids are never rounded for "
             "you; convert them where they are made"
         )
-    batch["input_ids"] = tokens
+    batch["input_ids"] = tokens = tokens.long()
     batch["id"] = torch.as_tensor(ids, dtype=torch.int64)
     if "labels" not in batch:
         batch["labels"] = tokens.clone()
         if "attention_mask" in batch:
             batch["labels"].masked_fill_(torch.as_tensor(batch["attention_mask"]) == 0, IGNORE_INDEX)
+    elif isinstance(batch["labels"], (Tensor, np.ndarray)):
+        labels = torch.as_tensor(batch["labels"])
+        batch["labels"] = labels if labels.dtype.is_floating_point else labels.long()
     return batch

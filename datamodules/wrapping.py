@@ -1,11 +1,19 @@
 """What SelectionDataModule takes from a LightningDataModule that it wraps."""
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from liveselect.protocols import SelectionWarning
 
@@ -61,14 +69,28 @@ def training_loader(existing: pl.LightningDataModule) -> DataLoader:
             "Let the DataLoader make the batches"
         )
     known = (RandomSampler, SequentialSampler, DistributedSampler)
-    if not isinstance(loader.sampler, known):
+    for sampler in (loader.sampler, loader.batch_sampler):
+        if not isinstance(sampler, known) and type(sampler) is not BatchSampler:
+            warnings.warn(
+                f"the {type(sampler).__name__} of {name} is not used: every row of its dataset is a candidate, and the "
+                "plan says which rows make a batch. If rows were left out on purpose, wrap a torch.utils.data.Subset",
+                SelectionWarning,
+                stacklevel=2,
+            )
+    if type(loader).__iter__ not in (DataLoader.__iter__, getattr(_stateful_loader(), "__iter__", None)):
         warnings.warn(
-            f"the {type(loader.sampler).__name__} of {name} is not used: every row of its dataset is a candidate. If "
-            "rows were left out on purpose, wrap a torch.utils.data.Subset",
+            f"{type(loader).__name__} iterates in a way of its own, which is not used: batches are what its collate "
+            f"function makes of the rows of its dataset. If {name} changes batches after that, do it in the collate "
+            "function or in on_after_batch_transfer",
             SelectionWarning,
             stacklevel=2,
         )
     return loader
+
+
+def _stateful_loader() -> type | None:
+    """Return the ``StatefulDataLoader`` of torchdata, where that was imported; it makes the same batches."""
+    return getattr(sys.modules.get("torchdata.stateful_dataloader"), "StatefulDataLoader", None)
 
 
 def loader_batch_size(loader: DataLoader) -> int | None:

@@ -1,0 +1,332 @@
+"""Data that would make selection wrong without a word are refused, mended or warned of."""
+
+import warnings
+
+import datasets
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from plan_following import PublishPlans, trainer_for
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    get_worker_info,
+)
+
+from liveselect.datamodules import SelectionDataModule
+from liveselect.datamodules.batching import Item
+from liveselect.datamodules.overlap import shared_rows
+from liveselect.datamodules.reference import ReferenceSet, load_reference, loader_batches
+from liveselect.datamodules.rows import CollatedRows, DatasetRows, open_pool
+from liveselect.datamodules.tokenizers import train_bpe
+from liveselect.datamodules.tokens import write_store
+from liveselect.protocols import IGNORE_INDEX, SelectionWarning
+
+torch.set_num_threads(1)
+
+TABLE = np.random.default_rng(0).integers(1, 60, (48, 5))
+REFERENCE = [{"input_ids": [3, 3, 3]}]
+TEXTS = [f"the {animal} of house {i} went away to sleep" for i in range(20) for animal in ("cat", "dog", "horse")]
+
+
+def rows(table=TABLE):
+    return [{"input_ids": torch.as_tensor(row)} for row in table]
+
+
+def opened(*arguments, **settings):
+    data = SelectionDataModule(*arguments, batch_size=4, **settings)
+    data.setup("fit")
+    return data
+
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(64, 2)
+
+    def training_step(self, batch, batch_idx):
+        return self.embed(batch["input_ids"]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Existing(pl.LightningDataModule):
+    def __init__(self, loader, tokenizer=None):
+        super().__init__()
+        self.loader, self.tokenizer = loader, tokenizer
+
+    def train_dataloader(self):
+        return self.loader
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+class Together(Dataset):
+    def __len__(self):
+        return len(TABLE)
+
+    def __getitem__(self, row):
+        return {"input_ids": TABLE[row]}
+
+
+class InOrderOfTheFile(Together):
+    """Sorts what it is asked for, as HDF5 wants it."""
+
+    def __getitems__(self, ids):
+        return [self[i] for i in sorted(ids)]
+
+
+class EachOnce(Together):
+    def __getitems__(self, ids):
+        return [self[i] for i in sorted(set(ids))][:1]
+
+
+def sorting_transform(batch):
+    return {"input_ids": sorted(batch["input_ids"])}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [InOrderOfTheFile(), datasets.Dataset.from_dict({"input_ids": TABLE.tolist()}).with_transform(sorting_transform)],
+    ids=["__getitems__", "transform"],
+)
+def test_a_dataset_that_reads_many_rows_in_an_order_of_its_own_is_refused(data):
+    with pytest.raises(ValueError, match=r"when it is asked for several rows at once, changes the order of the rows"):
+        DatasetRows(data)
+    with pytest.raises(ValueError, match="changes the order of the rows"):
+        CollatedRows(data, lambda batch: {"input_ids": torch.tensor(np.stack([row["input_ids"] for row in batch]))})
+
+
+def test_a_dataset_that_returns_another_number_of_rows_is_refused():
+    with pytest.raises(ValueError, match=r"__getitems__ of EachOnce to return a list of the \d rows .*, got 1 of them"):
+        DatasetRows(EachOnce())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_candidates_are_int64_whatever_the_collate_function_returns(dtype):
+    def collate(batch):
+        ids = torch.stack([row["input_ids"] for row in batch]).to(dtype)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    opened_rows = CollatedRows(rows(), collate)
+    batch = opened_rows.candidates([3, 1])
+    assert {batch[name].dtype for name in ("id", "input_ids", "labels")} == {torch.int64}
+    assert batch["input_ids"].tolist() == TABLE[[3, 1]].tolist()
+    assert opened_rows.load([3, 1], [0, 0])["input_ids"].dtype == dtype  # training gets what it always got
+
+
+def test_groups_are_named_by_their_values_whatever_holds_them():
+    for kind in (int, np.int64, torch.tensor):
+        data = [{**row, "source": kind(i % 2)} for i, row in enumerate(rows())]
+        assert open_pool(DatasetRows(data), "source").group_names == ("0", "1")
+
+
+def open_the_file(worker):
+    get_worker_info().dataset.opened_by = worker
+
+
+class NeedsOpening(Together):
+    opened_by = None
+
+    def __getitem__(self, row):
+        if get_worker_info() is not None and self.opened_by != get_worker_info().id:
+            raise RuntimeError("the worker did not open its file")
+        return {"input_ids": torch.as_tensor(TABLE[row])}
+
+
+def test_a_worker_init_function_finds_the_dataset_that_it_knows(tmp_path):
+    loader = DataLoader(NeedsOpening(), batch_size=4, num_workers=1, worker_init_fn=open_the_file)
+    data = SelectionDataModule.wrap(Existing(loader), REFERENCE)
+    trainer_for(tmp_path, max_steps=2, callbacks=[PublishPlans(2)]).fit(Net(), datamodule=data)
+    data.setup("fit")
+    assert torch.cat([batch["id"] for batch in data.candidates(torch.arange(48))]).tolist() == list(range(48))
+
+
+# ---- wrapped loaders -----------------------------------------------------------------------------------------------
+
+
+class ByLength(BatchSampler):
+    def __iter__(self):
+        yield from ([0, 1], [2, 3])
+
+
+class Finishing(DataLoader):
+    def __iter__(self):
+        return ({**batch, "weight": 1} for batch in super().__iter__())
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (
+            DataLoader(rows(), batch_sampler=ByLength(SequentialSampler(rows()), 2, False)),
+            "the ByLength of Existing is not",
+        ),
+        (Finishing(rows(), batch_size=2), "Finishing iterates in a way of its own, which is not used"),
+    ],
+)
+def test_what_a_wrapped_loader_does_beside_collating_is_warned_of(loader, message):
+    with pytest.warns(SelectionWarning, match=message):
+        opened(Existing(loader), REFERENCE)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_plain_wrapped_loader_is_not_warned_of(shuffle):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SelectionWarning)
+        opened(Existing(DataLoader(rows(), batch_size=4, shuffle=shuffle)), REFERENCE)
+
+
+# ---- reference sets ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SubsetRandomSampler(range(9)),
+        WeightedRandomSampler([1.0] * 9, 5),
+        DistributedSampler(rows(), num_replicas=2, rank=1),
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_a_reference_loader_whose_rows_differ_between_ranks_is_refused(sampler):
+    with pytest.raises(ValueError, match=f"shuffles or shares out its rows .{type(sampler).__name__}.*shuffle=False"):
+        loader_batches(DataLoader(rows(), batch_size=2, sampler=sampler))
+
+
+class Drawing(Together):
+    def __getitem__(self, row):
+        return {"input_ids": torch.randint(1, 60, (4,))}
+
+
+def test_a_reference_set_that_draws_is_the_same_on_every_rank_and_after_a_resume():
+    def items():
+        torch.rand(1)  # the states of two processes differ
+        return [item.input_ids.tolist() for item in load_reference(ReferenceSet(Drawing())).items]
+
+    def batches():
+        torch.rand(1)
+        return torch.cat([batch["input_ids"] for batch in loader_batches(DataLoader(Drawing(), batch_size=4))]).tolist()
+
+    assert items() == items()
+    assert batches() == batches()
+    state = torch.get_rng_state()
+    load_reference(ReferenceSet(Drawing()))
+    loader_batches(DataLoader(Drawing(), batch_size=4))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_short_row_whose_prompt_carries_no_loss_is_compared_as_a_whole():
+    data = [
+        {"input_ids": [1, 2, 3, 4], "labels": [IGNORE_INDEX, IGNORE_INDEX, 3, 4]},
+        {"input_ids": [3, 4, 5, 6, 7]},
+    ] * 4
+    whole, answer = np.array([1, 2, 3, 4]), np.array([3, 4])
+    found = shared_rows(DatasetRows(data), [Item(whole, whole, 0), Item(answer, answer, 1)])
+    assert [one.record for one in found] == [0]
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(TEXTS, 320)
+
+
+@pytest.fixture(scope="module")
+def other():
+    return train_bpe(["quite another text, with words that were never seen before now"] * 3, 320)
+
+
+def tokenized(tokenizer):
+    return [{"input_ids": tokenizer(text)["input_ids"]} for text in TEXTS]
+
+
+def test_the_tokenizer_of_the_pool_is_taken_without_a_word(tokenizer):
+    packed = [token for row in tokenized(tokenizer) for token in [*row["input_ids"], tokenizer.eos_token_id]]
+    blocks = [{"input_ids": packed[i : i + 7]} for i in range(0, len(packed) - 7, 7)]  # cut anywhere
+    padded = [{"input_ids": row["input_ids"] + [0] * 40} for row in tokenized(tokenizer)]
+    for data in (tokenized(tokenizer), blocks, padded):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SelectionWarning)
+            opened(data, ["some text of another kind"], tokenizer=tokenizer)
+
+
+def test_a_tokenizer_that_did_not_make_the_pool_is_warned_of(tokenizer, other):
+    with pytest.warns(
+        SelectionWarning, match=r"tokenizer= does not look like the one that made .* \d+% of the ids came"
+    ):
+        opened(tokenized(tokenizer), ["some text"], tokenizer=other)
+    loader = DataLoader(tokenized(tokenizer), batch_size=1, collate_fn=lambda b: {"input_ids": _padded(b)})
+    with pytest.warns(SelectionWarning, match="the tokenizer of Existing does not look like the one"):
+        opened(Existing(loader, other), ["some text"])
+    with pytest.warns(SelectionWarning, match=r"it knows \d+ tokens, ids of the pool reach to 5000"):
+        opened([*tokenized(tokenizer), {"input_ids": [5, 5000]}], ["some text"], tokenizer=tokenizer)
+
+
+def _padded(batch):
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in batch], batch_first=True)
+
+
+def test_a_prepared_pool_keeps_its_own_tokenizer(tokenizer, other, tmp_path):
+    ids = [row["input_ids"] for row in tokenized(tokenizer)]
+    pool = write_store(tmp_path / "pool", ids, block_size=8, vocab_size=320, tokenizer=tokenizer)
+    opened(pool, ["some text"], tokenizer=tokenizer)
+    with pytest.raises(
+        ValueError, match=r"tokenizer= is not the tokenizer that .*pool was prepared with.*leave it out"
+    ):
+        opened(pool, ["some text"], tokenizer=other)
+
+
+def test_something_else_is_no_tokenizer():
+    with pytest.raises(TypeError, match=r"tokenizer= as a Hugging Face tokenizer, .* got object"):
+        opened(rows(), REFERENCE, tokenizer=object())
+
+
+# ---- ranks ---------------------------------------------------------------------------------------------------------
+
+
+class Sharded(pl.LightningDataModule):
+    """Gives each rank a share of the data, which is right for a plain run."""
+
+    def train_dataloader(self):
+        return DataLoader(rows(TABLE[self.trainer.global_rank :: 2]), batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: SelectionDataModule.wrap(Sharded(), REFERENCE), "the pool"),
+        (lambda: SelectionDataModule(rows(), RankReference(), batch_size=4), "the reference set"),
+    ],
+)
+def test_ranks_with_different_data_are_refused(tmp_path, make, what):
+    trainer = trainer_for(
+        tmp_path,
+        devices=2,
+        max_steps=2,
+        callbacks=[PublishPlans(2)],
+        strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
+    )
+    with pytest.raises(Exception, match=rf"{what} differs between the ranks .*Do not shard data by rank"):
+        trainer.fit(Net(), datamodule=make())
+
+
+class RankReference(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, row):
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        return {"input_ids": [61 + rank, 62, 63]}
