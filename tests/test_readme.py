@@ -106,6 +106,17 @@ def test_the_five_lines_train_select_and_resume(names, in_folder):
     assert json.dumps(names["mates"].run.ledger.state_dict())
 
 
+def test_a_round_without_a_pause_runs(names):
+    from liveselect.datamodules import SelectionDataModule
+    from liveselect.regressors import HashedRidgeRegressor
+
+    names["HashedRidgeRegressor"] = HashedRidgeRegressor
+    exec(block("max_overhead"), names)
+    data = SelectionDataModule(pool=rows(80, seed=0), reference=rows(6, seed=3), batch_size=2)
+    names["pl"].Trainer(max_steps=6, callbacks=[names["mates"]]).fit(SmallLM(), datamodule=data)
+    assert [record.step for record in names["mates"].run.ledger.rounds] == [0, 2, 4]
+
+
 def test_the_selector_that_one_writes_oneself_runs(names):
     from liveselect.datamodules import SelectionDataModule
 
