@@ -69,6 +69,39 @@ def test_scores_are_predictions_of_a_scorer_that_learned_from_measured_influence
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["scores.json", "scores.npy"]
 
 
+def test_what_a_job_and_its_proxy_cost_is_kept_with_the_scores_over_every_stop(tmp_path, monkeypatch):
+    class Counted(PMPInfluence):
+        def score_ids(self, context, ids):
+            with context.meter.phase("counted"):
+                context.meter.add_flops(float(len(ids)))
+            return super().score_ids(context, ids)
+
+    monkeypatch.setattr(score_job, "DEARER", 4)  # several shards are measured
+    context, _ = small_context()
+    estimator = Counted(steps=2, score_every=1, batch_size=4)
+    settings = {
+        "estimator": estimator,
+        "cost": {"seconds": {"train the proxy": 30.0}, "flops": {"train the proxy": 1e9}},
+    }
+    predict = HashedRidgeRegressor.predict
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HashedRidgeRegressor, "predict", stop)
+    with pytest.raises(KeyboardInterrupt):
+        small_job(tmp_path / "s", context, **settings).run()
+    first = dict(context.meter.seconds)
+    assert context.meter.flops["counted"] == PROBES
+    monkeypatch.setattr(HashedRidgeRegressor, "predict", predict)
+    cost = small_job(tmp_path / "s", small_context()[0], **settings).run().about["cost"]
+    assert cost["flops"]["counted"] == PROBES  # measured once, before the stop
+    assert cost["flops"]["train the proxy"] == 1e9
+    assert cost["seconds"]["train the proxy"] == 30.0
+    assert cost["seconds"]["unroll training"] >= first["unroll training"] > 0
+    assert {"pull back", "fit scorer", "score the pool"} <= set(cost["seconds"])
+
+
 def test_any_estimator_can_measure(tmp_path):
     context, _ = small_context()
     scores = small_job(tmp_path / "s", context, estimator=OneStepInfluence(), probes=20).run()

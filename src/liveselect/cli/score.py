@@ -19,13 +19,16 @@ from liveselect import distributed
 from liveselect.callbacks.progress import RoundProgress
 from liveselect.cli.output import say, show_progress_lines
 from liveselect.cli.score_column import column_scores
+from liveselect.cli.score_cost import Cost
 from liveselect.cli.score_job import ScoreJob
 from liveselect.cost import SilentProgress
 from liveselect.datamodules import TokenStore
 from liveselect.influence import PMPInfluence
+from liveselect.ledger import Ledger
 from liveselect.losses import causal_lm_loss
 from liveselect.protocols import InfluenceEstimator, InfluenceRegressor, LossFn, RoundContext
 from liveselect.regressors import EncoderRegressor
+from liveselect.report.words import duration
 from liveselect.scores import Scores, write_scores
 
 DESCRIPTION = """\
@@ -115,6 +118,11 @@ def summary(folder: Path, scores: Scores) -> str:
             lines.append(
                 "  NOT ABOVE CHANCE: a draw by these scores is no better than a random one. Measure more (--probes)"
             )
+    seconds = scores.about.get("cost", {}).get("seconds", {})
+    if seconds:
+        longest = sorted(seconds.items(), key=lambda entry: -entry[1])[:4]
+        parts = ", ".join(f"{phase} {duration(spent)}" for phase, spent in longest)
+        lines.append(f"  took {duration(sum(seconds.values()))}: {parts}")
     lines.append(f"  draw from them: liveselect.callbacks.PDS(scores={str(folder)!r})")
     return "\n".join(lines)
 
@@ -160,9 +168,21 @@ def _from_proxy(command: ArgumentParser, config: Namespace) -> Scores:
         folder=config.out,
         shard_size=config.shard_size,
         settings=_settings(config),
+        cost=training_cost(checkpoint),
         report=log.info if distributed.rank() == 0 else lambda line: None,
     )
     return job.run()
+
+
+def training_cost(checkpoint: Mapping[str, Any]) -> Cost:
+    """Return what the training of a checkpoint cost, where its DataSelection callback has kept account."""
+    selection = (checkpoint.get("callbacks") or {}).get("DataSelection")
+    if not selection:
+        return {}
+    ledger = Ledger()
+    ledger.load_state_dict(selection["run"]["ledger"])
+    seconds, flops = ledger.training_seconds + ledger.selection_seconds, ledger.training_flops + ledger.selection_flops
+    return {"seconds": {"train the proxy": seconds}, "flops": {"train the proxy": flops}}
 
 
 def instantiated(command: ArgumentParser, config: Namespace) -> Namespace:

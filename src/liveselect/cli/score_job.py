@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from liveselect import distributed
+from liveselect.cli.score_cost import KEEPING, SpentCost, added
 from liveselect.functional.sampling import uniform_subset
 from liveselect.influence import PMPInfluence
 from liveselect.protocols import InfluenceEstimator, InfluenceRegressor, RoundContext
@@ -42,6 +43,8 @@ class ScoreJob:
         folder: where the scores go; what is unfinished is in its folder ``work``.
         shard_size: candidates scored between two files.
         settings: what the job was asked to do, kept with the scores; a job is continued only under equal settings.
+        cost: what was spent before the job on what it works with (the training of the proxy): ``seconds`` and ``flops``
+            by phase. It is kept with the scores, and with it what the job costs.
         report: told one line after each stage.
     """
 
@@ -52,7 +55,9 @@ class ScoreJob:
     folder: Path
     shard_size: int = 65_536
     settings: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     report: Callable[[str], None] = lambda line: None
+    _spent: SpentCost = field(init=False)
 
     def run(self) -> Scores:
         """Do what is not done yet, and return the scores.
@@ -64,9 +69,11 @@ class ScoreJob:
         if (self.folder / MANIFEST).exists():
             raise FileExistsError(f"{self.folder} holds finished scores: choose another folder, or delete it")
         self._open()
-        ids, influence = self._measured()
-        metrics = self._fitted(ids, influence)
-        self._predicted()
+        with self.context.meter.phase(KEEPING):  # and whatever has no phase of its own
+            ids, influence = self._measured()
+            metrics = self._fitted(ids, influence)
+            self._predicted()
+        _wait_for_all()
         if distributed.rank() == 0:
             self._assemble(len(ids), metrics)
             shutil.rmtree(self.work)
@@ -95,6 +102,7 @@ class ScoreJob:
                 f"{self.work} holds the unfinished work of another job (other settings, model or pool; {file.name} "
                 "tells which): repeat that command to finish it, choose another folder, or delete this one"
             )
+        self._spent = SpentCost.open(self.work, context.meter)
         if isinstance(self.estimator, PMPInfluence) and self.estimator.directory is None:
             self.estimator.directory = self.work / "solve"
 
@@ -107,14 +115,16 @@ class ScoreJob:
         missing = [shard for shard in shards if not self._file("measured", shard).exists()]
         _wait_for_all()  # until all ranks have looked: a rank that is ahead would change what the others find missing
         if missing:
-            with measuring(context.model, context.optimizer):
+            with context.meter.phase("solve"), measuring(context.model, context.optimizer):
                 metrics = self.estimator.fit(context)
+            self._spent.keep()
             self.report("solved: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         mine = missing[distributed.rank() :: distributed.world_size()]
         with context.phase("measure influence", sum(len(shard) for shard in mine), "candidates") as advance:
             for shard in mine:
                 influence = measure(self.estimator, context, ids[shard.start : shard.stop])
                 _write_array(self._file("measured", shard), influence.numpy())
+                self._spent.keep()
                 advance(len(shard))
         _wait_for_all()
         influence = torch.from_numpy(np.concatenate([np.load(self._file("measured", shard)) for shard in shards]))
@@ -135,11 +145,13 @@ class ScoreJob:
             kept = torch.load(file, map_location="cpu", weights_only=True)
             self.regressor.load_state_dict(kept["state"])  # type: ignore[attr-defined]
             return dict(kept["metrics"])
-        metrics = dict(self.regressor.fit(self.context, ids, influence))
+        with self.context.meter.phase("fit scorer"):
+            metrics = dict(self.regressor.fit(self.context, ids, influence))
         if keeps_state and distributed.rank() == 0:
             temporary = file.with_suffix(f".{os.getpid()}.tmp")
             torch.save({"state": self.regressor.state_dict(), "metrics": metrics}, temporary)  # type: ignore[attr-defined]
             _put(temporary, file)
+        self._spent.keep()
         _wait_for_all()
         self.report("fitted: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         return metrics
@@ -157,6 +169,7 @@ class ScoreJob:
                     parts.append(self.regressor.predict(context, batch).float().cpu())
                     advance(len(parts[-1]))
                 _write_array(self._file("scores", shard), torch.cat(parts).numpy())
+                self._spent.keep()
         _wait_for_all()
 
     def _assemble(self, measured: int, metrics: Mapping[str, float]) -> None:
@@ -170,6 +183,7 @@ class ScoreJob:
             "regressor": type(self.regressor).__name__,
             "measured": measured,
             "metrics": {name: float(value) for name, value in metrics.items()},
+            "cost": added(self.cost, self._spent.total()),
             "settings": json.loads(json.dumps(dict(self.settings), default=str)),
         }
         write_scores(self.folder, whole, pool.fingerprint, about)
