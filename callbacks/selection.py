@@ -237,7 +237,7 @@ class DataSelection(Callback):
             self._begin()  # another fit of the same callback, from the start
         if not self._loaded:
             self._keep_older_ledger()
-        self._loaded = False
+        self._loaded, self.run.ledger.finished = False, False
         if self.plan is not None:
             check_rest(self.plan, self._global_batch(trainer), trainer)
         rehearse(self.run, self._context(trainer, pl_module, self.run.pool.available(1)))
@@ -304,6 +304,7 @@ class DataSelection(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the final ledger and say what selection cost."""
         self._charge_training()
+        self.run.ledger.finished = True
         self._write_ledger()
         ledger = self.run.ledger
         log.info(

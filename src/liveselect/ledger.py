@@ -159,6 +159,7 @@ class Ledger:
         evaluations: one entry for each validation.
         training_seconds: wall-clock seconds spent between rounds, outside validation.
         training_flops: floating point operations of the training steps, over all ranks.
+        finished: whether training came to its end; None in records that do not say.
         ahead_seconds: seconds spent so far for the round to come, which has no record yet.
         ahead_flops: FLOPs likewise.
     """
@@ -170,6 +171,7 @@ class Ledger:
     training_flops: float = 0.0
     ahead_seconds: float = 0.0
     ahead_flops: float = 0.0
+    finished: bool | None = None
 
     @property
     def selection_seconds(self) -> float:
@@ -235,16 +237,43 @@ class Ledger:
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":
-        """Read a ledger file; raise ValueError when it is none."""
+        """Read a ledger file; raise ValueError when it is none, or damaged."""
+        lines = []
+        for number, text in enumerate(_text_of(path).split("\n"), 1):
+            if text:
+                lines.append(_line(path, number, text))
+        kinds = [line.pop("kind") for line in lines]
+        if "run" not in kinds:
+            raise ValueError(f"{path} is not a ledger: expected JSON lines that begin with a run")
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            kinds = [line.pop("kind") for line in lines]
             state = dict(lines[kinds.index("run")])
             for name, kind in (("rounds", "round"), ("evaluations", "evaluation")):
                 state[name] = [line for line, its_kind in zip(lines, kinds, strict=True) if its_kind == kind]
             return _ledger_from(state)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a ledger: expected JSON lines that begin with a run ({error})") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a ledger that this version of liveselect can read ({error!r}): did another write it?"
+            ) from error
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a ledger: it is no text ({error})") from error
+
+
+def _line(path: Path, number: int, text: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a ledger, or it is damaged: line {number} is not JSON ({error}). Ledgers are replaced as a "
+            "whole, so look at how this file was copied; the checkpoint of the run holds the ledger too"
+        ) from error
+    if not isinstance(line, dict) or "kind" not in line:
+        raise ValueError(f"{path} is not a ledger: line {number} has no kind")
+    return line
 
 
 def _ledger_from(state: Mapping[str, Any]) -> Ledger:

@@ -3,20 +3,38 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from liveselect.report.page import build_page
+from liveselect.report import pictures
+from liveselect.report.page import build_page, style
 from liveselect.report.runs import Run, load_runs
 
-__all__ = ["Run", "build_page", "load_runs", "write_report"]
+__all__ = ["Run", "build_page", "load_runs", "write_pictures", "write_report"]
 
 
 def write_report(paths: Iterable[Path], out: Path, metric: str | None = None) -> Path:
     """Write the report about the ledgers in ``paths`` to ``out`` and return it.
 
+    In a folder the page is called ``report.html``.
+
     Raises:
         FileNotFoundError: a path does not exist or holds no ledger.
         ValueError: a file is not a ledger, or no run evaluated ``metric``.
     """
+    if out.is_dir():
+        out = out / "report.html"
     page = build_page(load_runs(paths), metric)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     return out
+
+
+def write_pictures(paths: Iterable[Path], folder: Path, metric: str | None = None) -> list[Path]:
+    """Write the pictures of the report about the ledgers in ``paths`` to ``folder`` as PNG files and return these.
+
+    Raises:
+        FileExistsError: ``folder`` is a file.
+        FileNotFoundError: a path does not exist or holds no ledger.
+        ValueError: a file is not a ledger, or no run evaluated ``metric``.
+    """
+    with pictures.written_to(folder, style()) as files:
+        build_page(load_runs(paths), metric)
+    return files.written

@@ -151,7 +151,7 @@ def _examples(rounds: Sequence[RoundRecord]) -> str:
     what = (
         "The highest scores among the chosen and the lowest among the rejected." if scored else "The first chosen ones."
     )
-    return "<h3>Examples</h3>" + elements.paragraph(what, "note") + "".join(parts)
+    return "<h3>Examples</h3>" + elements.paragraph(what, "note") + elements.search("Search in them") + "".join(parts)
 
 
 def _example(example: Example) -> str:

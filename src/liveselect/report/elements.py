@@ -58,6 +58,14 @@ def legend(keys: Mapping[str, str]) -> str:
     return "<p>" + "".join(f'<span class="key">{html}{escaped(text)}</span>' for text, html in keys.items()) + "</p>"
 
 
+def search(label: str) -> str:
+    """Return a search box for the examples of the section that it stands in; it appears where scripts may run."""
+    return (
+        f'<p class="search" hidden><label>{escaped(label)} <input type="search" autocomplete="off"></label> '
+        '<output aria-live="polite"></output></p>'
+    )
+
+
 def details(summary: str, html: str, is_open: bool = False) -> str:
     """Return a part that unfolds."""
     return f"<details{' open' if is_open else ''}><summary>{escaped(summary)}</summary>{html}</details>"

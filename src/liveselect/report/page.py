@@ -6,9 +6,16 @@ from importlib import resources
 from typing import Any
 
 from liveselect.report import elements, pictures, verdict, words
+from liveselect.report.alarms import what_was_wrong
 from liveselect.report.choices import what_it_chose
+from liveselect.report.cluster_map import where_it_looked
+from liveselect.report.drift import how_it_moved
 from liveselect.report.runs import Axis, Run, choose_metric
 
+NO_TRAINING_TIME = (
+    "Training time is written down at the end of each round and at each validation, and the record of this run stops "
+    "before the first: what follows is selection alone."
+)
 _TITLES: dict[Axis, str] = {"step": "training steps", "seconds": "total time", "flops": "total FLOPs"}
 
 
@@ -37,17 +44,29 @@ def build_page(runs: Sequence[Run], metric: str | None = None) -> str:
         _comparison(runs, metric),
         _loss(runs, metric),
         _cost(runs),
-        *(what_it_chose(run) for run in selecting),
+        what_was_wrong(runs),
+        *(what_it_chose(run) + where_it_looked(run) + how_it_moved(run) for run in selecting),
         _notes(runs),
         _settings(runs),
     ]
-    css = resources.files("liveselect.report").joinpath("style.css").read_text(encoding="utf-8")
+    css, script = style(), _resource("search.js")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{words.escaped(' and '.join(run.name for run in runs))}: liveselect report</title>\n"
-        f"<style>\n{css}</style>\n</head>\n<body>\n<main>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
+        f"<style>\n{css}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(sections)
+        + f"\n</main>\n<script>\n{script}</script>\n</body>\n</html>\n"
     )
+
+
+def style() -> str:
+    """Return the style sheet of the page."""
+    return _resource("style.css")
+
+
+def _resource(name: str) -> str:
+    return resources.files("liveselect.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _comparison(runs: Sequence[Run], metric: str | None) -> str:
@@ -65,7 +84,7 @@ def _comparison(runs: Sequence[Run], metric: str | None) -> str:
         row += [_at_equal(runs, run, baseline, metric, axis) for axis in places]
         row += [
             words.duration(run.total_seconds),
-            words.percent(run.ledger.selection_share),
+            words.percent(run.ledger.selection_share) if run.knows_its_cost else "–",
             words.flops(run.total_flops),
         ]
         rows.append(row)
@@ -172,6 +191,8 @@ def _cost(runs: Sequence[Run]) -> str:
         ]
         rows.append(["total", words.duration(total), "", "", words.flops(sum(flops.values()))])
         parts.append(f"<h3>{words.escaped(run.name)}</h3>")
+        if not run.knows_its_cost:
+            parts.append(elements.paragraph(NO_TRAINING_TIME, "note"))
         parts.append(elements.table(["phase", "time", "share", "", "FLOPs"], rows, f"Cost of {run.name}", total=True))
     return "".join(parts) + "</section>"
 

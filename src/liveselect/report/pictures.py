@@ -8,15 +8,19 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from liveselect.ledger import Histogram
+from liveselect.report.png import PictureFiles
 from liveselect.report.runs import Point
 from liveselect.report.words import escaped
 
@@ -50,6 +54,23 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+_files: ContextVar[PictureFiles | None] = ContextVar("_files", default=None)
+
+
+@contextmanager
+def written_to(folder: Path, css: str) -> Iterator[PictureFiles]:
+    """Write every picture that is drawn in the block to ``folder`` too, in the light colours of the style sheet."""
+    light = dict(re.findall(r"--([\w-]+):\s*(#[0-9a-f]{6})", css.split("@media")[0]))
+    colours = {_INK: light["ink"], _MUTED: light["muted"], _FAINT: light["line"]}
+    colours |= {colour: light[f"series-{index}"] for index, colour in enumerate(_SERIES)}
+    files = PictureFiles(folder, colours)
+    token = _files.set(files)
+    try:
+        yield files
+    finally:
+        _files.reset(token)
+
+
 @dataclass(frozen=True)
 class Line:
     """One line of a chart: its points and the number of its colour, dash and marker."""
@@ -73,7 +94,8 @@ def line_chart(lines: Sequence[Line], x_label: str, description: str, shorten: b
                 linewidth=1.8,
             )
         axes.set_xlabel(x_label)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        whole = all(float(x).is_integer() for line in lines for x, _ in line.points)  # steps and rounds have no halves
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
         if shorten:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         return finish()
@@ -112,6 +134,29 @@ def shares(rounds: Sequence[int], chosen: Sequence[float], available: Sequence[f
         return finish()
 
 
+def scatter(
+    places: Sequence[Sequence[float]], values: Sequence[float], sizes: Sequence[float], description: str
+) -> str:
+    """Return dots at ``places (K, 2)``: their colour and strength tell ``values`` in -1..1 (NaN: none), their area
+    ``sizes`` in 0..1.
+    """
+    with _picture(3.5, 3.2, description) as (axes, finish):
+        order = sorted(range(len(sizes)), key=lambda index: -sizes[index])  # small dots stand before large ones
+        colours = [_shade(values[index]) for index in order]
+        area = [8 + 900 * sizes[index] for index in order]
+        axes.scatter([places[i][0] for i in order], [places[i][1] for i in order], s=area, c=colours, linewidths=0)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.margins(0.12)
+        return finish()
+
+
+def _shade(value: float) -> tuple[float, float, float, float]:
+    if math.isnan(value):
+        return to_rgba(_MUTED, 0.25)
+    return to_rgba(_SERIES[0 if value >= 0 else 1], 0.2 + 0.75 * min(1.0, abs(value)))
+
+
 def _count_axis(axes: Axes, x_label: str) -> None:
     axes.set_xlabel(x_label)
     axes.set_ylabel("candidates")
@@ -138,6 +183,9 @@ class _Finish:
         self._description = description
 
     def __call__(self) -> str:
+        files = _files.get()
+        if files is not None:
+            files.write(self._figure, self._description)
         buffer = io.StringIO()
         with mpl.rc_context({"svg.hashsalt": self._description}):
             self._figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

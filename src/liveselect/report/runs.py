@@ -48,6 +48,17 @@ class Run:
         return chose in (RANDOM, {RANDOM})
 
     @property
+    def knows_its_cost(self) -> bool:
+        """Whether the cost of training was written down at least once; shares mean nothing before."""
+        return self.ledger.training_seconds > 0
+
+    @property
+    def last_step(self) -> int:
+        """The last optimizer step that the record knows of."""
+        ledger = self.ledger
+        return max([0, *(entry.step for entry in ledger.evaluations), *(record.step for record in ledger.rounds)])
+
+    @property
     def total_seconds(self) -> float:
         """Seconds of training and selection."""
         return self.ledger.training_seconds + self.ledger.selection_seconds

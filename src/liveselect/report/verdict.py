@@ -65,7 +65,12 @@ def headline(runs: Sequence[Run], metric: str | None) -> str:
 
 def caveats(runs: Sequence[Run], metric: str | None) -> list[str]:
     """Return what limits the verdict."""
-    said = []
+    said = [
+        f"{run.name} was stopped, or is still running: its record ends at step {words.number(run.last_step)}, and what "
+        "came after its last round or validation is not counted."
+        for run in runs
+        if run.ledger.finished is False
+    ]
     if len(runs) == 1:
         said.append(
             "There is one run here. Train the same with random data (UniformSelector) and report both: without it, "
@@ -87,7 +92,7 @@ def _alone(run: Run, metric: str) -> str:
         else f"{metric} went from {words.loss(start[1])} at step {words.number(start[0])} to {words.loss(end[1])} "
         f"at step {words.number(end[0])}"
     )
-    share = f"; selection took {words.percent(run.ledger.selection_share)} of the time" if run.total_seconds else ""
+    share = f"; selection took {words.percent(run.ledger.selection_share)} of the time" if run.knows_its_cost else ""
     return f"{run.name}: {moved}{share}."
 
 

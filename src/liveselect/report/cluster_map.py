@@ -1,0 +1,111 @@
+"""A map of the pool: its clusters in two dimensions, coloured by influence, sized by what was chosen."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from liveselect.ledger import RoundRecord
+from liveselect.report import elements, pictures, words
+from liveselect.report.choices import spread
+from liveselect.report.runs import Run
+
+MOST_MAPS = 4
+DEFAULT_CLUSTERS = "clusters"
+
+
+@dataclass(frozen=True)
+class ClusterMap:
+    """Where the clusters of a pool lie.
+
+    Attributes:
+        names: of the clusters.
+        places: ``(K, 2)``, the first two principal components of their centroids.
+    """
+
+    names: tuple[str, ...]
+    places: npt.NDArray[np.float64]
+
+
+def find_map(config: str) -> ClusterMap | None:
+    """Return the map of the pool that a configuration file names, None when it has no clusters or lies elsewhere."""
+    try:
+        data = yaml.safe_load(config)["data"]["init_args"]
+        folder = Path(data["pool"]) / str(data["groups"] or DEFAULT_CLUSTERS)
+        names = json.loads((folder / "clusters.json").read_text(encoding="utf-8"))["names"]
+        centroids = np.load(folder / "centroids.npy", allow_pickle=False)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    if centroids.ndim != 2 or len(centroids) != len(names) or len(names) < 3:
+        return None
+    return ClusterMap(tuple(names), flattened(centroids))
+
+
+def flattened(points: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return the first two principal components of ``points (K, D)``, ``(K, 2)``, with signs that do not depend on the
+    machine.
+    """
+    centred = np.asarray(points, dtype=np.float64)
+    centred = centred - centred.mean(axis=0)
+    directions = np.linalg.svd(centred, full_matrices=False)[2][:2]
+    directions *= np.sign(directions[np.arange(len(directions)), np.abs(directions).argmax(axis=1)])[:, None]
+    places = centred @ directions.T
+    return np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
+
+
+def where_it_looked(run: Run) -> str:
+    """Return the section with maps of some rounds; empty when the pool has no clusters that can be found."""
+    found = find_map(run.config)
+    rounds = [
+        record for record in run.ledger.rounds if any(name in (found.names if found else ()) for name in record.groups)
+    ]
+    if found is None or not rounds:
+        return ""
+    figures = []
+    for record in spread(rounds, MOST_MAPS):
+        title = f"Round {record.round}, step {words.number(record.step)}"
+        values, what = _values(record, found.names)
+        sizes = [record.groups.get(name, {}).get("chosen", 0) / max(1, record.chosen) for name in found.names]
+        chart = pictures.scatter(found.places.tolist(), values, sizes, f"{title}: clusters of {run.name}")
+        figures.append(elements.figure(chart, title, f"Colour: {what}."))
+    return (
+        f"<section><h2>Where {words.escaped(run.name)} looked</h2>"
+        + elements.paragraph(
+            "Each dot is a cluster of the pool; clusters that lie near each other hold similar text (the first two "
+            "principal components of the centroids). The larger a dot, the more of the plan came from it.",
+            "note",
+        )
+        + elements.legend(
+            {
+                "above average": elements.AREA_KEY.format(colour="var(--series-0)", opacity=0.9),
+                "below average": elements.AREA_KEY.format(colour="var(--series-1)", opacity=0.9),
+            }
+        )
+        + elements.grid(figures)
+        + "</section>"
+    )
+
+
+def _values(record: RoundRecord, names: Sequence[str]) -> tuple[list[float], str]:
+    """Return a number in -1..1 for each cluster, NaN where nothing is known, and what it tells."""
+    rewards = {name: row["reward"] for name, row in record.groups.items() if "reward" in row}
+    if rewards:
+        middle = sum(rewards.values()) / len(rewards)
+        known = {name: value - middle for name, value in rewards.items()}
+        what = "mean reward of the cluster, against the average"
+    else:
+        known = {name: _lift(row, record) for name, row in record.groups.items() if row.get("available")}
+        what = "how much more of it was chosen than it is of the pool"
+    largest = max((abs(value) for value in known.values()), default=0.0) or 1.0
+    return [known.get(name, math.nan) / largest for name in names], what
+
+
+def _lift(row: dict[str, Any], record: RoundRecord) -> float:
+    chosen, available = row["chosen"] / max(1, record.chosen), row["available"] / max(1, record.candidates)
+    return math.log2((chosen + 1e-4) / (available + 1e-4))
