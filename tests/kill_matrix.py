@@ -11,6 +11,7 @@ Prints a line for each case and a table at the end; exits with 1 when a case dif
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -132,8 +133,8 @@ def run(function: Callable[..., None], *arguments: object, kill_after: float | N
         try:
             function(*arguments)
             code = 0
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            sys.stderr.write("".join(traceback.format_exception_only(error))[-600:])
             code = 1
         os._exit(code)
     deadline = began + (LONGEST if kill_after is None else kill_after)
@@ -142,7 +143,9 @@ def run(function: Callable[..., None], *arguments: object, kill_after: float | N
         if ended:
             return os.waitstatus_to_exitcode(status), time.monotonic() - began
         if time.monotonic() >= deadline:
-            os.killpg(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has not become the leader of its group yet
+                os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return -signal.SIGKILL, time.monotonic() - began
         time.sleep(0.002)
@@ -219,7 +222,7 @@ def main() -> int:
     cases = [Case(*each) for each in itertools.product(options.methods, options.workers, ranks)]
     draw.shuffle(cases)
     kills, failures, left_alone = dict.fromkeys(cases, 0), [], {}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         for index, case in enumerate(itertools.cycle(cases)):
             if sum(kills.values()) >= options.kills:
                 break

@@ -30,10 +30,10 @@ ALLOWED = {
     "selectors": {"protocols", "pool", "distributed", "functional", "seeding", "scores", "decisions"},
     "measurement": {"bits", "protocols", "cost", "distributed", "functional", "snapshot"},
     "rounds": {
-        *("watch", "protocols", "pool", "plan", "ledger", "decisions", "seeding", "distributed", "functional", "snapshot"),
-        "measurement",
+        *("protocols", "pool", "plan", "ledger", "decisions", "seeding", "distributed", "functional", "snapshot"),
+        *("measurement", "watch"),
     },
-    "rehearsal": {"protocols", "plan", "cost", "losses", "snapshot", "rounds"},
+    "rehearsal": {"protocols", "distributed", "plan", "cost", "losses", "snapshot", "rounds"},
     "bits": set(),
     "watch": {"protocols", "pool", "plan", "ledger", "decisions", "distributed", "snapshot"},
     "monitoring": {"decisions", "ledger"},

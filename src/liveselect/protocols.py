@@ -120,7 +120,9 @@ class RoundContext:
         return tracked_phase(self.meter, self.progress, name, total, unit)
 
     def candidate_batches(self, ids: Tensor) -> Iterator[dict[str, Tensor]]:
-        """Yield the candidates ``ids (n,)`` in batches on the model's device."""
+        """Yield the candidates ``ids (n,)`` in batches on the model's device; nothing on a rank without ids."""
+        if not len(ids):
+            return iter(())
         return (self.to_device(batch) for batch in self.source.candidates(ids))
 
 

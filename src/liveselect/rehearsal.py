@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liveselect import distributed
 from liveselect.cost import CostMeter, SilentProgress
 from liveselect.losses import target_counts
 from liveselect.plan import Plan
@@ -31,7 +32,7 @@ def rehearse(run: SelectionRun, context: RoundContext) -> None:
     """
     if run.estimator is None:
         return
-    few = context.candidates[:FEW]
+    few = context.candidates[: max(FEW, distributed.world_size())]
     small = replace(
         context,
         source=_Excerpt(context.source),
