@@ -152,6 +152,7 @@ def estimators(context: RoundContext) -> dict[str, tuple[InfluenceEstimator, Rou
     """Return what is compared, by the name that the table prints, each with the round that it measures."""
     rate = context.optimizer.param_groups[0]["lr"]
     plain = replace(context, optimizer=torch.optim.SGD(context.model.parameters(), lr=rate))
+    below = ["*.embed_in.*", *(f"*.layers.{index}.*" for index in range(context.model.config.num_hidden_layers - 1))]
     return {
         "plain dot, at theta": (FirstOrderInfluence(gradient_at="current", slope_over="zero"), plain),
         "K-FAC, at theta": (KFACInfluence(), context),
@@ -160,6 +161,7 @@ def estimators(context: RoundContext) -> dict[str, tuple[InfluenceEstimator, Rou
         "first order, slope at 0": (FirstOrderInfluence(slope_over="zero"), context),
         "first order": (FirstOrderInfluence(), context),
         "first order, published": (FirstOrderInfluence(step="published"), context),
+        "first order, last layer": (FirstOrderInfluence(exclude=below), context),
         "steps": (FirstOrderInfluence(engine="optimizer_step"), context),
         "steps, published": (FirstOrderInfluence(engine="optimizer_step", step="published"), context),
     }
@@ -223,8 +225,8 @@ def compare(step: int, source: Source, options: argparse.Namespace, folder: Path
         "probe: split-half": halves,
         "probe: Spearman-Brown": {form: 2 * r / (1 + r) for form, r in halves.items()},
     }
-    for name, row in rows.items():
-        print(f"{name:<28}" + "".join(f"{row[form]:>14.3f}" for form in FORMS))
+    for name, by_form in rows.items():
+        print(f"{name:<28}" + "".join(f"{by_form[form]:>14.3f}" for form in FORMS))
     between = rank_correlation(*(each.influence for each in exact.values()))
     spent = 1e3 * sum(each.seconds for each in exact.values()) / len(exact)
     print(f"{'probe: one form, the other':<28}{between:>14.3f}{between:>14.3f}{spent:>16.1f}")

@@ -5,7 +5,8 @@ Three tables, each measured side by side in one process:
 1. Engines. The cost of one candidate in seconds and in forwards (of the same tokens, without a graph), how many times
    cheaper it is than the exact one-step probe with 128 and with 1,024 reference sequences as long as a candidate, the
    memory that it needs beyond model and optimizer, and the rank correlation with gradients formed one by one. The
-   direction is that of KFACInfluence; what it takes to make it, once a round, stands below the table.
+   direction is that of KFACInfluence; what it takes to make it, once a round, stands below the table. *In a training
+   step* is what scores of its examples add to forward and backward.
 2. Factors and aggregated scores from end to end, beside kronfluence: the same model, examples, batches and damping.
 3. A training step with AdamW, with and without scores of its examples.
 
@@ -45,6 +46,7 @@ from liveselect.pool import CandidatePool
 from liveselect.protocols import Batch, RoundContext
 
 ROWS = 8  # of a batch
+OVERHEARD = "in a training step"
 SAME_NUMBERS = (  # engines that meet one direction
     "gradients one by one",
     "vmap(grad)",
@@ -52,6 +54,7 @@ SAME_NUMBERS = (  # engines that meet one direction
     "central difference",
     "hooks (example_dot)",
     "KFACInfluence",
+    OVERHEARD,
 )
 Run = Callable[[], Any]
 
@@ -92,7 +95,8 @@ def language_model(hidden: int, layers: int, vocab: int, device: str) -> nn.Modu
         num_attention_heads=4,
         intermediate_size=4 * hidden,
     )
-    return GPTNeoXForCausalLM(config).to(device)
+    model: nn.Module = GPTNeoXForCausalLM(config)
+    return model.to(device)
 
 
 def make_context(options: argparse.Namespace) -> RoundContext:
@@ -177,7 +181,7 @@ def gradients_one_by_one(context: RoundContext, batch: Batch, direction: dict[st
     for row in batch["input_ids"]:
         loss = causal_lm_loss(context.model, {"input_ids": row[None]}).sum()
         gradients = torch.autograd.grad(loss, parameters)
-        products.append(sum((g * v).sum() for g, v in zip(gradients, direction.values(), strict=True)))
+        products.append(torch.stack([(g * v).sum() for g, v in zip(gradients, direction.values(), strict=True)]).sum())
     return torch.stack(products)
 
 
@@ -241,6 +245,14 @@ def engines(options: argparse.Namespace) -> None:
         causal_lm_loss(context.model, batch).mean().backward()
         context.optimizer.zero_grad()
 
+    overheard = TrainingStepScores(context.model, direction)
+
+    def training_with_scores() -> Tensor:
+        overheard.attach(batch)
+        causal_lm_loss(context.model, batch).mean().backward()
+        context.optimizer.zero_grad()
+        return overheard.collect(mean_weights(batch, "examples"))
+
     runs: dict[str, Run] = {
         "forward": forward,
         "forward and backward": training,
@@ -252,12 +264,15 @@ def engines(options: argparse.Namespace) -> None:
         "KFACInfluence": lambda: estimator.score(context, batch),
         "FirstOrderInfluence": lambda: first_order["hooks"].score(context, batch),
         "the same, optimizer_step": lambda: first_order["optimizer_step"].score(context, batch),
+        OVERHEARD: training_with_scores,
     }
     if options.device == "cpu":  # forks come first: what is measured later would leave them memory to reuse
         peaks |= {name: peak_megabytes(run, options.device) for name, run in runs.items()}
     spent = take_turns(runs, options.device, options.turns)
     if options.device != "cpu":
         peaks |= {name: peak_megabytes(run, options.device) for name, run in runs.items()}
+    for measured in (spent, peaks):
+        measured[OVERHEARD] -= measured["forward and backward"]
     unit = spent["forward"] / ROWS
     exact = gradients_one_by_one(context, batch, direction).detach().cpu()
     probes: dict[int, float] = {}
@@ -274,9 +289,7 @@ def engines(options: argparse.Namespace) -> None:
     print(f"{'engine':28}" + "".join(f"{head:>13}" for head in heads))
     for name, run in runs.items():
         each = spent[name] / ROWS
-        agreement = (
-            "" if "forward" in name and "mode" not in name else f"{spearmanr(run().detach().cpu(), exact)[0]:.6f}"
-        )
+        agreement = f"{spearmanr(run().detach().cpu(), exact)[0]:.6f}" if name in SAME_NUMBERS else ""
         print(
             f"{name:28}{each:13.5f}{each / unit:13.2f}{probes[128] / each:13.0f}{probes[1024] / each:13.0f}"
             f"{peaks[name]:13.0f}{agreement:>13}"
@@ -392,11 +405,19 @@ def end_to_end(options: argparse.Namespace) -> None:
         return
     heads = ("liveselect s", "kronfluence s", "times faster", "MB", "MB theirs", "Spearman")
     print(f"{'curvature':12}" + "".join(f"{head:>14}" for head in heads))
-    for strategy in ("kfac", "ekfac"):
-        theirs = partial(kronfluence_scores, model, candidates, references, strategy)
-        runs: dict[str, Run] = {"ours": partial(ours, strategy), "theirs": theirs}
-        peaks = {name: peak_megabytes(run, options.device) for name, run in runs.items()}
-        spent = take_turns(runs, options.device, 3 if strategy == "kfac" else 2)
+    both: dict[str, dict[str, Run]] = {
+        strategy: {
+            "ours": partial(ours, strategy),
+            "theirs": partial(kronfluence_scores, model, candidates, references, strategy),
+        }
+        for strategy in ("kfac", "ekfac")
+    }
+    memory = {  # forks come before this process does the same
+        strategy: {name: peak_megabytes(run, options.device) for name, run in runs.items()}
+        for strategy, runs in both.items()
+    }
+    for strategy, runs in both.items():
+        peaks, spent = memory[strategy], take_turns(runs, options.device, options.turns)
         agreement = spearmanr(runs["ours"]().cpu(), runs["theirs"]().cpu())[0]
         print(
             f"{strategy:12}{spent['ours']:14.2f}{spent['theirs']:14.2f}{spent['theirs'] / spent['ours']:14.2f}"
@@ -423,7 +444,9 @@ def training_steps(options: argparse.Namespace) -> None:
         mlp = {name: value for name, value in body.items() if ".mlp." in name}
         half = TrainingStepScores(model, body, examples=max(1, rows // 2))
         kinds = {"": None, "all": TrainingStepScores(model, body), "mlp": TrainingStepScores(model, mlp), "half": half}
-        runs = {name: partial(training_step, model, optimizer, batch, scores) for name, scores in kinds.items()}
+        runs: dict[str, Run] = {
+            name: partial(training_step, model, optimizer, batch, scores) for name, scores in kinds.items()
+        }
         spent = take_turns(runs, options.device, options.turns)
         name = f"width {hidden}, {layers} layers, vocab {vocab}, {rows} x {length}"
         shares = [spent[kind] / spent[""] for kind in ("all", "mlp", "half")]
@@ -451,7 +474,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--candidates", type=int, default=256)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=5, help="of which the fastest counts")
     parser.add_argument("--parts", default="123", help="which tables to make")
     options = parser.parse_args()
     options.steps = [(128, 4, 4096, 128, 8), (256, 4, 4096, 128, 8), (256, 4, 4096, 256, 4), (256, 4, 4096, 512, 1)]

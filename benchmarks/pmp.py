@@ -124,7 +124,7 @@ def make_context(options: argparse.Namespace, attention: str, short: bool = Fals
             vocab_size=options.vocab,
             hidden_size=options.hidden,
             num_hidden_layers=options.layers,
-            num_attention_heads=4,
+            num_attention_heads=options.heads,
             intermediate_size=3 * options.hidden,
             max_position_embeddings=options.length,
             attn_implementation=attention,
@@ -194,10 +194,10 @@ def published(options: argparse.Namespace, clock: Clock) -> Tensor:
     references = list(source.reference())
 
     def mean_loss(parameters: dict[str, Tensor], tokens: Tensor, labels: Tensor) -> Tensor:
-        logits = functional_call(model, parameters, (tokens,), {"use_cache": False}).logits[:, :-1]
-        losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
-        counted = (labels[:, 1:] != -100).sum(dim=1)
-        return (losses.sum(dim=1) / counted).mean()
+        logits = functional_call(model, parameters, (tokens,), {"use_cache": False}).logits
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        return (losses.sum(dim=1) / (targets != -100).sum(dim=1)).mean()
 
     def summed(parts: list[tuple[Tensor, Tensor]], one: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
         rows = sum(len(tokens) for tokens, _ in parts)
@@ -281,7 +281,7 @@ def run_recipe(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {
-        **{"hidden": 128, "layers": 4, "vocab": 2048, "length": 256},
+        **{"hidden": 128, "layers": 4, "heads": 4, "vocab": 2048, "length": 256},
         **{"steps": 4, "score_every": 2, "batch": 8, "rows": 8, "references": 16, "candidates": 64, "scored": 32},
         "threads": torch.get_num_threads(),
     }.items():

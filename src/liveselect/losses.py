@@ -63,7 +63,7 @@ def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         TypeError: the module cannot be called with token ids, or returns no logits; pass a ``loss_fn``.
     """
-    logits, targets = target_logits(model, batch)
+    logits, targets = _logits_and_targets(model, batch)
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()  # the differences that selection looks at are lost in a short softmax
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
@@ -78,11 +78,21 @@ def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     if TARGET_COLUMNS not in batch:
         batch = at_targets(batch)
+    logits, targets = _logits_and_targets(model, batch)
+    wanted = batch[TARGET_COLUMNS].shape[1]
+    return logits[:, :wanted], targets[:, :wanted]
+
+
+def _logits_and_targets(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return what :func:`target_logits` does, with one more column without targets where cutting it off would copy."""
+    if TARGET_COLUMNS not in batch:
+        batch = at_targets(batch)
     columns = batch[TARGET_COLUMNS]
     labels = batch["labels"] if "labels" in batch else batch["input_ids"]
     rows = torch.arange(len(columns), device=columns.device)[:, None]
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)[rows, columns]
-    return _logits_at(find_language_model(model), batch, rows, columns), targets
+    logits = _logits_at(find_language_model(model), batch, rows, columns)
+    return logits, F.pad(targets, (0, logits.shape[1] - targets.shape[1]), value=IGNORE_INDEX)
 
 
 def reference_loss(losses: list[Tensor], counts: list[Tensor]) -> float:
@@ -125,7 +135,10 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _logits_at(network: nn.Module, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the logits ``(B, K, V)`` of the positions ``columns (B, K)`` of the ``rows (B, 1)``."""
+    """Return the logits ``(B, K, V)`` of the positions ``columns (B, K)`` of the ``rows (B, 1)``.
+
+    Where only the last of all positions is not among them, it follows them.
+    """
     accepted = inspect.signature(network.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     options: dict[str, Any] = {
@@ -136,9 +149,7 @@ def _logits_at(network: nn.Module, batch: Batch, rows: Tensor, columns: Tensor) 
     width, wanted = batch["input_ids"].shape[1], columns.shape[1]
     with _head_narrowed(network, rows, columns, width):
         logits = _logits(network(batch["input_ids"], **options), network)
-    if logits.shape[1] == wanted:
-        return logits
-    return logits[:, :wanted] if wanted == width - 1 else logits[rows, columns]
+    return logits if logits.shape[1] == wanted or wanted == width - 1 else logits[rows, columns]
 
 
 @contextmanager
