@@ -94,9 +94,11 @@ class Measurement:
             RuntimeError: the ranks decided differently.
             RoundInterruptedError: the context says that the run has to stop.
         """
-        before = bit_sum(context.model, context.optimizer)
+        with context.meter.phase("check restore"):
+            before = bit_sum(context.model, context.optimizer)
         self._advance(context, limit)
-        self.restored &= bit_sum(context.model, context.optimizer) == before
+        with context.meter.phase("check restore"):
+            self.restored &= bit_sum(context.model, context.optimizer) == before
 
     def _advance(self, context: RoundContext, limit: int | None) -> None:
         self._answer_again(context)
