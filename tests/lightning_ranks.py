@@ -1,4 +1,4 @@
-"""Runs of the small model on several forked ranks under ModelParallelStrategy (FSDP2), over gloo."""
+"""Runs of the small model under every strategy, on several forked ranks over gloo."""
 
 import hashlib
 import json
@@ -8,18 +8,31 @@ import lightning.pytorch as pl
 import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from ranks import free_port
 from small_run import BATCH, POOL, SIMPLE, SmallLM, rows, small_trainer
 from torch.distributed.fsdp import fully_shard
 
-from liveselect.callbacks import DataSelection
 from liveselect.datamodules import SelectionDataModule
 from liveselect.functional.sharding import local
+from liveselect.losses import causal_lm_loss
+
+STEPS = 6
 
 
-class ShardedLM(SmallLM):
-    """The small model; every layer, and the rest, sharded over all ranks."""
+class DoubleLM(SmallLM):
+    """The small model in double precision: what remains between one rank and several is not rounding."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        self.double()
+
+    def training_step(self, batch, batch_index):
+        return causal_lm_loss(self, batch).mean()
+
+
+class ShardedLM(DoubleLM):
+    """Every layer, and the rest, sharded over all ranks."""
 
     def configure_model(self):
         mesh = self.device_mesh["data_parallel"]
@@ -38,7 +51,7 @@ def bits(module, optimizer):
 
 
 class Steps(Callback):
-    """Notes after every batch what it trained on and the bits of this rank's shards and moments."""
+    """Notes after every batch what it trained on and the bits of this rank's part of the model and its moments."""
 
     def __init__(self) -> None:
         self.seen = []
@@ -47,29 +60,50 @@ class Steps(Callback):
         self.seen.append([trainer.global_step, batch["id"].tolist(), bits(pl_module, trainer.optimizers[0])])
 
 
-def fit(folder, ranks, selector, estimator=None, *, dropout=0.0, ckpt_path=None, whole_checkpoint=False, **settings):
-    """Train on this rank; return what every batch trained on, the rounds, and the trainer."""
+def data_of(ranks: int) -> SelectionDataModule:
+    pool = [{**row, "cluster": "abc"[index % 3]} for index, row in enumerate(rows(POOL, 1))]
+    return SelectionDataModule(
+        pool=pool, reference=rows(6, 2), batch_size=BATCH // ranks, probe_batch_size=4, groups="cluster"
+    )
+
+
+def fit(
+    folder, selection, strategy=None, *, ranks=2, dropout=0.0, ckpt_path=None, whole_checkpoint=False, **settings
+) -> dict:
+    """Train on this rank, by ``strategy`` (ddp, fsdp2) on several or alone; return its batches, and the rounds."""
     pl.seed_everything(1, verbose=False)
-    selection = DataSelection(selector, estimator, every_n_steps=2, dirpath=folder / "selection")
-    steps = Steps()
-    data = SelectionDataModule(pool=rows(POOL, 1), reference=rows(6, 2), batch_size=BATCH // ranks, probe_batch_size=4)
-    if ranks > 1:
+    ranks = ranks if strategy else 1
+    if strategy == "ddp":
+        settings["strategy"] = DDPStrategy(process_group_backend="gloo")
+    if strategy == "fsdp2":
         settings["strategy"] = ModelParallelStrategy(
             data_parallel_size=ranks,
             tensor_parallel_size=1,
             save_distributed_checkpoint=not whole_checkpoint,
             process_group_backend="gloo",
         )
+    steps = Steps()
     extra = settings.pop("callbacks", [])
-    defaults = {"precision": "32-true", "max_steps": 6, "devices": ranks, **SIMPLE}
+    defaults = {"precision": "32-true", "max_steps": STEPS, "devices": ranks, **SIMPLE}
     trainer = small_trainer(folder, [selection, steps, *extra], **{**defaults, **settings})
-    trainer.fit(ShardedLM(dropout) if ranks > 1 else SmallLM(dropout), datamodule=data, ckpt_path=ckpt_path)
-    rounds = [[record.plan, record.measured, record.influence] for record in selection.run.ledger.rounds]
-    return steps.seen, rounds, trainer
+    trainer.fit(
+        (ShardedLM if strategy == "fsdp2" else DoubleLM)(dropout), datamodule=data_of(ranks), ckpt_path=ckpt_path
+    )
+    ledger = selection.run.ledger.rounds
+    return {
+        "steps": steps.seen,
+        "rounds": [[record.plan, record.measured, record.influence] for record in ledger],
+        "metrics": [dict(record.metrics) for record in ledger],
+    }
+
+
+def batches(parts) -> list:
+    """The global batches of a run, from what each rank trained on."""
+    return [[i for _, ids, _ in steps for i in ids] for steps in zip(*(part["steps"] for part in parts), strict=True)]
 
 
 def on_lightning_ranks(function, ranks: int, *arguments) -> list:
-    """Run ``function(ranks, *arguments)`` on forked ranks; return what each of them returned, by way of JSON."""
+    """Run ``function(*arguments)`` on forked ranks for Trainers; return what each returned, by way of JSON."""
     with mp.get_context("fork").Manager() as manager:
         results = manager.dict()
         mp.start_processes(
@@ -83,4 +117,4 @@ def _worker(rank, function, ranks, port, results, arguments):
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(ranks)
     )
-    results[rank] = json.dumps(function(ranks, *arguments))
+    results[rank] = json.dumps(function(*arguments))

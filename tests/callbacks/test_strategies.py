@@ -1,0 +1,112 @@
+"""Every method under every strategy on two ranks: the numbers and the choices of one process."""
+
+import json
+import re
+
+import pytest
+import torch
+from lightning_ranks import batches, data_of, fit, on_lightning_ranks
+from small_run import POOL
+from tiny_encoder import TINY, tiny_regressor
+
+from liveselect.callbacks import PDS, DataSelection, Quad
+from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence, PMPInfluence
+from liveselect.regressors import HashedRidgeRegressor
+from liveselect.scores import write_scores
+from liveselect.selectors import RegressionSelector, UniformSelector
+
+STRATEGIES = ("ddp", "fsdp2")
+PULLS = {"pulls": 2, "at_once": 2, "probes": 3, "controls": 5, "arms": 2, "warmup_rounds": 1}
+
+
+def by_regression(estimator, regressor=HashedRidgeRegressor, **settings):
+    selector = RegressionSelector(regressor(), probes=13, ratio=0.5, min_spearman=None)
+    return lambda **common: DataSelection(selector, estimator, **settings, **common)
+
+
+def steady_encoder():
+    # what it drops depends on the rank
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return tiny_regressor(encoder={**TINY, **still}, epochs=2, dropout=0.0)
+
+
+def pds(**common):
+    estimator = PMPInfluence(steps=2, score_every=1)
+    return PDS(live=True, estimator=estimator, regressor=HashedRidgeRegressor(), probes=9, min_spearman=None, **common)
+
+
+def quad(**settings):
+    return lambda **common: Quad(estimator=KFACInfluence(factor_examples=9), **PULLS, **settings, **common)
+
+
+def methods():
+    return {
+        "uniform": lambda **common: DataSelection(UniformSelector(), **common),
+        "one step, ridge": by_regression(OneStepInfluence(step="in_batch")),
+        "one step, between training steps": by_regression(OneStepInfluence(), probes_between_steps=4),
+        "first order, encoder": by_regression(FirstOrderInfluence(), steady_encoder),
+        "optimizer steps, ridge": by_regression(FirstOrderInfluence(engine="optimizer_step")),
+        "Quad": quad(),
+        "Quad that does not listen": quad(overhear=False),
+        "ready scores": lambda **common: PDS(str(common["dirpath"].parents[1] / "scores"), **common),
+        "PDS on the live model": pds,
+    }
+
+
+METHODS = list(methods())
+REFUSED = {("PDS on the live model", "fsdp2")}
+
+
+def _run(folder, strategy, method) -> dict:
+    selection = methods()[method](every_n_steps=2, dirpath=folder / str(strategy) / method)
+    return fit(folder, selection, strategy, max_steps=6 if "Quad" in method or "between" in method else 4)
+
+
+def _all(folder) -> list:
+    """The runs of this rank, by strategy and method; what was raised where one is refused."""
+    found = []
+    for strategy in STRATEGIES:
+        for method in METHODS:
+            try:
+                found.append([strategy, method, _run(folder, strategy, method)])
+            except TypeError as error:
+                found.append([strategy, method, str(error)])
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("strategies")
+    torch.set_num_threads(1)
+    data = data_of(1)
+    data.setup("fit")
+    write_scores(folder / "scores", torch.arange(POOL).float(), data.pool.fingerprint, {})
+    alone = {method: _run(folder, None, method) for method in METHODS}
+    ranks = [{(s, m): run for s, m, run in found} for found in on_lightning_ranks(_all, 2, folder)]
+    return json.loads(json.dumps(alone)), ranks
+
+
+@pytest.mark.parametrize(("method", "strategy"), [(m, s) for m in METHODS for s in STRATEGIES if (m, s) not in REFUSED])
+def test_two_ranks_measure_choose_and_train_on_what_one_process_does(runs, method, strategy):
+    alone, ranks = [runs[0][method]], [rank[strategy, method] for rank in runs[1]]
+    if "between" in method:  # which candidate is measured after which step depends on the number of ranks
+        alone = [rank["ddp", method] for rank in runs[1]]
+    assert ranks[0]["rounds"] == ranks[1]["rounds"]
+    assert batches(ranks) == batches(alone)
+    for expected, found in zip(alone[0]["rounds"], ranks[0]["rounds"], strict=True):
+        assert found[:2] == expected[:2]  # the plan, and what was measured
+        torch.testing.assert_close(torch.tensor(found[2]), torch.tensor(expected[2]), rtol=1e-5, atol=1e-6)
+
+
+def test_every_method_that_measures_did_so_and_quad_listened(runs):
+    for method, run in runs[0].items():
+        measured = sum(len(ids) for _, ids, _ in run["rounds"])
+        assert (measured > 0) == (method not in ("uniform", "ready scores"))
+    for found in (runs[0]["Quad"], *(rank[strategy, "Quad"] for rank in runs[1] for strategy in STRATEGIES)):
+        assert found["metrics"][-1]["arms/overheard"] > 0
+
+
+@pytest.mark.parametrize(("method", "strategy"), sorted(REFUSED))
+def test_what_a_strategy_cannot_do_is_refused_before_training_with_what_to_use_instead(runs, method, strategy):
+    for rank in runs[1]:
+        assert re.search(r"sharded over ranks \(FSDP\): train with strategy='ddp'", rank[strategy, method])
