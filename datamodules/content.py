@@ -150,6 +150,7 @@ class _Findings:
     rows: int = 0
     without_target: int = 0
     foreign_label: int | None = None
+    other_labels: bool = False
     lengths: set[int] = field(default_factory=set)
     digests: list[Any] = field(default_factory=lambda: [hashlib.blake2b(digest_size=16) for _ in range(4)])
 
@@ -183,6 +184,7 @@ class _Findings:
                 "labels (-100, -1) belongs into labels; pad input_ids with a token"
             )
         if chunk.labels.shape != chunk.tokens.shape or chunk.labels.dtype.kind not in "iu":
+            self.other_labels = True
             return
         counted = chunk.labels != IGNORE_INDEX
         starts = np.cumsum(chunk.lengths) - chunk.lengths
@@ -215,6 +217,13 @@ class _Findings:
                 f"{self.without_target} of the {self.rows} rows of {self.name} that were looked at have no token to "
                 f"predict (less than two tokens, or labels of {IGNORE_INDEX} alone): training on them teaches nothing, "
                 "and their influence is zero. Leave them out",
+                SelectionWarning,
+                stacklevel=3,
+            )
+        if self.other_labels:
+            warnings.warn(
+                f"batches of {self.name} have labels that are not one integer for each token: the default loss of "
+                "selection cannot use them. Pass a loss_fn",
                 SelectionWarning,
                 stacklevel=3,
             )

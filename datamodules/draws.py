@@ -79,6 +79,10 @@ def load_rows(
     """
     with private_draws() as seed:
         rows = fetch(dataset, ids, seeds, seed)
+        if isinstance(
+            rows, list
+        ):  # a collate function may pop keys of what it is given, and data in memory would lose them
+            rows = [dict(row) if type(row) is dict else row for row in rows]
         if then is not None:
             seed(then)
         return collate_fn(rows)

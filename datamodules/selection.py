@@ -273,7 +273,8 @@ class SelectionDataModule(pl.LightningDataModule):
         if self._validation_set is not None:
             self._validation = self._open_reference(self._validation_set, "allow")
         else:
-            self._validation = self._reference or self._open_reference(self._reference_set, "allow")
+            overlap: OnOverlap = "drop" if self._overlap == "drop" else "allow"  # the same examples as in a fit
+            self._validation = self._reference or self._open_reference(self._reference_set, overlap)
 
     def _check_size(self) -> None:
         global_batch = self.batch_size * self._world_size * self._accumulate

@@ -147,8 +147,15 @@ def complete_batch(batch: Any, ids: Sequence[int], name: str) -> dict[str, Any]:
     batch["id"] = torch.as_tensor(ids, dtype=torch.int64)
     if "labels" not in batch:
         batch["labels"] = tokens.clone()
-        if "attention_mask" in batch:
-            batch["labels"].masked_fill_(torch.as_tensor(batch["attention_mask"]) == 0, IGNORE_INDEX)
+        if batch.get("attention_mask") is not None:
+            mask = torch.as_tensor(batch["attention_mask"])
+            if mask.shape != tokens.shape:
+                raise ValueError(
+                    f"expected {name} to return an attention_mask of the shape of input_ids, {tuple(tokens.shape)}, or "
+                    f"labels beside it, got the mask {tuple(mask.shape)}: which tokens are padding, and carry no loss, "
+                    "cannot be told from it"
+                )
+            batch["labels"].masked_fill_(mask == 0, IGNORE_INDEX)
     elif isinstance(batch["labels"], (Tensor, np.ndarray)):
         labels = torch.as_tensor(batch["labels"])
         batch["labels"] = labels if labels.dtype.is_floating_point else labels.long()

@@ -365,11 +365,18 @@ def test_labels_that_a_loss_of_the_users_may_know_are_only_warned_of():
         CollatedRows(columns_of_raw(table().tolist()), collate)
 
 
-def test_class_labels_of_a_wrapped_dataset_are_let_through():
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(1), torch.zeros(1, WIDTH), torch.zeros(1, WIDTH - 1, dtype=torch.int64)]
+)
+def test_labels_that_are_not_those_of_tokens_are_let_through_with_a_warning(labels):
     def collate(batch):
-        return {"input_ids": torch.tensor([row["input_ids"] for row in batch]), "labels": torch.zeros(len(batch))}
+        return {
+            "input_ids": torch.tensor([row["input_ids"] for row in batch]),
+            "labels": labels.repeat_interleave(len(batch), 0),
+        }
 
-    assert len(CollatedRows(columns_of_raw(table().tolist()), collate)) == COUNT
+    with pytest.warns(SelectionWarning, match="labels that are not one integer for each token: .*Pass a loss_fn"):
+        assert len(CollatedRows(columns_of_raw(table().tolist()), collate)) == COUNT
 
 
 # ---- Hugging Face formats ------------------------------------------------------------------------------------------

@@ -75,6 +75,13 @@ def test_dropped_records_are_listed_and_all_others_stay(tmp_path, make):
     assert torch.equal(kept, torch.cat([batch["input_ids"] for batch in data._validation]))
 
 
+def test_validation_alone_sees_what_it_sees_in_a_fit():
+    data = SelectionDataModule(dataset(), reference_with(TABLE[7]), batch_size=4, overlap="drop")
+    with pytest.warns(SelectionWarning, match="They are left out"):
+        data.setup("validate")
+    assert sum(len(batch["id"]) for batch in data.val_dataloader()) == 12
+
+
 def test_a_record_of_several_pieces_is_dropped_as_a_whole():
     long = np.concatenate([OTHER[30], TABLE[7], OTHER[31]])
     with pytest.warns(SelectionWarning, match="1 of 13 reference records"):

@@ -152,6 +152,28 @@ def test_a_worker_init_function_finds_the_dataset_that_it_knows(tmp_path):
     assert torch.cat([batch["id"] for batch in data.candidates(torch.arange(48))]).tolist() == list(range(48))
 
 
+def test_a_collate_function_may_empty_the_rows_that_it_is_given():
+    data = rows()
+
+    def collate(batch):
+        return {"input_ids": torch.stack([row.pop("input_ids") for row in batch])}
+
+    for _ in range(2):
+        assert CollatedRows(data, collate).candidates([3])["input_ids"].tolist() == [TABLE[3].tolist()]
+
+
+def test_a_mask_that_does_not_say_what_is_padding_needs_labels():
+    def collate(batch, **more):
+        ids = torch.stack([row["input_ids"] for row in batch])
+        return {"input_ids": ids, "attention_mask": torch.ones(len(ids), 1, 5, 5), **({"labels": ids} if more else {})}
+
+    with pytest.raises(
+        ValueError, match=r"attention_mask of the shape of input_ids, \(1, 5\), or labels .* \(1, 1, 5, 5\)"
+    ):
+        CollatedRows(rows(), collate)
+    assert len(CollatedRows(rows(), lambda batch: collate(batch, labels=True))) == len(TABLE)
+
+
 # ---- wrapped loaders -----------------------------------------------------------------------------------------------
 
 
