@@ -119,6 +119,8 @@ class SelectionMonitor(Callback):
         """Show the metrics beside what they cost."""
         if not trainer.sanity_checking:
             self._show(trainer)
+            if self._selection is not None and trainer.is_global_zero and self._selection.plan is not None:
+                log.info(_progress_line(trainer, self._selection))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show what came last, and name the checkpoint that it led to."""
@@ -211,3 +213,14 @@ class SelectionMonitor(Callback):
                     f"{type(logger).__name__} failed to show selection, training goes on without it: {error}",
                     category=SelectionWarning,
                 )
+
+
+def _progress_line(trainer: pl.Trainer, selection: DataSelection) -> str:
+    """Return a line that tells where the run stands, for terminals that show no bar."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "loss" in name}
+    losses = "".join(f", {name} {value:.4f}" for name, value in sorted(metrics.items(), reverse=True))
+    round_index = -1 if selection.plan is None else selection.plan.round
+    steps = trainer.estimated_stepping_batches
+    whole = f" of {steps:g}" if steps != float("inf") else ""
+    share = f"selection took {selection.time_share():.1%} of the time"
+    return f"step {trainer.global_step}{whole}{losses}, round {round_index}, {share}"

@@ -151,6 +151,12 @@ class DataSelection(Callback):
         """What is being trained on, None before the first round."""
         return self.run.plan
 
+    def time_share(self) -> float:
+        """Return the share of selection in the time of training and selection until now, 0..1."""
+        ledger = self.run.ledger
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return ledger.selection_seconds / max(1e-9, ledger.selection_seconds + ledger.training_seconds + running)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and builtins; a collective, which Lightning calls on every rank."""
         if self._run is None:

@@ -195,6 +195,21 @@ def test_an_alarm_is_an_alert_a_text_a_log_line_and_a_line_of_the_ledger(tmp_pat
     assert all(text.encode() in shown for text in texts)
 
 
+def test_a_line_at_every_validation_tells_where_the_run_stands(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "liveselect"):
+        selection, _ = monitored(tmp_path, False)
+    lines = [line for line in caplog.messages if line.startswith("step ")]
+    entries = selection.run.ledger.evaluations
+    assert len(lines) == len(entries) == 2
+    for line, entry, round_index in zip(lines, entries, (1, 2), strict=True):
+        expected = (
+            f"step {entry.step} of 12, val_loss {entry.metrics['val_loss']:.4f}, round {round_index}, selection took "
+        )
+        assert line.startswith(expected)
+        assert line.endswith("% of the time")
+        assert 0 < float(line.removeprefix(expected).split("%")[0]) < 100
+
+
 class Broken(Logger):
     name, version = "broken", 0
 

@@ -57,10 +57,22 @@ class SelectionCLI(LightningCLI):
 
 
 class StepsProgressBar(RichProgressBar):
-    """Lightning's bar without its count of epochs, which says nothing in a run that is measured in steps."""
+    """Lightning's bar for a run that is measured in steps: without its count of epochs, with the round of selection and
+    the share of the time that selection takes.
+    """
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float]:
+        """Return what stands beside the bar."""
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        selection = next((each for each in callbacks if isinstance(each, DataSelection)), None)
+        if selection is not None and selection.plan is not None:
+            metrics |= {"round": str(selection.plan.round), "selection": f"{selection.time_share():.1%}"}
+        return metrics
 
 
 def _bar(settings: dict[str, Any]) -> list[ProgressBar]:
