@@ -58,3 +58,12 @@ def test_the_uninterrupted_run_trains_every_planned_batch_once(runs):
     assert len(lines) == STEPS * ACCUMULATE
     assert len({tuple(place) for place, *_ in lines}) == len(lines)
     assert lines[-1][1] == STEPS
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_killed_run_leaves_the_same_decisions_to_the_byte(runs, kill):
+    whole, killed = (
+        {path.name: path.read_bytes() for path in (case(runs, 0, name) / "selection/decisions").iterdir()}
+        for name in (None, kill)
+    )
+    assert killed == whole
