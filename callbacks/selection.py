@@ -1,26 +1,24 @@
 """DataSelection: runs selection rounds inside a Lightning training loop."""
 
 import logging
-import random
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import Tensor
 
 from liveselect import distributed
+from liveselect.callbacks.clipping import clip_gradients
 from liveselect.callbacks.compatibility import (
+    callable_model,
     check_intervals,
     check_rest,
     check_setup,
@@ -31,10 +29,11 @@ from liveselect.callbacks.compatibility import (
 )
 from liveselect.callbacks.pace import Pace
 from liveselect.callbacks.progress import RoundProgress
+from liveselect.callbacks.random_state import random_state, set_random_state
+from liveselect.callbacks.records import keep_older_ledger, log_round, write_ledger
 from liveselect.cost import CostMeter, SilentProgress
 from liveselect.decisions import DecisionLedger
 from liveselect.functional.flops import forward_flops
-from liveselect.ledger import RoundRecord
 from liveselect.losses import causal_lm_loss
 from liveselect.measurement import Measurement
 from liveselect.plan import Plan
@@ -166,7 +165,7 @@ class DataSelection(Callback):
             "run": self._run.state_dict(),
             # inside a batch (a checkpoint on an exception) the batch will be trained again from its beginning
             "random_states": distributed.gather_objects(
-                self._after_batch if self._in_batch and self._after_batch is not None else _random_state()
+                self._after_batch if self._in_batch and self._after_batch is not None else random_state()
             ),
         }
 
@@ -242,7 +241,7 @@ class DataSelection(Callback):
         if trainer.global_step == 0 and not self._loaded and self.plan is not None:
             self._begin()  # another fit of the same callback, from the start
         if not self._loaded:
-            self._keep_older_ledger()
+            keep_older_ledger(self._ledger_path)
         self._loaded, self.run.ledger.finished = False, False
         if self.plan is not None:
             check_rest(self.plan, self._global_batch(trainer), trainer)
@@ -261,15 +260,15 @@ class DataSelection(Callback):
         if self._random_states is not None:
             states, self._random_states = self._random_states, None
             if distributed.rank() < len(states):
-                _set_random_state(states[distributed.rank()])
-        self._after_batch = _random_state()
+                set_random_state(states[distributed.rank()])
+        self._after_batch = random_state()
         self._in_batch = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Advance the plan; at the round's last optimizer step make the next one."""
-        self._after_batch = _random_state()
+        self._after_batch = random_state()
         plan = self._current_plan()
         plan.advance(self._source_or_raise().batch_size * trainer.world_size)
         self.run.ledger.training_flops += self._flops_per_token * _tokens_in(batch) * trainer.world_size
@@ -301,17 +300,17 @@ class DataSelection(Callback):
         if self._after_batch is not None:
             # a loader that draws its seed moves the global state; a run resumed from the checkpoint of this very step
             # does not validate again, and would go on with other random numbers
-            _set_random_state(self._after_batch)
+            set_random_state(self._after_batch)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self._run.ledger.evaluate(trainer.global_step, metrics)
-        self._write_ledger()
+        write_ledger(self.run.ledger, self._ledger_path)
         self._since = time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the final ledger and say what selection cost."""
         self._charge_training()
         self.run.ledger.finished = True
-        self._write_ledger()
+        write_ledger(self.run.ledger, self._ledger_path)
         ledger = self.run.ledger
         log.info(
             "selection: %d rounds, %.1f s of selection beside %.1f s of training (%.1f%%)",
@@ -344,8 +343,8 @@ class DataSelection(Callback):
         budget = self._budget(trainer, trainer.global_step)
         context = self._context(trainer, pl_module, run.pool.available(budget))
         self._follow(self._measure_and_choose(context, budget))
-        self._write_ledger()
-        self._log(trainer, run.ledger.rounds[-1])
+        write_ledger(self.run.ledger, self._ledger_path)
+        log_round(trainer, run.ledger)
         self._trained_before = run.ledger.training_seconds
 
     def _measure_ahead(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -415,17 +414,18 @@ class DataSelection(Callback):
         run, source = self.run, self._source_or_raise()
         selector = run.selector_for(run.next_round)
         title = f"round {run.next_round} ({type(selector).__name__}, step {trainer.global_step})"
+        model, loss_fn = callable_model(trainer, pl_module, self.loss_fn)
         return RoundContext(
             round=run.next_round,
             step=trainer.global_step,
             seed=self.seed,
-            model=pl_module,
+            model=model,
             optimizer=trainer.optimizers[0],
-            loss_fn=self.loss_fn,
+            loss_fn=loss_fn,
             source=source,
             candidates=candidates,
             global_batch=self._global_batch(trainer),
-            clip_gradients=lambda parameters: _clip_gradients(trainer, pl_module, parameters),
+            clip_gradients=lambda parameters: clip_gradients(trainer, pl_module, parameters),
             forward_context=trainer.precision_plugin.forward_context,
             meter=CostMeter(),
             progress=RoundProgress(title, live=False if _has_live_display(trainer) else None),
@@ -467,62 +467,6 @@ class DataSelection(Callback):
             self.run.ledger.training_seconds += time.perf_counter() - self._since
             self._since = None
 
-    def _log(self, trainer: pl.Trainer, record: RoundRecord) -> None:
-        """Send the round's numbers to every logger; one that fails costs a warning."""
-        scalars = {f"selection/{name}": value for name, value in record.scalars().items()}
-        scalars["selection/time_share"] = self.run.ledger.selection_share
-        shown = any(getattr(each, "logs_rounds", False) for each in trainer.callbacks)  # type: ignore[attr-defined]
-        for logger in [] if shown else trainer.loggers:  # a SelectionMonitor shows them, and more
-            try:
-                logger.log_metrics(scalars, step=trainer.global_step)
-            except Exception as error:  # whatever a third-party logger raises: training matters more
-                rank_zero_warn(
-                    f"{type(logger).__name__} failed on selection metrics: {error}", category=SelectionWarning
-                )
-        for note in record.notes:
-            rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
-        for alarm in record.alarms:
-            log.warning("ALARM (%s) in round %d, step %d: %s", alarm.kind, alarm.round, alarm.step, alarm.text)
-
-    def _keep_older_ledger(self) -> None:
-        """Give the ledger of an earlier run in the same folder another name; it is the only record of that run."""
-        path = self._ledger_path
-        if path is None or distributed.rank() != 0 or not path.exists():
-            return
-        free = next(name for i in count(1) if not (name := path.with_stem(f"{path.stem}-{i}")).exists())
-        path.rename(free)
-        log.info("the ledger of an earlier run in this folder is now %s", free)
-
-    def _write_ledger(self) -> None:
-        if self._ledger_path is None or distributed.rank() != 0:
-            return
-        try:
-            self.run.ledger.write(self._ledger_path)
-        except OSError as error:  # a full disk must not end the training; the checkpoint holds the ledger too
-            rank_zero_warn(f"could not write {self._ledger_path}: {error}", category=SelectionWarning)
-
-
-def _clip_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule, parameters: list[nn.Parameter]) -> None:
-    """Clip the gradients of ``parameters`` in place as the Trainer does."""
-    if is_overridden("configure_gradient_clipping", pl_module):
-        # a probe is no training step: what the hook logs must not reach the run's metrics
-        silent = {"log": lambda *arguments, **settings: None, "log_dict": lambda *arguments, **settings: None}
-        kept = {name: pl_module.__dict__[name] for name in silent if name in pl_module.__dict__}
-        pl_module.__dict__.update(silent)
-        try:
-            pl_module.configure_gradient_clipping(
-                trainer.optimizers[0], trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-            )
-        finally:
-            for name in silent:
-                del pl_module.__dict__[name]
-            pl_module.__dict__.update(kept)
-    elif trainer.gradient_clip_val:
-        if str(trainer.gradient_clip_algorithm or "norm").endswith("value"):
-            nn.utils.clip_grad_value_(parameters, trainer.gradient_clip_val)
-        else:
-            nn.utils.clip_grad_norm_(parameters, trainer.gradient_clip_val)
-
 
 def _has_live_display(trainer: pl.Trainer) -> bool:
     return isinstance(trainer.progress_bar_callback, RichProgressBar)
@@ -531,25 +475,3 @@ def _has_live_display(trainer: pl.Trainer) -> bool:
 def _tokens_in(batch: Any) -> int:
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     return ids.numel() if isinstance(ids, torch.Tensor) else 0
-
-
-def _random_state() -> dict[str, Any]:
-    """Return the random states of this process as tensors and builtins (checkpoints load with weights_only)."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the state of the user's draws
-    version, words, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
-        "python": [version, list(words), gauss],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    version, words, gauss = state["python"]
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    random.setstate((version, tuple(words), gauss))

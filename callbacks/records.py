@@ -1,0 +1,50 @@
+"""What a run leaves behind: its ledger, and the numbers of its rounds in the loggers. Nothing here ends a training."""
+
+import logging
+from itertools import count
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+
+from liveselect import distributed
+from liveselect.ledger import Ledger
+from liveselect.protocols import SelectionWarning
+
+log = logging.getLogger("liveselect")
+
+
+def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:
+    """Send the numbers of the last round to every logger, and say what it noted; a failing logger costs a warning."""
+    record = ledger.rounds[-1]
+    scalars = {f"selection/{name}": value for name, value in record.scalars().items()}
+    scalars["selection/time_share"] = ledger.selection_share
+    shown = any(getattr(each, "logs_rounds", False) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    for logger in [] if shown else trainer.loggers:  # a SelectionMonitor shows them, and more
+        try:
+            logger.log_metrics(scalars, step=trainer.global_step)
+        except Exception as error:  # whatever a third-party logger raises: training matters more
+            rank_zero_warn(f"{type(logger).__name__} failed on selection metrics: {error}", category=SelectionWarning)
+    for note in record.notes:
+        rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
+    for alarm in record.alarms:
+        log.warning("ALARM (%s) in round %d, step %d: %s", alarm.kind, alarm.round, alarm.step, alarm.text)
+
+
+def keep_older_ledger(path: Path | None) -> None:
+    """Give the ledger of an earlier run in the same folder another name; it is the only record of that run."""
+    if path is None or distributed.rank() != 0 or not path.exists():
+        return
+    free = next(name for i in count(1) if not (name := path.with_stem(f"{path.stem}-{i}")).exists())
+    path.rename(free)
+    log.info("the ledger of an earlier run in this folder is now %s", free)
+
+
+def write_ledger(ledger: Ledger, path: Path | None) -> None:
+    """Write the ledger on rank 0; the checkpoint holds it too, so a full disk costs a warning."""
+    if path is None or distributed.rank() != 0:
+        return
+    try:
+        ledger.write(path)
+    except OSError as error:
+        rank_zero_warn(f"could not write {path}: {error}", category=SelectionWarning)
