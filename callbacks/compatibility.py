@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
@@ -13,8 +14,9 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from liveselect.functional.sharding import ThroughRoot, is_flat
 from liveselect.plan import Plan
-from liveselect.protocols import CandidateSource
+from liveselect.protocols import CandidateSource, LossFn
 
 
 def find_source(trainer: pl.Trainer) -> CandidateSource:
@@ -52,16 +54,10 @@ def check_setup(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 
 def _check_strategy(strategy: Any) -> None:
-    if isinstance(strategy, FSDPStrategy):
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)):
         raise MisconfigurationException(
-            "DataSelection does not work with FSDPStrategy, which lets nothing but the Trainer's own hooks call the "
-            "module that it wraps. Use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1) with "
-            "torch.distributed.fsdp.fully_shard in configure_model, which shards the same way"
-        )
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
-        raise MisconfigurationException(
-            "DataSelection works with a single device, DDPStrategy and ModelParallelStrategy (FSDP2), not with "
-            f"{type(strategy).__name__}: use one of these"
+            "DataSelection works with a single device, DDPStrategy, ModelParallelStrategy (FSDP2) and FSDPStrategy, "
+            f"not with {type(strategy).__name__}: use one of these"
         )
     if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
         raise MisconfigurationException(
@@ -69,6 +65,26 @@ def _check_strategy(strategy: Any) -> None:
             f"{strategy.device_mesh['tensor_parallel'].size()} groups of ranks must see the same ones: use "
             "ModelParallelStrategy(data_parallel_size=<all devices>, tensor_parallel_size=1)"
         )
+
+
+def callable_model(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, loss_fn: LossFn
+) -> tuple[torch.nn.Module, LossFn]:
+    """Return the module to measure with, and the loss function that takes it.
+
+    Raises:
+        MisconfigurationException: parameters wait elsewhere than where the model computes.
+    """
+    found, computes = next(pl_module.parameters()).device, trainer.strategy.root_device
+    if found.type != computes.type:
+        raise MisconfigurationException(
+            f"the parameters are kept on {found} and the model computes on {computes}, which DataSelection does not "
+            "know how to measure with: leave out the offloading to CPU"
+        )
+    root = trainer.strategy.model
+    if root is not pl_module and is_flat(root):  # wrapped as a whole, it can be called as a whole only
+        return root, ThroughRoot(loss_fn)
+    return pl_module, loss_fn
 
 
 def check_intervals(trainer: pl.Trainer) -> None:

@@ -8,11 +8,16 @@ import lightning.pytorch as pl
 import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.plugins import FSDPPrecision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from ranks import free_port
 from small_run import BATCH, POOL, SIMPLE, SmallLM, rows, small_trainer
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.utils import clip_grads_with_norm_
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 
+from liveselect import distributed
 from liveselect.datamodules import SelectionDataModule
 from liveselect.functional.sharding import local
 from liveselect.losses import causal_lm_loss
@@ -39,6 +44,34 @@ class ShardedLM(DoubleLM):
         for layer in self.model.gpt_neox.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
+
+
+class FlatLM(DoubleLM):
+    """Wrapped as a whole by FSDP1, under which Lightning leaves clipping by norm to the module."""
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        given = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        square = sum((p.grad.square().sum() for p in given), torch.zeros((), dtype=torch.float64))
+        # FSDP's own clip_grad_norm_ refuses double precision
+        clip_grads_with_norm_(given, gradient_clip_val, distributed.sum_over_ranks(square).sqrt())
+
+
+MODULES = {"fsdp": FlatLM, "fsdp2": ShardedLM}
+
+
+class FlatOnCPU(FSDPStrategy):
+    """FSDP1, which Lightning refuses without a GPU, and torch unless it is told to compute on CPU."""
+
+    def _setup_model(self, model):
+        layers = ModuleWrapPolicy({GPTNeoXLayer})
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), auto_wrap_policy=layers, **self.kwargs)
+
+
+class AsItIs(FSDPPrecision):
+    """Leaves a module in double precision."""
+
+    def convert_module(self, module):
+        return module
 
 
 def bits(module, optimizer):
@@ -75,6 +108,9 @@ def fit(
     ranks = ranks if strategy else 1
     if strategy == "ddp":
         settings["strategy"] = DDPStrategy(process_group_backend="gloo")
+    if strategy == "fsdp":
+        settings["strategy"] = FlatOnCPU(process_group_backend="gloo", use_orig_params=True)
+        settings |= {"plugins": [AsItIs("32-true")], "precision": None}
     if strategy == "fsdp2":
         settings["strategy"] = ModelParallelStrategy(
             data_parallel_size=ranks,
@@ -86,9 +122,8 @@ def fit(
     extra = settings.pop("callbacks", [])
     defaults = {"precision": "32-true", "max_steps": STEPS, "devices": ranks, **SIMPLE}
     trainer = small_trainer(folder, [selection, steps, *extra], **{**defaults, **settings})
-    trainer.fit(
-        (ShardedLM if strategy == "fsdp2" else DoubleLM)(dropout), datamodule=data_of(ranks), ckpt_path=ckpt_path
-    )
+    module = MODULES.get(strategy, DoubleLM)
+    trainer.fit(module(dropout), datamodule=data_of(ranks), ckpt_path=ckpt_path)
     ledger = selection.run.ledger.rounds
     return {
         "steps": steps.seen,

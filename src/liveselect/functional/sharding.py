@@ -3,7 +3,7 @@
 Nothing here communicates.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,55 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
 
 
+def is_flat(model: nn.Module) -> bool:
+    """Return whether ranks hold pieces of flattened parameters (FSDP1), and not of each parameter."""
+    if not torch.distributed.is_available():
+        return False
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+
+
+def refuse_flat(model: nn.Module, name: str) -> None:
+    """Raise TypeError for flattened parameters, with which ``name`` cannot work."""
+    if is_flat(model):
+        raise TypeError(
+            f"{name} does not work with the flattened parameters of FullyShardedDataParallel (FSDPStrategy): shard "
+            "with torch.distributed.fsdp.fully_shard (ModelParallelStrategy), or measure with OneStepInfluence"
+        )
+
+
+class ThroughRoot:
+    """A loss that is computed inside of the forward of FSDP1's outermost wrapper, where parameters are whole.
+
+    Args:
+        loss_fn: maps the module that is wrapped, and a batch, to losses.
+    """
+
+    def __init__(self, loss_fn: Callable[[nn.Module, Any], Tensor]) -> None:
+        self.loss_fn = loss_fn
+
+    def __call__(self, root: nn.Module, batch: Any) -> Tensor:
+        """Return the losses of a batch; ``root`` is the wrapper."""
+        inner: Any = root.module
+        kept = dict(vars(inner))
+
+        def restore() -> None:
+            del inner.forward
+            if "forward" in kept:
+                inner.forward = kept["forward"]
+
+        def forward() -> Tensor:
+            restore()  # the loss may call the module itself
+            return self.loss_fn(inner, batch)
+
+        inner.forward = forward
+        try:
+            losses: Tensor = root()
+        finally:
+            if vars(inner).get("forward") is forward:  # the wrapper failed before it came to the module
+                restore()
+        return losses
+
+
 def reshard(model: nn.Module) -> None:
     """Free the whole parameters that a forward without backward leaves behind in the root; no-op when not sharded.
 
@@ -39,7 +88,8 @@ def reshard(model: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.reshard()
         elif isinstance(module, FullyShardedDataParallel) and module._handle is not None:
-            module._handle.reshard(True)  # no public way
+            if hasattr(module._handle.flat_param, "_local_shard"):  # else it never ran, and is sharded
+                module._handle.reshard(True)  # no public way
 
 
 def local(tensor: Tensor) -> Tensor:

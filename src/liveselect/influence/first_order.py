@@ -18,7 +18,7 @@ from liveselect.functional.gradients import (
     forward_mode_dot,
     plan_products,
 )
-from liveselect.functional.sharding import is_sharded, like, local
+from liveselect.functional.sharding import is_sharded, like, local, refuse_flat
 from liveselect.functional.slopes import step_slope
 from liveselect.influence.one_step import (
     Probe,
@@ -169,6 +169,7 @@ class FirstOrderInfluence:
                 engine does not work with a sharded model.
         """
         refuse_unfit(context)
+        refuse_flat(context.model, type(self).__name__)
         if self.engine == "forward_mode" and is_sharded(context.model):
             raise TypeError(
                 'engine="forward_mode" does not work with parameters that are sharded over ranks (FSDP): use '

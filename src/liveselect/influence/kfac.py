@@ -20,7 +20,7 @@ from liveselect.functional.factors import (
 )
 from liveselect.functional.gradients import example_dot
 from liveselect.functional.kronecker import relative_damping, solve
-from liveselect.functional.sharding import is_sharded, local, part_of, reshard
+from liveselect.functional.sharding import is_sharded, local, part_of, refuse_flat, reshard
 from liveselect.influence.blocks import Blocks, Variant
 from liveselect.influence.fisher import Labels, active_tokens, with_sampled_labels
 from liveselect.influence.matrices import find_matrix_layers
@@ -210,6 +210,7 @@ class KFACInfluence:
         self._blocks.load_state_dict(state["blocks"])
 
     def _layers(self, context: RoundContext, reference: ReferencePass) -> list[MatrixLayer]:
+        refuse_flat(context.model, type(self).__name__)
         row = {name: value[:1] for name, value in reference.batches[0].items() if isinstance(value, Tensor)}
         layers = find_matrix_layers(
             context.model,

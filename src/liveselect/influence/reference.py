@@ -54,7 +54,7 @@ class ReferencePass:
             ValueError: no token of the reference set carries loss.
         """
         batches = list(context.source.reference())
-        if context.loss_fn is causal_lm_loss:
+        if getattr(context.loss_fn, "loss_fn", context.loss_fn) is causal_lm_loss:
             batches = [at_targets(batch) for batch in group_by_length(batches)]
         counts = [target_counts(batch).cpu() for batch in batches]
         if not sum(int(count.sum()) for count in counts):
