@@ -1,4 +1,4 @@
-"""What watching costs: decisions, alarms and SelectionMonitor (W&B offline, TensorBoard, CSV) beside the training itself.
+"""What watching costs: decisions, alarms and SelectionMonitor (W&B offline, TensorBoard, CSV) beside the training.
 
     python benchmarks/overhead.py [--steps 200] [--every 20]
 
