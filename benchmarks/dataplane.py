@@ -30,8 +30,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from liveselect.datamodules.batching import Item
 from liveselect.datamodules.loader import PlanLoader
 from liveselect.datamodules.overlap import shared_passages
-from liveselect.datamodules.rows import StoreRows
-from liveselect.datamodules.tokens import TokenStore, write_store
+from liveselect.datamodules.pools.tokens import TokenStore, write_store
+from liveselect.datamodules.rows.rows import StoreRows
 from liveselect.plan import Plan
 
 SHAPES = [(256, 16), (256, 64), (1024, 8), (1024, 64), (2048, 16)]  # tokens of a block, rows of a batch

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from liveselect.cli.corpus import find_corpus
-from liveselect.datamodules.tokenizers import train_bpe
+from liveselect.datamodules.pools.tokenizers import train_bpe
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence
 from liveselect.influence.one_step import StepSize
 from liveselect.losses import causal_lm_loss

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from liveselect.datamodules.loader import PlanLoader
+    from liveselect.datamodules.pools.tokens import TokenStore, write_store
     from liveselect.datamodules.reference import ReferenceSet
     from liveselect.datamodules.selection import SelectionDataModule
-    from liveselect.datamodules.tokens import TokenStore, write_store
 
 _HOMES = {
     "PlanLoader": "loader",
     "ReferenceSet": "reference",
     "SelectionDataModule": "selection",
-    "TokenStore": "tokens",
-    "write_store": "tokens",
+    "TokenStore": "pools.tokens",
+    "write_store": "pools.tokens",
 }
 
 __all__ = ["PlanLoader", "ReferenceSet", "SelectionDataModule", "TokenStore", "write_store"]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from liveselect.datamodules.token_rows import pad_rows
+from liveselect.datamodules.rows.token_rows import pad_rows
 from liveselect.protocols import IGNORE_INDEX
 
 SHORTEST = 7 / 8  # a row shorter than this share of the longest begins a new batch, which bounds the padding

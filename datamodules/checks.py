@@ -12,13 +12,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from liveselect import distributed
-from liveselect.datamodules.collating import without_fill
-from liveselect.datamodules.content import spread_ids
 from liveselect.datamodules.overlap import visible_rows
-from liveselect.datamodules.pool_files import TOKENIZER
-from liveselect.datamodules.rows import Rows
-from liveselect.datamodules.tokenizers import load_tokenizer
-from liveselect.datamodules.tokens import TokenStore
+from liveselect.datamodules.pools.pool_files import TOKENIZER
+from liveselect.datamodules.pools.tokenizers import load_tokenizer
+from liveselect.datamodules.pools.tokens import TokenStore
+from liveselect.datamodules.rows.collating import without_fill
+from liveselect.datamodules.rows.content import spread_ids
+from liveselect.datamodules.rows.rows import Rows
 from liveselect.protocols import SelectionWarning
 
 POSITIONS = re.compile(r"wpe|wpos|pos(itions?)?|(embed_|learned_)?pos(ition(s|al)?)?_?(emb\w*|enc\w*)?|embed_positions")

@@ -20,7 +20,7 @@ from liveselect.datamodules.overlap import (
     shared_rows,
 )
 from liveselect.datamodules.reference import Loaded
-from liveselect.datamodules.rows import Rows
+from liveselect.datamodules.rows.rows import Rows
 from liveselect.protocols import SelectionWarning
 
 OnOverlap = Literal["refuse", "drop", "allow"]

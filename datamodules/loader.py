@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from liveselect.datamodules.draws import load_rows, training_seeds
-from liveselect.datamodules.rows import Receive, Rows
+from liveselect.datamodules.rows.draws import load_rows, training_seeds
+from liveselect.datamodules.rows.rows import Receive, Rows
 from liveselect.plan import Plan
 
 STARTING_PAYS = 8  # batches for each worker that make up for starting it
@@ -86,7 +86,7 @@ class PlanLoader:
     number of workers and after a resume, and the process that trains keeps its own random states.
 
     Args:
-        dataset: map-style dataset of the pool, or :class:`~liveselect.datamodules.rows.Rows`. A dataset with
+        dataset: map-style dataset of the pool, or :class:`~liveselect.datamodules.rows.rows.Rows`. A dataset with
             ``__getitems__`` reads a batch at once, under the seed of its first row.
         batch_size: rows of one batch of this rank.
         length: batches of one epoch of this rank.

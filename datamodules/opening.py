@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader
 
 from liveselect.datamodules import checks, wrapping
 from liveselect.datamodules.batching import Item, bucket, pack
-from liveselect.datamodules.collating import unpadded, without_fill
 from liveselect.datamodules.disjoint import Decode, OnOverlap, set_apart
-from liveselect.datamodules.pool_files import hash_tokens
+from liveselect.datamodules.pools.pool_files import hash_tokens
+from liveselect.datamodules.pools.tokenizers import load_tokenizer
 from liveselect.datamodules.reference import Loaded, ReferenceSet, as_store, load_reference, loader_batches
-from liveselect.datamodules.rows import Collate, CollatedRows, DatasetRows, Rows, StoreRows
-from liveselect.datamodules.token_rows import complete_batch
-from liveselect.datamodules.tokenizers import load_tokenizer
+from liveselect.datamodules.rows.collating import unpadded, without_fill
+from liveselect.datamodules.rows.rows import Collate, CollatedRows, DatasetRows, Rows, StoreRows
+from liveselect.datamodules.rows.token_rows import complete_batch
 from liveselect.protocols import IGNORE_INDEX, Batch, SelectionWarning
 
 

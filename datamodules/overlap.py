@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from liveselect.datamodules.batching import Item
-from liveselect.datamodules.collating import unpadded
-from liveselect.datamodules.rows import Rows
+from liveselect.datamodules.rows.collating import unpadded
+from liveselect.datamodules.rows.rows import Rows
 from liveselect.protocols import IGNORE_INDEX, Batch
 
 PASSAGE = 32  # tokens of a passage; long enough not to be shared by chance or by idiom

@@ -11,12 +11,12 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from liveselect.datamodules.batching import Item
-from liveselect.datamodules.draws import candidate_seeds, fetch, private_draws
-from liveselect.datamodules.encoding import Encoded, encode_answers, encode_texts
-from liveselect.datamodules.pool_files import MANIFEST, hash_tokens
-from liveselect.datamodules.sources import read_records
-from liveselect.datamodules.token_rows import check_map_style, token_row
-from liveselect.datamodules.tokens import TokenStore
+from liveselect.datamodules.pools.encoding import Encoded, encode_answers, encode_texts
+from liveselect.datamodules.pools.pool_files import MANIFEST, hash_tokens
+from liveselect.datamodules.pools.sources import read_records
+from liveselect.datamodules.pools.tokens import TokenStore
+from liveselect.datamodules.rows.draws import candidate_seeds, fetch, private_draws
+from liveselect.datamodules.rows.token_rows import check_map_style, token_row
 from liveselect.protocols import IGNORE_INDEX
 from liveselect.seeding import generator_for
 

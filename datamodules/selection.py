@@ -21,7 +21,7 @@ from liveselect.datamodules.opening import (
     open_tokenizer,
 )
 from liveselect.datamodules.reference import ReferenceSet
-from liveselect.datamodules.rows import Collate, Rows, open_pool
+from liveselect.datamodules.rows.rows import Collate, Rows, open_pool
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
 from liveselect.protocols import Batch

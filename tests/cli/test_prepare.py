@@ -8,8 +8,8 @@ import pytest
 
 from liveselect import cli
 from liveselect.cli.prepare import main
-from liveselect.datamodules.cluster import Clusters
-from liveselect.datamodules.tokens import TokenStore
+from liveselect.datamodules.clusters.cluster import Clusters
+from liveselect.datamodules.pools.tokens import TokenStore
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ from ranks import on_ranks
 from sklearn.metrics import adjusted_rand_score
 
 from liveselect.cli.cluster import main
-from liveselect.datamodules import SelectionDataModule, cluster
-from liveselect.datamodules.cluster import Clustering, Clusters, cluster_pool
-from liveselect.datamodules.embedding import HashedEmbedder
-from liveselect.datamodules.naming import cluster_names
-from liveselect.datamodules.tokenizers import train_bpe
-from liveselect.datamodules.tokens import write_store
+from liveselect.datamodules import SelectionDataModule
+from liveselect.datamodules.clusters import cluster
+from liveselect.datamodules.clusters.cluster import Clustering, Clusters, cluster_pool
+from liveselect.datamodules.clusters.embedding import HashedEmbedder
+from liveselect.datamodules.clusters.naming import cluster_names
+from liveselect.datamodules.pools.tokenizers import train_bpe
+from liveselect.datamodules.pools.tokens import write_store
 
 torch.set_num_threads(1)
 ROWS, BLOCK, TOPICS = 240, 16, 4

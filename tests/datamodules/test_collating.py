@@ -6,9 +6,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
 
-from liveselect.datamodules.collating import agreement, without_fill
-from liveselect.datamodules.rows import CollatedRows
-from liveselect.datamodules.tokenizers import train_bpe
+from liveselect.datamodules.pools.tokenizers import train_bpe
+from liveselect.datamodules.rows.collating import agreement, without_fill
+from liveselect.datamodules.rows.rows import CollatedRows
 
 torch.set_num_threads(1)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from liveselect.datamodules.corpus import Corpus, Recipe
-from liveselect.datamodules.sources import Source
+from liveselect.datamodules.pools.corpus import Corpus, Recipe
+from liveselect.datamodules.pools.sources import Source
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from liveselect.datamodules import ReferenceSet, SelectionDataModule, overlap
-from liveselect.datamodules.tokens import write_store
+from liveselect.datamodules.pools.tokens import write_store
 from liveselect.protocols import IGNORE_INDEX, SelectionWarning
 
 torch.set_num_threads(1)

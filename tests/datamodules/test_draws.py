@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from liveselect.datamodules import SelectionDataModule
-from liveselect.datamodules.draws import fetch, private_draws
 from liveselect.datamodules.loader import PlanLoader
-from liveselect.datamodules.rows import DatasetRows
+from liveselect.datamodules.rows.draws import fetch, private_draws
+from liveselect.datamodules.rows.rows import DatasetRows
 from liveselect.plan import Plan
 
 torch.set_num_threads(1)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from liveselect.datamodules.embedding import HashedEmbedder, ReadyVectors, TextEmbedder, make_embedder
-from liveselect.datamodules.tokenizers import train_bpe
+from liveselect.datamodules.clusters.embedding import HashedEmbedder, ReadyVectors, TextEmbedder, make_embedder
+from liveselect.datamodules.pools.tokenizers import train_bpe
 
 
 def blocks(rows=14, length=9, vocab=30, seed=0):

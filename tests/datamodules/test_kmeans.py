@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from liveselect.datamodules import kmeans
-from liveselect.datamodules.kmeans import fit_centroids, near_pairs, nearest, unit
+from liveselect.datamodules.clusters import kmeans
+from liveselect.datamodules.clusters.kmeans import fit_centroids, near_pairs, nearest, unit
 
 
 def blobs(rows=900, clusters=6, dimensions=5, seed=0):

@@ -7,8 +7,8 @@ import torch
 from liveselect.datamodules import overlap
 from liveselect.datamodules.batching import Item
 from liveselect.datamodules.overlap import PASSAGE, pool_tokens, shared_documents, shared_passages, shared_rows
-from liveselect.datamodules.rows import DatasetRows, StoreRows
-from liveselect.datamodules.tokens import write_store
+from liveselect.datamodules.pools.tokens import write_store
+from liveselect.datamodules.rows.rows import DatasetRows, StoreRows
 
 
 def item(tokens, record):

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
-from liveselect.datamodules import prepare as module
-from liveselect.datamodules import workers as workers_module
-from liveselect.datamodules.assemble import DiskFullError
-from liveselect.datamodules.pool_files import LOCK, TOKENS, hash_tokens
-from liveselect.datamodules.prepare import prepare
-from liveselect.datamodules.readers import DataError
-from liveselect.datamodules.tokenizers import END_OF_TEXT, save_tokenizer, train_bpe
-from liveselect.datamodules.tokens import TokenStore
+from liveselect.datamodules.pools import prepare as module
+from liveselect.datamodules.pools import workers as workers_module
+from liveselect.datamodules.pools.assemble import DiskFullError
+from liveselect.datamodules.pools.pool_files import LOCK, TOKENS, hash_tokens
+from liveselect.datamodules.pools.prepare import prepare
+from liveselect.datamodules.pools.readers import DataError
+from liveselect.datamodules.pools.tokenizers import END_OF_TEXT, save_tokenizer, train_bpe
+from liveselect.datamodules.pools.tokens import TokenStore
 
 BLOCK = 16
 WORDS = ["the", "selection", "of", "data", "while", "a", "model", "is", "trained", "live", "ä", "∂", "漢字"]
@@ -185,7 +185,7 @@ def test_empty_documents_are_left_out_and_counted(tmp_path, tokenizer):
 
 CRASHING = """
 import os, signal, sys
-from liveselect.datamodules import parts, pool_files, prepare
+from liveselect.datamodules.pools import parts, pool_files, prepare
 from pathlib import Path
 
 place, number, workers, source, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]

@@ -14,10 +14,10 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from liveselect.datamodules.batching import Item, bucket, pack
-from liveselect.datamodules.encoding import encode_answers
+from liveselect.datamodules.pools.encoding import encode_answers
+from liveselect.datamodules.pools.tokenizers import train_bpe
+from liveselect.datamodules.pools.tokens import write_store
 from liveselect.datamodules.reference import ReferenceSet, load_reference, loader_batches
-from liveselect.datamodules.tokenizers import train_bpe
-from liveselect.datamodules.tokens import write_store
 from liveselect.losses import causal_lm_loss, target_counts
 from liveselect.protocols import IGNORE_INDEX, SelectionWarning
 

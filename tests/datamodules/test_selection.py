@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomS
 from transformers import GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTForCausalLM
 
 from liveselect.datamodules import ReferenceSet, SelectionDataModule, overlap
-from liveselect.datamodules.tokenizers import train_bpe
-from liveselect.datamodules.tokens import TokenStore, write_store
+from liveselect.datamodules.pools.tokenizers import train_bpe
+from liveselect.datamodules.pools.tokens import TokenStore, write_store
 from liveselect.plan import Plan
 from liveselect.protocols import IGNORE_INDEX, CandidateSource, SelectionWarning
 

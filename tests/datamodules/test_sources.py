@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from liveselect.datamodules.readers import DataError
-from liveselect.datamodules.sources import Source, describe_source, parts_of, read_records
+from liveselect.datamodules.pools.readers import DataError
+from liveselect.datamodules.pools.sources import Source, describe_source, parts_of, read_records
 
 RECORDS = [
     {"text": "eins", "url": "u0", "score": 1},
@@ -151,7 +151,7 @@ def test_lists_of_integers_come_out_whole_from_sliced_and_nested_columns(folder,
 
 
 def test_keys_and_progress_follow_the_records(folder):
-    from liveselect.datamodules.readers import Reading
+    from liveselect.datamodules.pools.readers import Reading
 
     for make in (make_plain, make_gzip_of_two_members, make_parquet):
         (part,) = parts_of(Source.parse(make(folder)))

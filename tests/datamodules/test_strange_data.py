@@ -24,10 +24,10 @@ from torch.utils.data import (
 from liveselect.datamodules import SelectionDataModule
 from liveselect.datamodules.batching import Item
 from liveselect.datamodules.overlap import shared_rows
+from liveselect.datamodules.pools.tokenizers import train_bpe
+from liveselect.datamodules.pools.tokens import write_store
 from liveselect.datamodules.reference import ReferenceSet, load_reference, loader_batches
-from liveselect.datamodules.rows import CollatedRows, DatasetRows, open_pool
-from liveselect.datamodules.tokenizers import train_bpe
-from liveselect.datamodules.tokens import write_store
+from liveselect.datamodules.rows.rows import CollatedRows, DatasetRows, open_pool
 from liveselect.protocols import IGNORE_INDEX, SelectionWarning
 
 torch.set_num_threads(1)

@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from liveselect.datamodules import tokenizers as module
-from liveselect.datamodules.readers import DataError
-from liveselect.datamodules.tokenizers import (
+from liveselect.datamodules.pools import tokenizers as module
+from liveselect.datamodules.pools.readers import DataError
+from liveselect.datamodules.pools.tokenizers import (
     END_OF_TEXT,
     Encoder,
     end_of_text_id,

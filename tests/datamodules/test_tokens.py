@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from liveselect.datamodules.pool_files import hash_tokens
-from liveselect.datamodules.tokens import TokenStore, write_store
+from liveselect.datamodules.pools.pool_files import hash_tokens
+from liveselect.datamodules.pools.tokens import TokenStore, write_store
 
 EOS, BLOCK, VOCAB = 0, 8, 50
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from liveselect.datamodules.transport import Compact, receive, send
+from liveselect.datamodules.rows.transport import Compact, receive, send
 from liveselect.protocols import IGNORE_INDEX
 
 

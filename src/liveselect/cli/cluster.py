@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from liveselect.cli.output import say
 
 if TYPE_CHECKING:
-    from liveselect.datamodules.cluster import Clusters
+    from liveselect.datamodules.clusters.cluster import Clusters
 
 DESCRIPTION = """\
 Sort the blocks of a finished pool into clusters of similar text, kept beside the pool. Training groups its candidates
@@ -77,8 +77,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _cluster(arguments: argparse.Namespace) -> "Clusters":
-    from liveselect.datamodules.cluster import Clustering, cluster_pool, default_clusters
-    from liveselect.datamodules.tokens import TokenStore
+    from liveselect.datamodules.clusters.cluster import Clustering, cluster_pool, default_clusters
+    from liveselect.datamodules.pools.tokens import TokenStore
 
     store = TokenStore(arguments.pool)
     clustering = Clustering(

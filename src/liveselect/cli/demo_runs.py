@@ -19,8 +19,8 @@ from rich.table import Table
 from liveselect.cli import corpus
 from liveselect.cli.fit import SelectionCLI
 from liveselect.cli.output import say, show_progress_lines
-from liveselect.datamodules.pool_files import MANIFEST
-from liveselect.datamodules.prepare import prepare
+from liveselect.datamodules.pools.pool_files import MANIFEST
+from liveselect.datamodules.pools.prepare import prepare
 from liveselect.report import Run, load_runs, verdict, words, write_report
 from liveselect.report.runs import Axis
 

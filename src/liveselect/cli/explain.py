@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 def _text(pool: Path, candidate: int) -> str:
     from transformers import AutoTokenizer
 
-    from liveselect.datamodules.tokens import TokenStore
+    from liveselect.datamodules.pools.tokens import TokenStore
 
     store = TokenStore(pool)
     if not 0 <= candidate < len(store):

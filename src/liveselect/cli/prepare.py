@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from liveselect.datamodules.prepare import Prepared
+    from liveselect.datamodules.pools.prepare import Prepared
 
 DESCRIPTION = """\
 Turn sources of text into a pool: fixed-length blocks of token ids on disk, each traceable to its documents.
@@ -89,10 +89,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> "Prepared":
-    from liveselect.datamodules.corpus import Corpus, Recipe
-    from liveselect.datamodules.display import PrepareDisplay
-    from liveselect.datamodules.prepare import prepare_pool
-    from liveselect.datamodules.sources import Source
+    from liveselect.datamodules.pools.corpus import Corpus, Recipe
+    from liveselect.datamodules.pools.display import PrepareDisplay
+    from liveselect.datamodules.pools.prepare import prepare_pool
+    from liveselect.datamodules.pools.sources import Source
 
     recipe = Recipe(
         tokenizer=arguments.tokenizer,

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from liveselect.datamodules import TokenStore
-from liveselect.datamodules.pool_files import DOCUMENTS
+from liveselect.datamodules.pools.pool_files import DOCUMENTS
 
 
 def column_scores(store: TokenStore, column: str) -> np.ndarray:

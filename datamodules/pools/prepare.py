@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from liveselect.datamodules.assemble import DiskFullError, Space, assemble
-from liveselect.datamodules.corpus import Corpus, Recipe
-from liveselect.datamodules.display import PrepareDisplay
-from liveselect.datamodules.parts import UNIT_BYTES, Encoding, part_facts, units_of
-from liveselect.datamodules.pool_files import LOCK, MANIFEST, PARTIAL, check_files, read_manifest, sync_folder
-from liveselect.datamodules.readers import DataError
-from liveselect.datamodules.sources import Source
-from liveselect.datamodules.tokenizers import end_of_text_id, make_tokenizer, vocabulary_size
-from liveselect.datamodules.workers import write_parts
+from liveselect.datamodules.pools.assemble import DiskFullError, Space, assemble
+from liveselect.datamodules.pools.corpus import Corpus, Recipe
+from liveselect.datamodules.pools.display import PrepareDisplay
+from liveselect.datamodules.pools.parts import UNIT_BYTES, Encoding, part_facts, units_of
+from liveselect.datamodules.pools.pool_files import LOCK, MANIFEST, PARTIAL, check_files, read_manifest, sync_folder
+from liveselect.datamodules.pools.readers import DataError
+from liveselect.datamodules.pools.sources import Source
+from liveselect.datamodules.pools.tokenizers import end_of_text_id, make_tokenizer, vocabulary_size
+from liveselect.datamodules.pools.workers import write_parts
 
 if TYPE_CHECKING:
-    from liveselect.datamodules.tokens import TokenStore
+    from liveselect.datamodules.pools.tokens import TokenStore
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def prepare(
         DataError: the sources or the recipe cannot be used; the message says what to change.
         DiskFullError: the disk is full; the same call continues when there is space.
     """
-    from liveselect.datamodules.tokens import TokenStore
+    from liveselect.datamodules.pools.tokens import TokenStore
 
     made = Recipe(tokenizer=None if tokenizer is None else str(tokenizer), block_size=block_size, **recipe)
     listed = [sources] if isinstance(sources, (str, Path, Source)) else sources

@@ -12,9 +12,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from liveselect.datamodules.parts import Encoding, Unit, write_part
-from liveselect.datamodules.readers import DataError
-from liveselect.datamodules.tokenizers import Encoder
+from liveselect.datamodules.pools.parts import Encoding, Unit, write_part
+from liveselect.datamodules.pools.readers import DataError
+from liveselect.datamodules.pools.tokenizers import Encoder
 
 _worker: dict[str, Any] = {}  # what a worker process keeps between its units
 

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from liveselect.datamodules import hugging_face, transport
-from liveselect.datamodules.cluster import Clusters
-from liveselect.datamodules.collating import check_order, unpadded
-from liveselect.datamodules.content import CHUNK_ROWS, WHOLE_ROWS, WHOLE_TOKENS, Chunk, join, spread_ids, survey
-from liveselect.datamodules.draws import candidate_seeds, fetch, load_rows, private_draws
-from liveselect.datamodules.token_rows import check_map_style, complete_batch, pad_rows, token_row
-from liveselect.datamodules.tokens import TokenStore
+from liveselect.datamodules.clusters.cluster import Clusters
+from liveselect.datamodules.pools.tokens import TokenStore
+from liveselect.datamodules.rows import hugging_face, transport
+from liveselect.datamodules.rows.collating import check_order, unpadded
+from liveselect.datamodules.rows.content import CHUNK_ROWS, WHOLE_ROWS, WHOLE_TOKENS, Chunk, join, spread_ids, survey
+from liveselect.datamodules.rows.draws import candidate_seeds, fetch, load_rows, private_draws
+from liveselect.datamodules.rows.token_rows import check_map_style, complete_batch, pad_rows, token_row
 from liveselect.pool import CandidatePool
 
 ARROW_TOKENS = 1 << 29  # Hugging Face datasets are read by columns, which is fast: this many tokens take some seconds

@@ -18,13 +18,13 @@ import torch
 from numpy.lib.format import open_memmap
 
 from liveselect import distributed
-from liveselect.datamodules.display import PrepareDisplay
-from liveselect.datamodules.embedding import Embedder, make_embedder
-from liveselect.datamodules.kmeans import Engine, fit_centroids, near_pairs, nearest, unit
-from liveselect.datamodules.naming import cluster_names
-from liveselect.datamodules.pool_files import PARTIAL, sync_file, sync_folder, write_durably
-from liveselect.datamodules.tokenizers import load_tokenizer
-from liveselect.datamodules.tokens import TokenStore
+from liveselect.datamodules.clusters.embedding import Embedder, make_embedder
+from liveselect.datamodules.clusters.kmeans import Engine, fit_centroids, near_pairs, nearest, unit
+from liveselect.datamodules.clusters.naming import cluster_names
+from liveselect.datamodules.pools.display import PrepareDisplay
+from liveselect.datamodules.pools.pool_files import PARTIAL, sync_file, sync_folder, write_durably
+from liveselect.datamodules.pools.tokenizers import load_tokenizer
+from liveselect.datamodules.pools.tokens import TokenStore
 from liveselect.pool import CandidatePool, GroupGeometry
 from liveselect.seeding import derive_seed
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from liveselect.datamodules.content import Chunk
+from liveselect.datamodules.rows.content import Chunk
 
 COLUMNS = ("input_ids", "labels", "attention_mask")
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from liveselect.datamodules.display import PrepareDisplay
-from liveselect.datamodules.metadata import metadata_array, struct_type
-from liveselect.datamodules.parts import Encoding, part_facts, read_part
-from liveselect.datamodules.pool_files import TOKENIZER, PoolWriter
-from liveselect.datamodules.readers import DataError
+from liveselect.datamodules.pools.display import PrepareDisplay
+from liveselect.datamodules.pools.metadata import metadata_array, struct_type
+from liveselect.datamodules.pools.parts import Encoding, part_facts, read_part
+from liveselect.datamodules.pools.pool_files import TOKENIZER, PoolWriter
+from liveselect.datamodules.pools.readers import DataError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

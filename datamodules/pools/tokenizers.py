@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from liveselect.datamodules.readers import DataError
+from liveselect.datamodules.pools.readers import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 257  # every byte, and the end of text

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from liveselect.datamodules.metadata import value_kinds
-from liveselect.datamodules.pool_files import hash_tokens, token_dtype, write_durably
-from liveselect.datamodules.readers import DataError
-from liveselect.datamodules.tokenizers import Encoder
+from liveselect.datamodules.pools.metadata import value_kinds
+from liveselect.datamodules.pools.pool_files import hash_tokens, token_dtype, write_durably
+from liveselect.datamodules.pools.readers import DataError
+from liveselect.datamodules.pools.tokenizers import Encoder
 
 UNIT_BYTES = 1 << 20
 UNIT_DOCUMENTS = 4096

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from liveselect.datamodules.pool_files import LOCK, MANIFEST, PARTIAL
-from liveselect.datamodules.readers import (
+from liveselect.datamodules.pools.pool_files import LOCK, MANIFEST, PARTIAL
+from liveselect.datamodules.pools.readers import (
     COMPRESSIONS,
     DataError,
     OnUndecodable,

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from liveselect.datamodules.parts import Document
-from liveselect.datamodules.pool_files import hash_file
-from liveselect.datamodules.readers import ON_UNDECODABLE, DataError, OnUndecodable, Reading, Record
-from liveselect.datamodules.sources import Source, describe_source, parts_of
-from liveselect.datamodules.tokenizers import bpe_size
+from liveselect.datamodules.pools.parts import Document
+from liveselect.datamodules.pools.pool_files import hash_file
+from liveselect.datamodules.pools.readers import ON_UNDECODABLE, DataError, OnUndecodable, Reading, Record
+from liveselect.datamodules.pools.sources import Source, describe_source, parts_of
+from liveselect.datamodules.pools.tokenizers import bpe_size
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from liveselect.datamodules.pool_files import (
+from liveselect.datamodules.pools.pool_files import (
     DOCUMENTS,
     ROW_GROUP,
     TOKENIZER,
