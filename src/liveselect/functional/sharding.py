@@ -87,9 +87,13 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-        elif isinstance(module, FullyShardedDataParallel) and module._handle is not None:
-            if hasattr(module._handle.flat_param, "_local_shard"):  # else it never ran, and is sharded
-                module._handle.reshard(True)  # no public way
+        elif isinstance(module, FullyShardedDataParallel) and _has_run(module._handle):
+            module._handle.reshard(True)  # no public way
+
+
+def _has_run(handle: Any) -> bool:
+    # before its first forward an FSDP1 wrapper is sharded and cannot be told to
+    return hasattr(getattr(handle, "flat_param", None), "_local_shard")
 
 
 def local(tensor: Tensor) -> Tensor:
