@@ -64,7 +64,7 @@ class StepsProgressBar(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float]:
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Return what stands beside the bar."""
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)

@@ -115,7 +115,7 @@ class DecisionLedger:
                     | {"id": "DELTA_BINARY_PACKED", "place": "DELTA_BINARY_PACKED", "rank": "DELTA_BINARY_PACKED"},
                 ) as writer:
                     for piece in table.pieces():
-                        writer.write_table(_arrow(piece, schema))
+                        writer.write_table(_arrow(piece, schema, table.words))
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -218,11 +218,13 @@ def read_plan(path: Path) -> RecordedPlan:
     return plan
 
 
-def _arrow(columns: dict[str, npt.NDArray[Any]], schema: pa.Schema) -> pa.Table:
+def _arrow(columns: dict[str, npt.NDArray[Any]], schema: pa.Schema, words: dict[str, list[str]]) -> pa.Table:
     arrays = []
     for field in schema:
         values = columns[field.name]
-        if field.name in ("place", "rank"):
+        if field.name in words:
+            arrays.append(pa.array(words[field.name], field.type).take(pa.array(values)))
+        elif field.name in ("place", "rank"):
             arrays.append(pa.array(values.astype(np.int32), mask=values < 0))
         elif values.dtype.kind == "f":
             arrays.append(pa.array(values, field.type, mask=np.isnan(values)))

@@ -62,6 +62,7 @@ class DecisionTable:
     Attributes:
         threshold: the lowest sum of score, bonus and noise that was let through; NaN without scores.
         left_out: rejected candidates that are not told.
+        words: the texts of the columns ``group`` and ``reason``, which hold their places.
     """
 
     def __init__(self, decisions: RoundDecisions, most_rejected: int) -> None:
@@ -77,6 +78,10 @@ class DecisionTable:
         self._measured = _Lookup(decisions.measured.numpy())
         self._forced = {why: _Lookup(ids.numpy()) for why, ids in selection.reasons.items()}
         self._eligible = _Lookup((decisions.plan.ids if selection.eligible is None else selection.eligible).numpy())
+        self.words = {
+            "group": list(decisions.pool.group_names),
+            "reason": [BY_SCORE, BELOW, PASSED, ONLY_MEASURED, BY_SELECTOR, *self._forced],
+        }
         self._sorted = np.empty(0)
         self.threshold = np.nan
         self._lowest = -np.inf
@@ -176,7 +181,7 @@ class DecisionTable:
             "round": np.full(len(ids), record.round, dtype=np.int32),
             "step": np.full(len(ids), record.step, dtype=np.int64),
             "id": ids,
-            "group": np.asarray(self._round.pool.group_names, dtype=object)[self._codes(ids)],
+            "group": self._codes(ids),
             "chosen": chosen,
             "place": self._chosen.places(ids),
             "score": scores,
@@ -192,14 +197,16 @@ class DecisionTable:
 
     def _reasons(
         self, ids: npt.NDArray[np.int64], chosen: npt.NDArray[np.bool_], keys: npt.NDArray[Any]
-    ) -> npt.NDArray[Any]:
+    ) -> npt.NDArray[np.int64]:
+        """Return the place of each reason among the words."""
+        by_score, below, passed, only_measured, by_selector = range(5)
         has_key = ~np.isnan(keys)
-        by_choice = np.where(has_key, BY_SCORE, BY_SELECTOR)
-        passed = self._eligible.holds(ids) & (self._round.selection.eligible is not None)
-        otherwise = np.where(passed, PASSED, np.where(has_key & (not self._by_group), BELOW, ONLY_MEASURED))
-        reasons = np.where(chosen, by_choice, otherwise).astype(object)
-        for why, held in self._forced.items():
-            reasons[chosen & held.holds(ids)] = why
+        otherwise = np.where(has_key & (not self._by_group), below, only_measured)
+        if self._round.selection.eligible is not None:
+            otherwise[self._eligible.holds(ids)] = passed
+        reasons = np.where(chosen, np.where(has_key, by_score, by_selector), otherwise)
+        for place, held in enumerate(self._forced.values(), 5):
+            reasons[chosen & held.holds(ids)] = place
         return reasons
 
 
