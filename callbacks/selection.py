@@ -68,7 +68,7 @@ class DataSelection(Callback):
     round's last optimizer step, before any checkpoint of that step is written. The whole state, the random states of
     all ranks included, is one entry of the checkpoint; a run that was killed continues with the same batches.
 
-    Works with a single device and with DDP, gradient accumulation, ``bf16-mixed`` and ``torch.compile``. Needs the
+    Works with a single device, DDP and FSDP, gradient accumulation, ``bf16-mixed`` and ``torch.compile``. Needs the
     trainer's datamodule to be a :class:`~liveselect.datamodules.SelectionDataModule` and automatic optimization;
     settings under which it could not be exact are refused at the start.
 

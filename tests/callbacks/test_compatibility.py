@@ -1,15 +1,19 @@
 """Settings under which selection could not be exact are refused before training starts."""
 
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from small_run import SIMPLE, SmallLM, rows, small_data, small_trainer
 
 from liveselect.callbacks import DataSelection
+from liveselect.callbacks.compatibility import callable_model, check_setup
+from liveselect.losses import causal_lm_loss
 from liveselect.selectors import UniformSelector
 
 
@@ -72,3 +76,21 @@ def test_a_round_longer_than_the_pool_is_refused_at_the_start(tmp_path):
     selection = DataSelection(UniformSelector(), every_n_steps=11, dirpath=tmp_path)
     with pytest.raises(ValueError, match="needs 66 distinct candidates but the pool holds 60"):
         small_trainer(tmp_path, [selection]).fit(SmallLM(), datamodule=small_data())
+
+
+def test_a_strategy_that_nobody_tried_is_refused():
+    with pytest.raises(MisconfigurationException, match=r"ModelParallelStrategy.*not with SimpleNamespace"):
+        check_setup(SimpleNamespace(strategy=SimpleNamespace()), SmallLM())
+
+
+def test_tensor_parallelism_is_refused():
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    with pytest.raises(MisconfigurationException, match=r"tensor_parallel_size=2 .*tensor_parallel_size=1"):
+        check_setup(SimpleNamespace(strategy=strategy), SmallLM())
+
+
+def test_parameters_that_wait_elsewhere_are_refused():
+    strategy = SimpleNamespace(root_device=torch.device("cuda"), model=None)
+    with pytest.raises(MisconfigurationException, match=r"kept on cpu .* computes on cuda.*leave out the offloading"):
+        callable_model(SimpleNamespace(strategy=strategy), SmallLM(), causal_lm_loss)
