@@ -175,7 +175,7 @@ class SelectionMonitor(Callback):
             logger.log_metrics(dict(view.scalars), step=view.record.step)
         if sink is not None:
             sink.round(view, rich)
-            for alarm in view.record.alarms:
+            for alarm in view.ledger.new_alarms(view.record):
                 sink.alert(f"Selection: {alarm.kind}", f"Round {alarm.round}, step {alarm.step}: {alarm.text}")
 
     def _view(self, run: SelectionRun, record: RoundRecord) -> RoundView:

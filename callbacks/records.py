@@ -27,7 +27,7 @@ def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:
             rank_zero_warn(f"{type(logger).__name__} failed on selection metrics: {error}", category=SelectionWarning)
     for note in record.notes:
         rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
-    for alarm in record.alarms:
+    for alarm in ledger.new_alarms(record):
         log.warning("ALARM (%s) in round %d, step %d: %s", alarm.kind, alarm.round, alarm.step, alarm.text)
 
 

@@ -188,6 +188,11 @@ class Ledger:
         """Share of selection in the time of training and selection together."""
         return self.selection_seconds / max(1e-9, self.selection_seconds + self.training_seconds)
 
+    def new_alarms(self, record: RoundRecord) -> list[Alarm]:
+        """Return the alarms of a round whose kind the round before it did not raise: what a person is told of."""
+        known = {alarm.kind for other in self.rounds if other.round == record.round - 1 for alarm in other.alarms}
+        return [alarm for alarm in record.alarms if alarm.kind not in known]
+
     def evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note the model's metrics at ``step`` beside what was spent so far."""
         self.evaluations.append(
