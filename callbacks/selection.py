@@ -334,6 +334,9 @@ class DataSelection(Callback):
             watch=Watch() if self._run is None else self._run.watch,
         )
         self._run.ledger.about = self._about()
+        spent = self.selector.cost_before_training() if hasattr(self.selector, "cost_before_training") else {}
+        self._run.ledger.before_seconds = dict(spent.get("seconds", {}))
+        self._run.ledger.before_flops = dict(spent.get("flops", {}))
 
     # ---- a round -----------------------------------------------------------------------------------------------
 

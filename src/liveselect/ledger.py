@@ -162,6 +162,9 @@ class Ledger:
         finished: whether training came to its end; None in records that do not say.
         ahead_seconds: seconds spent so far for the round to come, which has no record yet.
         ahead_flops: FLOPs likewise.
+        before_seconds: by phase, seconds spent before training on what the selector draws from (a proxy, its scores),
+            as far as that is known.
+        before_flops: FLOPs likewise.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
@@ -172,16 +175,20 @@ class Ledger:
     ahead_seconds: float = 0.0
     ahead_flops: float = 0.0
     finished: bool | None = None
+    before_seconds: dict[str, float] = field(default_factory=dict)
+    before_flops: dict[str, float] = field(default_factory=dict)
 
     @property
     def selection_seconds(self) -> float:
-        """Seconds spent in rounds."""
-        return self.ahead_seconds + sum(record.total_seconds for record in self.rounds)
+        """Seconds spent in rounds, and before training for them."""
+        before = sum(self.before_seconds.values())
+        return before + self.ahead_seconds + sum(record.total_seconds for record in self.rounds)
 
     @property
     def selection_flops(self) -> float:
-        """FLOPs spent in rounds."""
-        return self.ahead_flops + sum(record.total_flops for record in self.rounds)
+        """FLOPs spent in rounds, and before training for them."""
+        before = sum(self.before_flops.values())
+        return before + self.ahead_flops + sum(record.total_flops for record in self.rounds)
 
     @property
     def selection_share(self) -> float:

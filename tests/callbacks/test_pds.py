@@ -9,6 +9,7 @@ from small_run import POOL, SIMPLE, STEPS, SmallLM, Trace, small_data, small_tra
 
 from liveselect.callbacks import PDS
 from liveselect.influence import PMPInfluence
+from liveselect.ledger import Ledger
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.scores import write_scores
 from liveselect.selectors import ScoredSelector
@@ -47,6 +48,20 @@ def test_a_run_trains_on_the_best_scored_share_and_no_candidate_twice(tmp_path):
     assert len(set(trained_on)) == len(trained_on) == 2 * STEPS
     assert set(trained_on) <= set(range(POOL // 2, POOL))
     assert [record.selector for record in selection.run.ledger.rounds] == ["ScoredSelector"] * 4
+
+
+def test_what_making_the_scores_cost_is_part_of_what_selection_costs(tmp_path):
+    data = small_data()
+    data.setup("fit")
+    cost = {"seconds": {"train the proxy": 30.0, "pull back": 12.0}, "flops": {"pull back": 1e9}}
+    write_scores(tmp_path / "scores", torch.zeros(POOL), data.pool.fingerprint, {"cost": cost})
+    selection = PDS(tmp_path / "scores", every_n_steps=4, dirpath=tmp_path / "s")
+    fit(tmp_path, selection)
+    for ledger in (selection.run.ledger, Ledger.read(tmp_path / "s" / "ledger.jsonl")):
+        assert (ledger.before_seconds, ledger.before_flops) == (cost["seconds"], cost["flops"])
+        rounds = sum(record.total_seconds for record in ledger.rounds)
+        assert ledger.selection_seconds == pytest.approx(42.0 + rounds)
+        assert ledger.selection_flops == pytest.approx(1e9 + sum(record.total_flops for record in ledger.rounds))
 
 
 def test_scores_of_another_pool_end_the_run_before_it_trains(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from report.ledgers import ledger_of
 
 from liveselect.ledger import Ledger
+from liveselect.report import build_page
 from liveselect.report.runs import Run, choose_metric, load_runs, reaches, value_at
 
 
@@ -41,6 +42,20 @@ def test_total_cost_of_the_last_evaluation_is_that_of_the_run():
     run = Run("run", ledger_of("RegressionSelector", [5.0, 4.0, 3.0], round_seconds=2.0))
     assert run.curve("val_loss", "seconds")[-1][0] == pytest.approx(run.total_seconds) == 36.0
     assert run.curve("val_loss", "flops")[-1][0] == pytest.approx(run.total_flops) == 3600.0
+
+
+def test_what_was_spent_before_training_comes_before_every_loss_and_has_its_lines_in_the_page():
+    run = Run("pds", ledger_of("ScoredSelector", [5.0, 4.0]))
+    without = run.curve("val_loss", "seconds")
+    run.ledger.before_seconds, run.ledger.before_flops = (
+        {"train the proxy": 30.0, "pull back": 12.0},
+        {"pull back": 7.0},
+    )
+    assert run.curve("val_loss", "seconds") == [(x + 42.0, y) for x, y in without]
+    assert run.curve("val_loss", "flops")[-1][0] == pytest.approx(run.total_flops) == 2007.0
+    page = build_page([run])
+    assert "<td>before training: train the proxy</td><td>30 s</td>" in page
+    assert "<td>before training: pull back</td><td>12 s</td>" in page
 
 
 def test_losses_that_are_not_finite_are_left_out_of_curves():

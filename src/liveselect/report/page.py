@@ -7,6 +7,7 @@ from typing import Any
 
 from liveselect.report import elements, pictures, verdict, words
 from liveselect.report.alarms import what_was_wrong
+from liveselect.report.arms import what_arms_were_worth
 from liveselect.report.choices import what_it_chose
 from liveselect.report.cluster_map import where_it_looked
 from liveselect.report.drift import how_it_moved
@@ -16,6 +17,7 @@ NO_TRAINING_TIME = (
     "Training time is written down at the end of each round and at each validation, and the record of this run stops "
     "before the first: what follows is selection alone."
 )
+ABOUT_A_RUN = (what_arms_were_worth, what_it_chose, where_it_looked, how_it_moved)
 _TITLES: dict[Axis, str] = {"step": "training steps", "seconds": "total time", "flops": "total FLOPs"}
 
 
@@ -45,7 +47,7 @@ def build_page(runs: Sequence[Run], metric: str | None = None) -> str:
         _loss(runs, metric),
         _cost(runs),
         what_was_wrong(runs),
-        *(what_it_chose(run) + where_it_looked(run) + how_it_moved(run) for run in selecting),
+        *(about(run) for run in selecting for about in ABOUT_A_RUN),
         _notes(runs),
         _settings(runs),
     ]
@@ -173,10 +175,13 @@ def _cost(runs: Sequence[Run]) -> str:
     parts.append(elements.paragraph("Validation is not counted: it is neither training nor selection.", "note"))
     for run in runs:
         seconds, flops = {"training": run.ledger.training_seconds}, {"training": run.ledger.training_flops}
-        for record in run.ledger.rounds:
-            for phase in {**record.seconds, **record.flops}:
-                seconds[phase] = seconds.get(phase, 0.0) + record.seconds.get(phase, 0.0)
-                flops[phase] = flops.get(phase, 0.0) + record.flops.get(phase, 0.0)
+        before = {f"before training: {phase}": spent for phase, spent in run.ledger.before_seconds.items()}
+        before_flops = {f"before training: {phase}": spent for phase, spent in run.ledger.before_flops.items()}
+        spent = [(before, before_flops), *((record.seconds, record.flops) for record in run.ledger.rounds)]
+        for of_seconds, of_flops in spent:
+            for phase in {**of_seconds, **of_flops}:
+                seconds[phase] = seconds.get(phase, 0.0) + of_seconds.get(phase, 0.0)
+                flops[phase] = flops.get(phase, 0.0) + of_flops.get(phase, 0.0)
         total = sum(seconds.values())
         order = ["training", *sorted((phase for phase in seconds if phase != "training"), key=lambda p: -seconds[p])]
         rows = [

@@ -60,12 +60,12 @@ class Run:
 
     @property
     def total_seconds(self) -> float:
-        """Seconds of training and selection."""
+        """Seconds of training and selection, with what came before it."""
         return self.ledger.training_seconds + self.ledger.selection_seconds
 
     @property
     def total_flops(self) -> float:
-        """FLOPs of training and selection."""
+        """FLOPs of training and selection, with what came before it."""
         return self.ledger.training_flops + self.ledger.selection_flops
 
     def curve(self, metric: str, axis: Axis) -> list[Point]:
@@ -86,8 +86,10 @@ class Run:
     def _cost_before(self, entry: Evaluation, axis: Axis) -> float:
         if axis == "step":
             return float(entry.step)
+        ledger = self.ledger
         training = entry.training_seconds if axis == "seconds" else entry.training_flops
-        return training + sum(_cost(record, axis) for record in self.ledger.rounds if record.step < entry.step)
+        training += sum((ledger.before_seconds if axis == "seconds" else ledger.before_flops).values())
+        return training + sum(_cost(record, axis) for record in ledger.rounds if record.step < entry.step)
 
 
 def load_runs(paths: Iterable[Path]) -> list[Run]:

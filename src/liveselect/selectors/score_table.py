@@ -1,7 +1,7 @@
 """Scores of a pool, and the draw of its better part."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -52,6 +52,12 @@ class ScoreTable:
     def scores(self) -> Scores:
         """The scores, read when they are first asked for."""
         return read_scores(self._source, self._column)
+
+    @property
+    def cost(self) -> Mapping[str, Mapping[str, float]]:
+        """What making the scores cost, by kind and phase."""
+        cost: Mapping[str, Mapping[str, float]] = self.scores.about.get("cost", {})
+        return cost
 
     def check(self, ratio: float, temperature: float) -> None:
         """Raise ValueError when these cannot be the arguments of a draw."""

@@ -79,6 +79,10 @@ class ScoredSelector:
         """
         self._table.values(pool)
 
+    def cost_before_training(self) -> Mapping[str, Mapping[str, float]]:
+        """Return what making the scores cost, ``seconds`` and ``flops`` by phase; empty where they do not say."""
+        return self._table.cost
+
     def propose(self, context: RoundContext) -> Tensor:
         """Return no ids, ``(0,)``: the scores are there already."""
         return torch.empty(0, dtype=torch.int64)
@@ -177,6 +181,10 @@ class PriorSelector:
         """Let the selector say what it would fail of, if it can tell before anything is measured."""
         if hasattr(self.selector, "check"):
             self.selector.check(context)
+
+    def cost_before_training(self) -> Mapping[str, Mapping[str, float]]:
+        """Return what making the scores cost, ``seconds`` and ``flops`` by phase; empty where they do not say."""
+        return self._table.cost
 
     def propose(self, context: RoundContext) -> Tensor:
         """Return what the selector wants measured among the kept candidates."""

@@ -1,0 +1,114 @@
+"""The section about arms: its numbers are the ledger's, and nobody without arms has it."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from report.ledgers import ledger_of
+
+from liveselect.ledger import Example
+from liveselect.report import Run, build_page, words
+from liveselect.report.arms import ARMS_LISTED, arms_of, bound_picture, strip, what_arms_were_worth
+
+TITLE = "What the arms of"
+
+
+def a_bandit(arms: int = 3, rounds: int = 4) -> Run:
+    """A run whose arm i has the reward i - 1, an eighth more in each round; arm 0 is told in the first only."""
+    ledger = ledger_of("UCBSelector", [6.0 - index for index in range(rounds)])
+    for index, record in enumerate(ledger.rounds):
+        told = range(arms) if index == 0 else range(1, arms)
+        groups = {
+            f"arm {arm}": {
+                "available": 100 - arm,
+                "measured": 2,
+                "chosen": 10 * arm,
+                "reward": arm - 1.0 + index / 8,
+                "bonus": 0.5 + arm,
+                "pulls": 1.0 + index,
+            }
+            for arm in told
+        }
+        examples = [
+            Example(arm, f"arm {arm}", arm - 1.0, arm > 0, f"text of arm {arm}") for arm in reversed(range(arms))
+        ]
+        chosen = 10 * sum(range(arms))
+        ledger.rounds[index] = replace(record, groups=groups, examples=examples, chosen=chosen)
+    return Run("quad", ledger)
+
+
+def test_a_run_without_arms_has_no_such_section():
+    run = Run("mates", ledger_of("RegressionSelector", [6.0, 5.0]))
+    assert what_arms_were_worth(run) == ""
+    assert TITLE not in build_page([run])
+    assert TITLE in build_page([a_bandit()])
+
+
+def test_arms_are_what_the_last_record_that_knows_them_says():
+    rounds = a_bandit().ledger.rounds
+    arms = {arm.name: arm for arm in arms_of(rounds, rounds)}
+    assert {name: arm.reward for name, arm in arms.items()} == {"arm 0": -1.0, "arm 1": 0.375, "arm 2": 1.375}
+    assert [arms["arm 2"].bonus, arms["arm 2"].pulls, arms["arm 2"].left] == [2.5, 4.0, 98]
+    assert arms["arm 2"].shares == [20 / 30] * 4
+    assert arms["arm 2"].share == pytest.approx(20 / 30)
+    assert arms["arm 1"].rewards == [0.0, 0.125, 0.25, 0.375]
+    assert arms["arm 0"].rewards == [-1.0] * 4  # the first record's, as long as no other tells it
+    assert arms["arm 0"].left is None
+
+
+def test_the_table_begins_with_the_best_arm_and_holds_every_number():
+    run = a_bandit()
+    page = what_arms_were_worth(run)
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)[1:]]
+    arms = sorted(arms_of(run.ledger.rounds, run.ledger.rounds), key=lambda arm: -arm.reward)
+    assert [row[0] for row in rows] == [arm.name for arm in arms] == ["arm 2", "arm 1", "arm 0"]
+    for row, arm in zip(rows, arms, strict=True):
+        numbers = [words.number(value, 3) for value in (arm.reward, arm.bonus, arm.pulls)]
+        assert row[2:6] == [*numbers, words.percent(arm.share)]
+        assert row[8] == words.number(arm.left)
+
+
+def test_best_and_worst_arms_come_with_texts():
+    best, worst = what_arms_were_worth(a_bandit(arms=8)).split("<h3>Worst arms</h3>")
+    assert [int(arm) for arm in re.findall(r"text of arm (\d)", best)] == [7, 6, 5]
+    assert [int(arm) for arm in re.findall(r"text of arm (\d)", worst)] == [0, 1, 2]
+    few = what_arms_were_worth(a_bandit(arms=2))
+    assert sorted(re.findall(r"text of arm (\d)", few)) == ["0", "1"]
+
+
+def test_of_very_many_arms_the_best_and_the_worst_are_listed():
+    page = what_arms_were_worth(a_bandit(arms=ARMS_LISTED + 5, rounds=2))
+    listed = [int(arm) for arm in re.findall(r"<td>arm (\d+)</td>", page)]
+    half = ARMS_LISTED // 2
+    assert listed == [*reversed(range(half + 5, ARMS_LISTED + 5)), *reversed(range(half))]
+    assert "5 arms between these are left out" in page
+
+
+def test_names_and_texts_of_arms_are_escaped():
+    run = a_bandit()
+    record = run.ledger.rounds[-1]
+    record.groups["<u>arm</u>"] = record.groups["arm 2"]
+    run.ledger.rounds[-1] = replace(record, examples=[Example(1, "<u>arm</u>", 2.0, True, "<u>text</u>")])
+    page = what_arms_were_worth(run)
+    assert "<u>" not in page
+    assert "&lt;u&gt;arm" in page
+
+
+def test_a_strip_is_as_strong_as_its_values_and_tells_their_sign_and_gaps():
+    cells = re.findall(r'<rect x="(\d+)".*?fill="(.*?)" opacity="(.*?)"', strip([1.0, 0.0, -0.5, math.nan]))
+    assert cells == [
+        ("0", "var(--series-0)", "1.00"),
+        ("20", "var(--series-1)", "0.50"),
+        ("30", "var(--line)", "0.60"),
+    ]
+
+
+def test_a_bound_is_drawn_to_scale_and_an_infinite_one_to_the_edge():
+    def ends(reward, bonus):
+        line = re.findall(r'x1="([\d.]+)" y1="7" x2="([\d.]+)"', bound_picture(reward, bonus, -1.0, 3.0))[0]
+        return [float(x) for x in line]
+
+    assert ends(-1.0, 4.0) == [5.0, 115.0]
+    assert ends(1.0, 0.0) == [60.0, 60.0]
+    assert ends(1.0, math.inf)[1] == 120.0
