@@ -24,7 +24,11 @@ from liveselect.selectors import UniformSelector
 CONFIGS = Path(__file__).parents[1] / "configs"
 ON_THIS_MACHINE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
 BELOW = {"random.yaml": "mates.yaml", "pds_proxy.yaml": "pds.yaml"}
+BELOW |= dict.fromkeys(["demo_quad.yaml", "demo_pds.yaml", "demo_pds_proxy.yaml"], "demo.yaml")
 """Files that go on top of another one."""
+
+SCORING = "demo_pds_score.yaml"
+"""It is for `liveselect score`, and `liveselect fit` cannot read it."""
 
 DEMO_NETWORK = {
     "model_type": "gpt_neox",
@@ -92,7 +96,7 @@ def schedule_of(trainer: pl.Trainer) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(set(CONFIGS.glob("*.yaml")) - {CONFIGS / SCORING}), ids=lambda path: path.name)
 def test_every_file_loads_against_the_real_signatures(path):
     below = [BELOW[path.name]] if path.name in BELOW else []
     cli = from_yaml(*below, path.name)
@@ -115,15 +119,15 @@ def test_the_demo_in_python_is_the_demo_in_yaml():
     data = SelectionDataModule(
         pool="liveselect-demo/pool",
         batch_size=16,
-        reference=ReferenceSet("liveselect-demo/texts/held_out_reference.jsonl", max_examples=32),
+        reference=ReferenceSet("liveselect-demo/texts/held_out_reference.jsonl", max_examples=24),
         validation=ReferenceSet("liveselect-demo/texts/held_out_validation.jsonl", max_examples=128),
     )
     select = MATES(
         every_n_steps=80,
         warmup_rounds=1,
-        probes=96,
+        probes=64,
         ratio=0.2,
-        temperature=0.1,
+        temperature=0.5,
         step="in_batch",
         regressor=HashedRidgeRegressor(),
         seed=0,
@@ -206,7 +210,7 @@ def test_the_random_baseline_differs_in_the_selector_alone(below):
 def test_one_setting_of_the_selection_can_be_changed_on_the_command_line():
     changed = callback_of(from_yaml("demo.yaml", options=("--select.init_args.ratio=0.5",)))
     assert changed.selector.ratio == 0.5
-    assert changed.selector.probes == 96
+    assert changed.selector.probes == 64
 
 
 @pytest.mark.parametrize(

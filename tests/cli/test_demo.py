@@ -10,41 +10,59 @@ import yaml
 
 from liveselect import cli
 from liveselect.callbacks import DataSelection
-from liveselect.cli import corpus, demo_runs
+from liveselect.cli import corpus, demo_runs, score_job
 from liveselect.cli.demo_runs import Demo, config_path
+from liveselect.datamodules.clusters.cluster import Clusters
+from liveselect.datamodules.pools.tokens import TokenStore
 from liveselect.ledger import Ledger
+from liveselect.scores import read_scores
 
 STEPS = 8
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Shrink texts and network, keep everything else; returns the folder of the demo."""
+    """Shrink texts and networks, keep everything else; returns the folder of the demo."""
     places = {source: corpus.Place(place.find, 20_000) for source, place in corpus.PLACES.items()}
     find = corpus.find_corpus
     monkeypatch.setattr(corpus, "find_corpus", lambda: find(places, least=1))
-    settings = yaml.safe_load(config_path("demo.yaml").read_text(encoding="utf-8"))
+    monkeypatch.setattr(demo_runs, "CLUSTERS", 5)
+    changed = {"demo.yaml": smaller_demo, "demo_pds_proxy.yaml": smaller_network, "demo_pds_score.yaml": shorter_unroll}
+    for name, change in changed.items():
+        settings = yaml.safe_load(config_path(name).read_text(encoding="utf-8"))
+        change(settings)
+        (tmp_path / name).write_text(yaml.safe_dump(settings), encoding="utf-8")
+    monkeypatch.setattr(
+        demo_runs, "config_path", lambda name: tmp_path / name if name in changed else config_path(name)
+    )
+    yield tmp_path / "out"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it once it was interrupted
+
+
+def smaller_demo(settings) -> None:
     settings["trainer"] |= {"enable_progress_bar": False}
-    network = settings["model"]["init_args"]["config"]
-    network |= {"vocab_size": 400, "hidden_size": 8, "intermediate_size": 16, "max_position_embeddings": 32}
     data = settings["data"]["init_args"]
     data |= {"batch_size": 4}
     data["reference"]["max_examples"] = 4
     data["validation"]["max_examples"] = 8
-    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    monkeypatch.setattr(
-        demo_runs, "config_path", lambda name: tmp_path / name if name == "demo.yaml" else config_path(name)
-    )
-    yield tmp_path / "out"
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it once it was interrupted
+    smaller_network(settings)
+
+
+def smaller_network(settings) -> None:
+    network = settings["model"]["init_args"]["config"]
+    network |= {"vocab_size": 400, "hidden_size": 8, "intermediate_size": 16, "max_position_embeddings": 32}
+
+
+def shorter_unroll(settings) -> None:
+    settings["estimator"]["init_args"] |= {"steps": 2, "score_every": 1}
 
 
 def run(folder: Path, *options: str) -> int:
     return cli.main(["demo", "--out", str(folder), "--steps", str(STEPS), *options])
 
 
-def ledgers(folder: Path) -> dict[str, Ledger]:
-    return {name: Ledger.read(folder / name / "selection" / "ledger.jsonl") for name in ("random", "mates")}
+def ledgers(folder: Path, method: str = "mates") -> dict[str, Ledger]:
+    return {name: Ledger.read(folder / name / "selection" / "ledger.jsonl") for name in ("random", method)}
 
 
 def what_was_done(ledger: Ledger) -> list[tuple]:
@@ -68,6 +86,43 @@ def test_the_demo_trains_both_runs_on_equal_terms_and_tells_what_came_out(small,
     page = (small / "report.html").read_text(encoding="utf-8")
     assert all(loss in page for loss in final)
     assert (small / "report.html").resolve().as_uri() in said
+
+
+def test_quad_pulls_the_clusters_of_the_pool(small, capsys):
+    assert run(small, "--method", "quad") == 0
+    random, quad = ledgers(small, "quad").values()
+    assert [record.selector for record in quad.rounds] == 2 * ["UniformSelector"] + 6 * ["UCBSelector"]
+    assert (
+        set(quad.rounds[-1].groups) == set(random.rounds[-1].groups) == set(Clusters(TokenStore(small / "pool")).names)
+    )
+    assert all(row["reward"] is not None for row in quad.rounds[-1].groups.values() if row.get("pulls"))
+    assert any(record.metrics["arms/overheard"] for record in quad.rounds[3:])
+    assert "quad has a" in (said := capsys.readouterr().out) or "quad and random" in said
+    assert "5 clusters" in said
+
+
+def test_pds_scores_the_pool_on_a_proxy_and_its_cost_is_part_of_the_verdict(small, monkeypatch, capsys):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(score_job.ScoreJob, "_predicted", stop)
+        assert run(small, "--method", "pds") == 130
+    assert not (small / "pds").exists()
+    assert run(small, "--method", "pds", "--resume") == 0
+    said = capsys.readouterr().out
+    scores = read_scores(small / "scores")
+    assert f"held-out Spearman of the scorer: {scores.about['metrics']['spearman']:.3f}" in said
+    random, pds = ledgers(small, "pds").values()
+    assert {record.selector for record in pds.rounds} == {"ScoredSelector"}
+    proxy = Ledger.read(small / "proxy" / "selection" / "ledger.jsonl")
+    assert [entry.step for entry in proxy.evaluations] == [2, 4]  # every 80 of 400 steps, of 8
+    assert 0 < pds.before_seconds["train the proxy"] <= proxy.training_seconds + proxy.selection_seconds
+    assert {"unroll training", "pull back", "measure influence"} <= set(pds.before_seconds)
+    assert pds.selection_seconds >= sum(pds.before_seconds.values())
+    assert not random.before_seconds
+    assert "before training: train the proxy" in (small / "report.html").read_text(encoding="utf-8")
+    assert "of it before training" in said
 
 
 def test_a_demo_that_was_stopped_continues_with_the_same_numbers(small, monkeypatch, capsys):

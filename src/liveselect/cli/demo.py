@@ -9,10 +9,19 @@ DESCRIPTION = """\
 Pretrain a small decoder twice on texts that are on this machine (the Python library's code, docstrings and tables, its
 language reference, licences, documentation): on random data, and on data that is selected live. The aim is prose of
 the language reference; what judges is other prose of it, which neither the model nor selection sees. Ends with a table
-and one HTML page. Nothing is downloaded. All settings stand in configs/demo.yaml.
+and one HTML page. Nothing is downloaded. All settings stand in configs/demo.yaml and the files beside it.
+
+methods
+  mates    rounds of probes with the live model; a regressor tells from them what to train on
+  quad     the pool is clustered, and clusters are pulled as the arms of a bandit
+  pds      a small proxy model scores the pool before training, which draws from the scores
 """
 
-METHODS = {"mates": ("demo.yaml",)}
+METHODS = {
+    "mates": ("demo.yaml",),
+    "quad": ("demo.yaml", "demo_quad.yaml"),
+    "pds": ("demo.yaml", "demo_pds.yaml"),
+}
 """For each method the configs that describe it, each one on top of those before it."""
 
 

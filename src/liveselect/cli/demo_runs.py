@@ -5,7 +5,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -13,25 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 
-from liveselect.cli import corpus
+from liveselect.cli import corpus, score
+from liveselect.cli.demo_verdict import METRIC, show_verdict
 from liveselect.cli.fit import SelectionCLI
 from liveselect.cli.output import say, show_progress_lines
+from liveselect.datamodules.clusters.cluster import Clustering, cluster_pool
 from liveselect.datamodules.pools.pool_files import MANIFEST
 from liveselect.datamodules.pools.prepare import prepare
-from liveselect.report import Run, load_runs, verdict, words, write_report
-from liveselect.report.runs import Axis
+from liveselect.report import load_runs, words, write_report
+from liveselect.scores import MANIFEST as SCORES_MANIFEST
 
-BASELINE = "random"
-METRIC = "val_loss"
+BASELINE, PROXY = "random", "proxy"
 MARKER = "demo.json"
-PLACES: dict[Axis, str] = {
-    "step": "after {}",
-    "seconds": "at equal total time, {}",
-    "flops": "at equal total cost, {}",
-}
+CLUSTERS = 24
+"""Arms of Quad: a few documents' worth of blocks each, and all of them pulled within a few rounds."""
+
+ON_TOP = {BASELINE: ("random.yaml",), PROXY: ("demo_pds_proxy.yaml",)}
+"""Files that make another run of the method's."""
+
+SCORING = "demo_pds_score.yaml"
 
 
 @dataclass(frozen=True)
@@ -61,52 +62,98 @@ class Demo:
         started = time.monotonic()
         self._claim_folder(resume)
         show_progress_lines()
-        say(f"[1/4] Texts of this machine, and a pool of them in {self.folder}")
-        self._make_pool(resume)
-        for number, name in ((2, BASELINE), (3, self.method)):
-            say(f"[{number}/4] Training on {'random data' if name == BASELINE else f'data selected live by {name}'}")
-            self._train(name)
-        say("[4/4] Report")
-        runs = load_runs([self.folder / name for name in (BASELINE, self.method)])
-        page = write_report([self.folder / run.name for run in runs], self.folder / "report.html", METRIC)
-        show_verdict(runs, self.seed)
-        say(f"The whole demo took {words.duration(time.monotonic() - started)}. Open {page.resolve().as_uri()}")
+        stages: list[tuple[str, Callable[[], None]]] = [
+            (f"Texts of this machine, and a pool of them in {self.folder}", lambda: self._make_pool(resume)),
+            ("Training on random data", lambda: self._train(BASELINE)),
+            (f"Training on data selected live by {self.method}", lambda: self._train(self.method)),
+            ("Report", self._report),
+        ]
+        if self.method == "quad":
+            stages.insert(1, (f"Sorting the pool into {CLUSTERS} clusters, the arms", self._cluster))
+        if self.method == "pds":
+            stages.insert(2, ("Training a small proxy on random data", lambda: self._train(PROXY)))
+            stages.insert(3, ("Scoring the pool on the proxy", self._score))
+        for number, (title, stage) in enumerate(stages, 1):
+            say(f"[{number}/{len(stages)}] {title}")
+            stage()
+        took = words.duration(time.monotonic() - started)
+        say(f"The whole demo took {took}. Open {(self.folder / 'report.html').resolve().as_uri()}")
 
     def arguments(self, name: str) -> list[str]:
         """Return the arguments of ``liveselect fit`` that make the run ``name`` in this folder."""
-        texts = self.folder / "texts"
-        found = [f"--config={config_path(file)}" for file in self.configs]
-        found += [
+        found = [
+            *self._files(*self.configs),
             f"--seed_everything={self.seed}",
             f"--model.init_args.seed={self.seed}",
             f"--select.init_args.seed={self.seed}",
-            f"--trainer.default_root_dir={self.folder / name}",
+            *self._data(),
+        ]
+        if self.method == "pds":
+            found.append(f"--select.init_args.scores={self.folder / 'scores'}")
+        found += self._shortened()
+        # on top of all that, because some of it is about the selector that the other runs replace
+        found += self._files(*ON_TOP.get(name, ()))
+        if name == PROXY:
+            found += self._shortened_proxy()
+        return [*found, f"--trainer.default_root_dir={self.folder / name}"]
+
+    def scoring_arguments(self) -> list[str]:
+        """Return the arguments of ``liveselect score`` that score the pool of this folder."""
+        found = [
+            *self._files("demo.yaml", *ON_TOP[PROXY], SCORING),
+            f"--model.init_args.seed={self.seed}",
+            *self._data(),
+            f"--ckpt_path={self._checkpoint(PROXY)}",
+            f"--out={self.folder / 'scores'}",
+            f"--seed={self.seed}",
+        ]
+        probes = _settings(SCORING)["probes"]
+        return found if self.steps is None else [*found, f"--probes={self._part(probes, least=64)}"]
+
+    # ---- what the arguments are made of ------------------------------------------------------------------------
+
+    def _files(self, *names: str) -> list[str]:
+        return [f"--config={config_path(name)}" for name in names]
+
+    def _data(self) -> list[str]:
+        texts = self.folder / "texts"
+        return [
             f"--data.init_args.pool={self.folder / 'pool'}",
             f"--data.init_args.reference.source={texts / 'held_out_reference.jsonl'}",
             f"--data.init_args.validation.source={texts / 'held_out_validation.jsonl'}",
-            *self._shortened(),
         ]
-        # on top of all that, because some of it is about the selector that the baseline replaces
-        return [*found, f"--config={config_path('random.yaml')}"] if name == BASELINE else found
 
     def _shortened(self) -> list[str]:
         """Return arguments that shrink rounds, probes and intervals with the number of steps."""
-        steps = self.steps
-        if steps is None:
+        if self.steps is None:
             return []
-        whole = self._settings()
-        trainer, select = whole["trainer"], whole["select"]["init_args"]
-
-        def part(amount: int, least: int = 1) -> int:
-            return max(least, round(amount * steps / trainer["max_steps"]))
-
-        return [
-            f"--trainer.max_steps={steps}",
-            f"--trainer.val_check_interval={part(trainer['val_check_interval'])}",
-            f"--model.init_args.warmup_steps={part(whole['model']['init_args']['warmup_steps'])}",
-            f"--select.init_args.every_n_steps={part(select['every_n_steps'])}",
-            f"--select.init_args.probes={part(select['probes'], least=16)}",
+        common, select = _settings("demo.yaml"), _settings(self.configs[-1])["select"]["init_args"]
+        found = [
+            f"--trainer.max_steps={self.steps}",
+            f"--trainer.val_check_interval={self._part(common['trainer']['val_check_interval'])}",
+            f"--model.init_args.warmup_steps={self._part(common['model']['init_args']['warmup_steps'])}",
+            f"--select.init_args.every_n_steps={self._part(select['every_n_steps'])}",
         ]
+        if self.method == "mates":
+            found.append(f"--select.init_args.probes={self._part(select['probes'], least=16)}")
+        return found
+
+    def _shortened_proxy(self) -> list[str]:
+        if self.steps is None:
+            return []
+        trainer = _settings(*ON_TOP[PROXY])["trainer"]
+        interval = self._part(trainer["val_check_interval"])  # checkpoints are made then: the last step needs one
+        steps = interval * (trainer["max_steps"] // trainer["val_check_interval"])
+        return [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={interval}"]
+
+    def _part(self, amount: int, least: int = 1) -> int:
+        whole: int = _settings("demo.yaml")["trainer"]["max_steps"]
+        return max(least, round(amount * (self.steps or whole) / whole))
+
+    def _checkpoint(self, name: str) -> Path:
+        return self.folder / name / "checkpoints" / "last.ckpt"
+
+    # ---- the stages --------------------------------------------------------------------------------------------
 
     def _claim_folder(self, resume: bool) -> None:
         marker = self.folder / MARKER
@@ -119,7 +166,7 @@ class Demo:
             return
         if self.folder.exists() and any(self.folder.iterdir()) and not marker.exists():
             raise ValueError(f"{self.folder} holds other files: choose a new folder with --out")
-        for name in (BASELINE, self.method):
+        for name in (BASELINE, self.method, PROXY, "scores"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         marker.write_text(json.dumps(settings), encoding="utf-8")
@@ -130,7 +177,7 @@ class Demo:
         found = corpus.find_corpus()
         files = corpus.write_corpus(found, self.folder / "texts")
         say(corpus.describe(found))
-        model = self._settings()["model"]["init_args"]["config"]
+        model = _settings("demo.yaml")["model"]["init_args"]["config"]
         prepare(
             [f"{source}={path}" for source, path in files.items()],
             self.folder / "pool",
@@ -140,13 +187,13 @@ class Demo:
             overwrite=True,
         )
 
-    def _settings(self) -> dict[str, Any]:
-        """Return the first config, which says what the runs share."""
-        settings: dict[str, Any] = yaml.safe_load(config_path(self.configs[0]).read_text(encoding="utf-8"))
-        return settings
+    def _cluster(self) -> None:
+        clusters = cluster_pool(self.folder / "pool", Clustering(CLUSTERS, seed=self.seed), overwrite=True)
+        largest = ", ".join(name for name in clusters.names[:3])
+        say(f"{len(clusters)} clusters, the largest: {largest}")
 
     def _train(self, name: str) -> None:
-        last = self.folder / name / "checkpoints" / "last.ckpt"
+        last = self._checkpoint(name)
         with _quiet_lightning():
             cli = SelectionCLI(self.arguments(name), run=False)
             try:
@@ -154,30 +201,25 @@ class Demo:
             except SystemExit as end:  # what Lightning makes of Ctrl-C, once it has cleaned up
                 raise KeyboardInterrupt from end
 
+    def _score(self) -> None:
+        if not (self.folder / "scores" / SCORES_MANIFEST).exists():
+            with _quiet_lightning():
+                score.main(self.scoring_arguments())
+
+    def _report(self) -> None:
+        runs = load_runs([self.folder / name for name in (BASELINE, self.method)])
+        write_report([self.folder / run.name for run in runs], self.folder / "report.html", METRIC)
+        show_verdict(runs, self.seed)
+
 
 def config_path(name: str) -> Path:
     """Return the path of a config of the package."""
     return Path(str(resources.files("liveselect.configs").joinpath(name)))
 
 
-def show_verdict(runs: list[Run], seed: int) -> None:
-    """Print what came out, whichever way."""
-    baseline, other = runs
-    table = Table(title=f"Held-out prose, loss in nats per token (seed {seed})", title_justify="left")
-    for column in ("", baseline.name, other.name):
-        table.add_column(column, justify="left" if not column else "right")
-    for axis, text in PLACES.items():
-        found = verdict.compare(baseline, other, METRIC, axis)
-        if found is not None:
-            where = text.format(words.place(axis, found.at))
-            table.add_row(where, words.loss(found.baseline), words.loss(found.other))
-    table.add_section()
-    table.add_row("total time, validation aside", *(words.duration(run.total_seconds) for run in runs))
-    table.add_row("of it selection", *(words.percent(run.ledger.selection_share) for run in runs))
-    Console().print(table)
-    say(verdict.headline(runs, METRIC))
-    for text in verdict.caveats(runs, METRIC):
-        say(text)
+def _settings(name: str) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load(config_path(name).read_text(encoding="utf-8"))
+    return settings
 
 
 @contextmanager
