@@ -82,7 +82,8 @@ def callable_model(
             "know how to measure with: leave out the offloading to CPU"
         )
     root = trainer.strategy.model
-    if root is not pl_module and is_flat(root):  # wrapped as a whole, it can be called as a whole only
+    if root is not None and root is not pl_module and is_flat(root):
+        # wrapped as a whole, it can be called as a whole only
         return root, ThroughRoot(loss_fn)
     return pl_module, loss_fn
 

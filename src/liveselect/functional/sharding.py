@@ -87,13 +87,11 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-        elif isinstance(module, FullyShardedDataParallel) and _has_run(module._handle):
-            module._handle.reshard(True)  # no public way
-
-
-def _has_run(handle: Any) -> bool:
-    # before its first forward an FSDP1 wrapper is sharded and cannot be told to
-    return hasattr(getattr(handle, "flat_param", None), "_local_shard")
+        elif isinstance(module, FullyShardedDataParallel):
+            handle: Any = module._handle
+            # before its first forward a wrapper is sharded, and cannot be told to
+            if hasattr(getattr(handle, "flat_param", None), "_local_shard"):
+                handle.reshard(True)  # no public way
 
 
 def local(tensor: Tensor) -> Tensor:
