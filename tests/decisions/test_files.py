@@ -56,7 +56,8 @@ def test_pandas_datasets_and_duckdb_read_the_rows(tmp_path):
     assert data["id"] == frame["id"].tolist()
     assert data["score"] == [None] * 24
     assert frame["reason"].unique().tolist() == ["drawn uniformly"]
-    duckdb = pytest.importorskip("duckdb")
+    import duckdb
+
     found = duckdb.sql(f"SELECT count(*), count(DISTINCT id) FROM '{tmp_path}/decisions/*.parquet'").fetchall()
     assert found == [(24, 24)]
 
