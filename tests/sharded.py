@@ -1,7 +1,5 @@
 """The same measurement by one process on a whole model, and by several on one whose parameters they share (FSDP2)."""
 
-from functools import partial
-
 import torch
 from fakes import fake_context, random_source
 from probing import CLIP, VOCAB, tiny_model
@@ -14,29 +12,38 @@ from liveselect.functional.sharding import is_sharded, local
 from liveselect.snapshot import checksum
 
 CANDIDATES = 7  # shares of two and three ranks are uneven
-OPTIMIZER = partial(torch.optim.AdamW, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-def whole_model(dtype=torch.float64):
-    # sizes that three ranks cannot share evenly, and some of which leave a rank with nothing
-    return tiny_model(dtype, use_parallel_residual=False)
-
-
-def shard_layers(model):
+def by_layers(model):
+    """The usual layout; three ranks cannot share all sizes evenly."""
     mesh = init_device_mesh("cpu", (distributed.world_size(),))
     for layer in model.gpt_neox.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
-def warm(sharded, dtype=torch.float64, optimizer=OPTIMIZER, source=None):
+def kept_whole(model):
+    """Layers that stay whole between forward and backward, and after a forward alone."""
+    for layer in model.gpt_neox.layers:
+        fully_shard(layer, reshard_after_forward=False)
+    return fully_shard(model)
+
+
+def without_root(model):
+    """Modules sharded one by one, with nothing around them."""
+    for module in (model.gpt_neox.embed_in, *model.gpt_neox.layers, model.gpt_neox.final_layer_norm, model.lm_head):
+        fully_shard(module)
+    return model
+
+
+def warm(sharded, dtype=torch.float64, layout=by_layers, **settings):
     """A context whose optimizer has done four steps, on the same data whether sharded or not."""
-    source = source or random_source(candidates=32, length=12, vocab=VOCAB, rows=2)
+    source = random_source(candidates=32, length=12, vocab=VOCAB, rows=2)
     source.references = torch.cat([source.references, source.tokens[:1]])  # five: three batches
     source.reference_labels = source.references
-    model = whole_model(dtype)
-    model = shard_layers(model) if sharded else model
-    live = optimizer(model.parameters())
+    model = tiny_model(dtype, **settings)
+    model = layout(model) if sharded else model
+    live = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     for batch in source.tokens[-16:].split(4):
         live.zero_grad()
         model(batch, labels=batch).loss.backward()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fakes import fake_context, random_source
 from probing import VOCAB
 from ranks import on_ranks
-from sharded import CANDIDATES, local_sizes, measured, warm
+from sharded import CANDIDATES, by_layers, kept_whole, local_sizes, measured, warm, without_root
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -34,6 +34,11 @@ ESTIMATORS = {
     "EK-FAC": lambda: KFACInfluence(curvature="ekfac", factor_examples=13),
     "diagonal": lambda: KFACInfluence(curvature="diagonal", factor_examples=13),
     "gradients": lambda: KFACInfluence(curvature="identity"),
+}
+LAYOUTS = {
+    "a tied head": {"layout": by_layers, "tie_word_embeddings": True},
+    "layers kept whole": {"layout": kept_whole},
+    "no root": {"layout": without_root},
 }
 REFUSED = {
     "forward mode": lambda: FirstOrderInfluence(engine="forward_mode"),
@@ -109,6 +114,9 @@ def _state_round_trip(context) -> tuple:
 def _all_measured(sharded: bool) -> dict:
     context = warm(sharded)
     found = {name: measured(make(), context) for name, make in ESTIMATORS.items()}
+    for name, settings in LAYOUTS.items():
+        other = warm(sharded, **settings)
+        found[name] = [measured(estimator, other) for estimator in (OneStepInfluence(), FirstOrderInfluence())]
     found["single precision"] = measured(OneStepInfluence(), warm(sharded, torch.float32))
     found["not finite"] = measured(OneStepInfluence(), replace(context, loss_fn=_without_a_loss))
     found["sizes"] = local_sizes(context)
@@ -140,6 +148,15 @@ def test_sharded_influence_is_that_of_one_process(results, name):
     for rank in together:
         torch.testing.assert_close(rank[name][0], influence, rtol=1e-5, atol=1e-7)
         assert rank[name][1] == pytest.approx(metrics, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_how_modules_are_sharded_changes_nothing(results, name):
+    alone, together = results
+    for rank in together:
+        for (influence, *_), (expected, *_) in zip(rank[name], alone[name], strict=True):
+            torch.testing.assert_close(influence, expected, rtol=1e-5, atol=1e-7)
+        assert all(unchanged for *_, unchanged in rank[name])
 
 
 def test_in_single_precision_the_numbers_differ_by_rounding_only(results):
