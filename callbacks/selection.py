@@ -433,6 +433,7 @@ class DataSelection(Callback):
             meter=CostMeter(),
             progress=RoundProgress(title, live=False if _has_live_display(trainer) else None),
             interrupted=lambda: trainer.received_sigterm,
+            trained=None if run.plan is None else run.plan.ids,
         )
 
     def _global_batch(self, trainer: pl.Trainer) -> int:

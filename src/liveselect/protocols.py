@@ -82,6 +82,7 @@ class RoundContext:
         meter: where the parts charge what they cost.
         progress: where the parts show what they do.
         interrupted: whether this process was asked to stop; a round on one rank looks after every measured batch.
+        trained: ``(m,)`` ids of the plan that is being trained on or was last; None before the first.
     """
 
     round: int
@@ -98,6 +99,7 @@ class RoundContext:
     meter: CostMeter = field(default_factory=CostMeter)
     progress: Progress = field(default_factory=SilentProgress)
     interrupted: Callable[[], bool] = lambda: False
+    trained: Tensor | None = None
 
     @property
     def device(self) -> torch.device:

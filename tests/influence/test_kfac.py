@@ -485,3 +485,26 @@ def test_what_is_not_kept_from_the_first_pass_is_computed_again(monkeypatch):
     kept = measure(context, curvature="ekfac")
     monkeypatch.setattr("liveselect.influence.kfac._KEPT_BYTES", 0)
     torch.testing.assert_close(measure(context, curvature="ekfac"), kept, rtol=1e-6, atol=1e-8)
+
+
+def test_factors_come_from_what_is_trained_on_filled_up_with_candidates():
+    context = small_context()
+    wanted = [3, 8, 11]
+    trained = replace(context, trained=torch.tensor(wanted))
+    alone = replace(context, candidates=torch.tensor(wanted))
+    batch = candidate_batch(context)
+
+    def influence(at, **settings):
+        estimator = KFACInfluence(damping=0.01, **settings)
+        estimator.fit(at)
+        return estimator.score(at, batch)
+
+    of_three = influence(alone, factor_examples=3)
+    close = {"rtol": 1e-6, "atol": 1e-8}
+    torch.testing.assert_close(influence(trained, factor_examples=3), of_three, **close)
+    of_all = influence(context, factor_examples=24)
+    torch.testing.assert_close(influence(trained, factor_examples=24, factors_of="candidates"), of_all, **close)
+    assert (of_all - of_three).norm() > 0.05 * of_three.norm()
+    seen = KFACInfluence(factor_examples=5)._factor_ids(trained).tolist()
+    assert len(seen) == 5
+    assert set(wanted) <= set(seen)

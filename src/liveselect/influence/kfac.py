@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from liveselect.losses import target_counts
 from liveselect.protocols import Batch, NotMeasurableError, RoundContext
 from liveselect.snapshot import measuring
 
+FactorsOf = Literal["training", "candidates"]
+
 _KEPT_BYTES = (
     1 << 29
 )  # of activations and gradients that may be kept from one pass over the factor examples to the next
@@ -52,9 +54,10 @@ class KFACInfluence:
     ``diagonal``; and ``identity``, the plain product of gradients. The inverse is applied once, to the mean reference
     gradient; a candidate then costs one forward, one backward through activations and one product of forward size.
 
-    Factors come from examples drawn from the round's candidates, and are averaged over refreshes with exponentially
-    falling weights. They age slowly, the reference gradient does not: each has its own clock, counted in rounds.
-    Several ranks share the examples of both, and each keeps and decomposes the factors of its own layers.
+    Factors come from examples of the last round's training batches, filled up with candidates where these are too few,
+    and are averaged over refreshes with exponentially falling weights. They age slowly, the reference gradient does
+    not: each has its own clock, counted in rounds. Several ranks share the examples of both, and each keeps and
+    decomposes the factors of its own layers.
 
     Memory: one direction of the size of the layers, and for each layer two covariances and their eigenvectors.
 
@@ -68,6 +71,8 @@ class KFACInfluence:
         exclude: likewise; a layer must match none.
         split_fused: give queries, keys and values made by one layer a block each.
         factor_examples: examples of one refresh of the factors, over all ranks.
+        factors_of: what they are drawn from: ``training``, whose loss the curvature is of, or ``candidates``, what
+            could be trained on next.
         factor_decay: weight of the past at a refresh of the factors, 0 to forget it.
         factors_every: rounds between refreshes of the factors.
         reference_every: rounds between refreshes of the reference gradient, which also follow those of the factors.
@@ -85,11 +90,16 @@ class KFACInfluence:
         exclude: Sequence[str] = (),
         split_fused: bool = True,
         factor_examples: int = 128,
+        factors_of: FactorsOf = "training",
         factor_decay: float = 0.5,
         factors_every: int = 5,
         reference_every: int = 1,
     ) -> None:
-        for name, value, allowed in (("curvature", curvature, get_args(Variant)), ("labels", labels, get_args(Labels))):
+        for name, value, allowed in (
+            ("curvature", curvature, get_args(Variant)),
+            ("labels", labels, get_args(Labels)),
+            ("factors_of", factors_of, get_args(FactorsOf)),
+        ):
             if value not in allowed:
                 raise ValueError(f"expected {name} to be one of {allowed}, got {value!r}")
         if not (damping > 0 and math.isfinite(damping)):
@@ -110,6 +120,7 @@ class KFACInfluence:
         self.exclude = tuple(exclude)
         self.split_fused = split_fused
         self.factor_examples = factor_examples
+        self.factors_of: FactorsOf = factors_of
         self.factors_every = factors_every
         self.reference_every = reference_every
         self._blocks = Blocks(curvature, factor_decay)
@@ -223,9 +234,8 @@ class KFACInfluence:
         return layers
 
     def _refresh_factors(self, context: RoundContext, layers: list[MatrixLayer]) -> float:
-        """Measure curvature on examples of this round and mix it into the average; returns the tokens seen."""
-        drawn = torch.randperm(len(context.candidates), generator=context.generator("factors"))[: self.factor_examples]
-        ids = context.candidates[drawn]
+        """Measure curvature on a few examples and mix it into the average; returns the tokens seen."""
+        ids = self._factor_ids(context)
         mine = ids[distributed.shard(len(ids))]
         together = is_sharded(context.model)
         spare = partial(self._first, context, ids)
@@ -253,6 +263,15 @@ class KFACInfluence:
     @staticmethod
     def _first(context: RoundContext, ids: Tensor) -> dict[str, Tensor]:
         return next(context.candidate_batches(ids[:1]))
+
+    def _factor_ids(self, context: RoundContext) -> Tensor:
+        """Return the ids of the examples that a refresh of the factors looks at, ``(m,)``, equal on all ranks."""
+        draws, ids = context.generator("factors"), context.candidates[:0]
+        if self.factors_of == "training" and context.trained is not None:
+            ids = context.trained[torch.randperm(len(context.trained), generator=draws)[: self.factor_examples]]
+        missing = self.factor_examples - len(ids)
+        others = torch.randperm(len(context.candidates), generator=draws)[:missing]
+        return torch.cat([ids, context.candidates[others]])
 
     def _add_covariances(
         self, context: RoundContext, sums: Sums, layers: list[MatrixLayer], batch: Batch, size: int, check: bool
