@@ -1,7 +1,8 @@
 """One small run with everything that a resume must restore, and a way to kill it. Executed by test_resume.py.
 
 Dropout, warm AdamW moments, a learning-rate schedule, accumulation over three batches, bf16-mixed, clipping, an epoch
-that ends between two rounds, validation, and a selection that depends on the live weights.
+that ends between two rounds, validation, and a selection that depends on the live weights; for Quad, on what its last
+rounds and its training steps told of the arms, and for PDS on the round.
 """
 
 import hashlib
@@ -12,15 +13,16 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from liveselect.callbacks import DataSelection
+from liveselect.callbacks import PDS, DataSelection, Quad
 from liveselect.datamodules import SelectionDataModule
-from liveselect.influence import OneStepInfluence
-from liveselect.protocols import Batch, RoundContext
+from liveselect.influence import KFACInfluence, OneStepInfluence
+from liveselect.protocols import Batch, InfluenceEstimator, RoundContext
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import RegressionSelector, UniformSelector
 
@@ -136,24 +138,28 @@ class Killer(Callback):
             die()
 
 
-class KilledInfluence(OneStepInfluence):
-    """Dies while it measures the second batch of a round, with a foreign model in place of the live one."""
+def dying(estimator: InfluenceEstimator, round_index: int) -> InfluenceEstimator:
+    """Let it die while it measures the second batch of a round, with a foreign model in place of the live one."""
 
-    def __init__(self, round_index: int) -> None:
-        super().__init__(step="in_batch")
-        self.round_index, self.batches = round_index, 0
+    class Dying(type(estimator)):
+        batches = 0
 
-    def score(self, context: RoundContext, batch: Batch) -> torch.Tensor:
-        self.batches += context.round == self.round_index
-        if self.batches == 2:
-            with torch.no_grad():
-                for parameter in context.model.parameters():
-                    parameter.zero_()
-            die()
-        return super().score(context, batch)
+        def score(self, context: RoundContext, batch: Batch) -> Tensor:
+            self.batches += context.round == round_index
+            if self.batches == 2:
+                with torch.no_grad():
+                    for parameter in context.model.parameters():
+                        parameter.zero_()
+                die()
+            return super().score(context, batch)
+
+    Dying.__name__ = type(estimator).__name__  # checkpoints name the class
+    estimator.__class__ = Dying
+    return estimator
 
 
-# name -> (hook, global step at which it strikes); the step-8 checkpoint is the border of a round, step 10 of an epoch
+# name -> (hook, global step at which it strikes); the step-8 checkpoint is the border of a round, step 10 of an epoch;
+# Quad listens to the step after step 8, and the step-10 checkpoint holds what it heard
 HOOKS = {
     "inside an accumulation window in mid-round": ("on_train_batch_start", 7),
     "last batch of a round, before the round": ("before_selection", 8),
@@ -162,12 +168,28 @@ HOOKS = {
     "during validation": ("on_validation_batch_start", 6),
     "before the first checkpoint": ("on_train_batch_start", 1),
 }
+LISTENING = {"inside the step that is listened to": ("on_after_backward", 8)}
 KILLS = [*HOOKS, "during a measurement", "during a checkpoint"]
 
+# method, loader workers, and where its runs are killed
+CASES = [("regression", workers, kill) for workers in (0, 2) for kill in KILLS]
+CASES += [("quad", 0, kill) for kill in (*LISTENING, "first batch of a new epoch", "during a measurement")]
+CASES += [("quad", 2, "last batch of a round, before the round")]
+CASES += [("pds", 2, kill) for kill in ("inside an accumulation window in mid-round", "first batch of a new round")]
+CASES += [("pds", 0, kill) for kill in ("during a checkpoint", "before the first checkpoint")]
 
-def small_data(workers: int = 0) -> SelectionDataModule:
+
+def small_data(workers: int = 0, clusters: int = 0) -> SelectionDataModule:
+    pool = rows(POOL, seed=1)
+    if clusters:
+        pool = [{**row, "cluster": f"cluster {index % clusters}"} for index, row in enumerate(pool)]
     return SelectionDataModule(
-        pool=rows(POOL, seed=1), reference=rows(6, seed=2), batch_size=BATCH, num_workers=workers, probe_batch_size=4
+        pool=pool,
+        reference=rows(6, seed=2),
+        batch_size=BATCH,
+        num_workers=workers,
+        probe_batch_size=4,
+        groups="cluster" if clusters else None,
     )
 
 
@@ -190,19 +212,43 @@ def small_trainer(folder: Path, callbacks: list[Callback], **settings) -> pl.Tra
     return pl.Trainer(callbacks=callbacks, default_root_dir=folder, **{**defaults, **settings})
 
 
-def run(folder: Path, workers: int, kill: str | None = None) -> None:
+def regression(folder: Path, **settings) -> DataSelection:
+    selector = RegressionSelector(HashedRidgeRegressor(), probes=12, ratio=0.5, min_spearman=None)
+    return DataSelection(selector, **settings)
+
+
+def quad(folder: Path, **settings) -> Quad:
+    sizes = {"pulls": 2, "at_once": 1, "probes": 4, "controls": 4, "arms": 2, "discount": 0.9}
+    return Quad(**sizes, **settings)
+
+
+def pds(folder: Path, **settings) -> PDS:
+    """Draw from a file, with noise that changes from round to round."""
+    if not (folder / "scores.npy").exists():
+        np.save(folder / "scores.npy", np.sin(np.arange(POOL, dtype=np.float32)))
+    noise = {"temperature": 1.0, "final_temperature": 0.1, "anneal_rounds": 3, "random_share": 0.25}
+    return PDS(folder / "scores.npy", ratio=0.9, **noise, **settings)
+
+
+METHODS = {"regression": regression, "quad": quad, "pds": pds}
+MEASURING = {
+    "regression": lambda: OneStepInfluence(step="in_batch"),
+    "quad": lambda: KFACInfluence(factor_examples=8, factors_every=2),
+}
+
+
+def run(folder: Path, method: str, workers: int, kill: str | None = None) -> None:
     """Train to the end, from the last checkpoint if there is one, or until killed."""
     torch.set_num_threads(1)
     pl.seed_everything(1, verbose=False)
-    selection = DataSelection(
-        RegressionSelector(HashedRidgeRegressor(), probes=12, ratio=0.5, min_spearman=None),
-        KilledInfluence(2) if kill == "during a measurement" else OneStepInfluence(step="in_batch"),
-        every_n_steps=ROUND,
-        dirpath=folder / "selection",
-    )
+    settings = {"every_n_steps": ROUND, "warmup_rounds": 1, "dirpath": folder / "selection"}
+    if method in MEASURING:
+        estimator = MEASURING[method]()
+        settings["estimator"] = dying(estimator, 2) if kill == "during a measurement" else estimator
+    selection = METHODS[method](folder, **settings)
     callbacks = [Place(selection), selection, Trace(folder / "trace")]
-    if kill in HOOKS:
-        hook, step = HOOKS[kill]
+    if kill in {**HOOKS, **LISTENING}:
+        hook, step = {**HOOKS, **LISTENING}[kill]
         if hook == "before_selection":
             callbacks.insert(1, Killer("on_train_batch_end", step))
         else:
@@ -211,7 +257,7 @@ def run(folder: Path, workers: int, kill: str | None = None) -> None:
         die_inside_the_checkpoint_of_step_8()
     callbacks.append(ModelCheckpoint(folder / "checkpoints", every_n_train_steps=2, save_top_k=-1, save_last=True))
     trainer = small_trainer(folder, callbacks)
-    trainer.fit(SmallLM(), datamodule=small_data(workers), ckpt_path="last")
+    trainer.fit(SmallLM(), datamodule=small_data(workers, clusters=4), ckpt_path="last")
     torch.save(trainer.optimizers[0].state_dict(), folder / "optimizer.pt")
 
 
@@ -230,14 +276,19 @@ def die_inside_the_checkpoint_of_step_8() -> None:
 def main(folder: Path) -> None:
     """Run every case in a forked child, so that the imports are paid once; write exit codes to ``codes.json``."""
     codes = {}
-    for workers in (0, 2):
-        for name in [None, *KILLS]:
-            place = folder / f"{workers}" / str(name).replace(" ", "_")
-            place.mkdir(parents=True)
-            codes[f"{workers}/{name}"] = [forked(run, place, workers, name)]
-            if name is not None:
-                codes[f"{workers}/{name}"].append(forked(run, place, workers))
+    whole = dict.fromkeys((method, workers, None) for method, workers, _ in CASES)
+    for method, workers, kill in [*whole, *CASES]:
+        place = case(folder, method, workers, kill)
+        place.mkdir(parents=True)
+        codes[str(place.relative_to(folder))] = [forked(run, place, method, workers, kill)]
+        if kill is not None:
+            codes[str(place.relative_to(folder))].append(forked(run, place, method, workers))
     (folder / "codes.json").write_text(json.dumps(codes))
+
+
+def case(folder: Path, method: str, workers: int, kill: str | None) -> Path:
+    """Return the folder of one run; without a kill it is the run that was left alone."""
+    return folder / method / f"{workers}" / str(kill).replace(" ", "_").replace(",", "")
 
 
 def forked(function, *arguments) -> int:

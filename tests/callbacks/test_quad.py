@@ -1,16 +1,15 @@
 """Quad inside Trainer.fit: it finds the arms of the reference set, survives a kill, and follows what changes."""
 
 import json
-import os
 import warnings
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from fakes import fake_context
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from planted_clusters import planted_clusters, small_lm, train, walk
-from small_run import SIMPLE, Killer, Place, SmallLM, Trace, forked, small_trainer
+from small_run import SIMPLE, Place, SmallLM, Trace, small_trainer
 
 from liveselect.callbacks import Quad
 from liveselect.datamodules import SelectionDataModule
@@ -24,7 +23,7 @@ from liveselect.snapshot import measuring
 
 torch.set_num_threads(1)
 CLUSTERS, LIKE_REFERENCE, TOKENS = 5, 3, 12
-STEPS, KILLED_AT = 16, 9
+STEPS = 16
 
 
 def texts(cluster: int, count: int, draws: torch.Generator) -> list[torch.Tensor]:
@@ -69,35 +68,6 @@ def test_the_mixture_turns_to_the_cluster_of_the_reference_set(tmp_path):
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "trace").read_text().splitlines()]
-
-
-def killed_or_whole(folder, accumulate, kill):
-    callbacks = [Trace(folder / "trace")]
-    if kill:
-        callbacks.append(Killer("on_train_batch_start", KILLED_AT))
-    callbacks.append(ModelCheckpoint(folder / "checkpoints", every_n_train_steps=3, save_top_k=-1, save_last=True))
-    fit(folder, quad(folder, discount=0.9, arms=2), *callbacks, accumulate_grad_batches=accumulate)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_killed_run_pulls_the_same_arms_and_ends_with_the_same_weights(tmp_path, accumulate):
-    for name in ("whole", "killed"):
-        os.mkdir(tmp_path / name)
-    assert forked(killed_or_whole, tmp_path / "whole", accumulate, False) == 0
-    assert forked(killed_or_whole, tmp_path / "killed", accumulate, True) == -9
-    assert forked(killed_or_whole, tmp_path / "killed", accumulate, False) == 0
-    whole = {tuple(place): rest for place, *rest in lines(tmp_path / "whole")}
-    for place, *rest in lines(tmp_path / "killed"):
-        assert whole[tuple(place)] == rest
-    ledgers = [Ledger.read(tmp_path / name / "selection" / "ledger.jsonl") for name in ("whole", "killed")]
-    pulled = [[(record.measured, record.influence, record.plan) for record in ledger.rounds] for ledger in ledgers]
-    assert pulled[0] == pulled[1]
-    assert any(record.metrics.get("arms/overheard") for record in ledgers[1].rounds)
-    last = [
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "killed")
-    ]
-    bandits = [state["callbacks"]["DataSelection"]["run"]["selector"]["state"]["rewards"] for state in last]
-    assert all(torch.equal(bandits[0][key], bandits[1][key]) for key in ("sums", "pulls"))
 
 
 class Noted(Callback):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import ACCUMULATE, KILLS, STEPS
+from small_run import ACCUMULATE, CASES, STEPS, case
+
+from liveselect.ledger import Ledger
 
 pytestmark = pytest.mark.timeout(900)  # the first test pays for all runs
 
@@ -27,43 +29,58 @@ def trace(folder: Path) -> list:
     return [json.loads(line) for line in (folder / "trace").read_text().splitlines()]
 
 
-def case(runs: Path, workers: int, name: str | None) -> Path:
-    return runs / f"{workers}" / str(name).replace(" ", "_")
+def name_of(value) -> str:
+    return str(value).replace(" ", "_")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kill", KILLS)
-def test_a_killed_run_continues_to_the_bit(runs, kill, workers):
-    codes = json.loads((runs / "codes.json").read_text())[f"{workers}/{kill}"]
+@pytest.mark.parametrize(("method", "workers", "kill"), CASES, ids=name_of)
+def test_a_killed_run_continues_to_the_bit(runs, method, workers, kill):
+    folder, untouched = case(runs, method, workers, kill), case(runs, method, workers, None)
+    codes = json.loads((runs / "codes.json").read_text())[str(folder.relative_to(runs))]
     assert codes == [-9, 0], (runs / "log").read_text()[-4000:]
-    whole = {tuple(place): (step, ids, weights) for place, step, ids, weights in trace(case(runs, workers, None))}
-    lines = trace(case(runs, workers, kill))
+    whole = {tuple(place): (step, ids, weights) for place, step, ids, weights in trace(untouched)}
+    lines = trace(folder)
     for place, step, ids, weights in lines:
         assert whole[tuple(place)] == (step, ids, weights), f"batch {place} differs"
     assert {tuple(line[0]) for line in lines} == set(whole)
-    final, expected = (
-        torch.load(case(runs, workers, name) / "optimizer.pt", weights_only=True) for name in (kill, None)
-    )
+    final, expected = (torch.load(place / "optimizer.pt", weights_only=True) for place in (folder, untouched))
     for index, moments in expected["state"].items():
         for key, value in moments.items():
             assert torch.equal(final["state"][index][key], value)
 
 
+@pytest.mark.parametrize(("method", "workers", "kill"), CASES, ids=name_of)
+def test_a_killed_run_measures_and_pulls_the_same(runs, method, workers, kill):
+    """And leaves the same decisions, to the byte."""
+    places = [case(runs, method, workers, name) for name in (kill, None)]
+    killed, whole = (Ledger.read(place / "selection" / "ledger.jsonl") for place in places)
+    for record, expected in zip(killed.rounds, whole.rounds, strict=True):
+        assert (record.plan, record.measured, record.influence) == (
+            expected.plan,
+            expected.measured,
+            expected.influence,
+        )
+        assert record.groups == expected.groups
+    decisions = [
+        {path.name: path.read_bytes() for path in (place / "selection/decisions").iterdir()} for place in places
+    ]
+    assert decisions[0] == decisions[1]
+
+
 def test_workers_do_not_change_what_is_trained_on(runs):
-    assert trace(case(runs, 0, None)) == trace(case(runs, 2, None))
+    for method in ("regression", "quad", "pds"):
+        assert trace(case(runs, method, 0, None)) == trace(case(runs, method, 2, None))
 
 
 def test_the_uninterrupted_run_trains_every_planned_batch_once(runs):
-    lines = trace(case(runs, 0, None))
+    lines = trace(case(runs, "regression", 0, None))
     assert len(lines) == STEPS * ACCUMULATE
     assert len({tuple(place) for place, *_ in lines}) == len(lines)
     assert lines[-1][1] == STEPS
 
 
-@pytest.mark.parametrize("kill", KILLS)
-def test_a_killed_run_leaves_the_same_decisions_to_the_byte(runs, kill):
-    whole, killed = (
-        {path.name: path.read_bytes() for path in (case(runs, 0, name) / "selection/decisions").iterdir()}
-        for name in (None, kill)
-    )
-    assert killed == whole
+def test_the_runs_did_what_their_methods_are_there_for(runs):
+    quad, pds = (Ledger.read(case(runs, name, 0, None) / "selection" / "ledger.jsonl") for name in ("quad", "pds"))
+    assert [record.metrics.get("arms/overheard", 0.0) > 0 for record in quad.rounds] == [False, False, True, True]
+    temperatures = [record.metrics["temperature"] for record in pds.rounds[1:]]
+    assert temperatures == pytest.approx([0.7, 0.4, 0.1])
