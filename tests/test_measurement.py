@@ -14,7 +14,7 @@ from ranks import on_ranks
 from torch import Tensor
 
 from liveselect import distributed
-from liveselect.influence import KFACInfluence, OneStepInfluence
+from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence
 from liveselect.measurement import Measurement
 from liveselect.pool import CandidatePool
 from liveselect.protocols import Batch, NotMeasurableError, RoundContext
@@ -44,6 +44,10 @@ class Counts:
 
     def score(self, context: RoundContext, batch: Batch) -> Tensor:
         return batch["id"].float()
+
+
+class Lasts(Counts):
+    fit_lasts = True
 
 
 class Keeps(Counts):
@@ -89,19 +93,22 @@ def saved(run: SelectionRun) -> dict:
 
 
 @pytest.mark.parametrize("selector", [regression, bandit], ids=["regression", "bandit"])
+@pytest.mark.parametrize("estimator", [KFACInfluence, FirstOrderInfluence, OneStepInfluence], ids=lambda e: e.__name__)
 @pytest.mark.parametrize("pieces", [0, 1, 2, 3, 4])
-def test_a_measurement_that_was_saved_continues_where_it_was(selector, pieces):
+def test_a_measurement_that_was_saved_continues_where_it_was(selector, estimator, pieces):
     def measure(stop_after):
         context = a_context()
-        run = a_run(selector(), KFACInfluence(), context)
+        run = a_run(selector(), estimator(), context)
         run.ahead = Measurement(run.estimator, run.selector)
         run.ahead.remember()
         number = 0
         while not run.ahead.complete:
             if number == stop_after:
                 state = saved(run)
-                run = a_run(selector(), KFACInfluence(), context)
+                run = a_run(selector(), estimator(), context)
                 run.load_state_dict(state)
+            with torch.no_grad():  # training goes on
+                next(context.model.parameters()).mul_(1.01)
             run.ahead.advance(replace(context, step=number), limit=4)
             number += 1
         finish_round(run, run.ahead, replace(context, step=number), BUDGET)
@@ -130,8 +137,8 @@ def test_saving_a_restored_measurement_before_it_goes_on_loses_nothing():
     assert [int((steps >= 0).sum()) for steps in states[-1]["ahead"]["steps"]] == [4]
 
 
-@pytest.mark.parametrize(("estimator", "fits"), [(Counts, 4), (Keeps, 1)])
-def test_what_keeps_no_state_is_fitted_at_every_step_at_which_it_measures(estimator, fits):
+@pytest.mark.parametrize(("estimator", "fits"), [(Counts, 4), (Keeps, 1), (Lasts, 1)])
+def test_what_holds_at_one_step_only_is_fitted_at_every_step_at_which_it_measures(estimator, fits):
     context, estimator = a_context(), estimator()
     measurement = Measurement(estimator, regression())
     for step in (0, 3, 3, 5, 8):

@@ -34,8 +34,8 @@ class Measurement:
         meter: where the cost is charged.
 
     It can be left after any piece, saved, and continued at a later optimizer step, on any number of ranks. An estimator
-    that keeps state between rounds is fitted once; one that keeps none describes the model at one step only and is
-    fitted anew at every step at which something is measured.
+    that keeps state between rounds, or says that its ``fit_lasts``, is fitted once; another one describes the model at
+    one step only and is fitted anew at every step at which something is measured.
 
     The selector's part is saved as its state before the first question and what it was told since: asked the same again
     it gives the same answers, so that no selector has to describe itself in the middle of a round.
@@ -136,14 +136,18 @@ class Measurement:
             "complete": self.complete,
             "open": self._open,
             "fitted_at": self._fitted_at,
+            "fit": self._fit_state(),
             "costs": distributed.gather_objects([dict(self.meter.seconds), dict(self.meter.flops)]),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state; the selector, as it was before the first question, is told its answers again when used."""
         self.metrics, self.obstacle = dict(state["metrics"]), state["obstacle"]
-        # what keeps no state is another object now, and has to be fitted again even at the very step
+        # what was fitted in another process is kept by the estimator, or was saved here, or has to be fitted again
         self._fitted_at = state["fitted_at"] if hasattr(self._estimator, "state_dict") else None
+        if state["fit"] is not None and hasattr(self._estimator, "load_fitted_state"):
+            self._estimator.load_fitted_state(state["fit"])
+            self._fitted_at = state["fitted_at"]
         self._fits = self.obstacle is None
         self._replay = state
         seconds, _ = state["costs"][min(distributed.rank(), len(state["costs"]) - 1)]
@@ -175,9 +179,9 @@ class Measurement:
 
     def _fit(self, context: RoundContext) -> None:
         """Prepare the estimator where it is due, or note what keeps it from measuring; the same on all ranks."""
-        keeps_state = hasattr(self._estimator, "state_dict")
-        fitted = self._fitted_at is not None and (keeps_state or self._fitted_at == context.step)
-        if self._estimator is None or fitted:
+        if self._estimator is None:
+            return
+        if self._fitted_at is not None and (self._fit_lasts() or self._fitted_at == context.step):
             return
         self._fits = True
         try:
@@ -191,6 +195,18 @@ class Measurement:
         distributed.check_agreement(
             f"whether influence can be measured in round {context.round}", torch.tensor([self._fits])
         )
+
+    def _fit_lasts(self) -> bool:
+        """Return whether what was fitted at one step may measure at later ones."""
+        if hasattr(self._estimator, "state_dict"):
+            return True
+        return self._fits and getattr(self._estimator, "fit_lasts", False)
+
+    def _fit_state(self) -> Any:
+        """Return what a measurement that goes on needs of the estimator, beyond the state that it keeps itself."""
+        if self.complete or self._fitted_at is None or not hasattr(self._estimator, "fitted_state"):
+            return None
+        return self._estimator.fitted_state()
 
     def _measure(self, context: RoundContext, per_rank: int | None) -> int:
         """Measure what is open, up to so many candidates on this rank; returns how many any rank did at most."""

@@ -3,7 +3,7 @@
 Nothing here communicates.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,12 @@ def part_of(whole: Tensor, tensor: Tensor) -> Tensor:
         return whole
     spread: Tensor = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
     return spread
+
+
+def laid_out(wholes: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return tensors that were saved whole, by parameter name, on the devices and in the parts of the parameters."""
+    parameters = dict(model.named_parameters())
+    return {name: part_of(value.to(parameters[name].device), parameters[name]) for name, value in wholes.items()}
 
 
 def whole_twins(model: nn.Module) -> dict[int, int]:

@@ -18,7 +18,7 @@ from liveselect.functional.gradients import (
     forward_mode_dot,
     plan_products,
 )
-from liveselect.functional.sharding import is_sharded, like, local, refuse_flat
+from liveselect.functional.sharding import is_sharded, laid_out, like, local, refuse_flat
 from liveselect.functional.slopes import step_slope
 from liveselect.influence.one_step import (
     Probe,
@@ -145,6 +145,7 @@ class FirstOrderInfluence:
         if difference is not None and not 0 < difference < math.inf:
             raise ValueError(f"expected a positive difference, got {difference}")
         self._fitted: _Fitted | None = None
+        self._restored: Mapping[str, Any] | None = None  # waits for the model
 
     @property
     def direction(self) -> Mapping[str, Tensor]:
@@ -168,6 +169,7 @@ class FirstOrderInfluence:
             TypeError: the optimizer cannot take a step on a given gradient, or has no slope for each coordinate; or the
                 engine does not work with a sharded model.
         """
+        self._restored = None
         refuse_unfit(context)
         refuse_flat(context.model, type(self).__name__)
         if self.engine == "forward_mode" and is_sharded(context.model):
@@ -203,11 +205,37 @@ class FirstOrderInfluence:
             "measured_share": sum(parameter.numel() for parameter in parameters.values()) / total,
         }
 
+    @property
+    def fit_lasts(self) -> bool:
+        """Whether the direction of one step may measure at later ones: all engines but the one that takes steps."""
+        return self.engine != "optimizer_step"
+
+    def fitted_state(self) -> dict[str, Any] | None:
+        """Return what :meth:`fit` found, for a measurement that goes on at later steps; None when it holds at one only.
+
+        Every rank must call it.
+        """
+        if self._fitted is None or self._fitted.tangent is not None:
+            return None
+        return {
+            "direction": {name: distributed.whole(value).cpu() for name, value in self._fitted.direction.items()},
+            "learning_rate": self._fitted.learning_rate,
+            "difference": self._fitted.difference,
+        }
+
+    def load_fitted_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`fitted_state` returned; it is laid out like the model at the first use."""
+        self._restored = state
+
     def score(self, context: RoundContext, batch: Batch) -> Tensor:
         """Return the influence of each example, ``(B,)`` float32 on CPU.
 
         NaN stands where the loss or the product of an example is not finite.
         """
+        if self._restored is not None:
+            state, self._restored = self._restored, None
+            direction = laid_out(state["direction"], context.model)
+            self._fitted = _Fitted(direction, None, state["learning_rate"], state["difference"])
         if self._fitted is None:
             raise RuntimeError("FirstOrderInfluence.score was called before fit: call fit(context) once in each round")
         batch = context.to_device(batch)

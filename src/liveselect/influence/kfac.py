@@ -20,7 +20,7 @@ from liveselect.functional.factors import (
 )
 from liveselect.functional.gradients import example_dot
 from liveselect.functional.kronecker import relative_damping, solve
-from liveselect.functional.sharding import is_sharded, local, part_of, refuse_flat, reshard
+from liveselect.functional.sharding import is_sharded, laid_out, local, part_of, refuse_flat, reshard
 from liveselect.influence.blocks import Blocks, Variant
 from liveselect.influence.fisher import Labels, active_tokens, with_sampled_labels
 from liveselect.influence.matrices import find_matrix_layers
@@ -128,6 +128,7 @@ class KFACInfluence:
         self._reference_from: int | None = None
         self._direction: dict[str, Tensor] | None = None
         self._coverage_checked = False  # in this process, since the direction was made
+        self._is_whole = False  # a direction out of a checkpoint waits for the model
 
     @property
     def direction(self) -> Mapping[str, Tensor]:
@@ -162,7 +163,7 @@ class KFACInfluence:
             with context.meter.phase("reference gradient"):
                 loss, gradient = _reference_gradient(context, reference, layers)
             with context.meter.phase("precondition"):
-                self._direction = self._precondition(context, layers, gradient)
+                self._direction, self._is_whole = self._precondition(context, layers, gradient), False
             self._reference_from = context.round
         self._coverage_checked = False
         size = sum(value.numel() for value in self._direction.values())
@@ -185,6 +186,8 @@ class KFACInfluence:
 
     def score(self, context: RoundContext, batch: Batch) -> Tensor:
         """Return the influence of each example, ``(B,)`` float32 on CPU; NaN where it is not finite."""
+        if self._is_whole:
+            self._direction, self._is_whole = laid_out(self.direction, context.model), False
         direction = self.direction
         batch = context.to_device(batch)
         with measuring(context.model, context.optimizer), context.meter.phase("example gradients"):
@@ -218,6 +221,7 @@ class KFACInfluence:
         self._factors_from = state["factors_from"]
         self._reference_from = state["reference_from"]
         self._direction = None if state["direction"] is None else dict(state["direction"])
+        self._is_whole = self._direction is not None
         self._blocks.load_state_dict(state["blocks"])
 
     def _layers(self, context: RoundContext, reference: ReferencePass) -> list[MatrixLayer]:
