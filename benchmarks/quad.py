@@ -66,7 +66,7 @@ class TimedQuad(Quad):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the clock of a batch."""
-        listened = self._direction(trainer) is not None and self._in_first_step(trainer)
+        listened = self.overhearing.direction(self.run, self._global_batch(trainer)) is not None
         self.batch_seconds[listened].append(time.process_time() - self.begun)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

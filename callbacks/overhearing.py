@@ -11,11 +11,100 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from liveselect import distributed
+from liveselect.callbacks.records import record_heard
 from liveselect.functional.sharding import is_sharded
 from liveselect.influence.piggyback import LossMean, TrainingStepScores, find_loss_mean, mean_weights
 from liveselect.losses import target_counts
 from liveselect.protocols import LossFn, SelectionWarning
+from liveselect.rounds import SelectionRun
 from liveselect.snapshot import measuring
+
+
+def direction_of(estimator: Any) -> Mapping[str, Tensor] | None:
+    """Return what an estimator compares gradients with, None where it has not been fitted yet."""
+    try:
+        found: Mapping[str, Tensor] | None = getattr(estimator, "direction", None)
+    except RuntimeError:  # nothing could be measured yet
+        return None
+    return found
+
+
+def can_be_heard(estimator: Any) -> bool:
+    """Return whether an estimator measures by the product of gradients with one direction."""
+    return hasattr(type(estimator), "direction") and getattr(estimator, "engine", None) != "optimizer_step"
+
+
+def check_overhear(overhear: int, estimator: Any, is_spread: bool) -> None:
+    """Raise ValueError when so many steps of a round, which may be spread over training steps, cannot be heard."""
+    if not isinstance(overhear, int) or overhear < 0:
+        raise ValueError(f"expected overhear of zero or more optimizer steps of each round, got {overhear}")
+    if overhear and not can_be_heard(estimator):
+        raise ValueError(
+            f"{type(estimator).__name__} compares gradients with no direction, so training steps cannot tell influence "
+            "as it measures it: leave out overhear, or take FirstOrderInfluence (with another engine than "
+            "optimizer_step) or KFACInfluence"
+        )
+    if overhear > 1 and is_spread:
+        raise ValueError(
+            f"with overhear={overhear} steps tell influence while the round to come is being measured: expected at "
+            "most 1 together with probes_between_steps or max_overhead"
+        )
+
+
+class Overhearing:
+    """Listens to the first optimizer steps of each round; ledger and selector are told what they show.
+
+    Args:
+        steps: how many; 0 listens to none.
+        loss_fn: per-example loss.
+        examples: how many examples of a step are scored, over all ranks; None is all.
+    """
+
+    def __init__(self, steps: int, loss_fn: LossFn, examples: int | None = None) -> None:
+        self.steps = steps
+        self.listener = StepListener(loss_fn, examples)
+        self._kept: Mapping[str, Tensor] | None = None  # the direction of a checkpoint, until the next round
+
+    def direction(self, run: SelectionRun, global_batch: int) -> Mapping[str, Tensor] | None:
+        """Return what the examples of the present optimizer step are compared with, None where nobody listens."""
+        plan = run.plan
+        if plan is None or plan.cursor >= self.steps * global_batch or run.selector_for(plan.round) is run.warmup:
+            return None
+        return direction_of(run.estimator) or self._kept
+
+    def begin(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, run: SelectionRun, global_batch: int
+    ) -> None:
+        """Listen to a micro-batch, if it belongs to one of the steps."""
+        direction = self.direction(run, global_batch)
+        if direction is not None:
+            self.listener.begin(trainer, pl_module, batch, direction)
+
+    def end(self, trainer: pl.Trainer, run: SelectionRun, examples: int, global_batch: int) -> None:
+        """After a micro-batch of ``examples`` over all ranks that the plan has not counted yet: tell, if it was a
+        step's last.
+        """
+        if run.plan is None or (run.plan.cursor + examples) % global_batch:
+            return
+        if self.direction(run, global_batch) is None:
+            return
+        ids, influence = self.listener.collect()
+        if not len(ids):
+            return
+        record_heard(trainer, run.ledger.rounds[-1], ids, influence)
+        if hasattr(run.selector, "overhear"):
+            run.selector.overhear(ids, influence)
+
+    def state_dict(self, run: SelectionRun) -> dict[str, Any]:
+        """Return what a run that is resumed in this round needs to listen, where the estimator does not keep it."""
+        direction = None
+        if self.steps and run.plan is not None and not hasattr(run.estimator, "state_dict"):
+            direction = direction_of(run.estimator) or self._kept
+        return {"direction": None if direction is None else {name: value.cpu() for name, value in direction.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state."""
+        self._kept = state["direction"]
 
 
 class StepListener:
@@ -26,13 +115,13 @@ class StepListener:
 
     Args:
         loss_fn: per-example loss; the training loss is a mean of it.
-        examples: how many examples of a step are scored, over all ranks.
+        examples: how many examples of a step are scored, over all ranks; None is all.
 
     Attributes:
         deaf: whether it has given up.
     """
 
-    def __init__(self, loss_fn: LossFn, examples: int) -> None:
+    def __init__(self, loss_fn: LossFn, examples: int | None = None) -> None:
         self.deaf = False
         self._loss_fn = loss_fn
         self._examples = examples
@@ -57,8 +146,10 @@ class StepListener:
                 with measuring(pl_module, trainer.optimizers[0]), torch.no_grad(), forward:
                     self._losses = self._loss_fn(pl_module, batch)
             # the first ones of the batch over all ranks: the same on any number of ranks
-            share = math.ceil(self._examples / trainer.accumulate_grad_batches)
-            mine = min(max(share - trainer.global_rank * len(batch["id"]), 0), len(batch["id"]))
+            mine = len(batch["id"])
+            if self._examples is not None:
+                share = math.ceil(self._examples / trainer.accumulate_grad_batches)
+                mine = min(max(share - trainer.global_rank * mine, 0), mine)
             self._wanted, mine = mine, max(mine, is_sharded(pl_module))  # to a sharded model all ranks listen, or none
             if not mine:
                 return
@@ -123,6 +214,6 @@ class StepListener:
             self.deaf = True
             self._stop()
             rank_zero_warn(
-                f"the influence of what is trained on cannot be heard, so its arms are probed as well: {error}",
+                f"the influence of what is trained on cannot be heard, only what is probed is known: {error}",
                 category=SelectionWarning,
             )

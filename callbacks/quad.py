@@ -1,13 +1,8 @@
 """Quad: clusters of the pool as arms of a bandit, pulled by the influence that the live model shows."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
-from torch import Tensor
-
-from liveselect.callbacks.overhearing import StepListener
+from liveselect.callbacks.overhearing import Overhearing, can_be_heard
 from liveselect.callbacks.selection import DataSelection
 from liveselect.influence import KFACInfluence
 from liveselect.protocols import InfluenceEstimator, LossFn
@@ -104,7 +99,7 @@ class Quad(DataSelection):
         seed: int = 0,
         dirpath: str | Path | None = None,
     ) -> None:
-        self._bandit = UCBSelector(
+        selector = UCBSelector(
             alpha=alpha,
             pulls=pulls,
             at_once=at_once,
@@ -117,61 +112,16 @@ class Quad(DataSelection):
             cutoff=cutoff,
             released=released,
         )
+        estimator = estimator or KFACInfluence()
         super().__init__(
-            selector=self._bandit,
-            estimator=estimator or KFACInfluence(),
+            selector=selector,
+            estimator=estimator,
             every_n_steps=every_n_steps,
             warmup_rounds=warmup_rounds,
             loss_fn=loss_fn,
             seed=seed,
             dirpath=dirpath,
+            overhear=int(overhear and can_be_heard(estimator)),
         )
-        self.overhear = overhear
-        self._listener = StepListener(self.loss_fn, examples=arms * probes)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Listen in the first optimizer step of a round, whose model is the one that the round measured with."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        direction = self._direction(trainer)
-        if direction is not None and self._in_first_step(trainer):
-            self._listener.begin(trainer, pl_module, batch, direction)
-
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Check that the step can be heard."""
-        self._listener.before_backward(trainer, loss)
-
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep what the step has told."""
-        self._listener.after_backward(trainer)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Hand on what was heard once the step is over."""
-        done = self._current_plan().cursor + self._source_or_raise().batch_size * trainer.world_size
-        if done == self._step_examples(trainer) and self._direction(trainer) is not None:
-            ids, influence = self._listener.collect()
-            if len(ids):
-                self._bandit.overhear(ids, influence)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def _direction(self, trainer: pl.Trainer) -> Mapping[str, Tensor] | None:
-        """Return what the round compared gradients with, if the bandit asked for it and will be asked again."""
-        plan = self._current_plan()
-        end = self.run.ledger.rounds[-1].step + len(plan.ids) // self._step_examples(trainer)
-        is_last = end >= trainer.estimated_stepping_batches
-        if not self.overhear or is_last or self.run.selector_for(plan.round) is not self._bandit:
-            return None
-        try:
-            direction: Mapping[str, Tensor] | None = getattr(self.estimator, "direction", None)
-        except RuntimeError:  # nothing could be measured yet
-            return None
-        return direction
-
-    def _in_first_step(self, trainer: pl.Trainer) -> bool:
-        return self._current_plan().cursor < self._step_examples(trainer)
-
-    def _step_examples(self, trainer: pl.Trainer) -> int:
-        return self._source_or_raise().batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        # of each arm that is trained on, as many examples as a pull would measure
+        self.overhearing = Overhearing(self.overhearing.steps, self.loss_fn, examples=arms * probes)

@@ -1,14 +1,16 @@
 """What a run leaves behind: its ledger, and the numbers of its rounds in the loggers. Nothing here ends a training."""
 
 import logging
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from liveselect import distributed
-from liveselect.ledger import Ledger
+from liveselect.ledger import Ledger, RoundRecord
 from liveselect.protocols import SelectionWarning
 
 log = logging.getLogger("liveselect")
@@ -17,18 +19,30 @@ log = logging.getLogger("liveselect")
 def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:
     """Send the numbers of the last round to every logger, and say what it noted; a failing logger costs a warning."""
     record = ledger.rounds[-1]
-    scalars = {f"selection/{name}": value for name, value in record.scalars().items()}
-    scalars["selection/time_share"] = ledger.selection_share
     shown = any(getattr(each, "logs_rounds", False) for each in trainer.callbacks)  # type: ignore[attr-defined]
-    for logger in [] if shown else trainer.loggers:  # a SelectionMonitor shows them, and more
-        try:
-            logger.log_metrics(scalars, step=trainer.global_step)
-        except Exception as error:  # whatever a third-party logger raises: training matters more
-            rank_zero_warn(f"{type(logger).__name__} failed on selection metrics: {error}", category=SelectionWarning)
+    if not shown:  # a SelectionMonitor shows them, and more
+        _log(trainer, {**record.scalars(), "time_share": ledger.selection_share})
     for note in record.notes:
         rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
     for alarm in ledger.new_alarms(record):
         log.warning("ALARM (%s) in round %d, step %d: %s", alarm.kind, alarm.round, alarm.step, alarm.text)
+
+
+def record_heard(trainer: pl.Trainer, record: RoundRecord, ids: Tensor, influence: Tensor) -> None:
+    """Note what a training step told of the influence ``(m,)`` of its examples ``ids (m,)``; NaN is left out."""
+    finite = influence.isfinite()
+    record.overheard.extend(ids[finite].tolist())
+    record.overheard_influence.extend(influence[finite].tolist())
+    if finite.any():
+        _log(trainer, {"overheard_influence": float(influence[finite].double().mean())})
+
+
+def _log(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
+    for logger in trainer.loggers:
+        try:
+            logger.log_metrics({f"selection/{key}": value for key, value in scalars.items()}, step=trainer.global_step)
+        except Exception as error:  # whatever a third-party logger raises: training matters more
+            rank_zero_warn(f"{type(logger).__name__} failed on selection metrics: {error}", category=SelectionWarning)
 
 
 def keep_older_ledger(path: Path | None) -> None:

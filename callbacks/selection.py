@@ -27,6 +27,7 @@ from liveselect.callbacks.compatibility import (
     keep_checkpoints_out_of_windows,
     run_folder,
 )
+from liveselect.callbacks.overhearing import Overhearing, check_overhear
 from liveselect.callbacks.pace import Pace
 from liveselect.callbacks.progress import RoundProgress
 from liveselect.callbacks.random_state import random_state, set_random_state
@@ -87,6 +88,11 @@ class DataSelection(Callback):
         max_overhead: measure after optimizer steps for up to this share of the time that training takes, and do without
             what was not measured by the end of the round. How much is measured when depends on the machine, so two runs
             differ; a resumed run goes on with what was measured before.
+        overhear: score the examples of so many optimizer steps at the beginning of each round out of the steps' own
+            backward, at a fraction of what a probe costs; ``every_n_steps`` or more is all of them. The ledger records
+            it, and selectors that listen (arms, regressors) learn from it. Needs an estimator that compares gradients
+            with a direction, and at most 1 with rounds that are measured between steps. The numbers of later steps are
+            as old as the round.
     """
 
     def __init__(
@@ -100,6 +106,7 @@ class DataSelection(Callback):
         dirpath: str | Path | None = None,
         probes_between_steps: int | None = None,
         max_overhead: float | None = None,
+        overhear: int = 0,
     ) -> None:
         if not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ValueError(f"expected every_n_steps of at least one optimizer step, got {every_n_steps}")
@@ -111,6 +118,7 @@ class DataSelection(Callback):
                 f"{type(estimator).__name__} measures from one state of the model, so its rounds cannot be spread over "
                 "training steps: leave out probes_between_steps and max_overhead, or take another estimator"
             )
+        check_overhear(overhear, estimator, is_spread=bool(self.pace))
         self.selector = selector
         self.estimator = estimator
         self.every_n_steps = every_n_steps
@@ -118,6 +126,7 @@ class DataSelection(Callback):
         self.loss_fn = loss_fn or causal_lm_loss
         self.seed = seed
         self.dirpath = dirpath
+        self.overhearing = Overhearing(int(overhear), self.loss_fn)
         self._run: SelectionRun | None = None
         self._source: CandidateSource | None = None
         self._ledger_path: Path | None = None
@@ -163,6 +172,7 @@ class DataSelection(Callback):
         return {
             "seed": self.seed,
             "run": self._run.state_dict(),
+            "overhearing": self.overhearing.state_dict(self._run),
             # inside a batch (a checkpoint on an exception) the batch will be trained again from its beginning
             "random_states": distributed.gather_objects(
                 self._after_batch if self._in_batch and self._after_batch is not None else random_state()
@@ -180,6 +190,7 @@ class DataSelection(Callback):
                 category=SelectionWarning,
             )
         self.run.load_state_dict(state_dict["run"])
+        self.overhearing.load_state_dict(state_dict["overhearing"])
         self._random_states = state_dict["random_states"]
         self._loaded = True
 
@@ -263,6 +274,15 @@ class DataSelection(Callback):
                 set_random_state(states[distributed.rank()])
         self._after_batch = random_state()
         self._in_batch = True
+        self.overhearing.begin(trainer, pl_module, batch, self.run, self._global_batch(trainer))
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Check that the step can be heard."""
+        self.overhearing.listener.before_backward(trainer, loss)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep what the step has told."""
+        self.overhearing.listener.after_backward(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -270,7 +290,9 @@ class DataSelection(Callback):
         """Advance the plan; at the round's last optimizer step make the next one."""
         self._after_batch = random_state()
         plan = self._current_plan()
-        plan.advance(self._source_or_raise().batch_size * trainer.world_size)
+        examples = self._source_or_raise().batch_size * trainer.world_size
+        self.overhearing.end(trainer, self.run, examples, self._global_batch(trainer))
+        plan.advance(examples)
         self.run.ledger.training_flops += self._flops_per_token * _tokens_in(batch) * trainer.world_size
         at_boundary = trainer.global_step != self._last_step
         self._last_step = trainer.global_step

@@ -90,6 +90,8 @@ class RoundRecord:
         flops: floating point operations by phase, summed over ranks.
         notes: what a person should know, such as the reason of a fallback.
         alarms: what is wrong.
+        overheard: ids whose influence the round's own training steps have told.
+        overheard_influence: that influence, nats per unit learning rate.
     """
 
     round: int
@@ -108,6 +110,8 @@ class RoundRecord:
     flops: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
+    overheard: list[int] = field(default_factory=list)
+    overheard_influence: list[float] = field(default_factory=list)
 
     @property
     def total_seconds(self) -> float:

@@ -192,7 +192,11 @@ class Selection:
 
 
 class Selector(Protocol):
-    """Decides what to measure and what to train on: ask, tell, choose."""
+    """Decides what to measure and what to train on: ask, tell, choose.
+
+    A selector may also have ``overhear(ids, influence)``: it is then told, between rounds, of the influence ``(m,)`` of
+    candidates ``ids (m,)`` as the training steps on them have shown it.
+    """
 
     def propose(self, context: RoundContext) -> Tensor:
         """Return the ids to measure next, ``(m,)``; an empty tensor means that enough is known."""

@@ -300,6 +300,26 @@ def test_a_run_resumed_between_measuring_and_choosing_chooses_bit_for_bit_alike(
     assert chosen[0].metrics == chosen[1].metrics
 
 
+def test_what_training_told_is_learned_from_once_and_what_is_measured_now_counts_before_it():
+    context, regressor = fake_context(random_source()), KnownRegressor(ramp())
+    selector = RegressionSelector(regressor, probes=8)
+    asked = selector.propose(context)
+    others = [i for i in range(64) if i not in asked.tolist()][:3]
+    heard = torch.tensor([*others, int(asked[0])])
+    selector.overhear(heard[:1], torch.tensor([math.nan]))
+    selector.overhear(heard, torch.tensor([7.0, 8.0, 9.0, 10.0]))
+    selector.observe(asked, ramp()[asked])
+    resumed = RegressionSelector(second := KnownRegressor(ramp()), probes=8)
+    resumed.load_state_dict(through_a_file(selector.state_dict()))
+    for each, learned in ((selector, regressor), (resumed, second)):
+        assert each.select(context, 8).metrics["overheard"] == 3
+        ids, influence = learned.fitted
+        assert ids.tolist() == [*asked.tolist(), *others]
+        assert influence.tolist() == [*ramp()[asked].tolist(), 7.0, 8.0, 9.0]
+        later = measured(each, fake_context(random_source(), round_index=1), ramp())
+        assert "overheard" not in later.select(fake_context(random_source(), round_index=1), 8).metrics
+
+
 def test_a_checkpoint_of_another_kind_of_regressor_is_refused():
     stateful, stateless = RegressionSelector(HashedRidgeRegressor()), RegressionSelector(KnownRegressor(ramp()))
     stateless.load_state_dict(through_a_file(stateless.state_dict()))

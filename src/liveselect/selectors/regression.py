@@ -46,6 +46,8 @@ class RegressionSelector:
     variance, shrunk by what they do not know: left alone, a poor regressor selects softly; ``standardize`` selects
     equally hard whatever it knows.
 
+    What training steps told of their own examples since the last round (:meth:`overhear`) is learned from as well.
+
     Args:
         regressor: learns from the measured influence.
         probes: candidates measured in each round, at least 8.
@@ -86,6 +88,7 @@ class RegressionSelector:
         self.standardize = standardize
         self.min_spearman = min_spearman
         self._measured = _Measured()
+        self._heard = _Measured()  # since the last round
 
     def check(self, context: RoundContext) -> None:
         """Let the regressor say what it would fail of, if it can tell before anything is measured."""
@@ -107,6 +110,18 @@ class RegressionSelector:
             known.round, torch.cat([known.ids, ids.cpu()]), torch.cat([known.influence, influence.float().cpu()])
         )
 
+    def overhear(self, ids: Tensor, influence: Tensor) -> None:
+        """Take note of the influence ``(m,)`` of candidates ``ids (m,)`` that were trained on since the last round.
+
+        The next round learns from it beside what it measures; so it should come from the same estimator. What is not
+        finite is left out.
+        """
+        finite, known = influence.isfinite(), self._heard
+        self._heard = _Measured(
+            ids=torch.cat([known.ids, ids[finite].cpu()]),
+            influence=torch.cat([known.influence, influence[finite].float().cpu()]),
+        )
+
     def select(self, context: RoundContext, budget: int) -> Selection:
         """Fit, predict and draw ``budget`` of the context's candidates, in random training order.
 
@@ -116,6 +131,7 @@ class RegressionSelector:
         """
         check_budget(context, budget)
         measured, self._measured = self._measured, _Measured()  # told once: another run may use this selector next
+        heard, self._heard = self._heard, _Measured()
         finite = measured.influence.isfinite()
         ids, influence = measured.ids[finite], measured.influence[finite]
         metrics = _describe(influence, dropped=len(finite) - len(ids))
@@ -125,6 +141,11 @@ class RegressionSelector:
             return _uniform(context, budget, metrics, notes, reason)
         if bool((influence == influence[0]).all()):
             return _uniform(context, budget, metrics, notes, "all measured influences are equal")
+        others = ~torch.isin(heard.ids, ids)  # what is known at the model of today counts
+        if len(heard.ids):
+            metrics["overheard"] = float(others.sum())
+        ids = torch.cat([ids, heard.ids[others]])
+        influence = torch.cat([influence, heard.influence[others]])
         # what the ranks report may differ in the last bits; the decision below must not
         fitted = gather_objects(dict(self.regressor.fit(context, ids, influence)))[0]
         metrics |= {f"regressor/{name}": value for name, value in fitted.items()}
@@ -134,12 +155,13 @@ class RegressionSelector:
         return self._select_by_prediction(context, budget, metrics, notes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the measurements of the current round, and the regressor's state if it has one."""
+        """Return the measurements of the current round, what was overheard, and the regressor's state if it has one."""
         stateful = hasattr(self.regressor, "state_dict")
         return {
             "round": self._measured.round,
             "ids": self._measured.ids.clone(),
             "influence": self._measured.influence.clone(),
+            "heard": [self._heard.ids.clone(), self._heard.influence.clone()],
             "regressor": self.regressor.state_dict() if stateful else None,  # type: ignore[attr-defined]
         }
 
@@ -156,6 +178,7 @@ class RegressionSelector:
                 f"{type(self.regressor).__name__}: resume with the regressor that the run began with"
             )
         self._measured = _Measured(state["round"], state["ids"].clone(), state["influence"].clone())
+        self._heard = _Measured(-1, *(each.clone() for each in state["heard"]))
         if stateful:
             self.regressor.load_state_dict(state["regressor"])  # type: ignore[attr-defined]
 

@@ -194,6 +194,11 @@ class PriorSelector:
         """Tell the selector."""
         self.selector.observe(ids, influence)
 
+    def overhear(self, ids: Tensor, influence: Tensor) -> None:
+        """Tell the selector what training steps told, if it listens."""
+        if hasattr(self.selector, "overhear"):
+            self.selector.overhear(ids, influence)
+
     def select(self, context: RoundContext, budget: int) -> Selection:
         """Let the selector choose ``budget`` of the kept candidates.
 

@@ -1,0 +1,153 @@
+"""Any selector inside Trainer.fit learns what training steps tell of the influence of their own examples."""
+
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from small_run import SIMPLE, ProbingUniform, SmallLM, Trace, rows, small_trainer
+
+from liveselect.callbacks import DataSelection
+from liveselect.cli.fit import SelectionCLI
+from liveselect.datamodules import SelectionDataModule
+from liveselect.functional.gradients import example_dot
+from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence
+from liveselect.ledger import Ledger
+from liveselect.regressors import HashedRidgeRegressor
+from liveselect.selectors import PriorSelector, RegressionSelector
+from liveselect.snapshot import measuring
+
+torch.set_num_threads(1)
+STEPS, ROUND, BATCH = 8, 3, 4
+ESTIMATORS = {"first order": lambda: FirstOrderInfluence(sampled=4), "kfac": lambda: KFACInfluence(factor_examples=8)}
+
+
+def regression() -> RegressionSelector:
+    return RegressionSelector(HashedRidgeRegressor(2**6), probes=8, ratio=0.5, min_spearman=None)
+
+
+def selection(folder, selector=None, estimator="first order", **settings) -> DataSelection:
+    settings = {"every_n_steps": ROUND, "overhear": ROUND, **settings}
+    return DataSelection(selector or regression(), ESTIMATORS[estimator](), dirpath=folder / "selection", **settings)
+
+
+def fit(folder, chosen, *callbacks, ckpt_path=None, **settings) -> Ledger:
+    pl.seed_everything(1, verbose=False)
+    simple = {**SIMPLE, "precision": "32-true", "max_steps": STEPS, **settings}
+    trainer = small_trainer(folder, [chosen, *callbacks], **simple)
+    data = SelectionDataModule(pool=rows(120, seed=1), reference=rows(6, seed=2), batch_size=BATCH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(SmallLM(dropout=0.0), datamodule=data, ckpt_path=ckpt_path)
+    return Ledger.read(folder / "selection" / "ledger.jsonl")
+
+
+class Measured(Callback):
+    """Measures every batch with the live model and the direction of the round, in a pass of its own."""
+
+    def __init__(self, chosen: DataSelection) -> None:
+        self.chosen, self.influence, self.ids = chosen, {}, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.ids.append(batch["id"].tolist())
+        if self.chosen.plan.round >= self.chosen.warmup_rounds:
+            with measuring(pl_module, trainer.optimizers[0]):
+                found = example_dot(pl_module, self.chosen.loss_fn, batch, self.chosen.estimator.direction)
+            self.influence |= dict(zip(batch["id"].tolist(), found.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_training_example_gets_the_influence_that_a_pass_of_its_own_measures(tmp_path, estimator, accumulate):
+    chosen = selection(tmp_path, estimator=estimator)
+    measured = Measured(chosen)
+    ledger = fit(tmp_path, chosen, measured, accumulate_grad_batches=accumulate, max_steps=STEPS // accumulate)
+    heard = {}
+    for record in ledger.rounds:
+        heard |= dict(zip(record.overheard, record.overheard_influence, strict=True))
+    assert heard.keys() == measured.influence.keys()
+    assert len(heard) == BATCH * (STEPS - ROUND * accumulate)  # all but the warm-up
+    expected = torch.tensor([measured.influence[i] for i in heard])
+    torch.testing.assert_close(torch.tensor(list(heard.values())), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_only_the_first_steps_of_a_round_are_heard_on_request(tmp_path):
+    chosen = selection(tmp_path, overhear=1)
+    measured = Measured(chosen)
+    ledger = fit(tmp_path, chosen, measured)
+    firsts = {record.step: record.overheard for record in ledger.rounds[1:]}
+    assert firsts == {step: measured.ids[step] for step in (3, 6)}
+
+
+def test_a_regressor_learns_from_what_was_heard_also_behind_a_prior(tmp_path):
+    prior = PriorSelector(regression(), torch.arange(120.0), ratio=1.0)
+    for name, selector in {"alone": regression(), "behind a prior": prior}.items():
+        folder = tmp_path / name
+        ledger = fit(folder, selection(folder, selector))
+        assert "overheard" not in ledger.rounds[1].metrics  # the warm-up tells nothing
+        assert ledger.rounds[2].metrics["overheard"] == BATCH * ROUND
+
+
+def test_listening_to_every_step_does_not_change_the_training(tmp_path):
+    traces = []
+    for overhear in (0, ROUND):
+        folder = tmp_path / str(overhear)
+        folder.mkdir()
+        fit(folder, selection(folder, ProbingUniform(), overhear=overhear), Trace(folder / "trace"))
+        traces.append((folder / "trace").read_text())
+    assert traces[0] == traces[1]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_a_run_that_goes_on_from_any_step_of_a_round_hears_and_chooses_the_same(tmp_path, estimator, step):
+    saver = ModelCheckpoint(tmp_path / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = fit(tmp_path / "whole", selection(tmp_path / "whole", estimator=estimator), saver)
+    chosen = selection(tmp_path / "resumed", estimator=estimator)
+    resumed = fit(tmp_path / "resumed", chosen, ckpt_path=tmp_path / "checkpoints" / f"step={step}.ckpt")
+    assert [r.plan for r in resumed.rounds] == [r.plan for r in whole.rounds]
+    assert [r.overheard for r in resumed.rounds] == [r.overheard for r in whole.rounds]
+    assert [r.overheard_influence for r in resumed.rounds] == [r.overheard_influence for r in whole.rounds]
+
+
+def test_any_selector_listens_from_a_configuration_file_too(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        """
+        model: {class_path: small_run.SmallLM}
+        data:
+          class_path: liveselect.datamodules.SelectionDataModule
+          init_args: {pool: pool, reference: reference, batch_size: 4}
+        select:
+          class_path: liveselect.callbacks.DataSelection
+          init_args:
+            overhear: 5
+            selector:
+              class_path: liveselect.selectors.RegressionSelector
+              init_args: {regressor: liveselect.regressors.HashedRidgeRegressor, probes: 16}
+            estimator: {class_path: liveselect.influence.FirstOrderInfluence, init_args: {step: published}}
+        """
+    )
+    (chosen,) = [
+        each
+        for each in SelectionCLI([f"--config={config}"], run=False).trainer.callbacks
+        if isinstance(each, DataSelection)
+    ]
+    assert chosen.overhearing.steps == 5
+    assert chosen.estimator.step == "published"
+
+
+@pytest.mark.parametrize(
+    ("estimator", "settings", "message"),
+    [
+        (lambda: OneStepInfluence(), {"overhear": 1}, "OneStepInfluence compares gradients with no direction"),
+        (lambda: FirstOrderInfluence(engine="optimizer_step"), {"overhear": 1}, "another engine than optimizer_step"),
+        (lambda: None, {"overhear": 1}, "no direction"),
+        (KFACInfluence, {"overhear": -1}, "zero or more optimizer steps"),
+        (KFACInfluence, {"overhear": 2, "probes_between_steps": 4}, "at most 1 together with probes_between_steps"),
+    ],
+)
+def test_what_cannot_be_heard_is_refused_at_construction(estimator, settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataSelection(regression(), estimator(), **settings)
