@@ -1,13 +1,22 @@
-"""What watching costs: decisions, alarms and SelectionMonitor (W&B offline, TensorBoard, CSV) beside the training.
+"""What selection does to the steps of a training, and what watching it costs.
+
+1. Step times and peak memory with selection off, in one pause between rounds, spread over the steps, and within a share
+   of the time. Each way trains in a process of its own, one after the other.
+2. Decisions, alarms and SelectionMonitor (W&B offline, TensorBoard, CSV), each as a share of the training time of one
+   run. A round every few steps is the worst case for watching: rounds are as short as Quad's, and steps far shorter
+   than those of a model worth watching.
 
     python benchmarks/overhead.py [--steps 200] [--every 20]
-
-Trains a small decoder on random tokens with a round every few steps, which is the worst case for watching: rounds are
-as short as Quad's, and steps far shorter than those of a model worth watching. The time inside of each part is measured
-in one run and told as a share of the training time of that run.
+    python benchmarks/overhead.py --accelerator gpu --hidden 1024 --layers 12 --precision bf16-mixed
 """
 
 import argparse
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -24,7 +33,7 @@ from liveselect.cli.model import CausalLM
 from liveselect.datamodules import SelectionDataModule
 from liveselect.influence import FirstOrderInfluence
 from liveselect.regressors import HashedRidgeRegressor
-from liveselect.selectors import RegressionSelector
+from liveselect.selectors import RegressionSelector, UniformSelector
 
 TOKENS, VOCABULARY = 128, 4096
 NETWORK = {
@@ -35,6 +44,12 @@ NETWORK = {
     "num_attention_heads": 4,
     "intermediate_size": 1024,
     "max_position_embeddings": TOKENS,
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "off": {},
+    "one pause": {},
+    "spread": {"probes_between_steps": 0},  # as many as fill the round
+    "max_overhead=0.05": {"max_overhead": 0.05},
 }
 
 
@@ -56,9 +71,107 @@ class TimedMonitor(SelectionMonitor):
         return timed
 
 
+class Clock(pl.Callback):
+    """Notes when each optimizer step begins; the time to the next one is what a step takes, selection included."""
+
+    def __init__(self) -> None:
+        self.begun: list[float] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *rest: Any) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        self.begun.append(time.perf_counter())
+
+
 def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": row} for row in torch.randint(0, VOCABULARY, (count, TOKENS), generator=generator)]
+
+
+def network(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the configuration of the model."""
+    wide = arguments.hidden
+    heads = max(1, wide // 64)
+    sizes = {"hidden_size": wide, "num_hidden_layers": arguments.layers, "intermediate_size": 4 * wide}
+    return {**NETWORK, **sizes, "num_attention_heads": heads}
+
+
+def trainer_of(
+    arguments: argparse.Namespace, folder: Path, callbacks: list[pl.Callback], **settings: Any
+) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator=arguments.accelerator,
+        devices=1,
+        precision=arguments.precision,
+        max_steps=arguments.steps,
+        max_epochs=-1,
+        callbacks=callbacks,
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        **settings,
+    )
+
+
+def selector(arguments: argparse.Namespace) -> RegressionSelector:
+    return RegressionSelector(HashedRidgeRegressor(), probes=arguments.probes, ratio=0.2, min_spearman=None)
+
+
+def data_of(arguments: argparse.Namespace) -> SelectionDataModule:
+    return SelectionDataModule(
+        pool=rows(arguments.steps * arguments.batch * 6, 1), reference=rows(16, 2), batch_size=arguments.batch
+    )
+
+
+def train_one_way(arguments: argparse.Namespace, way: str) -> None:
+    """Train and print the step times of the rounds that measure, and the peak of memory, as a line of JSON."""
+    clock = Clock()
+    pace = dict(WAYS[way])
+    if "probes_between_steps" in pace:
+        pace["probes_between_steps"] = -(-arguments.probes // (arguments.every - 1))
+    with tempfile.TemporaryDirectory() as name:
+        chooser, estimator = (UniformSelector(), None) if way == "off" else (selector(arguments), FirstOrderInfluence())
+        selection = DataSelection(chooser, estimator, every_n_steps=arguments.every, dirpath=name, **pace)
+        trainer = trainer_of(arguments, Path(name), [clock, selection], logger=False)
+        module = CausalLM(network(arguments))
+        trainer.fit(module, datamodule=data_of(arguments))
+    begun = clock.begun[arguments.every :]  # the warm-up round measures nothing
+    if arguments.accelerator == "gpu":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rounds = selection.run.ledger.rounds[1:]
+    found = {
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "seconds": [later - earlier for earlier, later in itertools.pairwise(begun)],
+        "peak": peak,
+        "measured": sum(record.metrics.get("measured", 0.0) for record in rounds) / max(1, len(rounds)),
+        "age": max((record.metrics.get("staleness/max", 0.0) for record in rounds), default=0.0),
+    }
+    print(json.dumps(found))
+
+
+def compare_ways(arguments: argparse.Namespace) -> None:
+    """Print what each way of measuring does to the steps."""
+    print(
+        "\n| selection | median step | mean step | longest | mean / off | peak memory | probes a round | oldest probe |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    off = None
+    for way in WAYS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = json.loads(answer.splitlines()[-1])
+        seconds = found["seconds"]
+        mean = statistics.fmean(seconds)
+        off = off or mean
+        times = [1000 * statistics.median(seconds), 1000 * mean, 1000 * max(seconds)]
+        cells = [f"{each:.0f} ms" for each in times] + [f"{mean / off:.2f}", f"{found['peak'] / 2**20:.0f} MiB"]
+        print("|", " | ".join([way, *cells, f"{found['measured']:.0f}", f"{found['age']:.0f} steps"]), "|")
+    size = f"{found['parameters'] / 1e6:.1f}M parameters"
+    print(f"\n{size}, batches of {arguments.batch} x {TOKENS} tokens, {arguments.precision}")
 
 
 def main() -> None:
@@ -66,8 +179,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=20, help="steps of a round")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--probes", type=int, default=64)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--tables", nargs="+", choices=["steps", "watching"], default=["steps", "watching"])
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if arguments.way:
+        train_one_way(arguments, arguments.way)
+        return
+    if "steps" in arguments.tables:
+        compare_ways(arguments)
+    if "watching" in arguments.tables:
+        watch(arguments)
+
+
+def watch(arguments: argparse.Namespace) -> None:
+    """Train once with everything that watches, and print what each part of it took."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         loggers = [
@@ -76,28 +207,12 @@ def main() -> None:
             CSVLogger(folder, "csv"),
         ]
         selection = DataSelection(
-            RegressionSelector(HashedRidgeRegressor(), probes=64, ratio=0.2, min_spearman=None),
-            FirstOrderInfluence(),
-            every_n_steps=arguments.every,
-            dirpath=folder / "selection",
+            selector(arguments), FirstOrderInfluence(), every_n_steps=arguments.every, dirpath=folder / "selection"
         )
         monitor = TimedMonitor()
-        data = SelectionDataModule(
-            pool=rows(arguments.steps * arguments.batch * 6, 1), reference=rows(16, 2), batch_size=arguments.batch
+        trainer_of(arguments, folder, [selection, monitor], logger=loggers).fit(
+            CausalLM(network(arguments)), datamodule=data_of(arguments)
         )
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_steps=arguments.steps,
-            max_epochs=-1,
-            logger=loggers,
-            callbacks=[selection, monitor],
-            default_root_dir=folder,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-        )
-        trainer.fit(CausalLM(NETWORK), datamodule=data)
         tell(selection, monitor, arguments)
 
 
