@@ -71,7 +71,8 @@ class Quad(DataSelection):
         released: the bound and the neighbour counts of the released code.
         overhear: let the first step of every round tell the influence of what it trains on, where the estimator has a
             direction to compare gradients with.
-        estimator: measures influence; by default :class:`~liveselect.influence.KFACInfluence`.
+        estimator: measures influence; by default :class:`~liveselect.influence.KFACInfluence` with the curvature of all
+            candidates: that of the mixture alone makes too much of what the mixture leaves out.
         warmup_rounds: rounds of uniform data at the beginning.
         loss_fn: per-example loss, see :class:`~liveselect.callbacks.DataSelection`.
         seed: seed of every draw that selection makes.
@@ -112,7 +113,8 @@ class Quad(DataSelection):
             cutoff=cutoff,
             released=released,
         )
-        estimator = estimator or KFACInfluence()
+        # the mixture leaves arms out: what only they need would have no curvature there, and look better than it is
+        estimator = estimator or KFACInfluence(factors_of="candidates")
         super().__init__(
             selector=selector,
             estimator=estimator,
