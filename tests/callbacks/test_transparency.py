@@ -1,5 +1,7 @@
 """Measuring leaves training as it was, to the bit."""
 
+from functools import partial
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from liveselect.callbacks import DataSelection
 from liveselect.datamodules import SelectionDataModule
-from liveselect.influence import OneStepInfluence
+from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence, PMPInfluence
 from liveselect.protocols import Batch, RoundContext
 from liveselect.selectors import UniformSelector
 
@@ -43,6 +45,30 @@ def test_training_with_measuring_equals_training_without(tmp_path, workers, step
     off = trained(tmp_path / "off", UniformSelector(), workers=workers)
     assert on == off
     assert len(probing.influence) == 4
+    assert all(torch.isfinite(values).all() and values.std() > 0 for values in probing.influence)
+
+
+@pytest.fixture(scope="module")
+def without_measuring(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("off"), UniformSelector())
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        *(partial(FirstOrderInfluence, engine, sampled=2) for engine in ("hooks", "central_difference")),
+        *(partial(FirstOrderInfluence, engine, sampled=2) for engine in ("forward_mode", "optimizer_step")),
+        *(partial(KFACInfluence, kind, factor_examples=4) for kind in ("kfac", "ekfac", "output_only", "diagonal")),
+        partial(KFACInfluence, "identity"),
+        partial(KFACInfluence, labels="sampled", factor_examples=4),
+        partial(PMPInfluence, 3, 2, batch_size=2),
+        partial(PMPInfluence, 3, 2, batch_size=2, hessian="central_difference", products="central_difference"),
+    ],
+    ids=lambda made: f"{made.func.__name__} {' '.join(map(str, [*made.args, *made.keywords.values()]))}",
+)
+def test_no_estimator_changes_a_bit_of_the_training(tmp_path, estimator, without_measuring):
+    probing = ProbingUniform()
+    assert trained(tmp_path, probing, estimator()) == without_measuring
     assert all(torch.isfinite(values).all() and values.std() > 0 for values in probing.influence)
 
 

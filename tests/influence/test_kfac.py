@@ -12,6 +12,7 @@ from probing import VOCAB, warm_context
 from ranks import on_ranks
 from scipy.stats import pearsonr, spearmanr
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from liveselect.influence.kfac import KFACInfluence
 from liveselect.losses import causal_lm_loss
@@ -508,3 +509,30 @@ def test_factors_come_from_what_is_trained_on_filled_up_with_candidates():
     seen = KFACInfluence(factor_examples=5)._factor_ids(trained).tolist()
     assert len(seen) == 5
     assert set(wanted) <= set(seen)
+
+
+class Checkpointed(Small):
+    """Its whole body runs a second time in the backward."""
+
+    def forward(self, input_ids):
+        return checkpoint(super().forward, input_ids, use_reentrant=False)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_activation_checkpointing_counts_nothing_twice(variant):
+    context = small_context()
+    recomputing = Checkpointed().double()
+    recomputing.load_state_dict(context.model.state_dict())
+    expected, found = (measure(replace(context, model=m), curvature=variant) for m in (context.model, recomputing))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
+
+
+def test_influence_does_not_depend_on_the_order_of_candidates_or_references():
+    context = small_context()
+    expected = measure(context)
+    order, around = torch.randperm(12, generator=torch.Generator().manual_seed(1)), context.source.references.flip(0)
+    turned = FakeSource(context.source.tokens, around, labels=context.source.labels)
+    estimator = KFACInfluence(factor_examples=24)
+    estimator.fit(replace(context, source=turned, candidates=torch.arange(24).flip(0)))
+    found = estimator.score(context, next(iter(context.candidate_batches(order))))
+    torch.testing.assert_close(found, expected[order], rtol=1e-6, atol=1e-8)
