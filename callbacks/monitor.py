@@ -1,6 +1,7 @@
 """SelectionMonitor: shows every round of selection in the loggers of the Trainer."""
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,16 +146,21 @@ class SelectionMonitor(Callback):
             self._sinks[id(logger)] = TensorBoardSink(logger.experiment)
 
     def _show(self, trainer: pl.Trainer) -> None:
-        """Show rounds and evaluations that were not shown yet."""
+        """Show rounds and evaluations that were not shown yet, and count the time to selection."""
         if self._selection is None:
             return
-        ledger = self._selection.run.ledger
+        began = time.perf_counter()
+        self._show_new(trainer, self._selection)
+        self._selection.charge("monitor", time.perf_counter() - began)
+
+    def _show_new(self, trainer: pl.Trainer, selection: DataSelection) -> None:
+        ledger = selection.run.ledger
         rounds, evaluations = ledger.rounds[self._rounds_shown :], ledger.evaluations[self._evaluations_shown :]
         self._rounds_shown, self._evaluations_shown = len(ledger.rounds), len(ledger.evaluations)
         if not trainer.is_global_zero:
             return
         for record in rounds:
-            view = self._view(self._selection.run, record)
+            view = self._view(selection.run, record)
             rich = self._is_rich(trainer, record.round)
             for logger in trainer.loggers:
                 self._try(logger, self._show_round, logger, view, rich)

@@ -65,6 +65,10 @@ class Overhearing:
         self.listener = StepListener(loss_fn, examples)
         self._kept: Mapping[str, Tensor] | None = None  # the direction of a checkpoint, until the next round
 
+    def forget(self) -> None:
+        """Begin anew, as for another fit."""
+        self.listener, self._kept = StepListener(self.listener.loss_fn, self.listener.examples), None
+
     def direction(self, run: SelectionRun, global_batch: int) -> Mapping[str, Tensor] | None:
         """Return what the examples of the present optimizer step are compared with, None where nobody listens."""
         plan = run.plan
@@ -123,13 +127,14 @@ class StepListener:
 
     def __init__(self, loss_fn: LossFn, examples: int | None = None) -> None:
         self.deaf = False
-        self._loss_fn = loss_fn
-        self._examples = examples
+        self.loss_fn = loss_fn
+        self.examples = examples
         self._scores: TrainingStepScores | None = None
         self._batch: Mapping[str, Tensor] = {}
         self._wanted = 0
         self._losses: Tensor | None = None
         self._mean: LossMean | None = None
+        self._same = False
         self._heard: list[tuple[Tensor, Tensor]] = []
 
     def begin(
@@ -144,11 +149,11 @@ class StepListener:
             if self._mean is None:  # once: which mean of these losses is the training loss?
                 forward = trainer.precision_plugin.forward_context()
                 with measuring(pl_module, trainer.optimizers[0]), torch.no_grad(), forward:
-                    self._losses = self._loss_fn(pl_module, batch)
+                    self._losses = self.loss_fn(pl_module, batch)
             # the first ones of the batch over all ranks: the same on any number of ranks
             mine = len(batch["id"])
-            if self._examples is not None:
-                share = math.ceil(self._examples / trainer.accumulate_grad_batches)
+            if self.examples is not None:
+                share = math.ceil(self.examples / trainer.accumulate_grad_batches)
                 mine = min(max(share - trainer.global_rank * mine, 0), mine)
             self._wanted, mine = mine, max(mine, is_sharded(pl_module))  # to a sharded model all ranks listen, or none
             if not mine:
@@ -173,16 +178,19 @@ class StepListener:
             whole = float(loss.detach()) * trainer.accumulate_grad_batches
             self._mean = find_loss_mean(self._losses, target_counts(self._batch), whole)
             self._losses = None
+            counts = target_counts(self._batch)
+            self._same = bool((counts == counts[0]).all())  # both means are one
 
     def after_backward(self, trainer: pl.Trainer) -> None:
         """Keep what the backward has shown."""
-        if self._scores is None or self._mean is None:
+        if self._scores is None:
             return
         with self._deaf_after_errors():
-            weights = mean_weights(self._batch, self._mean, trainer.accumulate_grad_batches)
+            weights = mean_weights(self._batch, self._mean or "tokens", trainer.accumulate_grad_batches)
             influence = self._scores.collect(weights)
             influence[self._wanted :] = math.nan
-            self._heard.append((self._batch["id"].cpu(), influence))
+            if self._mean is not None or self._same:  # else the weights of the examples are not known yet
+                self._heard.append((self._batch["id"].cpu(), influence))
         self._stop()
 
     def collect(self) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """DataSelection: runs selection rounds inside a Lightning training loop."""
 
+import copy
 import logging
 import time
 from collections.abc import Mapping
@@ -119,6 +120,11 @@ class DataSelection(Callback):
                 "training steps: leave out probes_between_steps and max_overhead, or take another estimator"
             )
         check_overhear(overhear, estimator, is_spread=bool(self.pace))
+        if estimator is None and getattr(selector, "measures", False):
+            raise ValueError(
+                f"{type(selector).__name__} proposes candidates to measure, but there is no estimator: pass one, such "
+                "as liveselect.influence.OneStepInfluence()"
+            )
         self.selector = selector
         self.estimator = estimator
         self.every_n_steps = every_n_steps
@@ -128,6 +134,7 @@ class DataSelection(Callback):
         self.dirpath = dirpath
         self.overhearing = Overhearing(int(overhear), self.loss_fn)
         self._run: SelectionRun | None = None
+        self._first_states: dict[int, Any] = {}
         self._source: CandidateSource | None = None
         self._ledger_path: Path | None = None
         self._random_states: list[dict[str, Any]] | None = None
@@ -135,7 +142,7 @@ class DataSelection(Callback):
         self._in_batch = False
         self._loaded = False
         self._since: float | None = None
-        self._trained_before = 0.0
+        self._trained_before = self._rehearsed = 0.0
         self._ahead_candidates: Tensor | None = None
         self._last_step = -1
         self._flops_per_token = 0.0
@@ -169,6 +176,9 @@ class DataSelection(Callback):
         """Return the state as tensors and builtins; a collective, which Lightning calls on every rank."""
         if self._run is None:
             return {}
+        if self._since is not None:  # what was trained since the last round belongs to the run, also after a resume
+            self._charge_training()
+            self._since = time.perf_counter()
         return {
             "seed": self.seed,
             "run": self._run.state_dict(),
@@ -256,7 +266,9 @@ class DataSelection(Callback):
         self._loaded, self.run.ledger.finished = False, False
         if self.plan is not None:
             check_rest(self.plan, self._global_batch(trainer), trainer)
+        began = time.perf_counter()
         rehearse(self.run, self._context(trainer, pl_module, self.run.pool.available(1)))
+        self._rehearsed = time.perf_counter() - began
         self._trained_before, self._ahead_candidates = self.run.ledger.training_seconds, None
         if self.plan is None or self.plan.exhausted:
             self._select(trainer, pl_module)
@@ -343,7 +355,12 @@ class DataSelection(Callback):
         )
 
     def _begin(self) -> None:
-        """Start with no plan, no record and an unused pool."""
+        """Start with no plan, no record, an unused pool, and parts that know nothing."""
+        self.overhearing.forget()
+        for part in (self.selector, self.estimator):
+            if hasattr(part, "state_dict") and hasattr(part, "load_state_dict"):
+                first = self._first_states.setdefault(id(part), copy.deepcopy(part.state_dict()))
+                part.load_state_dict(copy.deepcopy(first))
         pool = self._source_or_raise().pool
         pool.uses.zero_()
         self._run = SelectionRun(
@@ -365,11 +382,17 @@ class DataSelection(Callback):
     def _select(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run a round and publish its plan."""
         run = self.run
+        began, before = time.perf_counter(), 0.0 if run.ahead is None else sum(run.ahead.meter.seconds.values())
         budget = self._budget(trainer, trainer.global_step)
         context = self._context(trainer, pl_module, run.pool.available(budget))
         self._follow(self._measure_and_choose(context, budget))
-        write_ledger(self.run.ledger, self._ledger_path)
         log_round(trainer, run.ledger)
+        seconds = run.ledger.rounds[-1].seconds
+        counted = sum(seconds.values()) - before  # by name; the rest is selection's as well
+        self.charge("bookkeeping", max(0.0, time.perf_counter() - began - counted))
+        self.charge("rehearsal", self._rehearsed)
+        self._rehearsed = 0.0
+        write_ledger(self.run.ledger, self._ledger_path)
         self._trained_before = run.ledger.training_seconds
 
     def _measure_ahead(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -486,6 +509,14 @@ class DataSelection(Callback):
         }
 
     # ---- records -----------------------------------------------------------------------------------------------
+
+    def charge(self, name: str, seconds: float) -> None:
+        """Count seconds that a callback spent around the rounds to selection, and not to training."""
+        if seconds:
+            around = self.run.ledger.around_seconds
+            around[name] = around.get(name, 0.0) + seconds
+        if self._since is not None:
+            self._since += seconds
 
     def _charge_training(self) -> None:
         """Add the time since the clock was started to the cost of training, and stop the clock."""

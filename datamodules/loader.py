@@ -169,7 +169,8 @@ class PlanLoader:
         plan = self.plan
         if plan is None:
             raise RuntimeError(
-                "there is no plan to train on: add DataSelection, or a preset such as MATES, to the Trainer's callbacks"
+                "there is no plan to train on: add DataSelection, or a preset such as MATES, to the Trainer's "
+                "callbacks. (Tuner and LearningRateFinder take callbacks away: find the rate without selection)"
             )
         if self._walk is None:
             self._walk = self._start_walk(plan)

@@ -32,13 +32,14 @@ def bit_sum(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
-    for state in optimizer.state.values():
-        yield from _inside(state)
+    yield from _inside(optimizer)
 
 
 def _inside(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, torch.optim.Optimizer):
+        yield from _inside(list(vars(value).values()))
     elif isinstance(value, dict):
         for item in value.values():
             yield from _inside(item)

@@ -169,6 +169,7 @@ class Ledger:
         before_seconds: by phase, seconds spent before training on what the selector draws from (a proxy, its scores),
             as far as that is known.
         before_flops: FLOPs likewise.
+        around_seconds: by name, seconds spent around the rounds: loggers, monitor, records, the rehearsal at the start.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
@@ -181,11 +182,12 @@ class Ledger:
     finished: bool | None = None
     before_seconds: dict[str, float] = field(default_factory=dict)
     before_flops: dict[str, float] = field(default_factory=dict)
+    around_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def selection_seconds(self) -> float:
-        """Seconds spent in rounds, and before training for them."""
-        before = sum(self.before_seconds.values())
+        """Seconds spent in rounds, around them, and before training for them."""
+        before = sum(self.before_seconds.values()) + sum(self.around_seconds.values())
         return before + self.ahead_seconds + sum(record.total_seconds for record in self.rounds)
 
     @property

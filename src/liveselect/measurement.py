@@ -112,7 +112,8 @@ class Measurement:
             if left is not None:
                 left -= min(left, done)
             if bool((self.steps[-1] >= 0).all()):
-                self._tell()
+                with context.meter.phase("ask"):
+                    self._tell()
 
     def cut(self, context: RoundContext) -> int:
         """Tell the selector what is known of the open question, and ask no more; returns how many stay unmeasured."""
@@ -161,7 +162,9 @@ class Measurement:
 
     def _ask(self, context: RoundContext) -> bool:
         """Put the selector's next question; returns whether there was one."""
-        ids = self._selector.propose(context)
+        with context.meter.phase("ask"):
+            ids = self._selector.propose(context)
+            _check_question(ids, context.source.pool.size, self._selector)
         if not len(ids):
             self.complete = True
             return False
@@ -186,7 +189,7 @@ class Measurement:
         self._fits = True
         try:
             with context.phase("fit estimator", 1, "fit") as advance, measuring(context.model, context.optimizer):
-                self.metrics = dict(self._estimator.fit(context))
+                self.metrics = {name: float(value) for name, value in self._estimator.fit(context).items()}
                 advance(1)
         except NotMeasurableError as obstacle:
             self.obstacle = str(obstacle)
@@ -278,3 +281,14 @@ class Measurement:
             if index + 1 < len(state["ids"]) or not state["open"]:
                 self._tell()
         self.complete = state["complete"]
+
+
+def _check_question(ids: Tensor, size: int, selector: Selector) -> None:
+    """Raise ValueError unless ``ids (m,)`` are rows of the pool of ``size`` candidates."""
+    name = type(selector).__name__
+    if ids.dim() != 1 or (len(ids) and ids.dtype != torch.int64):
+        raise ValueError(f"expected {name} to propose (m,) int64 ids, got {tuple(ids.shape)} {ids.dtype}")
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= size):
+        raise ValueError(
+            f"{name} proposes ids from {int(ids.min())} to {int(ids.max())}; the pool's candidates are 0 to {size - 1}"
+        )

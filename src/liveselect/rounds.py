@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,7 +166,11 @@ def _record(
         groups=_groups(pool, context.candidates, measured, plan.ids, selection.group_metrics),
         histogram=histogram,
         examples=examples,
-        metrics={**found.metrics, **_staleness(context.step - steps[steps >= 0]), **selection.metrics},
+        metrics={
+            **found.metrics,
+            **_staleness(context.step - steps[steps >= 0]),
+            **{name: float(value) for name, value in selection.metrics.items()},
+        },
         seconds=dict(context.meter.seconds),
         flops=flops,
         notes=[*obstacle, *selection.notes],
@@ -287,7 +292,20 @@ def _state_of(part: Any, known: Any = None) -> dict[str, Any] | None:
     """Return the class and the state of a part, which may be ``known`` already; None when it keeps none."""
     if not hasattr(part, "state_dict"):
         return None
-    return {"class": type(part).__name__, "state": part.state_dict() if known is None else known}
+    return {"class": type(part).__name__, "state": _as_builtins(part.state_dict() if known is None else known)}
+
+
+def _as_builtins(value: Any) -> Any:
+    """Return a state with NumPy's numbers and arrays as Python's and tensors: others make a checkpoint unloadable."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, Mapping):
+        return {_as_builtins(key): _as_builtins(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_as_builtins(item) for item in value)
+    return value
 
 
 def _load_into(part: Any, state: Mapping[str, Any] | None, role: str) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import random
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from numbers import Number
@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
-from liveselect.functional.sharding import local, reshard
+from liveselect.functional.sharding import is_sharded, local, reshard
 
+_SMALL = 2**16  # entries of an attribute that may be a history, and not data
+_OF_EVERY_OPTIMIZER = set(vars(torch.optim.SGD([torch.zeros(1)], lr=0.1)))
+_OF_EVERY_MODULE = set(vars(nn.Module()))
 _IMMUTABLE = (Number, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -27,12 +30,16 @@ def measuring(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
     the weights, loggers) and torch.compile is bypassed, because unusual shapes would recompile the training graph. On
     exit, also after an exception, these are as before: the very ``.grad`` tensors (backward adds into them in place, so
     copies would not do), buffers, each module's training flag, and the random states of torch (CPU, CUDA), numpy and
-    Python. Parameters and the optimizer's state belong to :class:`Snapshot`; a GradScaler is not touched. A sharded
-    model enters and leaves the block with all of its parameters sharded.
+    Python. So are the numbers, texts, lists, dicts, small tensors and generators that modules keep as plain attributes,
+    which hooks may change (a history of gradient norms), unless the parameters are sharded. Parameters and the
+    optimizer's state belong to :class:`Snapshot`; a GradScaler is not touched. A sharded model enters
+    and leaves the block with all of its parameters sharded.
     """
     with ExitStack() as stack:
         stack.enter_context(_resharded(model))
         stack.enter_context(_buffers_kept(model))
+        if not is_sharded(model):  # whose wrappers set themselves up in attributes
+            stack.enter_context(_attributes_kept(model))
         stack.enter_context(_random_states_kept())
         stack.enter_context(_eval_mode(model))
         stack.enter_context(_gradients_set_aside(list(model.parameters()) + _group_parameters(optimizer)))
@@ -108,7 +115,7 @@ class _Inventory:
         """Take note of a tensor, or of a container and all that it holds."""
         if isinstance(value, Tensor):
             self.tensors.setdefault(id(value), value)
-        elif isinstance(value, dict | list):
+        elif isinstance(value, dict | list | deque):
             if id(value) not in self.containers:
                 self.containers[id(value)] = (value, dict(value) if isinstance(value, dict) else list(value))
                 for item in list(value.values() if isinstance(value, dict) else value):
@@ -158,12 +165,23 @@ def _take_inventory(model: nn.Module, optimizer: torch.optim.Optimizer) -> _Inve
     for parameter in model.parameters():
         if parameter.requires_grad:
             inventory.add(parameter)
-    inventory.add(optimizer.param_groups)
-    inventory.add(optimizer.state)
-    inventory.add([value for value in vars(optimizer).values() if isinstance(value, Tensor)])
+    _add_optimizer(inventory, optimizer)
     for module in model.modules():
         inventory.add(module._buffers)
     return inventory
+
+
+def _add_optimizer(inventory: _Inventory, optimizer: torch.optim.Optimizer) -> None:
+    """Take note of an optimizer's state, and of what its class keeps beside it, other optimizers among it."""
+    inventory.add(optimizer.param_groups)
+    inventory.add(optimizer.state)
+    for name, value in vars(optimizer).items():
+        if name in _OF_EVERY_OPTIMIZER:
+            continue
+        if isinstance(value, torch.optim.Optimizer):
+            _add_optimizer(inventory, value)
+        else:
+            inventory.add(value)
 
 
 def _without_overlap(tensor: Tensor) -> Tensor:
@@ -197,6 +215,36 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         buffers.restore()
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    values: list[tuple[dict[str, Any], str, Any]] = []
+    inventory = _Inventory()
+    generators: list[tuple[Any, str, Any]] = []
+    for module in model.modules():
+        attributes = vars(module)
+        for name, value in attributes.items():
+            if name in _OF_EVERY_MODULE:
+                continue
+            if isinstance(value, _IMMUTABLE):
+                values.append((attributes, name, value))
+            elif isinstance(value, Tensor) and value.numel() <= _SMALL:
+                inventory.tensors.setdefault(id(value), value)
+            elif isinstance(value, dict | list | deque) and len(value) <= _SMALL:
+                # shallow: what the items are is not known
+                inventory.containers[id(value)] = (value, dict(value) if isinstance(value, dict) else list(value))
+            elif isinstance(value, np.random.Generator):
+                generators.append((value.bit_generator, "state", value.bit_generator.state))
+    inventory.save()
+    try:
+        yield
+    finally:
+        inventory.restore()
+        for attributes, name, value in values:
+            attributes[name] = value
+        for owner, name, state in generators:
+            setattr(owner, name, state)
 
 
 @contextmanager

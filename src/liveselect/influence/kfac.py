@@ -174,7 +174,7 @@ class KFACInfluence:
             "reference_loss": loss,
             "reference_examples": float(reference.examples),
             "reference_tokens": float(reference.targets),
-            "factors_age": float(context.round - (self._factors_from or context.round)),
+            "factors_age": float(context.round - (context.round if self._factors_from is None else self._factors_from)),
             "direction_norm": math.sqrt(float(length)),
             "measured_share": size / sum(p.numel() for p in context.model.parameters() if p.requires_grad),
         }

@@ -23,6 +23,7 @@ LossMean = Literal["tokens", "examples"]
 
 _FEW = 4  # examples up to which one of them is had from the sum: of more, it would save little and gather rounding
 _DROPOUT_NOISE = 0.1  # of a loss: how far two forwards of one batch may lie apart
+_CLEAR = 0.1  # share of the distance of the two means within which the loss must lie at one of them
 
 
 class TrainingStepScores:
@@ -187,8 +188,10 @@ def mean_weights(batch: Batch, mean: LossMean = "tokens", divisor: float = 1.0) 
     return share / divisor
 
 
-def find_loss_mean(losses: Tensor, counts: Tensor, loss: float) -> LossMean:
-    """Return which mean of the examples' losses a training loss is.
+def find_loss_mean(losses: Tensor, counts: Tensor, loss: float) -> LossMean | None:
+    """Return which mean of the examples' losses a training loss is, None where this micro-batch cannot tell.
+
+    It can where the means differ by far more than dropout moves the loss.
 
     Args:
         losses: ``(B,)`` mean losses of the examples of a micro-batch.
@@ -210,4 +213,5 @@ def find_loss_mean(losses: Tensor, counts: Tensor, loss: float) -> LossMean:
             f"examples ({means['examples']:.4f}) of the losses that selection computes, so the weight of an example in "
             "it is not known: return one of these means from training_step, or pass the loss_fn that it uses"
         )
-    return nearest
+    apart = abs(means["tokens"] - means["examples"])
+    return nearest if abs(means[nearest] - loss) < _CLEAR * apart else None

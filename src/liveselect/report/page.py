@@ -177,7 +177,11 @@ def _cost(runs: Sequence[Run]) -> str:
         seconds, flops = {"training": run.ledger.training_seconds}, {"training": run.ledger.training_flops}
         before = {f"before training: {phase}": spent for phase, spent in run.ledger.before_seconds.items()}
         before_flops = {f"before training: {phase}": spent for phase, spent in run.ledger.before_flops.items()}
-        spent = [(before, before_flops), *((record.seconds, record.flops) for record in run.ledger.rounds)]
+        spent = [
+            (before, before_flops),
+            (run.ledger.around_seconds, {}),
+            *((record.seconds, record.flops) for record in run.ledger.rounds),
+        ]
         for of_seconds, of_flops in spent:
             for phase in {**of_seconds, **of_flops}:
                 seconds[phase] = seconds.get(phase, 0.0) + of_seconds.get(phase, 0.0)

@@ -76,20 +76,26 @@ class Run:
         """
         points: dict[float, float] = {}
         for entry in self.ledger.evaluations:
-            x, y = self._cost_before(entry, axis), entry.metrics.get(metric, math.nan)
-            if math.isfinite(x) and math.isfinite(y):
-                points[x] = y
-                if axis != "step":
-                    points[x + sum(_cost(r, axis) for r in self.ledger.rounds if r.step == entry.step)] = y
+            y = entry.metrics.get(metric, math.nan)
+            for x in self._costs_of(entry, axis):
+                if math.isfinite(x) and math.isfinite(y):
+                    points[x] = y
         return sorted(points.items())
 
-    def _cost_before(self, entry: Evaluation, axis: Axis) -> float:
+    def _costs_of(self, entry: Evaluation, axis: Axis) -> tuple[float, ...]:
+        """Return what was spent before a pause for a round at the evaluation's step, and after it."""
         if axis == "step":
-            return float(entry.step)
-        ledger = self.ledger
-        training = entry.training_seconds if axis == "seconds" else entry.training_flops
-        training += sum((ledger.before_seconds if axis == "seconds" else ledger.before_flops).values())
-        return training + sum(_cost(record, axis) for record in ledger.rounds if record.step < entry.step)
+            return (float(entry.step),)
+        ledger, seconds = self.ledger, axis == "seconds"
+        training = entry.training_seconds if seconds else entry.training_flops
+        before = sum((ledger.before_seconds if seconds else ledger.before_flops).values())
+        rounds = before + sum(_cost(record, axis) for record in ledger.rounds if record.step < entry.step)
+        # one that was measured between the steps before was paid for by then, all but its end
+        at_step = [record for record in ledger.rounds if record.step == entry.step]
+        pause = sum(_cost(record, axis) for record in at_step if "staleness/max" not in record.metrics)
+        spent = entry.selection_seconds if seconds else entry.selection_flops
+        selection = max(rounds, spent - pause)
+        return training + selection, training + selection + pause
 
 
 def load_runs(paths: Iterable[Path]) -> list[Run]:

@@ -62,6 +62,9 @@ class RegressionSelector:
     Gu et al. 2024, "PDS", arXiv 2410.07064 (ratio 0.4, temperature 0.1).
     """
 
+    measures = True
+    """It proposes candidates, so a run of it needs an estimator."""
+
     def __init__(
         self,
         regressor: InfluenceRegressor,

@@ -84,6 +84,9 @@ class UCBSelector:
     (Quad), arXiv 2409.16986; the bound of Auer, Cesa-Bianchi and Fischer 2002.
     """
 
+    measures = True
+    """It proposes candidates, so a run of it needs an estimator."""
+
     def __init__(
         self,
         alpha: float = 0.5,
@@ -129,6 +132,10 @@ class UCBSelector:
         self._overheard: list[tuple[Tensor, Tensor]] = []  # since the last round
 
     # ---- ask, tell, choose -------------------------------------------------------------------------------------
+
+    def check(self, context: RoundContext) -> None:
+        """Raise what the first round would of the arms."""
+        Arms.of(context.source, context.seed)
 
     def propose(self, context: RoundContext) -> Tensor:
         """Return the probes of the next arms, ``(m,)``, controls first; ``(0,)`` when the round's pulls are spent."""
