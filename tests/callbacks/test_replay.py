@@ -175,3 +175,26 @@ def test_spearman_is_that_of_scipy():
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randint(0, 9, (50,), generator=generator).numpy() for _ in range(2))
     assert spearman(first, second) == pytest.approx(spearmanr(first, second).statistic)
+
+
+def test_a_replay_writes_nothing_into_the_folders_of_the_run_that_it_repeats():
+    from liveselect.cli.replay import redirected
+
+    settings = {
+        "ckpt_path": "last",
+        "trainer": {
+            "max_steps": 3,
+            "logger": {"class_path": "WandbLogger", "init_args": {"save_dir": "runs/a", "project": "p"}},
+            "callbacks": [
+                {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "runs/a/checkpoints", "save_last": True}},
+                {"class_path": "ModelCheckpoint", "init_args": {"dirpath": None}},
+                {"class_path": "LearningRateMonitor"},
+            ],
+        },
+    }
+    found = redirected(settings, Path("out"))
+    assert "ckpt_path" not in found
+    assert found["trainer"]["logger"]["init_args"] == {"save_dir": "out", "project": "p"}
+    assert found["trainer"]["callbacks"][0]["init_args"] == {"dirpath": "out/checkpoints", "save_last": True}
+    assert found["trainer"]["callbacks"][1]["init_args"] == {"dirpath": None}
+    assert redirected({"trainer": {"logger": False}}, Path("out")) == {"trainer": {"logger": False}}

@@ -6,13 +6,26 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from liveselect.callbacks import DataSelection, SelectionMonitor
+from liveselect.callbacks.compatibility import run_folder
 from liveselect.cli.output import show_progress_lines
 
 USAGE = "liveselect fit --config FILE [--config FILE ...] [--SECTION.NAME VALUE ...]"
 """What stands above an error; the generated one fills screens and hides it."""
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the settings beside the ledger of the run; W&B's log folder is shared by all its runs."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write ``config.yaml``, on rank 0."""
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(
+            self.config, folder / "config.yaml", skip_none=False, overwrite=self.overwrite, multifile=self.multifile
+        )
 
 
 class SelectionCLI(LightningCLI):
@@ -25,7 +38,8 @@ class SelectionCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         super().__init__(
-            save_config_kwargs={"overwrite": True},  # a resumed run writes to the same folder
+            save_config_callback=RunConfig,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},  # a resumed run has the same folder
             parser_kwargs={"prog": "liveselect", "fit": {"usage": USAGE}},
             seed_everything_default=0,
             args=args,

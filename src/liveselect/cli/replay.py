@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 DESCRIPTION = """\
 Train on the plans that a run recorded, in the recorded order, without measuring anything: the settings are those of the
@@ -20,6 +21,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the new run writes")
     arguments, others = parser.parse_known_args(argv)
 
+    import yaml
+
     from liveselect.cli import fit
     from liveselect.decisions import find_decisions
 
@@ -34,5 +37,22 @@ def main(argv: Sequence[str]) -> int:
         own = Path(folder) / "replay.yaml"  # JSON is YAML
         select = {"class_path": "liveselect.callbacks.Replay", "init_args": {"run": str(decisions.resolve())}}
         own.write_text(json.dumps({"select": select, "trainer": {"default_root_dir": str(arguments.out)}}))
-        base = [] if config is None else [f"--config={config}"]
+        base = []
+        if config is not None:
+            settings = Path(folder) / "settings.yaml"
+            settings.write_text(json.dumps(redirected(yaml.safe_load(config.read_text()), arguments.out)))
+            base = [f"--config={settings}"]
         return fit.main([*base, f"--config={own}", *others])
+
+
+def redirected(settings: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Return the settings of a run that writes all it does to the folder ``out``, and begins at the start."""
+    trainer = settings.get("trainer") or {}
+    for part in ("logger", "callbacks"):
+        found = trainer.get(part)
+        for each in found if isinstance(found, list) else [found]:
+            arguments = each.get("init_args") if isinstance(each, dict) else None
+            for name, place in (("save_dir", out), ("dirpath", out / "checkpoints")):
+                if arguments and arguments.get(name) is not None:
+                    arguments[name] = str(place)
+    return {name: value for name, value in settings.items() if name != "ckpt_path"} | {"trainer": trainer}
