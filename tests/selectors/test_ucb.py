@@ -182,6 +182,18 @@ def test_arms_below_tau_are_left_out_while_others_suffice_and_the_record_says_wh
     assert "10 of 10 candidates go beyond tau" in run.ledger.rounds[3].notes[0]
 
 
+def test_the_first_good_arm_shares_the_round_with_arms_that_nobody_knows():
+    source = arms_source(sizes=(40,) * 6)
+    run = a_run(source, ArmInfluence(source, [4, -4, -4, -4, -4, -4], noise=0.1), pulls=2, at_once=2, arms=3, tau=0.0)
+    while 0 not in [arm for arms in play(run, source, 1, 12, first=len(run.ledger.rounds))[0] for arm in arms]:
+        assert len(run.ledger.rounds) < 4
+    known = (run.selector.state_dict()["rewards"]["pulls"] > 0).nonzero().flatten().tolist()
+    shares = source.pool.groups[run.plan.ids].bincount(minlength=6).tolist()
+    assert shares[0] == 12 // (1 + min(2, 6 - len(known)))
+    assert not any(shares[arm] for arm in known if arm != 0)
+    assert not run.ledger.rounds[-1].notes
+
+
 def test_gamma_bounds_what_one_round_takes_from_an_arm():
     source = arms_source(sizes=(40, 40, 40))
     run = a_run(source, ArmInfluence(source, [3, 2, 1], noise=0.1), pulls=3, arms=1, gamma=0.1, tau=None)

@@ -55,7 +55,8 @@ class UCBSelector:
 
     first, ``at_once`` of them before their outcomes are looked at. Arms that were never credited come before all
     others, in a seeded order. Then the ``arms`` largest CS share the budget evenly, among arms whose mean reward is at
-    least ``tau``.
+    least ``tau``; arms that were never credited fill up what these leave, so that the first good arm is not all there
+    is.
 
     Where training itself shows the influence of what it trains on (:meth:`overhear`), arms of the mixture need no
     probes: pulls go to the others.
@@ -297,7 +298,10 @@ class UCBSelector:
         """Return how many candidates each arm gives, ``(K,)``, and how many of them are beyond what was meant."""
         room = current.open.room
         quota = torch.minimum(room, (self.gamma * current.open.arms.sizes).ceil().long())
-        order = top_arms(self._scores(), len(room), context.generator("mixture"), accepted)
+        ties = context.generator("mixture")
+        order = top_arms(self._scores(), len(room), ties, accepted)
+        missing = max(0, self.arms - len(order))
+        order = torch.cat([order, top_arms(self._scores(), missing, ties, ~self._rewards.known & (room > 0))])
         enough = int((quota[order].cumsum(0) < budget).sum()) + 1
         weights = torch.zeros(len(room), dtype=torch.float64)
         weights[order[: max(self.arms, enough)]] = 1.0
