@@ -134,7 +134,8 @@ class StepListener:
         self._wanted = 0
         self._losses: Tensor | None = None
         self._mean: LossMean | None = None
-        self._same = False
+        self._same = False  # whether both means are one, because all examples are equally long
+        self._compared = False  # whether the training loss was found to be one of them
         self._heard: list[tuple[Tensor, Tensor]] = []
 
     def begin(
@@ -146,7 +147,10 @@ class StepListener:
         if self.deaf:
             return
         with self._deaf_after_errors():
-            if self._mean is None:  # once: which mean of these losses is the training loss?
+            if self._mean is None:
+                counts = target_counts(batch)
+                self._same = bool((counts == counts[0]).all())
+            if self._mean is None and not (self._same and self._compared):  # which mean is the training loss?
                 forward = trainer.precision_plugin.forward_context()
                 with measuring(pl_module, trainer.optimizers[0]), torch.no_grad(), forward:
                     self._losses = self.loss_fn(pl_module, batch)
@@ -177,9 +181,7 @@ class StepListener:
             self._scores.check(loss)
             whole = float(loss.detach()) * trainer.accumulate_grad_batches
             self._mean = find_loss_mean(self._losses, target_counts(self._batch), whole)
-            self._losses = None
-            counts = target_counts(self._batch)
-            self._same = bool((counts == counts[0]).all())  # both means are one
+            self._losses, self._compared = None, True
 
     def after_backward(self, trainer: pl.Trainer) -> None:
         """Keep what the backward has shown."""

@@ -357,7 +357,8 @@ class DataSelection(Callback):
     def _begin(self) -> None:
         """Start with no plan, no record, an unused pool, and parts that know nothing."""
         self.overhearing.forget()
-        for part in (self.selector, self.estimator):
+        parts: list[Any] = [self.selector, self.estimator]
+        for part in parts:
             if hasattr(part, "state_dict") and hasattr(part, "load_state_dict"):
                 first = self._first_states.setdefault(id(part), copy.deepcopy(part.state_dict()))
                 part.load_state_dict(copy.deepcopy(first))

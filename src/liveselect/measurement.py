@@ -146,8 +146,9 @@ class Measurement:
         self.metrics, self.obstacle = dict(state["metrics"]), state["obstacle"]
         # what was fitted in another process is kept by the estimator, or was saved here, or has to be fitted again
         self._fitted_at = state["fitted_at"] if hasattr(self._estimator, "state_dict") else None
-        if state["fit"] is not None and hasattr(self._estimator, "load_fitted_state"):
-            self._estimator.load_fitted_state(state["fit"])
+        estimator: Any = self._estimator
+        if state["fit"] is not None and hasattr(estimator, "load_fitted_state"):
+            estimator.load_fitted_state(state["fit"])
             self._fitted_at = state["fitted_at"]
         self._fits = self.obstacle is None
         self._replay = state
@@ -207,9 +208,10 @@ class Measurement:
 
     def _fit_state(self) -> Any:
         """Return what a measurement that goes on needs of the estimator, beyond the state that it keeps itself."""
-        if self.complete or self._fitted_at is None or not hasattr(self._estimator, "fitted_state"):
+        estimator: Any = self._estimator
+        if self.complete or self._fitted_at is None or not hasattr(estimator, "fitted_state"):
             return None
-        return self._estimator.fitted_state()
+        return estimator.fitted_state()
 
     def _measure(self, context: RoundContext, per_rank: int | None) -> int:
         """Measure what is open, up to so many candidates on this rank; returns how many any rank did at most."""

@@ -99,6 +99,16 @@ def test_listening_to_every_step_does_not_change_the_training(tmp_path):
     assert traces[0] == traces[1]
 
 
+def test_equally_long_examples_are_looked_at_once_to_know_what_the_training_loss_is(tmp_path):
+    chosen, calls = selection(tmp_path), []
+    listener = chosen.overhearing.listener
+    loss_fn = listener.loss_fn
+    listener.loss_fn = lambda *given: calls.append(1) or loss_fn(*given)
+    ledger = fit(tmp_path, chosen)
+    assert sum(len(record.overheard) for record in ledger.rounds) == BATCH * (STEPS - ROUND)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("step", [3, 4, 6])
 def test_a_run_that_goes_on_from_any_step_of_a_round_hears_and_chooses_the_same(tmp_path, estimator, step):
