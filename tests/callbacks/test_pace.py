@@ -114,7 +114,7 @@ def test_what_was_not_measured_in_time_is_said(tmp_path):
         ({"max_overhead": 0.1, "probes_between_steps": 2}, "got both"),
         ({"max_overhead": 0.1, "estimator": PMPInfluence()}, "PMPInfluence measures from one state of the model"),
     ],
-    ids=str,
+    ids=["no probe", "half a probe", "no share", "both", "from one state"],
 )
 def test_a_pace_that_means_nothing_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
