@@ -8,7 +8,7 @@ from torch import Tensor
 from liveselect.functional.bandit import ucb_scores
 from liveselect.pool import GroupGeometry
 from liveselect.rounds import SelectionRun, run_round
-from liveselect.selectors import UCBSelector, UniformSelector
+from liveselect.selectors import PriorSelector, UCBSelector, UniformSelector
 
 torch.set_num_threads(1)
 
@@ -54,7 +54,8 @@ def play(run, source, rounds, budget, first=0):
     pulled, plans = [], []
     for index in range(first, first + rounds):
         plan = run_round(run, fake_context(source, round_index=index, candidates=source.pool.available(budget)), budget)
-        measured = torch.tensor(run.ledger.rounds[-1].measured)[run.selector.controls :]
+        bandit = getattr(run.selector, "selector", run.selector)
+        measured = torch.tensor(run.ledger.rounds[-1].measured)[bandit.controls :]
         pulled.append(source.pool.groups[measured].unique_consecutive().tolist())
         plans.append(plan.ids)
     return pulled, plans
@@ -192,6 +193,15 @@ def test_the_first_good_arm_shares_the_round_with_arms_that_nobody_knows():
     assert shares[0] == 12 // (1 + min(2, 6 - len(known)))
     assert not any(shares[arm] for arm in known if arm != 0)
     assert not run.ledger.rounds[-1].notes
+
+
+def test_a_prior_that_leaves_too_few_lets_the_arms_take_what_comes_next():
+    source = arms_source()
+    inner = UCBSelector(pulls=5, at_once=5, probes=2, controls=4, arms=2, tau=None)
+    selector = PriorSelector(inner, torch.arange(200.0), ratio=0.1)
+    run = SelectionRun(selector, ArmInfluence(source, [0, 1, 2, 3, 4]), UniformSelector(), 0, source.pool)
+    _, (plan,) = play(run, source, 1, 30)
+    assert sorted(plan.tolist()) == list(range(170, 200))
 
 
 def test_gamma_bounds_what_one_round_takes_from_an_arm():

@@ -244,10 +244,12 @@ class UCBSelector:
 
     def _enter(self, context: RoundContext) -> _Round:
         """Return the round of the context, begun when it is new."""
-        if self._round is not None and self._round.index == context.round:
-            return self._round
         if self._arms is None:
             self._arms = self._open_arms(context)
+        if self._round is not None and self._round.index == context.round:
+            if int(self._round.open.room.sum()) != len(context.candidates):  # a prior lets more through for the choice
+                self._round.open = OpenArms(self._arms, context.candidates, context.source.pool.uses)
+            return self._round
         self._rewards.forget(self.discount)
         is_open = OpenArms(self._arms, context.candidates, context.source.pool.uses)
         self._round = _Round(context.round, is_open, self.pulls, self._credit_overheard(self._arms))
