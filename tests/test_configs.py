@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -219,6 +220,22 @@ def test_one_setting_of_the_selection_can_be_changed_on_the_command_line():
 def test_a_run_that_is_measured_in_steps_has_a_bar_that_counts_no_epochs(option, shown):
     cli = from_yaml("demo.yaml", options=(option,) if option else ())
     assert any(isinstance(callback, StepsProgressBar) for callback in cli.trainer.callbacks) == shown
+
+
+@pytest.mark.parametrize(("steps", "batches", "expected"), [(0, 0, 1200), (161, 483, 1200), (300, 100, 400)])
+def test_the_bar_of_a_resumed_run_ends_where_the_run_does(steps, batches, expected):
+    """The epochs are long, and in the last case the second one has begun after 800 batches."""
+    progress = SimpleNamespace(current=SimpleNamespace(ready=batches))
+    trainer = SimpleNamespace(
+        max_steps=400,
+        global_step=steps,
+        accumulate_grad_batches=3,
+        num_training_batches=5000,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+    )
+    bar = StepsProgressBar()
+    bar._trainer = trainer
+    assert bar.total_train_batches == expected
 
 
 def test_the_callback_may_stand_among_the_trainer_s_instead():

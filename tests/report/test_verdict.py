@@ -40,6 +40,16 @@ def test_the_headline_tells_a_defeat_as_plainly_as_a_win():
     assert "and at equal total time" in said
 
 
+def test_the_headline_tells_that_the_baseline_had_ended_before_selection_bore_fruit():
+    run = chosen([6.0, 4.0, 2.0])
+    run.ledger.before_seconds = {"train the proxy": 60.0}
+    said = headline([RANDOM, run], "val_loss")
+    assert "mates has a lower val_loss than random: 2.000 against 4.500" in said
+    assert (
+        "selection took 67% of its time, and random had ended (30 s) before it was evaluated first (1 min 10 s)" in said
+    )
+
+
 def test_the_baseline_is_the_random_run_wherever_it_stands():
     other = chosen([6.0, 4.0])
     assert baseline_of([other, RANDOM]) is RANDOM

@@ -78,6 +78,14 @@ class StepsProgressBar(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches of this epoch; those from before a resume count, and all that an optimizer step accumulates over."""
+        trainer = self.trainer
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        return min(trainer.num_training_batches, done + left)
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Return what stands beside the bar."""
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)

@@ -102,8 +102,14 @@ def _against(baseline: Run, other: Run, metric: str) -> str:
         return f"{other.name} and {baseline.name} were not evaluated over the same steps."
     parts = [f"After {words.number(by_step.at)} steps, {other.name} {_outcome(by_step, baseline.name, metric)}"]
     by_time = compare(baseline, other, metric, "seconds")
+    cost = f"selection took {words.percent(other.ledger.selection_share)} of its time"
+    first, end = (run.curve(metric, "seconds") for run in (other, baseline))
+    if by_time is None and first and end and first[0][0] > end[-1][0] > 0:
+        parts.append(
+            f"{cost}, and {baseline.name} had ended ({words.duration(end[-1][0])}) before it was evaluated first "
+            f"({words.duration(first[0][0])})"
+        )
     if by_time is not None:
-        cost = f"selection took {words.percent(other.ledger.selection_share)} of its time"
         same = _same_direction(by_step, by_time)
         joint = "and" if same else "but"
         parts.append(f"{cost}, {joint} at equal total time ({words.duration(by_time.at)}) it {_short(by_time)}")
