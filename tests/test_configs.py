@@ -93,7 +93,7 @@ def schedule_of(trainer: pl.Trainer) -> dict[str, Any]:
     found = {name: getattr(trainer, name) for name in names}
     checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
     found["checkpoints"] = [(c._every_n_train_steps, c._save_on_train_epoch_end, c.save_last) for c in checkpoints]
-    found["callbacks"] = sorted({type(callback).__name__ for callback in trainer.callbacks} - {"SaveConfigCallback"})
+    found["callbacks"] = sorted({type(callback).__name__ for callback in trainer.callbacks} - {"RunConfig"})
     return found
 
 
