@@ -7,9 +7,11 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from small_run import SmallLM, rows
 
-from liveselect.cli import main
+from liveselect.cli import main, score
+from liveselect.cli.model import CausalLM
 from liveselect.ledger import Ledger
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +28,17 @@ def texts(count: int, seed: int) -> list[str]:
     return [" ".join(WORDS[i] for i in row) for row in picks]
 
 
+NETWORK = {"model_type": "gpt_neox", "vocab_size": 400, "hidden_size": 8, "num_hidden_layers": 1}
+NETWORK |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64}
+PROXY = {
+    "model": {"class_path": "liveselect.cli.model.CausalLM", "init_args": {"config": NETWORK}},
+    "data": {
+        "class_path": "liveselect.datamodules.SelectionDataModule",
+        "init_args": {"pool": "pool", "reference": "reference.jsonl", "batch_size": 4},
+    },
+}
+
+
 @pytest.fixture
 def in_folder(tmp_path, monkeypatch) -> Path:
     """A folder with the files that the README's commands name."""
@@ -39,6 +52,9 @@ def in_folder(tmp_path, monkeypatch) -> Path:
     pyarrow.parquet.write_table(pyarrow.table({"text": texts(200, 1)}), "books.parquet")
     Path("reference.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(8, 2)))
     Path("configs").symlink_to(ROOT / "configs")
+    Path("proxy.yaml").write_text(yaml.safe_dump(PROXY))
+    proxy = CausalLM(NETWORK)
+    torch.save({"state_dict": proxy.state_dict(), "global_step": 10}, "proxy.ckpt")
     return tmp_path
 
 
@@ -55,8 +71,10 @@ def shrink(code: str) -> str:
         "20_000": "4",
         "every_n_steps=1000": "every_n_steps=2",
         "every_n_steps=100": "every_n_steps=2",
+        "every_n_steps=20": "every_n_steps=2",
         "train_steps=1000": "train_steps=2",
     }
+    numbers |= {"--clusters 1000": "--clusters 5", "pulls=8, arms=16": "pulls=2, arms=2"}
     numbers |= {"probes=500": "probes=8", "probes=32": "probes=8", "devices=8": "devices=2", "2000": "400"}
     for large, small in numbers.items():
         code = code.replace(large, small)
@@ -146,7 +164,9 @@ def test_the_trainer_for_many_gpus_is_accepted(names):
 
 def test_the_commands_run(in_folder, names, monkeypatch, capsys):
     Ledger(about={"preset": "MATES"}).write(in_folder / "RUN" / "ledger.jsonl")
-    assert len(SHELL) >= 3
+    small = {"dynamics": "sgd", "learning_rate": 0.008, "batch_size": 4, "steps": 2, "score_every": 1}
+    monkeypatch.setattr(score, "PUBLISHED", small)
+    assert len(SHELL) >= 5
     for line in SHELL:
         program, *arguments = shlex.split(shrink(line))
         assert program == "liveselect"
@@ -158,9 +178,17 @@ def test_the_commands_run(in_folder, names, monkeypatch, capsys):
         assert not code, (line, capsys.readouterr().err)
     assert "MATES" in capsys.readouterr().out
     assert Path("report.html").exists()
-    exec(block('pool="pool"'), names)
+    (raw,) = [code for code in PYTHON if code.startswith('data = SelectionDataModule(pool="pool"')]
+    exec(raw, names)
     names["data"].setup("fit")
     assert names["data"].pool.group_names == ("web", "books")
+    for preset, selector in (("quad", "UCBSelector"), ("pds", "ScoredSelector")):
+        exec(block(f"{preset} = "), names)
+        selection = names[preset]
+        selection.warmup_rounds = 1
+        trainer = names["pl"].Trainer(max_steps=6, callbacks=[selection], default_root_dir=str(in_folder / preset))
+        trainer.fit(CausalLM(NETWORK), datamodule=names["data"])
+        assert {record.selector for record in selection.run.ledger.rounds[1:]} == {selector}
 
 
 def test_the_two_commands_of_the_start_are_targets_of_the_makefile():
