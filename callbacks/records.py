@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from liveselect import distributed
+from liveselect.callbacks.lines import round_line
 from liveselect.ledger import Ledger, RoundRecord
 from liveselect.protocols import SelectionWarning
 
@@ -17,13 +18,16 @@ log = logging.getLogger("liveselect")
 
 
 def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:
-    """Send the numbers of the last round to every logger, and say what it noted; a failing logger costs a warning."""
+    """Send the numbers of the last round to every logger and say what it did; a failing logger costs a warning."""
     record = ledger.rounds[-1]
     shown = any(getattr(each, "logs_rounds", False) for each in trainer.callbacks)  # type: ignore[attr-defined]
     if not shown:  # a SelectionMonitor shows them, and more
         _log(trainer, {**record.scalars(), "time_share": ledger.selection_share})
     for note in record.notes:
         rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
+    if not trainer.is_global_zero:
+        return
+    log.info(round_line(record, ledger.selection_share))
     for alarm in ledger.new_alarms(record):
         log.warning("ALARM (%s) in round %d, step %d: %s", alarm.kind, alarm.round, alarm.step, alarm.text)
 

@@ -81,9 +81,10 @@ def prepare(
     """
     from liveselect.datamodules.pools.tokens import TokenStore
 
-    made = Recipe(tokenizer=None if tokenizer is None else str(tokenizer), block_size=block_size, **recipe)
     listed = [sources] if isinstance(sources, (str, Path, Source)) else sources
-    corpus = Corpus([Source.parse(source, include) for source in listed], made)
+    found = [Source.parse(source, include).require() for source in listed]  # told before what a recipe lacks
+    made = Recipe(tokenizer=None if tokenizer is None else str(tokenizer), block_size=block_size, **recipe)
+    corpus = Corpus(found, made)
     display = PrepareDisplay(quiet=quiet)
     return TokenStore(prepare_pool(corpus, Path(out), display, workers, overwrite, unit_bytes).path)
 

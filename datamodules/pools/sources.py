@@ -58,6 +58,17 @@ class Source:
             return cls(name, rest, tuple(include))
         return cls(_default_name(location), location, tuple(include))
 
+    def require(self) -> "Source":
+        """Return the source if a local one is there; the hub is not asked.
+
+        Raises:
+            DataError: there is no such file or folder.
+        """
+        path = Path(self.location).expanduser()
+        if not (self.location.startswith(HUB) or path.exists() or glob.has_magic(str(path))):
+            raise _nothing_at(path)
+        return self
+
 
 @dataclass(frozen=True)
 class Part:
@@ -150,7 +161,11 @@ def _files(path: Path, include: Sequence[str]) -> list[tuple[str, Path]]:
         if not files:
             raise DataError(f"the pattern {str(path)!r} matches no file: check it, and quote it in the shell")
         return files
-    raise DataError(
+    raise _nothing_at(path)
+
+
+def _nothing_at(path: Path) -> DataError:
+    return DataError(
         f"no such file or folder: {str(path)!r}. For a data set of the Hugging Face hub write {HUB}{path.as_posix()}"
     )
 

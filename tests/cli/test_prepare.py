@@ -72,6 +72,14 @@ def test_an_error_is_a_sentence_and_not_a_traceback(corpus, capsys, change, mess
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("source", ["nope.jsonl", "web=nope.jsonl"])
+def test_a_source_that_is_not_there_is_told_before_what_else_is_missing(corpus, capsys, source):
+    assert cli.main(["prepare", str(corpus), source, "--out", str(corpus.parent / "pool")]) == 1
+    assert "no such file or folder: 'nope.jsonl'" in capsys.readouterr().err
+    assert cli.main(["prepare", str(corpus), "--out", str(corpus.parent / "pool")]) == 1
+    assert "text needs a tokenizer" in capsys.readouterr().err
+
+
 def test_an_error_of_a_worker_is_a_sentence_too(corpus, capsys):
     corpus.write_text('{"ids": [1, 2, 99]}\n' * 10)
     arguments = [str(corpus), "--out", str(corpus.parent / "pool"), "--ids-column", "ids", "--vocab-size", "9"]

@@ -94,6 +94,7 @@ def _prepare(arguments: argparse.Namespace) -> "Prepared":
     from liveselect.datamodules.pools.prepare import prepare_pool
     from liveselect.datamodules.pools.sources import Source
 
+    sources = [Source.parse(source, arguments.include).require() for source in arguments.sources]
     recipe = Recipe(
         tokenizer=arguments.tokenizer,
         block_size=arguments.block_size,
@@ -106,9 +107,8 @@ def _prepare(arguments: argparse.Namespace) -> "Prepared":
         vocab_size=arguments.vocab_size,
         on_undecodable=arguments.on_undecodable,
     )
-    corpus = Corpus([Source.parse(source, arguments.include) for source in arguments.sources], recipe)
     display = PrepareDisplay(quiet=arguments.quiet)
-    return prepare_pool(corpus, arguments.out, display, arguments.workers, arguments.overwrite)
+    return prepare_pool(Corpus(sources, recipe), arguments.out, display, arguments.workers, arguments.overwrite)
 
 
 def _cluster(arguments: argparse.Namespace) -> int:

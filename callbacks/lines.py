@@ -1,0 +1,47 @@
+"""What liveselect says while a model trains: lines that people see without setting up any logging."""
+
+import logging
+import sys
+from typing import TextIO
+
+from liveselect.ledger import RoundRecord
+
+LOGGER = "liveselect"
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is at that moment, since live displays put themselves in its place."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """Where the lines go."""
+        return sys.stderr
+
+
+def show_lines() -> None:
+    """Let what liveselect logs from INFO on appear on standard error, unless logging was set up, as Lightning does.
+
+    Whoever set up logging, of the root or of ``liveselect``, decides what is shown and where.
+    """
+    logger = logging.getLogger(LOGGER)
+    if logging.getLogger().hasHandlers() or logger.handlers:
+        return
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    logger.addHandler(_StderrHandler())
+    logger.propagate = False  # a root that is set up later would say everything twice
+
+
+def round_line(record: RoundRecord, share: float) -> str:
+    """Return what a round did, in one line; ``share`` is that of selection in the time of the run, 0..1."""
+    measured = f"measured {len(record.measured)}, " if record.measured else ""
+    spearman = record.metrics.get("regressor/spearman")
+    guess = "" if spearman is None else f", Spearman {spearman:.2f}"
+    return (
+        f"round {record.round}, step {record.step}: {record.selector} {measured}chose {record.chosen} of "
+        f"{record.candidates}{guess}, in {record.total_seconds:.1f} s; selection took {share:.1%} of the time"
+    )
