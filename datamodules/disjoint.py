@@ -42,9 +42,8 @@ def set_apart(rows: Rows, reference: Loaded, on_overlap: OnOverlap, decode: Deco
     """Return the reference set, without the records that stand in the pool where these are to be dropped.
 
     Whole documents of prepared pools are compared by their hashes. In pools up to
-    :func:`~liveselect.datamodules.overlap.scan_limit` tokens, a passage from the middle of every example is looked for
-    at every position, and short examples are compared with the rows of a dataset. A warning says where that was not
-    done.
+    :func:`~liveselect.datamodules.overlap.scan_limit` tokens, passages from all over every example are looked for at
+    every position, and short examples are compared with the rows of a dataset. A warning says where that was not done.
 
     Args:
         rows: the pool.
@@ -66,15 +65,16 @@ def set_apart(rows: Rows, reference: Loaded, on_overlap: OnOverlap, decode: Deco
     found = find_overlaps(rows, reference)
     if not found:
         return reference
-    message = describe(found, reference, rows, decode)
-    if on_overlap == "refuse":
-        offer = " (overlap='drop' does it for you)" if can_drop else ", whose batches are used as they come"
-        raise ValueError(f"{message} {REWARD}. {REMEDY.format(offer=offer)}")
     dropped = {overlap.record for overlap in found}
     left = [item for item in reference.items if item.record not in dropped]
-    if not left:
-        raise ValueError(f"{message} Without them the reference set is empty")
-    warnings.warn(f"{message} They are left out", SelectionWarning, stacklevel=2)
+    if on_overlap == "refuse" or not left:
+        message = describe(found, reference, rows, decode)
+        if on_overlap != "refuse":
+            raise ValueError(f"{message} Without them the reference set is empty")
+        offer = " (overlap='drop' does it for you)" if can_drop else ", whose batches are used as they come"
+        raise ValueError(f"{message} {REWARD}. {REMEDY.format(offer=offer)}")
+    records = len({item.record for item in left})
+    warnings.warn(describe_dropped(found, reference, records, decode), SelectionWarning, stacklevel=2)
     return replace(reference, items=left)
 
 
@@ -106,7 +106,7 @@ def describe(found: Sequence[Overlap], reference: Loaded, rows: Rows, decode: De
     """Return which records share what with the pool, and by which rule."""
     names = [f"record {_place(overlap, reference)} {_what(overlap, decode)}" for overlap in found[:LISTED]]
     more = f"; and {len(found) - LISTED} more" if len(found) > LISTED else ""
-    rules = [f"{passage_length(rows)} tokens in a row from the middle of an example stand in the pool"]
+    rules = [f"{passage_length(rows)} tokens in a row of an example stand in the pool"]
     if rows.store is not None:
         rules.insert(0, "the whole record is one of its documents")
     else:
@@ -114,6 +114,17 @@ def describe(found: Sequence[Overlap], reference: Loaded, rows: Rows, decode: De
     return (
         f"{len(found)} of {len(reference.documents)} reference records share text with the pool (looked for: "
         f"{', or '.join(rules)}): {'; '.join(names)}{more}."
+    )
+
+
+def describe_dropped(found: Sequence[Overlap], reference: Loaded, left: int, decode: Decode) -> str:
+    """Return which records are left out, shortly, and that ``left`` remain."""
+    places = sorted(_place(overlap, reference) for overlap in found)
+    named = ", ".join(map(str, places[:LISTED])) + (f" and {len(places) - LISTED} more" if len(places) > LISTED else "")
+    first = min(found, key=lambda overlap: _place(overlap, reference))
+    return (
+        f"{len(found)} of {len(reference.documents)} reference records share text with the pool and are left out, "
+        f"{left} remain. Left out: {named}. Record {places[0]} {_what(first, decode)}"
     )
 
 
@@ -126,4 +137,5 @@ def _what(overlap: Overlap, decode: Decode) -> str:
         return "is one of the pool's documents"
     (text,) = decode(torch.from_numpy(overlap.tokens[np.newaxis]))
     shown = text if len(text) <= SHOWN else text[:SHOWN] + "..."
-    return f"shares {shown!r} with candidate {overlap.candidate}"
+    several = f"{overlap.found} of {overlap.looked_for} passages, such as " if overlap.looked_for > 1 else ""
+    return f"shares {several}{shown!r} with candidate {overlap.candidate}"

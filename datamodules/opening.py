@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from liveselect.datamodules import checks, wrapping
@@ -119,7 +120,10 @@ def open_reference(
     pad_id = (rows.store.eos_id or 0) if rows.store is not None else 0
     if packed:
         return list(pack(loaded.items, rows.block_size or max(map(len, loaded.items)), tokens, pad_id))
-    return list(bucket(loaded.items, tokens, pad_id))
+    batches = list(bucket(loaded.items, tokens, pad_id))
+    for batch in batches:  # for messages: where in its source a row comes from
+        batch["record"] = torch.tensor([int(loaded.positions[loaded.items[i].record]) for i in batch["id"].tolist()])
+    return batches
 
 
 def largest_id(batches: Iterable[Batch]) -> int:

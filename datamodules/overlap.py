@@ -1,5 +1,6 @@
 """Is the reference set inside the pool? Exact answers, fast enough to ask before every run."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from liveselect.datamodules.rows.rows import Rows
 from liveselect.protocols import IGNORE_INDEX, Batch
 
 PASSAGE = 32  # tokens of a passage; long enough not to be shared by chance or by idiom
+FEWEST_DISTINCT = 8  # tokens of a passage that differ: rows of dashes and numbers are shared by texts of all kinds
 PIECE_TOKENS = 1 << 16  # what is hashed at once stays in cache
 STORE_TOKENS, DATASET_TOKENS = 1 << 28, 1 << 24  # larger pools are not scanned: it would take minutes
 
@@ -24,12 +26,16 @@ class Overlap(NamedTuple):
     Attributes:
         record: position of the reference record.
         candidate: the candidate that holds the passage, None for a document of the pool.
-        tokens: what they share, empty for a document.
+        tokens: the first that they share, empty for a document.
+        found: how many passages of the record the pool holds.
+        looked_for: of how many.
     """
 
     record: int
     candidate: int | None
     tokens: np.ndarray
+    found: int = 1
+    looked_for: int = 1
 
 
 def shared_documents(pool: np.ndarray, reference: np.ndarray) -> list[Overlap]:
@@ -39,31 +45,50 @@ def shared_documents(pool: np.ndarray, reference: np.ndarray) -> list[Overlap]:
 
 
 def shared_passages(rows: Rows, items: Sequence[Item]) -> list[Overlap]:
-    """Return one overlap for every reference record whose inner passage occurs in the pool.
+    """Return one overlap for every reference record of which a passage occurs in the pool.
 
-    Each item is represented by the ``PASSAGE`` tokens in its middle, since at the edges of a text tokens depend on what
-    was cut there. A prepared pool is read as the one stream that it was cut from; rows of a dataset stand for
-    themselves, and passages are no longer than these. Every match is compared token by token. Items shorter than a
-    passage are not looked for.
+    Each item is represented by ``PASSAGE`` tokens in its middle, since at the edges of a text tokens depend on what was
+    cut there, and by those before and after them, one beside the other: whatever an item shares with the pool is found
+    if it is twice as long as a passage. A prepared pool is read as the one stream that it was cut from; rows of a
+    dataset stand for themselves, and passages are no longer than these. Every match is compared token by token. Items
+    shorter than a passage are not looked for, nor are passages of a few tokens that repeat.
     """
     length = passage_length(rows)
-    passages: dict[bytes, list[int]] = {}
+    passages: dict[bytes, set[int]] = {}
     for item in items:
-        if len(item) >= length:
-            start = (len(item) - length) // 2
-            passages.setdefault(_key(item.input_ids[start : start + length]), []).append(item.record)
+        for start in _starts(len(item), length):
+            key = _key(item.input_ids[start : start + length])
+            if _varies(key, length):
+                passages.setdefault(key, set()).add(item.record)
     if not passages:
         return []
-    wanted = np.array([_hashes(np.frombuffer(key, np.int64), length)[0] for key in passages], np.uint64)
-    found: dict[int, Overlap] = {}
+    looked_for = Counter(record for records in passages.values() for record in records)
+    hashes = {key: _hashes(np.frombuffer(key, np.int64), length)[0] for key in passages}
+    first: dict[int, tuple[int, np.ndarray]] = {}
+    matched: set[bytes] = set()
+    wanted = np.array([])
     for piece in _pieces(rows, length):
+        if len(wanted) != len(hashes) - len(matched):  # what was found may stand in the pool a million times
+            wanted = np.array([value for key, value in hashes.items() if key not in matched], np.uint64)
         for position in _matches(_hashes(piece.tokens, length), wanted).tolist():
-            tokens = piece.tokens[position : position + length]
             if rows.store is None and not piece.within_a_row(position, length):
                 continue
-            for record in passages.get(_key(tokens), []):
-                found.setdefault(record, Overlap(record, piece.candidate_at(position), tokens.copy()))
-    return [found[record] for record in sorted(found)]
+            tokens = piece.tokens[position : position + length]
+            if (key := _key(tokens)) in passages and key not in matched:
+                matched.add(key)
+                for record in passages[key]:
+                    first.setdefault(record, (piece.candidate_at(position), tokens.copy()))
+    found = Counter(record for key in matched for record in passages[key])
+    return [Overlap(record, *first[record], found[record], looked_for[record]) for record in sorted(first)]
+
+
+def _starts(size: int, length: int) -> range:
+    """Return where the passages of an item of ``size`` tokens begin: one in its middle, the others beside it."""
+    return range((size - length) // 2 % length, size - length + 1, length) if size >= length else range(0)
+
+
+def _varies(key: bytes, length: int) -> bool:
+    return len(set(np.frombuffer(key, np.int64).tolist())) >= min(FEWEST_DISTINCT, length // 4)
 
 
 def passage_length(rows: Rows) -> int:

@@ -16,14 +16,15 @@ def item(tokens, record):
 
 
 def by_brute_force(stream, items, length):
-    """Records whose middle passage occurs anywhere in the stream."""
+    """How many passages of a record occur in the stream, if any does; one is in its middle, others beside that."""
     windows = {tuple(window) for window in np.lib.stride_tricks.sliding_window_view(stream, length).tolist()}
-    found = set()
+    found = {}
     for one in items:
-        if len(one) >= length:
-            start = (len(one) - length) // 2
-            if tuple(one.input_ids[start : start + length].tolist()) in windows:
-                found.add(one.record)
+        middle = (len(one) - length) // 2
+        starts = [i for i in range(len(one) - length + 1) if (i - middle) % length == 0]
+        held = sum(tuple(one.input_ids[i : i + length].tolist()) in windows for i in starts)
+        if held:
+            found[one.record] = (held, len(starts))
     return found
 
 
@@ -36,7 +37,7 @@ def test_passages_are_found_wherever_they_stand(tmp_path, monkeypatch, block, se
     stream = blocks.reshape(-1)
     items = []
     for record in range(60):
-        size = int(rng.integers(2, 90))
+        size = int(rng.integers(2, 200))
         if record % 2:  # out of the stream
             start = int(rng.integers(0, len(stream) - min(size, len(stream) - 1)))
             items.append(item(stream[start : start + size], record))
@@ -44,10 +45,43 @@ def test_passages_are_found_wherever_they_stand(tmp_path, monkeypatch, block, se
             items.append(item(rng.integers(0, 40, size), record))
     rows = StoreRows(write_store(tmp_path / "pool", blocks, block_size=block, vocab_size=50))
     found = shared_passages(rows, items)
-    assert {one.record for one in found} == by_brute_force(stream, items, PASSAGE)
+    assert {one.record: (one.found, one.looked_for) for one in found} == by_brute_force(stream, items, PASSAGE)
     for one in found:
         around = blocks[one.candidate : one.candidate + 2 + PASSAGE // block].reshape(-1)
         assert any((around[i : i + PASSAGE] == one.tokens).all() for i in range(len(around) - PASSAGE + 1))
+
+
+def test_whatever_is_shared_is_found_if_it_is_twice_as_long_as_a_passage(tmp_path):
+    blocks = np.random.default_rng(0).integers(0, 40, (10, 64))
+    rows = StoreRows(write_store(tmp_path / "pool", blocks, block_size=64, vocab_size=90))
+    own = np.random.default_rng(1).integers(40, 90, 300)
+    items = []
+    for start in range(300 - 2 * PASSAGE):
+        text = own.copy()
+        text[start : start + 2 * PASSAGE - 1] = blocks.reshape(-1)[100 : 100 + 2 * PASSAGE - 1]
+        items.append(item(text, start))
+    assert [one.record for one in shared_passages(rows, items)] == list(range(len(items)))
+
+
+def test_rows_of_dashes_are_no_passage(tmp_path):
+    blocks = np.random.default_rng(0).integers(0, 40, (10, 64))
+    blocks[4] = np.tile([5, 5, 5, 6], 16)
+    rows = StoreRows(write_store(tmp_path / "pool", blocks, block_size=64, vocab_size=50))
+    assert not shared_passages(rows, [item(blocks[4], 0)])
+
+
+def test_a_passage_that_stands_everywhere_costs_no_more_than_one_that_stands_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(overlap, "PIECE_TOKENS", 100)
+    blocks = np.tile(np.random.default_rng(0).permutation(40)[:32], (200, 2))
+    rows = StoreRows(write_store(tmp_path / "pool", blocks, block_size=64, vocab_size=50))
+    looked = []
+    monkeypatch.setattr(overlap, "_matches", lambda hashes, wanted: looked.append(len(wanted)) or real(hashes, wanted))
+    assert shared_passages(rows, [item(blocks[0], 0)])
+    assert looked[0] == 1
+    assert not any(looked[1:])
+
+
+real = overlap._matches
 
 
 def test_a_passage_that_differs_in_one_token_is_not_found(tmp_path):

@@ -1,5 +1,7 @@
 """Finds passages that two sets of token rows share."""
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -7,9 +9,17 @@ from liveselect.protocols import IGNORE_INDEX, Batch
 
 FEWEST_DISTINCT = 8
 """Tokens of a passage that must differ: padding and rules of dashes are shared by texts that have nothing in common."""
+UNKNOWN = -1
 _BASE = 0x9E3779B97F4A7C15  # odd: no token is forgotten
 
 Passages = npt.NDArray[np.int64]
+
+
+class Shared(NamedTuple):
+    """A passage ``tokens (length,)`` that a row holds, and the number of what holds it in the set, or UNKNOWN."""
+
+    tokens: npt.NDArray[np.int64]
+    holder: int
 
 
 class PassageSet:
@@ -26,23 +36,30 @@ class PassageSet:
             raise ValueError(f"expected passages of at least one token, got {length}")
         self.length = length
         self._hashes = np.empty(0, dtype=np.uint64)
+        self._holders = np.empty(0, dtype=np.int64)
 
     def add(self, batch: Batch) -> None:
-        """Add the passages of all rows of the batch."""
-        self._hashes = np.unique(np.concatenate([self._hashes, *(_hashes(self._of(row)) for row in _rows(batch))]))
+        """Add the passages of all rows of the batch; ``record (B,)``, if there is one, numbers their holders."""
+        numbers = batch["record"].tolist() if "record" in batch else [UNKNOWN] * len(batch["input_ids"])
+        found = [_hashes(self._of(row)) for row in _rows(batch)]
+        holders = [np.full(len(hashes), number) for hashes, number in zip(found, numbers, strict=True)]
+        self._hashes, first = np.unique(np.concatenate([self._hashes, *found]), return_index=True)
+        self._holders = np.concatenate([self._holders, *holders])[first]
 
-    def shared(self, batch: Batch) -> npt.NDArray[np.bool_]:
-        """Return which rows of the batch hold a passage of the set, ``(B,)``."""
-        return np.array([self._holds(self._of(row)) for row in _rows(batch)], dtype=np.bool_)
+    def shared(self, batch: Batch) -> list[Shared | None]:
+        """Return a passage of the set that each row of the batch holds, ``B`` of them, None where it holds none."""
+        return [self._held_by(self._of(row)) for row in _rows(batch)]
 
-    def _holds(self, passages: Passages) -> bool:
+    def _held_by(self, passages: Passages) -> Shared | None:
         if not len(self._hashes) or not len(passages):
-            return False
+            return None
         hashes = _hashes(passages)
         places = np.searchsorted(self._hashes, hashes).clip(max=len(self._hashes) - 1)
-        ordered = np.sort(passages[self._hashes[places] == hashes], axis=1)
+        common = np.flatnonzero(self._hashes[places] == hashes)
+        ordered = np.sort(passages[common], axis=1)
         distinct = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
-        return bool((distinct >= min(FEWEST_DISTINCT, passages.shape[1])).any())
+        telling = common[distinct >= min(FEWEST_DISTINCT, passages.shape[1])]
+        return Shared(passages[telling[0]], int(self._holders[places[telling[0]]])) if len(telling) else None
 
     def _of(self, row: npt.NDArray[np.int64]) -> Passages:
         """Return the passages of a row, ``(n, tokens)``."""

@@ -19,7 +19,7 @@ from liveselect.pool import CandidatePool
 from liveselect.protocols import InfluenceEstimator, RoundContext, Selection
 from liveselect.snapshot import measuring
 from liveselect.watch.canaries import Canaries
-from liveselect.watch.duplicates import PassageSet
+from liveselect.watch.duplicates import UNKNOWN, PassageSet, Shared
 
 FEWEST_COMPARED = 30
 """Two rounds that share fewer scored candidates say nothing about each other."""
@@ -199,17 +199,23 @@ class Watch:
             self._reference = PassageSet(self.passage)
             for batch in scene.context.source.reference():
                 self._reference.add(batch)
-        alike = []
+        alike: dict[int, Shared] = {}
         for batch in scene.context.source.candidates(scene.plan.ids[:LOOKED_THROUGH]):
-            alike += batch["id"][self._reference.shared(batch)].tolist()
+            found = zip(batch["id"].tolist(), self._reference.shared(batch), strict=True)
+            alike |= {number: shared for number, shared in found if shared is not None}
         if not alike:
             return []
         looked = min(LOOKED_THROUGH, len(scene.plan.ids))
+        first = next(iter(alike.values()))
+        (text,) = scene.context.source.decode(torch.from_numpy(first.tokens.copy())[None])
+        records = sorted({shared.holder for shared in alike.values()} - {UNKNOWN})
+        named = f"; reference records {_few(records)}" if records else ""
         return [
             (
                 "duplicate",
-                f"{len(alike)} of {looked} chosen candidates share a passage with the reference set, the first are "
-                f"{alike[:5]}: they are chosen because they hold the answers. Take them out of the pool",
+                f"{len(alike)} of {looked} chosen candidates share a passage with the reference set (candidates "
+                f"{_few(list(alike))}{named}; such as {_shortened(text)!r}): they are chosen because they hold the "
+                "answers. Take these records out of the reference set, or the text out of the pool",
             )
         ]
 
@@ -288,3 +294,11 @@ def _reward_correlation(record: RoundRecord, before: RoundRecord) -> tuple[float
     both = [name for name in rewards[0] if name in rewards[1]]
     first, second = (np.array([known[name] for name in both]) for known in rewards)
     return spearman(first, second), len(both)
+
+
+def _few(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (" ..." if len(numbers) > 5 else "")
+
+
+def _shortened(text: str, longest: int = 60) -> str:
+    return text if len(text) <= longest else text[:longest] + "..."
