@@ -1,8 +1,11 @@
 """What would fail in the first measuring round is told before training starts, and telling it changes nothing."""
 
+import copy
+
 import pytest
 import torch
 from fakes import VOCABULARY, Bigrams, fake_context, random_source
+from tiny_encoder import TINY, tiny_regressor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,8 +32,8 @@ class Embedder(nn.Module):
         return self.embed(input_ids).mean(dim=1)
 
 
-def a_rehearsal(model=None, estimator=None, optimizer=None, regressor=None, **arguments):
-    source = random_source(candidates=20, vocab=VOCABULARY)
+def a_rehearsal(model=None, estimator=None, optimizer=None, regressor=None, source=None, **arguments):
+    source = source or random_source(candidates=20, vocab=VOCABULARY)
     model = model or Bigrams()
     optimizer = optimizer(model.parameters()) if optimizer else torch.optim.AdamW(model.parameters(), lr=1e-3)
     selector = RegressionSelector(regressor or HashedRidgeRegressor(), probes=8)
@@ -90,6 +93,79 @@ def test_a_rehearsal_leaves_the_run_as_it_was(estimator):
     assert context.meter.flops == {}
     assert all(parameter.grad is None for parameter in context.model.parameters())
     assert run.plan is None
+
+
+class Column(HashedRidgeRegressor):
+    """Returns a column, as a linear head does."""
+
+    def predict(self, context, batch):
+        return super().predict(context, batch).unsqueeze(1)
+
+
+class Numbers(HashedRidgeRegressor):
+    def predict(self, context, batch):
+        return super().predict(context, batch).tolist()
+
+
+class Mute(HashedRidgeRegressor):
+    def fit(self, context, ids, influence):
+        super().fit(context, ids, influence)
+
+
+@pytest.mark.parametrize(
+    ("regressor", "message"),
+    [
+        (Column(), r"Column.predict to return one number .* got \(\d+, 1\): squeeze the last dimension"),
+        (Numbers(), r"Numbers.predict to return a tensor \(\d+,\), got list"),
+        (Mute(), r"Mute.fit to return a mapping of metrics.*got NoneType"),
+        (tiny_regressor(chunk_tokens=500), "(?i)size|range|expand|index"),  # beyond the encoder's 16 positions
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_regressor_of_ones_own_is_tried_before_anything_is_measured(regressor, message):
+    run, context = a_rehearsal(source=random_source(candidates=20, length=30), regressor=regressor)
+    with pytest.raises((ValueError, TypeError, RuntimeError, IndexError), match=message):
+        rehearse(run, context)
+
+
+def test_a_token_that_the_encoder_does_not_know_is_found_anywhere_in_a_small_pool():
+    source = random_source(candidates=20, vocab=VOCABULARY)
+    source.tokens.clamp_(max=40)[13, -1] = VOCABULARY - 1
+    run, context = a_rehearsal(source=source, regressor=tiny_regressor(encoder={**TINY, "vocab_size": 41}))
+    with pytest.raises(ValueError, match="below the encoder's vocab_size 41"):
+        rehearse(run, context)
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_trial_leaves_the_regressor_as_it_was(fitted):
+    for regressor in (HashedRidgeRegressor(), tiny_regressor(epochs=1)):
+        run, context = a_rehearsal(regressor=regressor)
+        if fitted:
+            regressor.fit(context, context.candidates, torch.arange(20.0))
+        before = copy.deepcopy(regressor.state_dict())
+        rehearse(run, context)
+        assert all(torch.equal(a, b) for a, b in zip(tensors(before), tensors(regressor.state_dict()), strict=True))
+
+
+def tensors(state):
+    return [
+        v
+        for value in state.values()
+        for v in (value.values() if isinstance(value, dict) else [value])
+        if torch.is_tensor(v)
+    ]
+
+
+def test_a_regressor_that_cannot_be_copied_is_left_alone():
+    class Connected(HashedRidgeRegressor):
+        def __deepcopy__(self, memo):
+            raise TypeError("cannot pickle a connection")
+
+        def fit(self, context, ids, influence):
+            raise RuntimeError("the original was fitted")
+
+    run, context = a_rehearsal(regressor=Connected())
+    rehearse(run, context)
 
 
 def test_a_learning_rate_that_is_still_zero_is_no_reason_to_stop():

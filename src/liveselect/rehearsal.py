@@ -19,6 +19,9 @@ from liveselect.snapshot import measuring
 FEW = 2
 """Candidates that are measured; one alone would hide a loss that is summed or averaged over the batch."""
 
+SOME = 32
+"""Candidates that parts are tried on, from all over the pool: sources differ."""
+
 
 def rehearse(run: SelectionRun, context: RoundContext) -> None:
     """Measure a few candidates on one batch of the reference set, with copies of the parts that learn.
@@ -32,17 +35,17 @@ def rehearse(run: SelectionRun, context: RoundContext) -> None:
     """
     if run.estimator is None:
         return
-    few = context.candidates[: max(FEW, distributed.world_size())]
+    spread = _spread(context.candidates, max(SOME, distributed.world_size()))
     small = replace(
         context,
         source=_Excerpt(context.source),
-        candidates=few,
+        candidates=spread,
         meter=CostMeter(),
         progress=SilentProgress(),
     )
     try:
         with measuring(context.model, context.optimizer):
-            batches = list(small.candidate_batches(few))
+            batches = list(small.candidate_batches(spread[: max(FEW, distributed.world_size())]))
             _check_losses(small, batches[0], "candidates", differentiated=True)
             _check_losses(small, small.to_device(next(iter(small.source.reference()))), "reference examples")
             for part in (run.estimator, run.selector):
@@ -58,6 +61,11 @@ def rehearse(run: SelectionRun, context: RoundContext) -> None:
             "round that measures, so it is told before training starts"
         )
         raise
+
+
+def _spread(ids: Tensor, count: int) -> Tensor:
+    """Return at most ``count`` of ``ids (n,)``, evenly spread."""
+    return ids[torch.linspace(0, len(ids) - 1, count).long()] if len(ids) > count else ids
 
 
 def _measure(estimator: Any, context: RoundContext, batch: Batch) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 import yaml
 from fakes import fake_context, planted_source
 from ranks import on_ranks
+from tiny_encoder import TINY, tiny_regressor
 from unrolled_language_model import warm_context
 
 from liveselect import cli
@@ -199,6 +201,38 @@ def test_too_few_measurements_are_refused(tmp_path):
         small_job(tmp_path / "s", context, probes=5).run()
 
 
+class Column(HashedRidgeRegressor):
+    def predict(self, context, batch):
+        return super().predict(context, batch).unsqueeze(1)
+
+
+class Unsolvable(PMPInfluence):
+    def fit(self, context):
+        raise AssertionError("hours were spent before the scorer was tried")
+
+
+def test_a_scorer_that_cannot_work_is_told_before_anything_is_solved(tmp_path):
+    for regressor, message in (
+        (Column(), "squeeze"),
+        (tiny_regressor(encoder={**TINY, "vocab_size": 3}), "vocab_size 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small_job(tmp_path / message, estimator=Unsolvable(), regressor=regressor).run()
+    context = small_context()[0]
+    context = replace(context, optimizer=torch.optim.Rprop(context.model.parameters()))
+    with pytest.raises(TypeError, match="Rprop"):
+        small_job(tmp_path / "optimizer", context, estimator=Unsolvable(dynamics="live")).run()
+
+
+def test_predictions_that_are_not_finite_are_told_with_what_to_do(tmp_path):
+    class Diverged(HashedRidgeRegressor):
+        def predict(self, context, batch):
+            return super().predict(context, batch).where(batch["id"] != 70, torch.nan)
+
+    with pytest.raises(ValueError, match=r"Diverged predicts what is not finite for 1 of 64 candidates.*new folder"):
+        small_job(tmp_path / "s", regressor=Diverged()).run()
+
+
 def _digest_on_this_rank(folder):
     return small_job(folder).run().digest
 
@@ -349,6 +383,16 @@ def test_a_checkpoint_of_the_trainer_is_the_proxy_with_its_moments(run_file, tmp
     assert cli.main(arguments_for(path, tmp_path / "a", ckpt_path=tmp_path / "proxy.ckpt")) == 0
     assert cli.main(arguments_for(path, tmp_path / "b")) == 0
     assert read_scores(tmp_path / "a").digest != read_scores(tmp_path / "b").digest
+
+
+@pytest.mark.parametrize("together", [1, 7, 1000])
+def test_mean_and_deviation_do_not_depend_on_how_many_are_looked_at_at_once(monkeypatch, together):
+    monkeypatch.setattr(score, "TOGETHER", together)
+    values = 1e3 + torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values[::9] = -torch.inf
+    known = values[values > -torch.inf]
+    expected = len(known), float(known.mean()), float(known.std(correction=0))
+    assert score.moments(values) == pytest.approx(expected, rel=1e-12)
 
 
 def test_without_a_proxy_or_a_column_the_command_says_what_it_needs(capsys, tmp_path):

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from jsonargparse import ArgumentParser, Namespace
-from torch import nn
+from torch import Tensor, nn
 
 from liveselect import distributed
 from liveselect.callbacks.progress import RoundProgress
@@ -51,6 +51,7 @@ sequence:
 log = logging.getLogger("liveselect")
 
 CLIPPING = ("gradient_clip_val", "gradient_clip_algorithm")
+TOGETHER = 1 << 22  # scores looked at at once
 PATIENCE = timedelta(hours=12)  # a process may wait for the shards of the others
 PUBLISHED: dict[str, Any] = {
     "dynamics": "sgd",
@@ -102,14 +103,10 @@ def main(argv: Sequence[str]) -> int:
 
 def summary(folder: Path, scores: Scores) -> str:
     """Return what was made, as text for people."""
-    values = scores.values
-    known = values[values > -torch.inf].double()
-    lines = [
-        f"{folder}",
-        f"  {len(values)} scores, mean {float(known.mean()):.4g}, std {float(known.std(correction=0)):.4g}",
-    ]
-    if len(known) < len(values):
-        lines.append(f"  {len(values) - len(known)} sequences have no score and are never drawn")
+    known, mean, std = moments(scores.values)
+    lines = [f"{folder}", f"  {len(scores.values)} scores, mean {mean:.4g}, std {std:.4g}"]
+    if known < len(scores.values):
+        lines.append(f"  {len(scores.values) - known} sequences have no score and are never drawn")
     metrics = scores.about.get("metrics", {})
     if "spearman" in metrics:
         measured, spearman = scores.about["measured"], metrics["spearman"]
@@ -125,6 +122,19 @@ def summary(folder: Path, scores: Scores) -> str:
         lines.append(f"  took {duration(sum(seconds.values()))}: {parts}")
     lines.append(f"  draw from them: liveselect.callbacks.PDS(scores={str(folder)!r})")
     return "\n".join(lines)
+
+
+def moments(values: Tensor) -> tuple[int, float, float]:
+    """Return how many of ``values (n,)`` are above -inf, their mean and their standard deviation, in little memory."""
+    known, mean, squares = 0, 0.0, 0.0  # the last are summed around the mean
+    for part in values.split(TOGETHER):
+        part = part[part > -torch.inf].double()
+        if not len(part):
+            continue
+        delta, total = float(part.mean()) - mean, known + len(part)
+        squares += float(part.var(correction=0)) * len(part) + delta**2 * known * len(part) / total
+        mean, known = mean + delta * len(part) / total, total
+    return known, mean, (squares / known) ** 0.5 if known else float("nan")
 
 
 def _from_column(config: Namespace) -> Scores:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ from torch import Tensor
 
 from liveselect import distributed
 from liveselect.cli.score_cost import KEEPING, SpentCost, added
+from liveselect.cost import CostMeter, SilentProgress
 from liveselect.functional.sampling import uniform_subset
 from liveselect.influence import PMPInfluence
 from liveselect.protocols import InfluenceEstimator, InfluenceRegressor, RoundContext
+from liveselect.rehearsal import SOME
 from liveselect.scores import MANIFEST, Scores, read_scores, write_scores
+from liveselect.selectors.trial import check_predictions, try_regressor
 from liveselect.snapshot import checksum, measuring
 
-WORK, JOB = "work", "job.json"
+WORK, JOB, REGRESSOR = "work", "job.json", "regressor.pt"
 FEWEST_MEASURED = 8
 DEARER = 64  # measuring a candidate costs more than predicting it: its shards are smaller by this factor
 
@@ -69,6 +72,7 @@ class ScoreJob:
         if (self.folder / MANIFEST).exists():
             raise FileExistsError(f"{self.folder} holds finished scores: choose another folder, or delete it")
         self._open()
+        self._tried()
         with self.context.meter.phase(KEEPING):  # and whatever has no phase of its own
             ids, influence = self._measured()
             metrics = self._fitted(ids, influence)
@@ -106,6 +110,18 @@ class ScoreJob:
         if isinstance(self.estimator, PMPInfluence) and self.estimator.directory is None:
             self.estimator.directory = self.work / "solve"
 
+    def _tried(self) -> None:
+        """Raise now what the scorer would hours later; what was fitted before needs no trial."""
+        if (self.work / REGRESSOR).exists():
+            return
+        context = self.context
+        few = uniform_subset(context.source.pool.size, min(SOME, context.source.pool.size), context.generator("trial"))
+        small = replace(context, candidates=few, meter=CostMeter(), progress=SilentProgress())
+        with measuring(context.model, context.optimizer):
+            if hasattr(self.estimator, "check"):
+                self.estimator.check(small)
+            try_regressor(self.regressor, small)
+
     def _measured(self) -> tuple[Tensor, Tensor]:
         """Measure, and return ids (m,) and influence (m,), both of what is finite."""
         context = self.context
@@ -139,7 +155,7 @@ class ScoreJob:
 
     def _fitted(self, ids: Tensor, influence: Tensor) -> dict[str, float]:
         """Fit the regressor, or take up the one that was fitted; return its metrics."""
-        file = self.work / "regressor.pt"
+        file = self.work / REGRESSOR
         keeps_state = hasattr(self.regressor, "load_state_dict")
         if keeps_state and file.exists():
             kept = torch.load(file, map_location="cpu", weights_only=True)
@@ -166,9 +182,11 @@ class ScoreJob:
             for shard in mine:
                 parts = []
                 for batch in context.candidate_batches(torch.arange(shard.start, shard.stop)):
-                    parts.append(self.regressor.predict(context, batch).float().cpu())
+                    predicted = self.regressor.predict(context, batch)
+                    check_predictions(self.regressor, predicted, len(batch["input_ids"]))
+                    parts.append(predicted.float().cpu())
                     advance(len(parts[-1]))
-                _write_array(self._file("scores", shard), torch.cat(parts).numpy())
+                _write_array(self._file("scores", shard), _finite(torch.cat(parts), self.regressor).numpy())
                 self._spent.keep()
         _wait_for_all()
 
@@ -204,6 +222,16 @@ def measure(estimator: InfluenceEstimator, context: RoundContext, ids: Tensor) -
         with measuring(context.model, context.optimizer):
             parts.append(estimator.score(context, batch))
     return torch.cat(parts)
+
+
+def _finite(predictions: Tensor, regressor: InfluenceRegressor) -> Tensor:
+    broken = int((~predictions.isfinite()).sum())
+    if broken:
+        raise ValueError(
+            f"{type(regressor).__name__} predicts what is not finite for {broken} of {len(predictions)} candidates, so "
+            "they cannot be compared: lower its learning rate, or choose another, and score into a new folder"
+        )
+    return predictions
 
 
 def _shards(total: int, size: int) -> list[range]:

@@ -1,5 +1,6 @@
 """The data influence model: a text encoder that learns to predict measured influence."""
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from liveselect.regressors.targets import distinct_targets, standardized
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_TRIED = 4  # texts that a trial trains on
 _ENOUGH_HELD_OUT = 32  # below this a rank correlation says little: its standard error is 1 / sqrt(32 - 1)
 
 
@@ -102,18 +104,24 @@ class EncoderRegressor:
         self._restored: Mapping[str, Any] | None = None  # a state that waits for the first use
 
     def check(self, context: RoundContext) -> None:
-        """Load encoder and tokenizer by name, read one candidate, and let go of them; the run's own come with a fit.
+        """Read the context's candidates, which are to be few, and let a network of the same making learn from some.
+
+        The network is let go of; the run's own comes with a fit.
 
         Raises:
             OSError: the hub or the path does not hold what was named.
             ValueError: the encoder cannot be used, or a token id is outside of its vocabulary.
         """
-        with own_random_state(0, context.device):
-            config = encoder_config(self.encoder)
-            if self._restored is None and self._network is None:
-                build_network(self.encoder, config, self.dropout, pretrained=True)
-        for batch in context.source.candidates(context.candidates[:1]):
-            self._reader.read(context, config, batch)
+        kept = self.state_dict() if self.warm_start else {}
+        trial = copy.copy(self)  # shares the tokenizer
+        trial._network, trial._restored = None, kept or None
+        network = trial._ready(context)
+        texts: list[Tensor] = []
+        for batch in context.source.candidates(context.candidates):
+            texts += self._reader.read(context, network.config, batch)
+        tried = Examples(texts[:_TRIED], torch.zeros(min(_TRIED, len(texts))))
+        with torch.enable_grad(), own_random_state(0, context.device):
+            self._runner(context, network).accumulate_gradients(tried, torch.arange(len(tried.texts)))
 
     def fit(self, context: RoundContext, ids: Tensor, influence: Tensor) -> Mapping[str, float]:
         """Learn from ``ids (m,)`` and ``influence (m,)``; repeated ids are averaged.

@@ -11,6 +11,7 @@ from liveselect.distributed import gather_objects, gather_shards, shard
 from liveselect.functional.sampling import Noise as DrawnNoise
 from liveselect.functional.sampling import gumbel_topk, released_bottomk, uniform_subset
 from liveselect.protocols import InfluenceRegressor, RoundContext, Selection
+from liveselect.selectors.trial import check_predictions, try_regressor
 from liveselect.selectors.uniform import check_budget, training_order, uniform_selection
 
 Noise = Literal["gumbel_topk", "released_bottomk"]
@@ -94,9 +95,8 @@ class RegressionSelector:
         self._heard = _Measured()  # since the last round
 
     def check(self, context: RoundContext) -> None:
-        """Let the regressor say what it would fail of, if it can tell before anything is measured."""
-        if hasattr(self.regressor, "check"):
-            self.regressor.check(context)
+        """Try the regressor on few candidates, before anything is measured."""
+        try_regressor(self.regressor, context)
 
     def propose(self, context: RoundContext) -> Tensor:
         """Return random candidates, ``(m,)`` ascending, and nothing more once they were measured in this round."""
@@ -129,8 +129,8 @@ class RegressionSelector:
         """Fit, predict and draw ``budget`` of the context's candidates, in random training order.
 
         Raises:
-            ValueError: there are fewer candidates than the budget.
-            RuntimeError: the regressor returned another number of predictions than it was given candidates.
+            ValueError: there are fewer candidates than the budget, or the regressor returned another number of
+                predictions than it was given candidates.
         """
         check_budget(context, budget)
         measured, self._measured = self._measured, _Measured()  # told once: another run may use this selector next
@@ -220,15 +220,11 @@ class RegressionSelector:
         parts = [torch.empty(0, dtype=torch.float32)]
         with context.phase("predict influence", len(mine), "candidates") as advance:
             for batch in context.candidate_batches(mine):
-                parts.append(self.regressor.predict(context, batch).float().cpu())
+                predicted = self.regressor.predict(context, batch)
+                check_predictions(self.regressor, predicted, len(batch["input_ids"]))
+                parts.append(predicted.float().cpu())
                 advance(len(parts[-1]))
-            local = torch.cat(parts)
-            if local.shape != mine.shape:
-                raise RuntimeError(
-                    f"expected {type(self.regressor).__name__}.predict to return one number for each of "
-                    f"{len(mine)} candidates, got {tuple(local.shape)}"
-                )
-            return gather_shards(local, len(ids))
+            return gather_shards(torch.cat(parts), len(ids))
 
 
 def _describe(influence: Tensor, dropped: int) -> dict[str, float]:
