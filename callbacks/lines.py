@@ -9,7 +9,7 @@ from liveselect.ledger import RoundRecord
 LOGGER = "liveselect"
 
 
-class _StderrHandler(logging.StreamHandler[TextIO]):
+class StderrHandler(logging.StreamHandler[TextIO]):
     """Writes to what standard error is at that moment, since live displays put themselves in its place."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ def show_lines() -> None:
         return
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
-    logger.addHandler(_StderrHandler())
+    logger.addHandler(StderrHandler())
     logger.propagate = False  # a root that is set up later would say everything twice
 
 

@@ -1,5 +1,6 @@
 """Every YAML file is loaded against the real signatures, and says the same as its Python form."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,12 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from rich.console import Console
 from torch import nn
 
 import liveselect.cli.model
 from liveselect.callbacks import MATES, DataSelection, SelectionMonitor
+from liveselect.cli import fit
 from liveselect.cli.demo import METHODS
 from liveselect.cli.demo_runs import Demo
 from liveselect.cli.fit import SelectionCLI, StepsProgressBar
@@ -55,6 +58,12 @@ def without_a_network(monkeypatch, tmp_path):
         lambda config, *rest: build(config if config == DEMO_NETWORK else small, *rest),
     )
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def in_a_terminal(monkeypatch):
+    """Elsewhere lines take the place of bars."""
+    monkeypatch.setattr(fit, "Console", lambda: Console(file=io.StringIO(), force_terminal=True))
 
 
 def from_yaml(*names: str, options: tuple[str, ...] = ()) -> SelectionCLI:

@@ -1,5 +1,7 @@
 """The files of PDS: equal to their Python form, and read by `liveselect score` as they are."""
 
+import re
+
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from test_configs import CONFIGS, callback_of, from_yaml, told, without_a_network  # noqa: F401 - a fixture
 
@@ -7,7 +9,8 @@ from liveselect.callbacks import PDS
 from liveselect.cli import score
 from liveselect.cli.model import CausalLM
 from liveselect.datamodules import ReferenceSet, SelectionDataModule
-from liveselect.selectors import UniformSelector
+from liveselect.influence import OneStepInfluence
+from liveselect.selectors import PriorSelector, RegressionSelector, UniformSelector
 
 
 def test_pds_in_python_is_pds_in_yaml():
@@ -47,3 +50,12 @@ def test_the_proxy_trains_on_random_data_and_is_what_the_scores_are_made_with():
     assert config.data.as_dict() == cli.config.data.as_dict()
     assert (config.probes, config.trainer.gradient_clip_val) == (163_840, 1.0)
     assert isinstance(score.instantiated(score.parser(), config).model, CausalLM)
+
+
+def test_the_prior_that_the_document_shows_can_be_built(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", (CONFIGS.parent / "docs" / "pds.md").read_text(), re.DOTALL)
+    (tmp_path / "prior.yaml").write_text(block)
+    callback = callback_of(from_yaml("pds.yaml", str(tmp_path / "prior.yaml")))
+    assert isinstance(callback.selector, PriorSelector)
+    assert isinstance(callback.selector.selector, RegressionSelector)
+    assert isinstance(callback.estimator, OneStepInfluence)

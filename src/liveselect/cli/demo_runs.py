@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from liveselect.cli import corpus, score
+from liveselect.cli.demo_estimate import demo_seconds, told
 from liveselect.cli.demo_verdict import METRIC, show_verdict
 from liveselect.cli.fit import SelectionCLI
 from liveselect.cli.output import say, show_progress_lines
@@ -73,6 +74,9 @@ class Demo:
         if self.method == "pds":
             stages.insert(2, ("Training a small proxy on random data", lambda: self._train(PROXY)))
             stages.insert(3, ("Scoring the pool on the proxy", self._score))
+        if not resume:
+            expected = told(demo_seconds(_settings("demo.yaml"), self.method, self.steps))
+            say(f"This takes {expected} here, to judge by a few training steps; Ctrl-C and --resume go on later.")
         for number, (title, stage) in enumerate(stages, 1):
             say(f"[{number}/{len(stages)}] {title}")
             stage()

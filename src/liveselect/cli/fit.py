@@ -7,10 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from rich.console import Console
 
 from liveselect.callbacks import DataSelection, SelectionMonitor
 from liveselect.callbacks.compatibility import run_folder
 from liveselect.cli.output import show_progress_lines
+from liveselect.cli.plain_bar import PlainProgress
 
 USAGE = "liveselect fit --config FILE [--config FILE ...] [--SECTION.NAME VALUE ...]"
 """What stands above an error; the generated one fills screens and hides it."""
@@ -19,9 +21,14 @@ USAGE = "liveselect fit --config FILE [--config FILE ...] [--SECTION.NAME VALUE 
 class RunConfig(SaveConfigCallback):
     """Writes the settings beside the ledger of the run; W&B's log folder is shared by all its runs."""
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the folder, on all ranks: it is a collective."""
+        self._folder = run_folder(trainer)
+        super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write ``config.yaml``, on rank 0."""
-        folder = run_folder(trainer)
+        folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(
             self.config, folder / "config.yaml", skip_none=False, overwrite=self.overwrite, multifile=self.multifile
@@ -98,12 +105,17 @@ class StepsProgressBar(RichProgressBar):
 
 
 def _bar(settings: dict[str, Any]) -> list[ProgressBar]:
-    """Return the bar of a run that is measured in steps, unless the settings say otherwise."""
+    """Return what shows progress, unless the settings say: lines without a terminal, a bar of steps where there are no
+    epochs, and else Lightning's.
+    """
     wanted = settings.get("enable_progress_bar") is not False and not settings.get("barebones")
     chosen = settings.get("callbacks") or []
-    if not wanted or settings.get("max_epochs") != -1 or any(isinstance(each, ProgressBar) for each in chosen):
+    if not wanted or any(isinstance(each, ProgressBar) for each in chosen):
         return []
-    return [StepsProgressBar()]
+    console = Console()
+    if not (console.is_terminal or console.is_jupyter):
+        return [PlainProgress()]
+    return [StepsProgressBar()] if settings.get("max_epochs") == -1 else []
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,9 +12,9 @@ def say(text: str = "") -> None:
 
 def show_progress_lines() -> None:
     """Let what liveselect logs about its rounds appear on standard error, once."""
-    logger = logging.getLogger("liveselect")
+    from liveselect.callbacks.lines import LOGGER, StderrHandler
+
+    logger = logging.getLogger(LOGGER)
     logger.setLevel(logging.INFO)
     if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(StderrHandler())
