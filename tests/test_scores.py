@@ -70,6 +70,16 @@ def test_tensors_and_parquet_columns_are_read_in_the_order_of_their_ids(tmp_path
     assert read_scores(tmp_path / "ids.parquet").values.tolist() == [0.0, 0.1, 0.2]
 
 
+def test_a_column_of_a_dataset_and_tensors_of_any_kind_are_read():
+    from datasets import Dataset
+
+    found = read_scores(Dataset.from_dict({"edu": [0.5, 1.5, -1.0]})["edu"])
+    assert found.values.tolist() == [0.5, 1.5, -1.0]
+    for tensor in (torch.tensor([1.0, 2.0], dtype=torch.bfloat16), torch.tensor([1.0, 2.0], requires_grad=True)):
+        assert read_scores(tensor).values.tolist() == [1.0, 2.0]
+        assert not read_scores(tensor).values.requires_grad
+
+
 def unfinished(folder):
     write(folder)
     (folder / "scores.json").unlink()
@@ -140,6 +150,11 @@ def test_files_that_hold_no_scores_are_told_apart(tmp_path):
     (tmp_path / "scores.txt").write_text("1 2 3")
     pq.write_table(pa.table({"id": [0, 0], "score": [0.1, 0.2]}), tmp_path / "twice.parquet")
     pq.write_table(pa.table({"quality": [0.1]}), tmp_path / "other.parquet")
+    pq.write_table(pa.table({"score": ["high"]}), tmp_path / "labels.parquet")
+    pq.write_table(pa.table({"score": [0.1, None]}), tmp_path / "gaps.parquet")
+    (tmp_path / "short.parquet").write_bytes((tmp_path / "gaps.parquet").read_bytes()[:-9])
+    np.save(tmp_path / "whole.npy", np.zeros(4000))
+    (tmp_path / "short.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:9000])
     for name, message in {
         "matrix.npy": "shape",
         "words.npy": "numbers",
@@ -147,6 +162,10 @@ def test_files_that_hold_no_scores_are_told_apart(tmp_path):
         "scores.txt": "expected scores in a folder",
         "twice.parquet": "each once",
         "other.parquet": "quality",
+        "labels.parquet": "numbers",
+        "gaps.parquet": "1 of the 2 scores",
+        "short.parquet": "cannot read",
+        "short.npy": "cannot read",
     }.items():
         with pytest.raises(ValueError, match=message):
             read_scores(tmp_path / name)

@@ -66,13 +66,15 @@ def read_scores(source: Any, column: str = "score") -> Scores:
 
     Args:
         source: a score folder; a ``.npy`` file ``(n,)``; a ``.parquet`` file with a column of scores and, if its rows
-            are not in the order of the pool, one called ``id``; or a tensor, an array or a list.
+            are not in the order of the pool, one called ``id``; or a tensor, an array, a list or a column of a dataset.
         column: name of the Parquet column.
 
     Raises:
         FileNotFoundError: there is no such file, or the folder is unfinished.
         ValueError: the file is not what it should be, or there are NaN or +inf among the scores.
     """
+    if isinstance(source, Tensor):
+        source = source.detach().to("cpu", torch.float32 if source.dtype == torch.bfloat16 else source.dtype).numpy()
     if not isinstance(source, (str, Path)):
         return _checked(np.asarray(source), "an array")
     path = Path(source)
@@ -170,12 +172,16 @@ def _mapped(path: Path) -> npt.NDArray[Any]:
 
 
 def _read_parquet(path: Path, column: str) -> Scores:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = pq.read_schema(path).names
+    try:
+        names = pq.read_schema(path).names
+        table = pq.read_table(path, columns=[name for name in (column, "id") if name in names])
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"cannot read a Parquet file from {path}: {error}") from error
     if column not in names:
         raise ValueError(f"expected a column {column!r} in {path}, got {names}: name the one that holds the scores")
-    table = pq.read_table(path, columns=[name for name in (column, "id") if name in names])
     values = table[column].to_numpy()
     if "id" in names:
         ids = table["id"].to_numpy()
