@@ -1,5 +1,8 @@
 import io
+import json
 import os
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -42,6 +45,87 @@ def test_a_ledger_comes_back_from_its_file_and_from_a_checkpoint(tmp_path):
     restored = Ledger()
     restored.load_state_dict(torch.load(file, weights_only=True))
     assert restored == book
+
+
+def test_a_ledger_that_grows_adds_to_its_file_what_is_new(tmp_path):
+    path, book = tmp_path / "ledger.jsonl", ledger()
+    book.write(path)
+    sizes = [path.stat().st_size]
+    inode = path.stat().st_ino
+    for index in range(1, 30):
+        book.rounds[-1].overheard.append(index)  # the round that is trained on still listens
+        book.rounds.append(replace(ledger().rounds[0], round=index))
+        book.training_seconds += 1.0
+        if index % 3 == 0:
+            book.evaluate(10 * index, {"val_loss": 1 / index})
+        book.write(path)
+        assert Ledger.read(path) == book
+        sizes.append(path.stat().st_size)
+    assert path.stat().st_ino == inode  # never replaced
+    assert max(b - a for a, b in pairwise(sizes)) < 3 * sizes[0]
+    book.finished = True
+    book.write(path)
+    assert Ledger.read(path) == book
+    kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
+    assert kinds == ["run", *["round"] * 30, *["evaluation"] * 10]
+
+
+@pytest.mark.parametrize("change", ["shorter", "restored", "replaced", "gone", "elsewhere"])
+def test_a_file_that_is_not_the_beginning_of_the_ledger_is_replaced(tmp_path, change):
+    path, book = tmp_path / "ledger.jsonl", ledger()
+    book.rounds.append(replace(book.rounds[0], round=1))
+    book.write(path)
+    if change == "shorter":
+        book.rounds.pop()
+    elif change == "restored":
+        book.load_state_dict(replace_text(book.state_dict(), "a note", "another"))
+    elif change == "replaced":
+        path.write_text("somebody else's")
+    elif change == "gone":
+        path.unlink()
+    else:
+        path = tmp_path / "other.jsonl"
+    book.write(path)
+    assert Ledger.read(path) == book
+    assert len(path.read_text().splitlines()) == 2 + len(book.rounds)
+
+
+def replace_text(state, old, new):
+    return json.loads(json.dumps(state).replace(old, new))
+
+
+def test_a_line_that_is_being_written_is_left_out_and_one_in_the_middle_is_not(tmp_path):
+    path, book = tmp_path / "ledger.jsonl", ledger()
+    book.finished = True
+    book.write(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:-3])
+    found = Ledger.read(path)
+    assert found.rounds == book.rounds
+    assert found.evaluations == []
+    assert found.finished is False  # it says less than the run did
+    first, second, *others = data.decode().splitlines(keepends=True)
+    path.write_text(first + second[:-9] + "\n" + "".join(others))
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        Ledger.read(path)
+
+
+def test_a_disk_that_fills_while_lines_are_added_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path, book = tmp_path / "ledger.jsonl", ledger()
+    book.write(path)
+    before = path.read_bytes()
+    book.evaluate(20, {"val_loss": 2.0})
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            book.write(path)
+    assert path.read_bytes() == before
+    book.write(path)
+    assert Ledger.read(path) == book
 
 
 def test_costs_add_up():

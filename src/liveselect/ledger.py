@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,9 @@ class Ledger:
     before_flops: dict[str, float] = field(default_factory=dict)
     around_seconds: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._file: _LedgerFile | None = None
+
     @property
     def selection_seconds(self) -> float:
         """Seconds spent in rounds, around them, and before training for them."""
@@ -221,57 +225,144 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the ledger as builtins, so that checkpoints load with ``weights_only=True``."""
-        return asdict(self)
+        state: dict[str, Any] = _builtins(self)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the ledger that :meth:`state_dict` described."""
         restored = _ledger_from(state)
         for entry in fields(self):
             setattr(self, entry.name, getattr(restored, entry.name))
+        self._file = None
 
     def write(self, path: Path) -> None:
-        """Write the ledger as JSON lines, replacing the file only when it is complete.
+        """Write the ledger as JSON lines: one that describes the run, one for each round and evaluation.
 
-        The first line describes the run, then one line for each round and evaluation, in order.
+        A file that this ledger has written is added to, which costs what is new; the last line about the run and about
+        a round are what counts. Any other file is replaced when the new one is complete, and so is that of a run that
+        has finished: in it the run comes first, then the rounds and the evaluations in order.
+
+        Raises:
+            OSError: the disk does not take it; the file is as it was.
         """
-        state = self.state_dict()
-        rounds, evaluations = state.pop("rounds"), state.pop("evaluations")
-        lines = [{"kind": "run", **state}]
-        lines += [{"kind": "round", **record} for record in rounds]
-        lines += [{"kind": "evaluation", **entry} for entry in evaluations]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(
-            f"{path.name}.{os.getpid()}.tmp"
-        )  # not mkstemp: others may read it as the umask says
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        file = self._file
+        if file is not None and not self.finished and file.continues(self, path):
+            file.add(self)
+        else:
+            self._file = None
+            _replace(path, _lines_of(self, 0, 0))
+            self._file = _LedgerFile(path, self)
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":
-        """Read a ledger file; raise ValueError when it is none, or damaged."""
-        lines = []
-        for number, text in enumerate(_text_of(path).split("\n"), 1):
-            if text:
-                lines.append(_line(path, number, text))
+        """Read a ledger file; raise ValueError when it is none, or damaged.
+
+        A last line without an end, which is being written or was when the machine went down, is left out.
+        """
+        *whole, rest = _text_of(path).split("\n")
+        lines = [_line(path, number, text) for number, text in enumerate(whole, 1) if text]
         kinds = [line.pop("kind") for line in lines]
         if "run" not in kinds:
             raise ValueError(f"{path} is not a ledger: expected JSON lines that begin with a run")
         try:
-            state = dict(lines[kinds.index("run")])
-            for name, kind in (("rounds", "round"), ("evaluations", "evaluation")):
-                state[name] = [line for line, its_kind in zip(lines, kinds, strict=True) if its_kind == kind]
+            state: dict[str, Any] = {"evaluations": []}
+            rounds = {}
+            for line, kind in zip(lines, kinds, strict=True):
+                if kind == "run":
+                    state |= line
+                elif kind == "round":
+                    rounds[line["round"]] = line
+                elif kind == "evaluation":
+                    state["evaluations"].append(line)
+            state["rounds"] = [*rounds.values()]
+            if rest and state.get("finished"):
+                state["finished"] = False
             return _ledger_from(state)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not a ledger that this version of liveselect can read ({error!r}): did another write it?"
             ) from error
+
+
+class _LedgerFile:
+    """What a ledger has written so far, so that it can add what is new."""
+
+    def __init__(self, path: Path, ledger: Ledger) -> None:
+        self._path = path
+        self._remember(ledger)
+
+    def continues(self, ledger: Ledger, path: Path) -> bool:
+        """Whether the file is still what was written, and the ledger only went on since."""
+        if path != self._path or len(ledger.rounds) < self._rounds or len(ledger.evaluations) < self._evaluations:
+            return False
+        try:
+            return path.stat().st_size == self._size
+        except OSError:
+            return False
+
+    def add(self, ledger: Ledger) -> None:
+        """Add what is new; the last round may have changed since it was written."""
+        first = max(0, self._rounds - 1)
+        lines = [*_lines_of(ledger, first, self._evaluations)]
+        if self._rounds and lines[1] == self._last_round:
+            del lines[1]
+        with self._path.open("r+b") as file:
+            file.seek(self._size)
+            try:
+                file.write("".join(lines).encode("utf-8"))
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                with suppress(OSError):
+                    os.truncate(self._path, self._size)
+                raise
+        self._remember(ledger)
+
+    def _remember(self, ledger: Ledger) -> None:
+        self._size = self._path.stat().st_size
+        self._rounds, self._evaluations = len(ledger.rounds), len(ledger.evaluations)
+        self._last_round = _json_line("round", ledger.rounds[-1]) if ledger.rounds else ""
+
+
+def _lines_of(ledger: Ledger, first_round: int, first_evaluation: int) -> Iterator[str]:
+    """Yield the line about the run, then those of the rounds and evaluations from the given ones on."""
+    about = {name: value for name, value in vars(ledger).items() if name not in ("rounds", "evaluations", "_file")}
+    yield _json_line("run", about)
+    for record in ledger.rounds[first_round:]:
+        yield _json_line("round", record)
+    for entry in ledger.evaluations[first_evaluation:]:
+        yield _json_line("evaluation", entry)
+
+
+def _json_line(kind: str, content: Any) -> str:
+    named = content if isinstance(content, dict) else vars(content)
+    return json.dumps({"kind": kind, **named}, ensure_ascii=False, default=vars) + "\n"
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # not mkstemp: others may read it as the umask says
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _builtins(value: Any) -> Any:
+    """Return a copy in which dataclasses are dictionaries; what is in lists of numbers or texts is taken as it is."""
+    if is_dataclass(value):
+        return {each.name: _builtins(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, dict):
+        return {name: _builtins(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return list(value) if value and isinstance(value[0], (int, float, str)) else [_builtins(each) for each in value]
+    return value
 
 
 def _text_of(path: Path) -> str:
@@ -287,7 +378,8 @@ def _line(path: Path, number: int, text: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(
             f"{path} is not a ledger, or it is damaged: line {number} is not JSON ({error}). Ledgers are replaced as a "
-            "whole, so look at how this file was copied; the checkpoint of the run holds the ledger too"
+            "whole or added to at their end, so look at how this file was copied; the checkpoint of the run holds the "
+            "ledger too"
         ) from error
     if not isinstance(line, dict) or "kind" not in line:
         raise ValueError(f"{path} is not a ledger: line {number} has no kind")

@@ -2,14 +2,15 @@
 
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from report.ledgers import ledger_of
 
-from liveselect.ledger import Ledger
-from liveselect.report import Run, build_page, words, write_report
+from liveselect.ledger import Alarm, Ledger
+from liveselect.report import Run, build_page, verdict, words, write_report
 
 EVIL = "<script>alert('x')</script><img src=x onerror=y> & \x00\x1b[31m \u202eback $\\frac$ ]]> </pre></main>"
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -101,8 +102,8 @@ def test_every_number_of_every_round_and_evaluation_is_in_the_page():
         shown = [str(value) if isinstance(value, str) else words.number(value) for value in row]
         shown += [words.duration(record.total_seconds), words.flops(record.total_flops)]
         ordered = sorted(record.metrics.items(), key=lambda item: "spearman" not in item[0])
-        shown += [words.number(value) for _, value in ordered]
-        assert contains(cells, shown)
+        assert contains(cells, [*shown, words.number(ordered[0][1], 3)])
+        assert contains(cells, [words.number(record.round), *(words.number(value) for _, value in ordered)])
     for run in runs:
         for entry in run.ledger.evaluations:
             assert contains(cells, [run.name, str(entry.step)])
@@ -131,11 +132,82 @@ def test_of_very_many_sources_the_recorded_ones_keep_their_share_of_the_whole():
 
 def test_the_cost_of_all_phases_adds_up_to_the_total():
     page = build_page(two_runs())
-    section = page[page.index("Where the cost went") : page.index("What mates chose")]
+    section = page[page.index('id="cost"') : page.index('id="alarms"')]
     cells = re.findall(r"<td[^>]*>(.*?)</td>", section)
     assert contains(cells, ["training", "30 s", "50%"])
     assert contains(cells, ["choose", "30 s", "50%"])
     assert contains(cells, ["total", "1 min 00 s"])
+    widths = [
+        [float(width) for width in re.findall(r"width: ([\d.]+)%", bar)]
+        for bar in re.findall(r'<div class="stack".*?</div>', section)
+    ]
+    assert widths == [[50.0], [50.0, 50.0]]  # random trained for 30 s and chose in no time
+
+
+def test_small_phases_are_told_together_and_each_for_itself():
+    runs = two_runs()
+    seconds = {"choose": 30.0, "b": 0.2, "c": 0.1, "d": 0.05}
+    runs[1].ledger.rounds[:] = [replace(runs[1].ledger.rounds[0], seconds=seconds)]
+    page = build_page(runs)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page[page.index('id="cost"') : page.index('id="alarms"')])
+    assert contains(
+        cells, ["choose", "30 s", "50%", "1 kFLOP", "3 phases below 1.0%", words.duration(0.2 + 0.1 + 0.05), "0.6%"]
+    )
+    assert contains(cells, ["b", "0.2 s", "0.3%", "–", "c", "0.1 s", "0.2%"])
+
+
+def test_links_at_the_top_lead_to_every_section():
+    page = build_page(two_runs())
+    reader = Reader(page)
+    sections = [attributes["id"] for tag, attributes in reader.elements if tag == "section"]
+    links = [attributes["href"] for tag, attributes in reader.elements if tag == "a"]
+    assert links == [f"#{name}" for name in sections]
+    assert len(set(links)) == len(links) >= 6
+
+
+def test_numbers_that_stand_out_are_those_of_the_comparison():
+    runs = two_runs()
+    tiles = re.findall(r"<dt>(.*?)</dt><dd class=\"(\w*)\">(.*?)</dd><dd>(.*?)</dd>", build_page(runs))
+    by_step, by_time = (verdict.compare(*runs, "val_loss", axis) for axis in ("step", "seconds"))
+    assert tiles[0] == ("val_loss after 30 steps", "lower", words.loss(by_step.other), "random 4.500")
+    assert tiles[1][:3] == ("val_loss at equal time", by_time.outcome, words.loss(by_time.other))
+    assert ("time for selection", "", "50%", "of 1 min 00 s") in tiles
+    assert tiles[-1] == ("alarms", "", "0", "in 6 rounds")
+    assert [name for name, *_ in re.findall(r"<dt>(.*?)</dt>", build_page([*runs, *two_runs()[1:]]))] == ["a"]
+
+
+def test_the_only_source_of_a_pool_is_not_named():
+    run = Run("mates", ledger_of("RegressionSelector", [6.0, 5.0]))
+    for record in run.ledger.rounds:
+        record.groups.pop("code")
+        record.metrics["drift/mixture"] = 0.0
+        record.examples[:] = [replace(example, group="prose") for example in record.examples]
+    page = build_page([run])
+    assert "has a single source" in page
+    assert "prose" not in page
+    assert "Mixture" not in page
+
+
+@pytest.mark.parametrize("value", [5.0, 0.0, -1e-7, 1e9])
+def test_a_flat_line_has_an_axis_with_room(value):
+    page = build_page([Run("flat", ledger_of("UniformSelector", [value] * 4))])
+    assert "val_loss against training steps" in page
+
+
+def test_a_very_long_run_makes_a_page_of_bounded_size():
+    def page(rounds):
+        ledger = ledger_of("RegressionSelector", [9.0] * 40)
+        record = ledger.rounds[1]
+        record.notes.append("the same note")
+        record.alarms.append(Alarm(1, 10, "flip", "turned"))
+        ledger.rounds[:] = [replace(record, round=index, step=index) for index in range(rounds)]
+        ledger.evaluations[:] = [replace(ledger.evaluations[0], step=index) for index in range(rounds)]
+        return build_page([Run("long", ledger)])
+
+    short, long = page(1500), page(3000)
+    assert len(long) < 1.05 * len(short)
+    assert "200 of 3\u202f000, evenly spread" in long
+    assert "long: the same note (rounds 0, 1, 2, 3, 4 and 2995 more)" in long
 
 
 def test_an_empty_ledger_makes_a_page_that_says_so():
@@ -173,7 +245,7 @@ def test_pictures_take_their_colours_from_the_page():
     pictures = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
     assert set(re.findall(r"#[0-9a-fA-F]{6}\b(?!\w)", pictures)) == set()
     for name in set(re.findall(r"var\((--[\w-]+)\)", page)):
-        assert page.count(f"{name}:") == 2  # light and dark
+        assert page.count(f"{name}:") == 2 or name == "--share"  # light and dark; the share is that of each cell
 
 
 def test_an_unknown_metric_is_refused_with_the_known_ones():

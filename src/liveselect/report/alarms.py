@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 
 from liveselect.report import elements, words
+from liveselect.report.choices import spread
 from liveselect.report.runs import Run
+
+LISTED = 100
 
 
 def what_was_wrong(runs: Sequence[Run]) -> str:
@@ -21,6 +24,8 @@ def what_was_wrong(runs: Sequence[Run]) -> str:
         parts.append(f"<h3>{words.escaped(run.name)}</h3>")
         for kind, texts in kinds.items():
             title = f"{kind}: {len(texts)} alarm{'s' if len(texts) > 1 else ''}"
-            parts.append(elements.details(title, elements.bullets(texts, "caveats"), is_open=len(texts) <= 3))
+            title += f", {LISTED} of them, evenly spread" if len(texts) > LISTED else ""
+            listed = elements.bullets(spread(texts, LISTED), "caveats")
+            parts.append(elements.details(title, listed, is_open=len(texts) <= 3))
     said = "".join(parts) or elements.paragraph("No alarm was raised.")
     return f'<section id="alarms"><h2>Alarms</h2>{said}</section>'

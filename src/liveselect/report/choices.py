@@ -2,14 +2,22 @@
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import TypeVar
 
 from liveselect.ledger import Example, RoundRecord
 from liveselect.report import elements, pictures, words
 from liveselect.report.runs import Run
 
 ROUNDS_PICTURED = 12
+ROUNDS_LISTED = 200
+ROUNDS_IN_COLUMNS = 24
+POINTS = 200
 SOURCES_PICTURED = 12
 SOURCES_LISTED = 40
+
+TRUST = "regressor/spearman"
+
+T = TypeVar("T")
 
 
 def what_it_chose(run: Run) -> str:
@@ -27,11 +35,11 @@ def what_it_chose(run: Run) -> str:
     )
 
 
-def spread(rounds: Sequence[RoundRecord], most: int = ROUNDS_PICTURED) -> list[RoundRecord]:
-    """Return at most ``most`` of the rounds, evenly spread, the first and the last among them."""
-    if len(rounds) <= most:
-        return list(rounds)
-    return [rounds[round(index * (len(rounds) - 1) / (most - 1))] for index in range(most)]
+def spread(items: Sequence[T], most: int = ROUNDS_PICTURED) -> list[T]:
+    """Return at most ``most`` of the items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
 def _influence(rounds: Sequence[RoundRecord]) -> str:
@@ -40,17 +48,21 @@ def _influence(rounds: Sequence[RoundRecord]) -> str:
         return "<h3>Influence</h3>" + elements.paragraph("No round measured or compared anything: the data were drawn.")
     figures = []
     for record in spread(scored):
-        when = f"round {record.round}, step {words.number(record.step)}"
+        title = f"Round {record.round}, step {words.number(record.step)}"
         if record.measured:
-            title = f"Measured, {when}"
-            picture = pictures.value_histogram(record.influence, "nats per unit learning rate", title)
-            figures.append(elements.figure(picture, title, f"{words.number(len(record.measured))} candidates."))
-        if record.histogram is not None:
-            title = f"Compared, {when}"
-            kept = (
-                f"{words.number(sum(record.histogram.chosen))} of {words.number(sum(record.histogram.counts))} chosen."
-            )
-            figures.append(elements.figure(pictures.histogram(record.histogram, "score", title), title, kept))
+            picture = pictures.value_histogram(record.influence, "nats per unit learning rate", f"{title}: measured")
+            figures.append(elements.figure(picture, title, f"{words.number(len(record.measured))} measured"))
+        if record.histogram is not None and not _has_arms(record):  # those have a section of their own
+            chosen, compared = (sum(counts) for counts in (record.histogram.chosen, record.histogram.counts))
+            picture = pictures.histogram(record.histogram, "score", f"{title}: compared")
+            kept = f"{words.number(chosen)} of {words.number(compared)} chosen"
+            figures.append(elements.figure(picture, title, kept))
+    keys = {"measured": elements.AREA_KEY.format(colour="var(--series-1)", opacity=0.9)}
+    if not any(record.measured for record in scored):
+        keys = {}
+    if any(record.histogram is not None and not _has_arms(record) for record in scored):
+        keys["compared"] = elements.AREA_KEY.format(colour="var(--muted)", opacity=0.45)
+        keys["chosen"] = elements.AREA_KEY.format(colour="var(--series-0)", opacity=0.9)
     left_out = f" {len(scored)} rounds did so; {ROUNDS_PICTURED} are drawn." if len(scored) > ROUNDS_PICTURED else ""
     return (
         "<h3>Influence by round</h3>"
@@ -60,15 +72,13 @@ def _influence(rounds: Sequence[RoundRecord]) -> str:
             + left_out,
             "note",
         )
-        + elements.legend(
-            {
-                "measured": elements.AREA_KEY.format(colour="var(--series-1)", opacity=0.9),
-                "compared": elements.AREA_KEY.format(colour="var(--muted)", opacity=0.45),
-                "chosen": elements.AREA_KEY.format(colour="var(--series-0)", opacity=0.9),
-            }
-        )
+        + elements.legend(keys)
         + elements.grid(figures, small=True)
     )
+
+
+def _has_arms(record: RoundRecord) -> bool:
+    return any("reward" in row for row in record.groups.values())
 
 
 def _sources(rounds: Sequence[RoundRecord]) -> str:
@@ -79,17 +89,24 @@ def _sources(rounds: Sequence[RoundRecord]) -> str:
     available = {name: [_share(record, name, "available") for record in rounds] for name in names}
     names.sort(key=lambda name: -max(chosen[name] + available[name]))
     top = max(max(chosen[name] + available[name]) for name in names)
-    indices = [record.round for record in rounds]
+    places = spread(range(len(rounds)), POINTS)
+    indices = [rounds[place].round for place in places]
     figures = []
     for name in names[:SOURCES_PICTURED]:
-        drawn = pictures.shares(indices, chosen[name], available[name], top, f"share of {name} over the rounds")
+        taken, there = ([kind[name][place] for place in places] for kind in (chosen, available))
+        drawn = pictures.shares(indices, taken, there, top, f"share of {name} over the rounds")
         before, now = words.percent(available[name][-1]), words.percent(chosen[name][-1])
-        figures.append(elements.figure(drawn, name, f"{before} of the available, {now} of the last choice"))
+        figures.append(elements.figure(drawn, name, f"{now} of the last choice, {before} of the pool"))
+    columns_of = spread(range(len(rounds)), ROUNDS_IN_COLUMNS)
     rows = [
-        [words.escaped(name), words.percent(available[name][-1]), *(words.percent(share) for share in chosen[name])]
+        [
+            words.escaped(name),
+            words.percent(available[name][-1]),
+            *(words.percent(chosen[name][place]) for place in columns_of),
+        ]
         for name in names[:SOURCES_LISTED]
     ]
-    columns = ["source", "available", *(f"round {index}" for index in indices)]
+    columns = ["source", "available", *(f"round {rounds[place].round}" for place in columns_of)]
     shown = elements.table(columns, rows, "Share of each source among the chosen")
     more = len(names) - SOURCES_LISTED
     return (
@@ -97,7 +114,7 @@ def _sources(rounds: Sequence[RoundRecord]) -> str:
         + elements.legend(
             {
                 "share of the chosen": elements.LINE_KEY.format(colour="var(--series-0)", dash="none"),
-                "share of the available": elements.LINE_KEY.format(colour="var(--muted)", dash="4 4"),
+                "share of what was available": elements.LINE_KEY.format(colour="var(--muted)", dash="4 4"),
             }
         )
         + elements.grid(figures, small=True)
@@ -136,6 +153,7 @@ def _examples(rounds: Sequence[RoundRecord]) -> str:
     with_examples = [record for record in rounds if record.examples]
     scored = [record for record in with_examples if any(example.score is not None for example in record.examples)]
     shown = spread(scored or with_examples[-1:])
+    several = len({name for record in rounds for name in record.groups}) > 1
     if not shown:
         return ""
     parts = []
@@ -144,26 +162,33 @@ def _examples(rounds: Sequence[RoundRecord]) -> str:
         ordered = sorted(record.examples, key=lambda example: not example.chosen)
         for chosen, examples in groupby(ordered, key=lambda example: example.chosen):
             title = "Chosen" if chosen else "Rejected"
-            columns.append(f"<div><h3>{title}</h3>" + "".join(_example(example) for example in examples) + "</div>")
-        summary = f"Round {record.round}, step {words.number(record.step)}, {record.selector}"
+            columns.append(
+                f"<div><h3>{title}</h3>" + "".join(_example(example, several) for example in examples) + "</div>"
+            )
+        summary = f"Round {record.round}, step {words.number(record.step)}"
         html = '<div class="pair">' + "".join(columns) + "</div>"
-        parts.append(elements.details(summary, html, is_open=record is shown[-1]))
+        parts.append(elements.details(summary, html, is_open=record is shown[-1] and not _has_arms(record)))
     what = (
         "The highest scores among the chosen and the lowest among the rejected." if scored else "The first chosen ones."
     )
     return "<h3>Examples</h3>" + elements.paragraph(what, "note") + elements.search("Search in them") + "".join(parts)
 
 
-def _example(example: Example) -> str:
+def _example(example: Example, several: bool) -> str:
     score = "no score" if example.score is None else f"score {words.number(example.score)}"
-    header = [example.group, score, f"candidate {words.number(example.id)}"]
-    return elements.article(header, example.text, "chosen" if example.chosen else "rejected")
+    header = [example.group] if several else []
+    return elements.article(
+        [*header, score, f"candidate {example.id}"], example.text, "chosen" if example.chosen else "rejected"
+    )
 
 
 def _rounds(rounds: Sequence[RoundRecord]) -> str:
+    """Return the table of all rounds: what every reader asks for, and folded away what the parts tell beside it."""
     metrics = list(dict.fromkeys(name for record in rounds for name in record.metrics))
-    metrics.sort(key=lambda name: "spearman" not in name)  # how far the scores can be trusted comes first
-    columns = ["round", "step", "selector", "candidates", "measured", "chosen", "time", "FLOPs", *metrics]
+    metrics.sort(key=lambda name: name != TRUST)  # how far the scores can be trusted comes first
+    first = [name for name in metrics if name == TRUST]
+    listed = spread(rounds, ROUNDS_LISTED)
+    columns = ["round", "step", "selector", "candidates", "measured", "chosen", "time", "FLOPs"]
     rows = [
         [
             words.number(record.round),
@@ -173,9 +198,17 @@ def _rounds(rounds: Sequence[RoundRecord]) -> str:
             words.number(len(record.measured)),
             words.number(record.chosen),
             words.duration(record.total_seconds),
-            words.flops(record.total_flops),
-            *(words.number(record.metrics.get(name)) for name in metrics),
+            words.flops(record.total_flops) if record.total_flops else "–",
+            *(words.number(record.metrics.get(name), 3) for name in first),
         ]
-        for record in rounds
+        for record in listed
     ]
-    return "<h3>All rounds</h3>" + elements.table(columns, rows, "All rounds")
+    more = f" ({ROUNDS_LISTED} of {words.number(len(rounds))}, evenly spread)" if len(rounds) > ROUNDS_LISTED else ""
+    shown = elements.table([*columns, *("rank correlation" for _ in first)], rows, "All rounds")
+    if metrics:
+        numbers = [
+            [words.number(record.round), *(words.number(record.metrics.get(name)) for name in metrics)]
+            for record in listed
+        ]
+        shown += elements.details("All metrics", elements.table(["round", *metrics], numbers, "All metrics"))
+    return f"<h3>All rounds{more}</h3>{shown}"

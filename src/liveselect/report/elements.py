@@ -24,23 +24,59 @@ def bullets(texts: Iterable[str], kind: str = "") -> str:
     return f'<ul class="{kind}">' + "".join(f"<li>{escaped(text)}</li>" for text in texts) + "</ul>"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str, total: bool = False) -> str:
-    """Return a table that scrolls sideways where it is too wide; cells are HTML, the last row may be a total."""
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    caption: str,
+    total: bool = False,
+    bars: tuple[int, Sequence[float]] | None = None,
+) -> str:
+    """Return a table that scrolls sideways where it is too wide; cells are HTML, the last row may be a total.
+
+    Args:
+        columns: their names.
+        rows: of cells.
+        caption: for readers that do not see it.
+        total: whether the last row is one.
+        bars: a column, and for each of the first rows a share of one that is drawn behind its cell.
+    """
     rows = list(rows)
+    at, shares = bars or (-1, ())
     head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in columns)
-    body = "".join(
-        f'<tr class="total">{_cells(row)}</tr>' if total and row is rows[-1] else f"<tr>{_cells(row)}</tr>"
-        for row in rows
-    )
+    body = []
+    for index, row in enumerate(rows):
+        cells = [f"<td>{cell}</td>" for cell in row]
+        if index < len(shares):
+            width = 100 * max(0.0, min(1.0, shares[index]))
+            cells[at] = f'<td class="bar" style="--share: {width:.1f}%">{row[at]}</td>'
+        kind = ' class="total"' if total and index == len(rows) - 1 else ""
+        body.append(f"<tr{kind}>{''.join(cells)}</tr>")
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escaped(caption)}"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
-def bar(share: float) -> str:
-    """Return a bar as long as its share of one."""
-    return f'<span class="bar" style="width: {100 * max(0.0, min(1.0, share)):.1f}%"></span>'
+def tiles(entries: Iterable[tuple[str, str, str, str]]) -> str:
+    """Return numbers that stand out; each is (what it is, the number, what to hold it against, a class)."""
+    return (
+        '<dl class="tiles">'
+        + "".join(
+            f'<div><dt>{escaped(name)}</dt><dd class="{kind}">{escaped(value)}</dd><dd>{escaped(text)}</dd></div>'
+            for name, value, text, kind in entries
+        )
+        + "</dl>"
+    )
+
+
+def stack(parts: Sequence[tuple[float, str]], whole: float) -> str:
+    """Return one bar made of parts, each an amount and a colour (CSS), on a scale that ends at ``whole``."""
+    spans = "".join(
+        f'<span style="width: {100 * amount / whole:.2f}%; background: {colour}"></span>'
+        for amount, colour in parts
+        if whole > 0 and amount > 0
+    )
+    return f'<div class="stack" aria-hidden="true">{spans}</div>'
 
 
 def figure(picture_html: str, title: str, text: str = "") -> str:
@@ -75,9 +111,3 @@ def article(header: Iterable[str], text: str, kind: str) -> str:
     """Return a text of the pool under facts about it."""
     facts = "".join(f"<span>{escaped(fact)}</span>" for fact in header)
     return f'<article class="{kind}"><header>{facts}</header><pre dir="auto">{escaped(text)}</pre></article>'
-
-
-def _cells(row: Sequence[str]) -> str:
-    return "".join(
-        f'<td class="wide">{cell}</td>' if cell.startswith('<span class="bar"') else f"<td>{cell}</td>" for cell in row
-    )

@@ -33,6 +33,8 @@ SERIES_COLOURS = len(_SERIES)
 _DASHES = ("solid", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))  # colour is never the only difference
 HTML_DASHES = ("none", "9 3", "3 3", "11 3 3 3")  # the same for keys in the page
 _MARKERS = ("o", "s", "^", "D")
+MARKED = 60
+"""Points of a line that get a mark each; more would hide the line."""
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -51,6 +53,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": _FAINT,
     "grid.linewidth": 0.7,
     "axes.formatter.useoffset": False,
+    "axes.unicode_minus": True,
 }
 
 
@@ -89,15 +92,34 @@ def line_chart(lines: Sequence[Line], x_label: str, description: str, shorten: b
                 [y for _, y in line.points],
                 color=_SERIES[line.colour % len(_SERIES)],
                 linestyle=_DASHES[style],
-                marker=_MARKERS[style],
+                marker=_MARKERS[style] if len(line.points) <= MARKED else "",
                 markersize=3.5,
                 linewidth=1.8,
             )
+        _room_for_flat_lines(axes, [y for line in lines for _, y in line.points])
         axes.set_xlabel(x_label)
         whole = all(float(x).is_integer() for line in lines for x, _ in line.points)  # steps and rounds have no halves
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
         if shorten:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        return finish()
+
+
+def bounded_chart(line: Line, x_label: str, description: str) -> str:
+    """Return a small chart of a number that is at most 1 in size, on an axis that shows where zero is."""
+    values = [y for _, y in line.points if math.isfinite(y)]
+    low, high = min([0.0, *values]), max([0.0, *values])
+    with _picture(2.6, 1.7, description) as (axes, finish):
+        marker = "o" if len(line.points) <= MARKED else ""
+        axes.plot(*zip(*line.points, strict=True), color=_SERIES[line.colour], marker=marker, markersize=3.5)
+        if low == high:  # zero throughout
+            high = 1.0
+        room = 0.08 * (high - low)
+        axes.set_ylim(low - (room if low < 0 else 0.0), high + (room if high > 0 else 0.0))
+        axes.axhline(0.0, color=_MUTED, linewidth=0.8)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlabel(x_label)
         return finish()
 
 
@@ -125,7 +147,8 @@ def shares(rounds: Sequence[int], chosen: Sequence[float], available: Sequence[f
     """Return one source's share of the chosen over the rounds, and of the available; the axis ends at ``top``."""
     with _picture(2.6, 1.7, text) as (axes, finish):
         axes.plot(rounds, available, color=_MUTED, linestyle=(0, (2, 2)), linewidth=1.5)
-        axes.plot(rounds, chosen, color=_SERIES[0], marker="o", markersize=3.5, linewidth=1.8)
+        marker = "o" if len(rounds) <= MARKED else ""
+        axes.plot(rounds, chosen, color=_SERIES[0], marker=marker, markersize=3.5, linewidth=1.8)
         axes.set_ylim(0, max(top, 0.01) * 1.05)
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
@@ -149,6 +172,14 @@ def scatter(
         axes.set_yticks([])
         axes.margins(0.12)
         return finish()
+
+
+def _room_for_flat_lines(axes: Axes, values: Sequence[float]) -> None:
+    """Let an axis show at least a hundredth of what it measures: else it would be about the last digits of a number."""
+    if values:
+        middle, least = (min(values) + max(values)) / 2, 0.005 * (max(map(abs, values)) or 1.0)
+        if (max(values) - min(values)) / 2 < least:
+            axes.set_ylim(middle - least, middle + least)
 
 
 def _shade(value: float) -> tuple[float, float, float, float]:

@@ -1,9 +1,10 @@
 """Runs as the report sees them: ledgers found on disk, their names and their loss curves."""
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -75,26 +76,38 @@ class Run:
         after it. The loss stays where it is while such a round runs, which is a level piece of the curve.
         """
         points: dict[float, float] = {}
+        costs = _Costs(self.ledger, axis)
         for entry in self.ledger.evaluations:
             y = entry.metrics.get(metric, math.nan)
-            for x in self._costs_of(entry, axis):
+            for x in costs.of(entry):
                 if math.isfinite(x) and math.isfinite(y):
                     points[x] = y
         return sorted(points.items())
 
-    def _costs_of(self, entry: Evaluation, axis: Axis) -> tuple[float, ...]:
+
+class _Costs:
+    """Tells what had been spent when a metric was evaluated."""
+
+    def __init__(self, ledger: Ledger, axis: Axis) -> None:
+        self._axis = axis
+        rounds = sorted(ledger.rounds, key=lambda record: record.step)
+        self._steps = [record.step for record in rounds]
+        before = sum((ledger.before_seconds if axis == "seconds" else ledger.before_flops).values())
+        self._spent = list(accumulate((_cost(record, axis) for record in rounds), initial=before))
+        # a round that was measured between the steps before was paid for by then, all but its end
+        pauses = (_cost(record, axis) if "staleness/max" not in record.metrics else 0.0 for record in rounds)
+        self._pauses = list(accumulate(pauses, initial=0.0))
+
+    def of(self, entry: Evaluation) -> tuple[float, ...]:
         """Return what was spent before a pause for a round at the evaluation's step, and after it."""
-        if axis == "step":
+        if self._axis == "step":
             return (float(entry.step),)
-        ledger, seconds = self.ledger, axis == "seconds"
+        first, end = bisect_left(self._steps, entry.step), bisect_right(self._steps, entry.step)
+        pause = self._pauses[end] - self._pauses[first]
+        seconds = self._axis == "seconds"
         training = entry.training_seconds if seconds else entry.training_flops
-        before = sum((ledger.before_seconds if seconds else ledger.before_flops).values())
-        rounds = before + sum(_cost(record, axis) for record in ledger.rounds if record.step < entry.step)
-        # one that was measured between the steps before was paid for by then, all but its end
-        at_step = [record for record in ledger.rounds if record.step == entry.step]
-        pause = sum(_cost(record, axis) for record in at_step if "staleness/max" not in record.metrics)
         spent = entry.selection_seconds if seconds else entry.selection_flops
-        selection = max(rounds, spent - pause)
+        selection = max(self._spent[first], spent - pause)
         return training + selection, training + selection + pause
 
 

@@ -8,6 +8,9 @@ _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 _VISIBLE |= dict.fromkeys([*range(0x80, 0xA0), 0x202D, 0x202E], 0xFFFD)  # the last two turn text around
 
 
+MINUS = "\u2212"
+
+
 def escaped(text: object) -> str:
     """Return any text safe to stand in HTML: markup is escaped, control characters become visible signs."""
     clean = str(text).encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n").translate(_VISIBLE)
@@ -21,19 +24,21 @@ def number(value: float | int | None, digits: int = 4) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "not a number" if math.isnan(value) else ("infinite" if value > 0 else "minus infinite")
     if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}".replace(",", "\u202f")
-    return f"{value:.{digits}g}"
+        return f"{int(value):,}".replace(",", "\u202f").replace("-", MINUS)
+    return f"{value:.{digits}g}".replace("-", MINUS)
 
 
 def loss(value: float | None) -> str:
     """Return a loss in nats per token, three decimals."""
-    return "–" if value is None else (f"{value:.3f}" if math.isfinite(value) else number(value))
+    return "–" if value is None else (f"{value:.3f}" if math.isfinite(value) else number(value)).replace("-", MINUS)
 
 
 def percent(share: float) -> str:
-    """Return a share of one as per cent; small ones keep a decimal."""
+    """Return a share of one as per cent; small ones keep a decimal, and none that is not zero looks like it."""
     if not math.isfinite(share):
         return "–"
+    if 0 < share < 0.0005:
+        return "~0%"
     return f"{share:.0%}" if share == 0 or share >= 0.0995 else f"{share:.1%}"
 
 
@@ -41,8 +46,10 @@ def duration(seconds: float) -> str:
     """Return seconds as hours, minutes and seconds, the two largest of them."""
     if not math.isfinite(seconds):
         return "–"
+    if 0 < seconds < 0.05:
+        return "~0 s"
     if seconds < 9.95:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f} s" if seconds else "0 s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
