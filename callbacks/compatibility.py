@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     ModelCheckpoint,
     OnExceptionCheckpoint,
+    StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -50,6 +51,11 @@ def check_setup(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             raise MisconfigurationException(
                 f"{type(callback).__name__} changes the number of examples of an optimizer step while DataSelection "
                 "plans rounds of whole steps: set accumulate_grad_batches and batch_size to fixed numbers"
+            )
+        if isinstance(callback, StochasticWeightAveraging):
+            raise MisconfigurationException(
+                "StochasticWeightAveraging begins its schedule and adds to its average when an epoch starts, and loses "
+                "them when a run is resumed inside of one: use EMAWeightAveraging or WeightAveraging"
             )
 
 
@@ -142,16 +148,17 @@ def check_rest(plan: Plan, global_batch: int, trainer: pl.Trainer) -> None:
 
 
 def keep_checkpoints_out_of_windows(trainer: pl.Trainer) -> None:
-    """Let no ``ModelCheckpoint`` save the step that was resumed from once more, inside the next accumulation window.
+    """Let no ``ModelCheckpoint`` save the step that a run begins at once more, inside its first accumulation window.
 
-    It saves when the step number fits and is not the one that it saved last, which it forgets over a resume.
+    It saves when the step number fits and is not the one that it saved last, which it forgets over a resume, and knows
+    of an earlier fit in a second one.
     """
     if trainer.accumulate_grad_batches == 1:
         return
     for callback in trainer.checkpoint_callbacks:
         every = getattr(callback, "_every_n_train_steps", 0)
         if isinstance(callback, ModelCheckpoint) and every and trainer.global_step % every == 0:
-            callback._last_global_step_saved = max(callback._last_global_step_saved, trainer.global_step)
+            callback._last_global_step_saved = trainer.global_step
 
 
 def is_inside_window(trainer: pl.Trainer) -> bool:

@@ -5,6 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from liveselect import distributed
+from liveselect.protocols import SelectionWarning
 
 
 def random_state() -> dict[str, Any]:
@@ -28,3 +32,83 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
     random.setstate((version, tuple(words), gauss))
+
+
+class RandomStates:
+    """The random states with which the next batch begins: as the last one left them, and after a resume no others.
+
+    Between two batches hooks of other callbacks, of the module and of loggers may draw. A run that is resumed from a
+    checkpoint does not run those that came after it, so what they drew is put back; after a batch without a checkpoint,
+    nothing is. Data that a dataset draws has random states of its own.
+    """
+
+    def __init__(self) -> None:
+        self._next: dict[str, Any] | None = None  # with which the batch begins that comes next, or is under way
+        self._loaded: list[dict[str, Any]] | None = None
+        self._begun = self._saved = self._warned = False
+
+    def begin_run(self) -> None:
+        """Forget the batches of an earlier fit, but not what a checkpoint has brought."""
+        self._next, self._begun, self._saved = None, False, False
+
+    def begin_batch(self) -> None:
+        """Put back what has to be; call it before the batch is fetched, because hooks draw while it is moved, too."""
+        if self._loaded is not None:
+            states, self._loaded = self._loaded, None
+            if distributed.rank() < len(states):
+                set_random_state(states[distributed.rank()])
+        elif self._saved:
+            self._take_back()
+        self._next, self._begun, self._saved = random_state(), True, False
+
+    def ensure_begun(self) -> None:
+        """Begin the batch that is there already, unless that was done before."""
+        if not self._begun:
+            self.begin_batch()
+
+    def end_batch(self) -> None:
+        """Note what the batch has left."""
+        self._next, self._begun, self._saved = random_state(), False, False
+
+    def put_back(self) -> None:
+        """Put back what the last batch has left; nothing before the first one."""
+        if self._next is not None and self._loaded is None:
+            set_random_state(self._next)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return the states of all ranks with which the batch begins that a resumed run trains first; a collective."""
+        self._saved = True
+        loaded = self._loaded or []
+        if distributed.rank() < len(loaded):
+            own = loaded[distributed.rank()]
+        else:
+            own = random_state() if self._next is None else self._next
+            self._next = own
+        return distributed.gather_objects(own)
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Put these back when the next batch begins."""
+        self._loaded = states
+
+    def _take_back(self) -> None:
+        if self._next is None or _equal(self._next, random_state()):
+            return
+        set_random_state(self._next)
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                "a hook drew random numbers between a checkpoint and the next batch. A run that is resumed from it "
+                "does not draw them, so the random states are put back to those in the checkpoint, here and after "
+                "every checkpoint to come: let hooks draw from a generator of their own",
+                category=SelectionWarning,
+            )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_equal(one[name], other[name]) for name in one)
+    if isinstance(one, list) and any(isinstance(each, torch.Tensor) for each in one):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)

@@ -50,9 +50,24 @@ def _log(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
 
 
 def keep_older_ledger(path: Path | None) -> None:
-    """Give the ledger of an earlier run in the same folder another name; it is the only record of that run."""
+    """Give the ledger of an earlier run in the same folder another name; it is the only record of that run.
+
+    Where that run was cut off, say that this one does not continue it.
+    """
     if path is None or distributed.rank() != 0 or not path.exists():
         return
+    try:
+        earlier = Ledger.read(path)
+    except (OSError, ValueError):
+        earlier = Ledger()  # damaged, or of another version
+    if earlier.finished is False and earlier.rounds:
+        rank_zero_warn(
+            f"training starts over from step 0, although a run that wrote to {path.parent} was cut off in round "
+            f"{earlier.rounds[-1].round}: no checkpoint was loaded. To continue that run, pass its checkpoint as "
+            "ckpt_path; 'last' finds one only in the folder of a ModelCheckpoint(dirpath=..., save_last=True), and a "
+            "logger may give every run a new folder",
+            category=SelectionWarning,
+        )
     free = next(name for i in count(1) if not (name := path.with_stem(f"{path.stem}-{i}")).exists())
     path.rename(free)
     log.info("the ledger of an earlier run in this folder is now %s", free)

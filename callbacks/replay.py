@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import lightning.pytorch as pl
+
 from liveselect.callbacks.selection import DataSelection
 from liveselect.selectors.replay import ReplaySelector, recorded_interval
 
@@ -25,3 +27,12 @@ class Replay(DataSelection):
             warmup_rounds=0,
             dirpath=dirpath,
         )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin, or raise ValueError when fewer candidates were recorded than this run will train on."""
+        super().on_train_start(trainer, pl_module)
+        plan, global_batch = self._current_plan(), self._global_batch(trainer)
+        planned = (len(plan.ids) - plan.cursor) // global_batch
+        steps = trainer.estimated_stepping_batches - trainer.global_step - planned
+        if isinstance(self.selector, ReplaySelector) and 0 < steps < float("inf"):
+            self.selector.check_length(int(steps) * global_batch)

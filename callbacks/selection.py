@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from liveselect import distributed
 from liveselect.callbacks.clipping import clip_gradients
 from liveselect.callbacks.compatibility import (
     callable_model,
@@ -31,7 +30,7 @@ from liveselect.callbacks.compatibility import (
 from liveselect.callbacks.overhearing import Overhearing, check_overhear
 from liveselect.callbacks.pace import Pace
 from liveselect.callbacks.progress import RoundProgress
-from liveselect.callbacks.random_state import random_state, set_random_state
+from liveselect.callbacks.random_state import RandomStates
 from liveselect.callbacks.records import keep_older_ledger, log_round, write_ledger
 from liveselect.cost import CostMeter, SilentProgress
 from liveselect.decisions import DecisionLedger
@@ -137,8 +136,7 @@ class DataSelection(Callback):
         self._first_states: dict[int, Any] = {}
         self._source: CandidateSource | None = None
         self._ledger_path: Path | None = None
-        self._random_states: list[dict[str, Any]] | None = None
-        self._after_batch: dict[str, Any] | None = None
+        self._random_states = RandomStates()
         self._in_batch = False
         self._loaded = False
         self._since: float | None = None
@@ -183,10 +181,7 @@ class DataSelection(Callback):
             "seed": self.seed,
             "run": self._run.state_dict(),
             "overhearing": self.overhearing.state_dict(self._run),
-            # inside a batch (a checkpoint on an exception) the batch will be trained again from its beginning
-            "random_states": distributed.gather_objects(
-                self._after_batch if self._in_batch and self._after_batch is not None else random_state()
-            ),
+            "random_states": self._random_states.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -201,7 +196,7 @@ class DataSelection(Callback):
             )
         self.run.load_state_dict(state_dict["run"])
         self.overhearing.load_state_dict(state_dict["overhearing"])
-        self._random_states = state_dict["random_states"]
+        self._random_states.load_state_dict(state_dict["random_states"])
         self._loaded = True
 
     def on_save_checkpoint(
@@ -263,6 +258,9 @@ class DataSelection(Callback):
             self._begin()  # another fit of the same callback, from the start
         if not self._loaded:
             keep_older_ledger(self._ledger_path)
+        self._random_states.begin_run()
+        if hasattr(self._source, "before_batch"):
+            self._source.before_batch = self._random_states.begin_batch
         self._loaded, self.run.ledger.finished = False, False
         if self.plan is not None:
             check_rest(self.plan, self._global_batch(trainer), trainer)
@@ -279,12 +277,8 @@ class DataSelection(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Restore the random states of a checkpoint, as late as possible: other hooks draw before the first step."""
-        if self._random_states is not None:
-            states, self._random_states = self._random_states, None
-            if distributed.rank() < len(states):
-                set_random_state(states[distributed.rank()])
-        self._after_batch = random_state()
+        """Listen to the batch, if this step is to be heard."""
+        self._random_states.ensure_begun()
         self._in_batch = True
         self.overhearing.begin(trainer, pl_module, batch, self.run, self._global_batch(trainer))
 
@@ -300,7 +294,7 @@ class DataSelection(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Advance the plan; at the round's last optimizer step make the next one."""
-        self._after_batch = random_state()
+        self._random_states.end_batch()
         plan = self._current_plan()
         examples = self._source_or_raise().batch_size * trainer.world_size
         self.overhearing.end(trainer, self.run, examples, self._global_batch(trainer))
@@ -331,10 +325,9 @@ class DataSelection(Callback):
         """Note the model's metrics beside what was spent so far."""
         if trainer.sanity_checking or self._run is None or trainer.state.fn != TrainerFn.FITTING:
             return
-        if self._after_batch is not None:
-            # a loader that draws its seed moves the global state; a run resumed from the checkpoint of this very step
-            # does not validate again, and would go on with other random numbers
-            set_random_state(self._after_batch)
+        # a loader that draws its seed moves the global state; a run resumed from the checkpoint of this very step does
+        # not validate again, and would go on with other random numbers
+        self._random_states.put_back()
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self._run.ledger.evaluate(trainer.global_step, metrics)
         write_ledger(self.run.ledger, self._ledger_path)

@@ -96,6 +96,7 @@ class PlanLoader:
         pin_memory: serve batches in pinned memory.
         receive: makes the training batch of what the inner ``DataLoader`` yields.
         options: further arguments of the inner ``DataLoader``: ``num_workers``, ``collate_fn``, ...
+        before_batch: called before each batch is fetched, in this process.
     """
 
     def __init__(
@@ -109,7 +110,9 @@ class PlanLoader:
         pin_memory: bool = False,
         receive: Receive | None = None,
         options: Mapping[str, Any] | None = None,
+        before_batch: Callable[[], None] | None = None,
     ) -> None:
+        self.before_batch = before_batch
         self.dataset = dataset
         self.batch_size = batch_size
         self.rank = rank
@@ -147,6 +150,8 @@ class PlanLoader:
         if self.plan is not None and self.plan.cursor != self._position:
             self._walk = None  # batches that were fetched but not trained on are served again
         for _ in range(self._length):
+            if self.before_batch is not None:
+                self.before_batch()
             yield self._next_batch()
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """SelectionDataModule: serves candidates, the reference set, and the batches of the plan."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,9 @@ class SelectionDataModule(pl.LightningDataModule):
             reference set with a warning that lists them, or ``allow`` them without looking.
         seed: seeds what the dataset draws: each row draws what its place in the plan says, from torch, numpy and
             random.
+
+    Attributes:
+        before_batch: called before each training batch is fetched; None for nothing.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class SelectionDataModule(pl.LightningDataModule):
         self._validation: list[Batch] | None = None
         self._loader: PlanLoader | None = None
         self._plan: Plan | None = None
+        self.before_batch: Callable[[], None] | None = None
         if self._existing is not None:
             names = [*wrapping.HOOKS, *(["val_dataloader"] if validation is None else [])]
             wrapping.adopt_hooks(self, self._existing, names)
@@ -177,6 +181,7 @@ class SelectionDataModule(pl.LightningDataModule):
                 self._pins_memory,
                 rows.receive,
                 self._options,
+                self._before_batch,
             )
             if self._plan is not None:
                 self._loader.follow(self._plan)
@@ -316,6 +321,11 @@ class SelectionDataModule(pl.LightningDataModule):
 
     def _epoch_batches(self) -> int:
         examples = self._epoch_examples or self.pool.size
+        self.before_batch = None
+
+    def _before_batch(self) -> None:
+        if self.before_batch is not None:
+            self.before_batch()
         return epoch_length(examples, self.batch_size * self._world_size, self._accumulate)
 
     @property

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -38,6 +38,10 @@ def fit(tmp_path, module=None, callbacks=(), data=None, **settings):
         ),
         ({"overfit_batches": 1, **SIMPLE}, "overfit_batches replaces the training data"),
         ({"callbacks": [GradientAccumulationScheduler({0: 1})], "accumulate_grad_batches": 1}, "fixed numbers"),
+        (
+            {"callbacks": [StochasticWeightAveraging(1e-3, swa_epoch_start=1)]},
+            "resumed inside.*use EMAWeight",
+        ),
         (
             {"callbacks": [ModelCheckpoint(train_time_interval=timedelta(hours=1))]},
             "every_n_train",

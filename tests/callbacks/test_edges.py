@@ -108,6 +108,31 @@ def test_resuming_continues_the_ledger_in_its_place(tmp_path):
     assert len(Ledger.read(tmp_path / "ledger.jsonl").rounds) == 4
 
 
+class Fails(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 5:
+            raise ConnectionError("the storage is gone")
+
+
+def test_a_run_that_starts_over_beside_one_that_was_cut_off_says_so(tmp_path, recwarn):
+    def fit(*more, folder):
+        selection = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path / "selection")
+        keep = ModelCheckpoint(folder, every_n_train_steps=4, save_last=True)
+        trainer = small_trainer(tmp_path, [selection, *more, keep], max_steps=8)
+        trainer.fit(SmallLM(), datamodule=small_data(), ckpt_path="last")
+
+    def said():
+        return [str(each.message) for each in recwarn if "starts over from step 0" in str(each.message)]
+
+    with pytest.raises(ConnectionError):
+        fit(Fails(), folder=tmp_path / "version_0")
+    assert not said()
+    fit(folder=tmp_path / "version_1")  # where no checkpoint is
+    assert [f"{tmp_path / 'selection'} was cut off in round 1" in text for text in said()] == [True]
+    fit(folder=tmp_path / "version_2")  # beside one that had come to its end
+    assert len(said()) == 1
+
+
 class Versioned(Logger):
     """A logger with a folder for all runs and a name for each, as W&B's has."""
 

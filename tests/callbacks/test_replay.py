@@ -75,9 +75,20 @@ def test_a_replay_that_was_stopped_goes_on(tmp_path, recorded):
     assert first + rest == order
 
 
-def test_a_replay_longer_than_the_record_says_so(tmp_path, recorded):
-    with pytest.raises(ValueError, match=rf"recorded {STEPS * BATCH} choices.*train for fewer steps"):
+def test_a_replay_longer_than_the_record_says_so_before_it_trains(tmp_path, recorded):
+    message = rf"recorded {STEPS * BATCH} choices, and this run needs {(STEPS + 4) * BATCH}: train for fewer steps"
+    with pytest.raises(ValueError, match=message):
         trained(tmp_path, Replay(recorded[0], dirpath=tmp_path), steps=STEPS + 4)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_longer_replay_that_is_resumed_says_so_before_it_trains(tmp_path, recorded):
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=6, filename="x")
+    trained(tmp_path / "first", Replay(recorded[0], dirpath=tmp_path), steps=6, callbacks=[keep])
+    trainer = small_trainer(tmp_path, [Replay(recorded[0], dirpath=tmp_path)], max_steps=STEPS + 1, **SIMPLE)
+    with pytest.raises(ValueError, match=f"this run needs {(STEPS + 1) * BATCH}: train for fewer steps"):
+        trainer.fit(SmallLM(), datamodule=small_data(), ckpt_path=tmp_path / "x.ckpt")
+    assert trainer.global_step == 6
 
 
 def test_plans_of_another_pool_are_refused(tmp_path, recorded):

@@ -48,6 +48,14 @@ class ReplaySelector:
             )
         self._plans, self._ids = plans, torch.cat([plan.ids for plan in plans])
 
+    def check_length(self, needed: int) -> None:
+        """Raise ValueError when fewer than ``needed`` recorded candidates are left."""
+        if self._position + needed > len(self._ids):
+            raise ValueError(
+                f"{self.run} recorded {len(self._ids)} choices, and this run needs {self._position + needed}: train "
+                "for fewer steps (max_steps), or with a smaller global batch"
+            )
+
     def propose(self, context: RoundContext) -> Tensor:
         """Return no ids, ``(0,)``: everything was decided before."""
         return torch.empty(0, dtype=torch.int64)
@@ -67,10 +75,7 @@ class ReplaySelector:
             self._position = 0
         ids = self._ids[self._position : self._position + budget].clone()
         if len(ids) < budget:
-            raise ValueError(
-                f"{self.run} recorded {len(self._ids)} choices, and this run needs {self._position + budget} by round "
-                f"{context.round}: train for fewer steps (max_steps), or with a smaller global batch"
-            )
+            self.check_length(budget)
         if len(ids.unique()) < budget:
             raise ValueError(
                 f"round {context.round} would hold {budget - len(ids.unique())} candidates twice, because its border "
