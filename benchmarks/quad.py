@@ -4,7 +4,9 @@ The first table trains a small decoder on random tokens in rounds of 20 optimize
 the processor's time, and how it divides among the phases of the ledger. The first round is a warm-up; by default five
 more follow, in which the factors of the curvature are refreshed once, as in any five rounds. What counts is the ratio
 of measured to trained examples: the share falls in proportion to the examples of a step. ``outside`` is what no phase
-of the ledger covers: finding the available candidates, and writing the ledger and the logs.
+of the ledger covers: finding the available candidates, and writing the ledger and the logs. ``overhearing`` is what the
+ledger takes off training for the steps that tell the influence of their examples; the last line holds the clocks of
+batches with and without it against that.
 
 The second table runs the bandit alone, without a model, and prints milliseconds per round. Its rounds are as short as
 those of the first table.
@@ -148,23 +150,24 @@ def tell(name: str, selection: TimedQuad, step: int, reference: int) -> None:
     whole = statistics.mean(selection.round_seconds[1:])
     wall = statistics.mean(selection.wall_seconds[1:])
     phases["outside"] = wall - sum(phases.values())
-    training = statistics.mean(selection.step_seconds)
+    phases = {phase: seconds * whole / wall for phase, seconds in phases.items()}
+    ledger = selection.run.ledger
+    phases["overhearing"] = heard = ledger.around_seconds.get("overhearing", 0.0) / len(records)
+    everything = whole + statistics.mean(selection.step_seconds)
     measured = statistics.mean(len(record.measured) for record in records)
-    share = whole / (whole + training)
     print(
-        f"{name:>9}  {step:>5} examples a step, {measured:.0f} measured, {reference} reference: "
-        f"training {training:.2f} s, selection {whole:.2f} s, {100 * share:.1f}%"
+        f"{name:>9}  {step:>5} examples a step, {measured:.0f} measured, {reference} reference: training "
+        f"{everything - whole - heard:.2f} s, selection {whole + heard:.2f} s, {100 * (whole + heard) / everything:.1f}%"
     )
-    if selection.batch_seconds[True]:
-        heard, silent = (statistics.median(selection.batch_seconds[listened]) for listened in (True, False))
-        batches = len(selection.batch_seconds[True]) / max(1, len(selection.round_seconds) - 2)
-        extra = 100 * batches * (heard - silent) / (whole + training)
-        print(
-            f"{'':>11}a batch that is listened to takes {heard / silent:.2f} times as long: {extra:.2f}% of the time, "
-            "counted as training"
-        )
     for phase, seconds in sorted(phases.items(), key=lambda item: -item[1]):
-        print(f"{'':>11}{phase:<26}{100 * share * seconds / wall:>7.2f}%")
+        print(f"{'':>11}{phase:<26}{100 * seconds / everything:>7.2f}%")
+    if selection.batch_seconds[True]:
+        listened, silent = (statistics.median(selection.batch_seconds[which]) for which in (True, False))
+        batches = len(selection.batch_seconds[True]) / len(records)
+        print(
+            f"{'':>11}a batch that is listened to takes {listened / silent:.2f} times as long, which is "
+            f"{100 * batches * (listened - silent) / everything:.2f}% of the time"
+        )
 
 
 class NoData:

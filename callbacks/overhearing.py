@@ -12,12 +12,17 @@ from torch import Tensor, nn
 
 from liveselect import distributed
 from liveselect.callbacks.records import record_heard
+from liveselect.cost import CostMeter
+from liveselect.functional.flops import forward_flops
 from liveselect.functional.sharding import is_sharded
 from liveselect.influence.piggyback import LossMean, TrainingStepScores, find_loss_mean, mean_weights
 from liveselect.losses import target_counts
 from liveselect.protocols import LossFn, SelectionWarning
 from liveselect.rounds import SelectionRun
 from liveselect.snapshot import measuring
+
+PHASE = "overhearing"
+"""What the cost of listening is called in the ledger."""
 
 
 def direction_of(estimator: Any) -> Mapping[str, Tensor] | None:
@@ -92,12 +97,19 @@ class Overhearing:
             return
         if self.direction(run, global_batch) is None:
             return
-        ids, influence = self.listener.collect()
+        record = run.ledger.rounds[-1]
+        ids, influence, flops = self.listener.collect()
+        if flops:
+            record.flops[PHASE] = record.flops.get(PHASE, 0.0) + flops
         if not len(ids):
             return
-        record_heard(trainer, run.ledger.rounds[-1], ids, influence)
+        record_heard(trainer, record, ids, influence)
         if hasattr(run.selector, "overhear"):
             run.selector.overhear(ids, influence)
+
+    def take_seconds(self) -> float:
+        """Return the seconds of this rank that listening took since the last call."""
+        return self.listener.meter.seconds.pop(PHASE, 0.0)
 
     def state_dict(self, run: SelectionRun) -> dict[str, Any]:
         """Return what a run that is resumed in this round needs to listen, where the estimator does not keep it."""
@@ -123,10 +135,12 @@ class StepListener:
 
     Attributes:
         deaf: whether it has given up.
+        meter: seconds and FLOPs of this rank that were not told yet.
     """
 
     def __init__(self, loss_fn: LossFn, examples: int | None = None) -> None:
         self.deaf = False
+        self.meter = CostMeter()
         self.loss_fn = loss_fn
         self.examples = examples
         self._scores: TrainingStepScores | None = None
@@ -146,7 +160,7 @@ class StepListener:
         self._agree(pl_module)
         if self.deaf:
             return
-        with self._deaf_after_errors():
+        with self.meter.phase(PHASE), self._deaf_after_errors():
             if self._mean is None:
                 counts = target_counts(batch)
                 self._same = bool((counts == counts[0]).all())
@@ -154,6 +168,7 @@ class StepListener:
                 forward = trainer.precision_plugin.forward_context()
                 with measuring(pl_module, trainer.optimizers[0]), torch.no_grad(), forward:
                     self._losses = self.loss_fn(pl_module, batch)
+                self.meter.flops[PHASE] += forward_flops(pl_module, batch["input_ids"].numel())
             # the first ones of the batch over all ranks: the same on any number of ranks
             mine = len(batch["id"])
             if self.examples is not None:
@@ -171,8 +186,9 @@ class StepListener:
         """Check, once, that the step is one that can be heard."""
         if self._losses is None:
             return
-        self._check(trainer, loss)
-        self._agree(trainer.lightning_module)
+        with self.meter.phase(PHASE):
+            self._check(trainer, loss)
+            self._agree(trainer.lightning_module)
 
     def _check(self, trainer: pl.Trainer, loss: Tensor) -> None:
         if self._scores is None or self._losses is None:
@@ -185,25 +201,37 @@ class StepListener:
 
     def after_backward(self, trainer: pl.Trainer) -> None:
         """Keep what the backward has shown."""
-        if self._scores is None:
+        scores = self._scores
+        if scores is None:
             return
-        with self._deaf_after_errors():
+        with self.meter.phase(PHASE), self._deaf_after_errors():
             weights = mean_weights(self._batch, self._mean or "tokens", trainer.accumulate_grad_batches)
-            influence = self._scores.collect(weights)
+            influence = scores.collect(weights)
             influence[self._wanted :] = math.nan
             if self._mean is not None or self._same:  # else the weights of the examples are not known yet
                 self._heard.append((self._batch["id"].cpu(), influence))
+        self.meter.seconds[PHASE] += scores.watch.read()  # spent in the forward and backward of training
+        self.meter.flops[PHASE] += scores.flops
         self._stop()
 
-    def collect(self) -> tuple[Tensor, Tensor]:
-        """Return ids and influence, ``(m,)`` each, of what all ranks have heard since the last call; a collective."""
+    def collect(self) -> tuple[Tensor, Tensor, float]:
+        """Return what all ranks have heard since the last call, and the FLOPs it took; a collective.
+
+        Returns:
+            ids and influence, ``(m,)`` each, and the FLOPs of all ranks.
+        """
+        with self.meter.phase(PHASE):
+            return self._collect()
+
+    def _collect(self) -> tuple[Tensor, Tensor, float]:
         self._stop()
-        heard = [pair for pairs in distributed.gather_objects(self._heard) for pair in pairs]
+        ranks = distributed.gather_objects((self._heard, self.meter.flops.pop(PHASE, 0.0)))
+        heard, flops = [pair for pairs, _ in ranks for pair in pairs], sum(amount for _, amount in ranks)
         self._heard = []
         if not heard:
-            return torch.empty(0, dtype=torch.int64), torch.empty(0)
+            return torch.empty(0, dtype=torch.int64), torch.empty(0), flops
         ids, influence = (torch.cat(parts) for parts in zip(*heard, strict=True))
-        return ids, influence
+        return ids, influence, flops
 
     def _agree(self, model: nn.Module) -> None:
         """Be deaf when another rank is: with a sharded model, listening is a collective."""

@@ -298,6 +298,7 @@ class DataSelection(Callback):
         plan = self._current_plan()
         examples = self._source_or_raise().batch_size * trainer.world_size
         self.overhearing.end(trainer, self.run, examples, self._global_batch(trainer))
+        self.charge("overhearing", self.overhearing.take_seconds())
         plan.advance(examples)
         self.run.ledger.training_flops += self._flops_per_token * _tokens_in(batch) * trainer.world_size
         at_boundary = trainer.global_step != self._last_step

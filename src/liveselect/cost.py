@@ -76,6 +76,40 @@ class CostMeter:
         self._since = now
 
 
+@dataclass
+class Stopwatch:
+    """Adds up the seconds of short pieces of work inside of other work; for those of a GPU it does not wait."""
+
+    _seconds: float = 0.0
+    _laps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    @contextmanager
+    def lap(self, device: torch.device) -> Iterator[None]:
+        """Add the time that ``device`` takes for what is started inside the block."""
+        if device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            self._laps.append((begin, end))
+            try:
+                yield
+            finally:
+                end.record()
+            return
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - began
+
+    def read(self) -> float:
+        """Return the seconds so far; waits until a GPU has come to the end of them."""
+        laps, self._laps = self._laps, []
+        for begin, end in laps:
+            end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1000
+        return self._seconds
+
+
 @contextmanager
 def tracked_phase(
     meter: CostMeter, progress: Progress, name: str, total: int, unit: str

@@ -6,11 +6,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from small_run import SIMPLE, ProbingUniform, SmallLM, Trace, rows, small_trainer
+from small_run import SIMPLE, TOKENS, ProbingUniform, SmallLM, Trace, rows, small_trainer
 
 from liveselect.callbacks import DataSelection
 from liveselect.cli.fit import SelectionCLI
 from liveselect.datamodules import SelectionDataModule
+from liveselect.functional.flops import forward_flops
 from liveselect.functional.gradients import example_dot
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence
 from liveselect.ledger import Ledger
@@ -70,6 +71,31 @@ def test_every_training_example_gets_the_influence_that_a_pass_of_its_own_measur
     assert len(heard) == BATCH * (STEPS - ROUND * accumulate)  # all but the warm-up
     expected = torch.tensor([measured.influence[i] for i in heard])
     torch.testing.assert_close(torch.tensor(list(heard.values())), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_listening_costs_is_selection_s_and_not_training_s(tmp_path, accumulate):
+    ledgers = {}
+    for overhear in (0, 1):
+        chosen = selection(tmp_path / str(overhear), ProbingUniform(), overhear=overhear)
+        steps = STEPS // accumulate
+        ledgers[overhear] = fit(tmp_path / str(overhear), chosen, accumulate_grad_batches=accumulate, max_steps=steps)
+    silent, heard = ledgers[0], ledgers[1]
+    assert "overhearing" not in silent.around_seconds
+    assert all("overhearing" not in record.flops for record in silent.rounds)
+    assert heard.training_flops == silent.training_flops
+    assert heard.around_seconds["overhearing"] > 0.0
+    # all examples of a batch but the last are multiplied with the direction's matrices; the last is the rest of a sum
+    sizes = {name: each.numel() for name, each in chosen.estimator.direction.items() if each is not None}
+    matrices = sum(
+        size
+        for name, size in sizes.items()
+        if name.endswith("weight") and "norm" not in name and "embed_in" not in name
+    )
+    batch = 2.0 * TOKENS * (BATCH - 1) * matrices + 2.0 * sum(sizes.values())
+    looked_once = forward_flops(SmallLM(), BATCH * TOKENS)
+    for index, record in enumerate(heard.rounds[1:]):
+        assert record.flops["overhearing"] == accumulate * batch + (looked_once if index == 0 else 0.0)
 
 
 def test_only_the_first_steps_of_a_round_are_heard_on_request(tmp_path):

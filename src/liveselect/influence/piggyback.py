@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liveselect import distributed
+from liveselect.cost import Stopwatch
+from liveselect.functional.flops import matmul_parameters
 from liveselect.functional.gradients import plan_products
 from liveselect.functional.layer_pass import LayerPlan, check_coverage, count_rows, make_anchor
 from liveselect.functional.sharding import is_sharded
@@ -60,6 +62,10 @@ class TrainingStepScores:
         direction: for each parameter that takes part a tensor of its shape; what is missing or None is left out.
         examples: how many examples of each micro-batch are scored, the first ones; None is all.
 
+    Attributes:
+        watch: the time spent in backwards for scores.
+        flops: floating point operations likewise, one multiply-add counted as 2.
+
     Raises:
         ValueError: the direction does not fit the model, or no rule covers one of its parameters.
 
@@ -76,6 +82,10 @@ class TrainingStepScores:
         self._examples = examples
         self._stack = ExitStack()
         self._open: _Open | None = None
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self._weights = sum(matmul_parameters(modules[name]) for name in self._plan.observers)
+        self.watch = Stopwatch()
+        self.flops = 0.0
 
     @property
     def attached(self) -> bool:
@@ -93,9 +103,13 @@ class TrainingStepScores:
         self._open = _Open(make_anchor(self._plan.parameters.values(), rows), wanted, from_total)
         products = wanted - from_total
         if products:
-            observers = {name: partial(_first, observe, products) for name, observe in self._plan.observers.items()}
+            observers = {
+                name: partial(_first, observe, products, self.watch) for name, observe in self._plan.observers.items()
+            }
             self._open.log = self._stack.enter_context(tapped(self._model, observers, self._open.anchor, rows))
+            self.flops += 2.0 * self._weights * products * _tokens_in(batch) / rows
         if from_total:
+            self.flops += 2.0 * sum(parameter.numel() for parameter in self._plan.parameters.values())
             for name, parameter in self._plan.parameters.items():
                 self._stack.callback(parameter.register_hook(partial(self._note_total, name)).remove)
 
@@ -142,9 +156,10 @@ class TrainingStepScores:
     def _note_total(self, name: str, gradient: Tensor) -> None:
         direction = self._direction[name]
         if self._open is not None and direction is not None:
-            wide = torch.promote_types(gradient.dtype, torch.float32)
-            product = gradient.detach().to(wide) * direction.to(gradient.device, wide)
-            self._open.totals.append(product.sum())
+            with self.watch.lap(gradient.device):
+                wide = torch.promote_types(gradient.dtype, torch.float32)
+                product = gradient.detach().to(wide) * direction.to(gradient.device, wide)
+                self._open.totals.append(product.sum())
 
 
 @dataclass
@@ -168,10 +183,16 @@ class _Open:
         return products
 
 
-def _first(observe: Observer, rows: int, inputs: Tensor, delta: Tensor) -> Tensor | None:
+def _first(observe: Observer, rows: int, watch: Stopwatch, inputs: Tensor, delta: Tensor) -> Tensor | None:
     """Show an observer the first examples only."""
-    seen = observe(inputs[:rows], delta[:rows])
-    return None if seen is None else F.pad(seen, (0, len(delta) - rows))
+    with watch.lap(delta.device):
+        seen = observe(inputs[:rows], delta[:rows])
+        return None if seen is None else F.pad(seen, (0, len(delta) - rows))
+
+
+def _tokens_in(batch: Batch) -> int:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    return ids.numel() if isinstance(ids, Tensor) else 0
 
 
 def mean_weights(batch: Batch, mean: LossMean = "tokens", divisor: float = 1.0) -> Tensor:
