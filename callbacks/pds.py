@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-
 from liveselect.callbacks.selection import DataSelection
 from liveselect.influence import PMPInfluence
 from liveselect.protocols import InfluenceEstimator, InfluenceRegressor, LossFn, Selector
@@ -75,6 +73,7 @@ class PDS(DataSelection):
         groups: with scores: names of the groups that may be chosen.
         random_share: with scores: share of each round that is drawn uniformly.
         standardize: whether scores or predictions are scaled to unit variance before the noise.
+        column: with scores: the column of a Parquet file that holds them.
         probes: live: candidates measured in each round.
         estimator: live: measures influence.
         regressor: live: predicts influence; by default a BERT encoder.
@@ -97,6 +96,7 @@ class PDS(DataSelection):
         groups: Sequence[str] | None = None,
         random_share: float = 0.0,
         standardize: bool = False,
+        column: str = "score",
         probes: int = 4096,
         estimator: InfluenceEstimator | None = None,
         regressor: InfluenceRegressor | None = None,
@@ -132,7 +132,7 @@ class PDS(DataSelection):
                     "an estimator or a regressor is used with live=True only: with ready scores nothing is measured"
                 )
             selector = ScoredSelector(
-                scores, ratio, temperature, final_temperature, anneal_rounds, groups, random_share, standardize
+                scores, ratio, temperature, final_temperature, anneal_rounds, groups, random_share, standardize, column
             )
         super().__init__(
             selector=selector,
@@ -143,9 +143,3 @@ class PDS(DataSelection):
             seed=seed,
             dirpath=dirpath,
         )
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the trainer's settings, take hold of the data, and see that ready scores are of this pool."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and isinstance(self.selector, ScoredSelector):
-            self.selector.check_pool(self.run.pool)

@@ -194,7 +194,8 @@ class Selection:
 class Selector(Protocol):
     """Decides what to measure and what to train on: ask, tell, choose.
 
-    A selector may also have ``overhear(ids, influence)``: it is then told, between rounds, of the influence ``(m,)`` of
+    A selector may also have ``check_pool(pool)``, which raises before training begins what is wrong with the pool, and
+    ``overhear(ids, influence)``: it is then told, between rounds, of the influence ``(m,)`` of
     candidates ``ids (m,)`` as the training steps on them have shown it.
     """
 

@@ -3,16 +3,19 @@
 import json
 
 import lightning.pytorch as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from small_run import POOL, SIMPLE, STEPS, SmallLM, Trace, small_data, small_trainer, weights_hash
 
-from liveselect.callbacks import PDS
+from liveselect.callbacks import PDS, DataSelection
 from liveselect.influence import PMPInfluence
 from liveselect.ledger import Ledger
+from liveselect.protocols import SelectionWarning
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.scores import write_scores
-from liveselect.selectors import ScoredSelector
+from liveselect.selectors import PriorSelector, ScoredSelector, UniformSelector
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 
@@ -69,6 +72,23 @@ def test_scores_of_another_pool_end_the_run_before_it_trains(tmp_path):
     write_scores(tmp_path / "scores", torch.zeros(POOL), "another pool", {})
     with pytest.raises(ValueError, match="another pool"):
         fit(tmp_path, PDS(tmp_path / "scores", warmup_rounds=2, dirpath=tmp_path / "s"))
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_column_of_a_file_made_elsewhere_is_drawn_from(tmp_path):
+    pq.write_table(pa.table({"edu": [float(i) for i in range(POOL)]}), tmp_path / "edu.parquet")
+    scores = tmp_path / "edu.parquet"
+    selection = PDS(scores, column="edu", every_n_steps=4, ratio=0.5, temperature=0.0, dirpath=tmp_path / "s")
+    with pytest.warns(SelectionWarning, match=r"edu.parquet does not say of which pool"):
+        _, _, trained_on = fit(tmp_path, selection)
+    assert set(trained_on) <= set(range(POOL // 2, POOL))
+
+
+def test_a_prior_of_another_pool_ends_the_run_before_it_trains(tmp_path):
+    write_scores(tmp_path / "scores", torch.zeros(POOL), "another pool", {})
+    prior = PriorSelector(UniformSelector(), tmp_path / "scores")
+    with pytest.raises(ValueError, match="another pool"):
+        fit(tmp_path, DataSelection(prior, warmup_rounds=2, dirpath=tmp_path / "s"))
     assert not (tmp_path / "trace").exists()
 
 

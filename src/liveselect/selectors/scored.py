@@ -177,6 +177,15 @@ class PriorSelector:
         self.ratio = ratio
         self.temperature = temperature
 
+    def check_pool(self, pool: CandidatePool) -> None:
+        """Read the scores, and see that they are of this pool.
+
+        Raises:
+            FileNotFoundError: there are no scores.
+            ValueError: the file is not what it should be, or belongs to another pool.
+        """
+        self._table.values(pool)
+
     def check(self, context: RoundContext) -> None:
         """Let the selector say what it would fail of, if it can tell before anything is measured."""
         if hasattr(self.selector, "check"):
