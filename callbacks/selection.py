@@ -27,6 +27,7 @@ from liveselect.callbacks.compatibility import (
     keep_checkpoints_out_of_windows,
     run_folder,
 )
+from liveselect.callbacks.lines import show_lines
 from liveselect.callbacks.overhearing import Overhearing, check_overhear
 from liveselect.callbacks.pace import Pace
 from liveselect.callbacks.progress import RoundProgress
@@ -239,10 +240,13 @@ class DataSelection(Callback):
         """Check the trainer's settings and take hold of the data."""
         if stage != "fit":
             return
+        show_lines()
         self._source = find_source(trainer)
         check_setup(trainer, pl_module)
         if self._run is None or self._run.pool is not self._source.pool:
             self._begin()
+        if hasattr(self.selector, "check_pool"):
+            self.selector.check_pool(self.run.pool)
         folder = run_folder(trainer) / "selection" if self.dirpath is None else Path(self.dirpath)
         self._ledger_path = folder / LEDGER_FILE
         self.run.decisions = DecisionLedger(folder / "decisions")
@@ -254,13 +258,13 @@ class DataSelection(Callback):
         self._flops_per_token = 3 * forward_flops(pl_module, 1)  # backward costs twice the forward
         self._last_step = trainer.global_step
         self._in_batch = False
+        self._random_states.begin_run()
+        if hasattr(self._source, "before_batch"):
+            self._source.before_batch = self._random_states.begin_batch
         if trainer.global_step == 0 and not self._loaded and self.plan is not None:
             self._begin()  # another fit of the same callback, from the start
         if not self._loaded:
             keep_older_ledger(self._ledger_path)
-        self._random_states.begin_run()
-        if hasattr(self._source, "before_batch"):
-            self._source.before_batch = self._random_states.begin_batch
         self._loaded, self.run.ledger.finished = False, False
         if self.plan is not None:
             check_rest(self.plan, self._global_batch(trainer), trainer)
@@ -340,6 +344,8 @@ class DataSelection(Callback):
         self.run.ledger.finished = True
         write_ledger(self.run.ledger, self._ledger_path)
         ledger = self.run.ledger
+        if not trainer.is_global_zero:
+            return
         log.info(
             "selection: %d rounds, %.1f s of selection beside %.1f s of training (%.1f%%)",
             len(ledger.rounds),

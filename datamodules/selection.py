@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 
 from liveselect.datamodules import checks, wrapping
 from liveselect.datamodules.disjoint import ON_OVERLAP, OnOverlap
@@ -294,8 +294,11 @@ class SelectionDataModule(pl.LightningDataModule):
     def _check_model(self) -> None:
         """Check the data against the model, once there is one: it may be built as late as in ``configure_model``."""
         module = self.trainer.lightning_module if self.trainer else None
-        if module is None or not any(True for _ in module.parameters()):
-            return
+        if module is not None and any(True for _ in module.parameters()):
+            self.check_model(module)
+
+    def check_model(self, module: nn.Module) -> None:
+        """Raise ValueError when the data holds token ids or lengths that the model does not know."""
         rows = self._opened()
         checks.check_vocabulary(module, rows.vocab_size - 1, "the pool")
         checks.check_positions(module, rows.longest, "the pool", "make the rows shorter (`prepare --block-size`)")
@@ -318,14 +321,14 @@ class SelectionDataModule(pl.LightningDataModule):
             self._loader.shutdown()
         self._loader = None
         self._plan = None
-
-    def _epoch_batches(self) -> int:
-        examples = self._epoch_examples or self.pool.size
         self.before_batch = None
 
     def _before_batch(self) -> None:
         if self.before_batch is not None:
             self.before_batch()
+
+    def _epoch_batches(self) -> int:
+        examples = self._epoch_examples or self.pool.size
         return epoch_length(examples, self.batch_size * self._world_size, self._accumulate)
 
     @property
