@@ -46,6 +46,8 @@ class SelectionMonitor(Callback):
         rich_rounds: so many rounds of a run, evenly spread, get tables, charts and artifacts beside the scalars and
             histograms of all.
         watch: bounds of the alarms; by default those of :class:`~liveselect.watch.Watch`.
+        workspace: whether to save a view of selection in the W&B project, once, when a run begins online. It needs
+            ``wandb-workspaces``; without it nothing is saved.
     """
 
     logs_rounds = True  # DataSelection leaves the loggers to a callback that says so
@@ -57,6 +59,7 @@ class SelectionMonitor(Callback):
         groups: int = 32,
         rich_rounds: int = 100,
         watch: Watch | None = None,
+        workspace: bool = True,
     ) -> None:
         for name, value in {"examples": examples, "characters": characters, "groups": groups}.items():
             if value < 0:
@@ -68,6 +71,7 @@ class SelectionMonitor(Callback):
         self.groups = groups
         self.rich_rounds = rich_rounds
         self.watch = watch
+        self.workspace = workspace
         self._selection: DataSelection | None = None
         self._sinks: dict[int, Any] = {}
         self._failures: dict[int, int] = {}
@@ -130,17 +134,29 @@ class SelectionMonitor(Callback):
             return
         found = getattr(trainer.checkpoint_callback, "last_model_path", "") or ""
         plan = None if self._selection.plan is None else self._selection.plan.fingerprint
+        if trainer.is_global_zero and "folder" in self._about():
+            log.info("to look at this run: liveselect report %s", self._about()["folder"])
         for logger in trainer.loggers:
             sink = self._sinks.get(id(logger))
             if isinstance(sink, WandbSink):
                 self._try(logger, sink.end, Path(found) if found else None, plan)
+
+    def _about(self) -> dict[str, Any]:
+        """Return the settings of selection, and where its records lie."""
+        if self._selection is None:
+            return {}
+        decisions = self._selection.run.decisions
+        folder = {} if decisions is None else {"folder": str(decisions.folder.parent.resolve())}
+        return {**self._selection.run.ledger.about, **folder}
 
     # ---- showing -----------------------------------------------------------------------------------------------
 
     def _open(self, logger: Logger) -> None:
         if isinstance(logger, WandbLogger):
             sink = WandbSink(logger.experiment)
-            sink.begin()
+            sink.begin(self._about())
+            if self.workspace:
+                sink.save_view()
             self._sinks[id(logger)] = sink
         elif isinstance(logger, TensorBoardLogger):
             self._sinks[id(logger)] = TensorBoardSink(logger.experiment)

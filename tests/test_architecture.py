@@ -19,8 +19,9 @@ ALLOWED = {
     "plan": set(),
     "cost": set(),
     "ledger": set(),
+    "run_paths": set(),
     "scores": set(),
-    "decisions": {"protocols", "pool", "plan", "ledger"},
+    "decisions": {"protocols", "pool", "plan", "ledger", "run_paths"},
     "protocols": {"pool", "plan", "seeding", "cost"},
     "losses": {"protocols"},
     "distributed": {"protocols", "functional"},
@@ -37,7 +38,7 @@ ALLOWED = {
     "bits": set(),
     "watch": {"protocols", "pool", "plan", "ledger", "decisions", "distributed", "snapshot"},
     "monitoring": {"decisions", "ledger"},
-    "report": {"ledger"},
+    "report": {"ledger", "run_paths"},
     "callbacks": {
         *("protocols", "pool", "plan", "cost", "ledger", "losses", "distributed", "functional", "seeding"),
         *(

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import nn
 
@@ -121,6 +122,14 @@ def test_a_mistyped_setting_is_refused_on_one_screen(capsys):
     said = capsys.readouterr().err
     assert "'every_n_step' is not accepted" in said
     assert len(said.splitlines()) < 20
+
+
+def test_what_cannot_work_is_refused_before_a_logger_opens_a_run():
+    logger = "--trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger"
+    where = "--trainer.logger.init_args.save_dir=logs"
+    with pytest.raises(MisconfigurationException, match="overfit_batches"):
+        SelectionCLI(["fit", f"--config={CONFIGS / 'demo.yaml'}", logger, where, "--trainer.overfit_batches=2"])
+    assert not Path("logs").exists()
 
 
 def test_the_demo_in_python_is_the_demo_in_yaml():

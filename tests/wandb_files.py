@@ -42,6 +42,7 @@ class OfflineRun:
 
     def __init__(self, folder: Path) -> None:
         self.history, self.metrics, self.artifacts, self.alerts, self.charts = [], {}, [], [], set()
+        self.config = {}
         (self.folder,) = folder.glob("wandb/offline-run-*")
         for record in records(folder):
             kind = record.WhichOneof("record_type")
@@ -56,6 +57,7 @@ class OfflineRun:
                 self.alerts.append(record.alert)
             elif kind == "config":
                 self.charts |= {item.nested_key[2] for item in record.config.update if "visualize" in item.nested_key}
+                self.config |= {item.key: json.loads(item.value_json) for item in record.config.update if item.key}
 
     def series(self, key: str) -> list:
         """Return the values of a key in order."""

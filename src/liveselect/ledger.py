@@ -259,8 +259,10 @@ class Ledger:
 
         A last line without an end, which is being written or was when the machine went down, is left out.
         """
-        *whole, rest = _text_of(path).split("\n")
-        lines = [_line(path, number, text) for number, text in enumerate(whole, 1) if text]
+        *texts, rest = _text_of(path).split("\n")
+        is_torn = bool(rest) and not _is_json(rest)
+        texts += [] if is_torn else [rest]
+        lines = [_line(path, number, text) for number, text in enumerate(texts, 1) if text]
         kinds = [line.pop("kind") for line in lines]
         if "run" not in kinds:
             raise ValueError(f"{path} is not a ledger: expected JSON lines that begin with a run")
@@ -275,7 +277,7 @@ class Ledger:
                 elif kind == "evaluation":
                     state["evaluations"].append(line)
             state["rounds"] = [*rounds.values()]
-            if rest and state.get("finished"):
+            if is_torn and state.get("finished"):
                 state["finished"] = False
             return _ledger_from(state)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -370,6 +372,14 @@ def _text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a ledger: it is no text ({error})") from error
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _line(path: Path, number: int, text: str) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from liveselect.callbacks import MATES, DataSelection, OfflineFallbackWandbLogge
 from liveselect.datamodules import SelectionDataModule
 from liveselect.decisions import read_plan, rounds_in
 from liveselect.ledger import Ledger
+from liveselect.monitoring.view import BY_FLOPS
+from liveselect.monitoring.workspace import SECTIONS
 from liveselect.protocols import SelectionWarning
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import UniformSelector
@@ -32,14 +34,22 @@ def mates(folder, **settings):
     return MATES(regressor=HashedRidgeRegressor(), min_spearman=None, **{**defaults, **settings})
 
 
-def monitored(folder, loggers, selection=None, monitor=None, callbacks=(), **settings):
+SOURCES = ("books", "web/<b>crawl</b>", "code")
+
+
+def sourced_data():
+    pool = [{"input_ids": row["input_ids"], "source": SOURCES[i % 3]} for i, row in enumerate(rows(POOL, 1))]
+    return SelectionDataModule(pool=pool, reference=rows(6, 2), batch_size=BATCH, groups="source", num_workers=0)
+
+
+def monitored(folder, loggers, selection=None, monitor=None, callbacks=(), data=None, **settings):
     selection = selection or mates(folder)
     pl.seed_everything(1, verbose=False)
     defaults = {**SIMPLE, "max_steps": STEPS, "limit_val_batches": 1, "val_check_interval": 6, "logger": loggers}
     defaults["check_val_every_n_epoch"] = None
     module = SmallLM()
     trainer = small_trainer(folder, [selection, monitor or SelectionMonitor(), *callbacks], **{**defaults, **settings})
-    trainer.fit(module, datamodule=small_data())
+    trainer.fit(module, datamodule=data or small_data())
     return selection, module
 
 
@@ -53,7 +63,7 @@ def shown(tmp_path_factory):
         WandbLogger(project="liveselect", save_dir=folder, offline=True),
     ]
     keep = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=4, save_last=True)
-    selection, module = monitored(folder, loggers, callbacks=[keep])
+    selection, module = monitored(folder, loggers, callbacks=[keep], data=sourced_data())
     close_wandb()
     return SimpleNamespace(folder=folder, selection=selection, run=OfflineRun(folder), module=module)
 
@@ -71,7 +81,9 @@ def test_wandb_has_every_scalar_of_every_round_with_its_value(shown):
     assert flops == sorted(flops)
     spent = [entry.training_flops + entry.selection_flops for entry in ledger.evaluations]
     assert set(spent) <= set(flops)
-    assert run.series("selection/mixture/pool") == [1, 1, 1]
+    for name in SOURCES:
+        shares = [record.groups.get(name, {}).get("chosen", 0) / record.chosen for record in ledger.rounds]
+        assert run.series(f"selection/mixture/{name}") == pytest.approx(shares)
     for phase, seconds in ledger.rounds[1].seconds.items():
         assert seconds in run.series(f"selection/cost/{phase}")
 
@@ -118,11 +130,34 @@ def test_tables_hold_chosen_and_rejected_texts(shown):
         assert [row[5] for row in table["data"]] == [example.id for example in record.examples]
         assert [row[6] for row in table["data"]] == [example.text for example in record.examples]
     assert {row[2] for row in tables[1]["data"]} == {True, False}
-    assert shown.run.tables("selection/groups")[0]["data"][0][:2] == [0, "pool"]
+    for table, record in zip(shown.run.tables("selection/groups"), records, strict=True):
+        known = {row[1]: dict(zip(table["columns"][2:], row[2:], strict=True)) for row in table["data"]}
+        assert known == record.groups
+        assert {row[0] for row in table["data"]} == {record.round}
 
 
 def test_charts_stand_there_without_a_click(shown):
-    assert {"selection/charts/loss", "selection/charts/cost"} <= shown.run.charts
+    assert {f"selection/charts/{name}" for name in ("loss", "cost", "mixture")} <= shown.run.charts
+
+
+def test_the_configuration_of_wandb_tells_the_settings_of_selection_and_where_its_records_lie(shown):
+    told = shown.run.config["selection"]
+    assert told["folder"] == str((shown.folder / "selection").resolve())
+    assert (told["preset"], told["every_n_steps"]) == ("MATES", ROUND)
+    assert told.items() >= shown.selection.run.ledger.about.items()
+
+
+def test_every_panel_of_the_saved_view_finds_its_numbers_in_a_run(shown):
+    logged = {key for row in shown.run.history for key in row}
+    missing = [
+        key
+        for panels in SECTIONS.values()
+        for panel in panels
+        for key in (key if key.startswith(BY_FLOPS) else f"selection/{key}" for key in panel.keys)
+        if not any(each == key or (key.endswith("*") and each.startswith(key[:-1])) for each in logged)
+    ]
+    # no bandit, and too few probes for canaries
+    assert missing == ["selection/canary/*", *(f"selection/arms/{what}/*" for what in ("reward", "pulls", "bonus"))]
 
 
 def test_artifacts_tell_their_lineage_and_hold_plan_and_scores(shown):
@@ -168,7 +203,7 @@ def test_tensorboard_has_scalars_histograms_and_texts(shown):
 
 
 def test_monitoring_changes_nothing_in_the_training(tmp_path, shown):
-    selection, module = monitored(tmp_path, False)
+    selection, module = monitored(tmp_path, False, data=sourced_data())
     assert weights_hash(module) == weights_hash(shown.module)
     plans = [record.plan for record in shown.selection.run.ledger.rounds]
     assert [record.plan for record in selection.run.ledger.rounds] == plans

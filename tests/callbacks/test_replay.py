@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -122,11 +123,31 @@ def test_explain_names_the_true_numbers_of_a_chosen_and_of_a_rejected_candidate(
         assert capsys.readouterr().out == text + "\n"
 
 
-def test_explain_of_a_candidate_that_nobody_looked_at(recorded, capsys):
-    assert main(["explain", str(recorded[0]), "100000"]) == 0
-    out = capsys.readouterr().out
-    assert "in 3 of 3 rounds it was neither compared nor measured" in out
-    assert "it was never chosen" in out
+def test_explain_of_a_candidate_that_was_measured_but_not_compared_says_so_and_names_what_it_missed(recorded):
+    folder, _ = recorded
+    table = read_round(rounds_in(folder / "selection" / "decisions")[1])
+    alone = ~np.isnan(table["influence"]) & np.isnan(table["score"]) & ~table["chosen"].astype(bool)
+    assert alone.any()
+    row = int(alone.nonzero()[0][0])
+    text = "\n".join(tell(int(table["id"][row]), explain(folder, int(table["id"][row]))))
+    assert "not chosen: measured, but not among the candidates that were compared" in text
+    assert f"measured influence {table['influence'][row]:.6g} nats" in text
+    assert f"it has no score; of those that were compared, {table['threshold'][row]:.6g} was let through" in text
+    assert "group" not in text  # the pool has none
+
+
+def test_explain_of_a_candidate_that_nobody_looked_at_or_that_is_none(recorded, capsys):
+    folder = recorded[0] / "selection" / "decisions"
+    touched = {index for path in rounds_in(folder).values() for index in read_round(path, ["id"])["id"]}
+    untouched = min(set(range(POOL)) - touched, default=None)
+    if untouched is not None:
+        assert main(["explain", str(recorded[0]), str(untouched)]) == 0
+        out = capsys.readouterr().out
+        assert "in 3 of 3 rounds it was neither compared nor measured" in out
+        assert "it was never chosen" in out
+    for none in (POOL, 99999999, -1):
+        assert main(["explain", str(recorded[0]), "--", str(none)]) == 1
+        assert f"there is no candidate {none}: the pool of this run holds 0..{POOL - 1}" in capsys.readouterr().err
     assert main(["explain", str(recorded[0] / "nowhere"), "1"]) == 1
     assert "does not exist" in capsys.readouterr().err
 

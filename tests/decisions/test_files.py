@@ -105,3 +105,18 @@ def test_ids_are_found_without_reading_the_rest(tmp_path):
     rows = read_round(rounds_in(tmp_path / "decisions")[0], ["id", "place"], ids=wanted)
     assert dict(zip(rows["id"], rows["place"], strict=True)) == {wanted[0]: 0, wanted[1]: 1}
     assert torch.equal(run.plan.ids, read_plan(rounds_in(tmp_path / "decisions")[0]).ids)
+
+
+def test_a_run_may_be_called_by_the_folder_of_wandb(tmp_path):
+    trained(tmp_path / "project" / "abc123" / "selection" / "decisions", 1)
+    found = tmp_path / "project" / "abc123" / "selection" / "decisions"
+    sent = tmp_path / "wandb" / "offline-run-20260101_120000-abc123"
+    sent.mkdir(parents=True)
+    (tmp_path / "wandb" / "latest-run").symlink_to(sent.name)
+    (tmp_path / "other" / "xyz").mkdir(parents=True)
+    for name in (sent, tmp_path / "wandb" / "latest-run", tmp_path / "project" / "abc123", tmp_path / "project"):
+        assert find_decisions(name) == found
+    lost = tmp_path / "wandb" / "run-20260101_120000-lost"
+    lost.mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no decisions"):
+        find_decisions(lost)

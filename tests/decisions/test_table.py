@@ -6,7 +6,7 @@ import torch
 from fakes import fake_context, planted_source, random_source
 
 from liveselect.decisions import DecisionLedger, read_about, read_plan, read_round, rounds_in, table
-from liveselect.decisions.table import BELOW, BY_SCORE, BY_SELECTOR, ONLY_MEASURED, PASSED
+from liveselect.decisions.table import BELOW, BY_SCORE, BY_SELECTOR, GROUP_BELOW, GROUP_PASSED, ONLY_MEASURED, PASSED
 from liveselect.functional.sampling import Noise, gumbel_topk, released_bottomk
 from liveselect.protocols import Selection, SelectionWarning
 from liveselect.regressors import HashedRidgeRegressor
@@ -153,7 +153,11 @@ def test_a_bandit_tells_reward_and_bonus_of_the_arm(tmp_path):
             k for k, v in known.items() if v["reward"] + v["bonus"] > known[name]["reward"] + known[name]["bonus"]
         ]
         assert rows["rank"][row] == len(better)
-    assert set(rows["reason"]) == {BY_SCORE, ONLY_MEASURED}
+    chosen = rows["chosen"].astype(bool)
+    assert set(rows["reason"][chosen]) == {BY_SCORE}
+    above = rows["score"] + rows["bonus"] >= rows["threshold"]
+    assert set(rows["reason"][~chosen & above]) == {GROUP_PASSED}
+    assert set(rows["reason"][~chosen & ~above]) == {GROUP_BELOW}
 
 
 def test_a_selector_without_noise_and_with_choices_beyond_its_scores_is_told_as_it_is(tmp_path):

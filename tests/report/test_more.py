@@ -94,6 +94,19 @@ def test_the_command_writes_pictures_or_into_a_folder(tmp_path, capsys):
     assert write_report([tmp_path / "run"], tmp_path / "new/page.html").is_file()
 
 
+def test_a_report_replaces_a_report_and_says_so_and_nothing_else(tmp_path, capsys):
+    ledger_of("RegressionSelector", [6.0, 5.0]).write(tmp_path / "wandb/run-20260101_120000-abc/ledger.jsonl")
+    run, page = str(tmp_path / "wandb/run-20260101_120000-abc"), tmp_path / "page.html"
+    assert main(["report", run, "--out", str(page)]) == 0
+    assert f"Wrote {page}" in capsys.readouterr().out
+    assert main(["report", run, "--out", str(page)]) == 0
+    assert f"Replaced the report {page}" in capsys.readouterr().out
+    page.write_text("<title>my thesis</title>")
+    assert main(["report", run, "--out", str(page)]) == 1
+    assert "exists and is no report of liveselect" in capsys.readouterr().err
+    assert page.read_text() == "<title>my thesis</title>"
+
+
 def test_a_damaged_ledger_is_told_with_its_line(tmp_path, capsys):
     path = tmp_path / "ledger.jsonl"
     ledger_of("RegressionSelector", [6.0, 5.0]).write(path)

@@ -18,6 +18,7 @@ COMMANDS = {
     "explain": "tell why a run chose a candidate, or did not",
     "diff": "tell what two runs chose differently",
     "replay": "train on the plans that a run recorded",
+    "workspace": "save a view of selection in a W&B project",
 }
 
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """Return the help text."""
-    lines = "".join(f"  {name:<9} {text}\n" for name, text in COMMANDS.items())
+    lines = "".join(f"  {name:<10} {text}\n" for name, text in COMMANDS.items())
     return (
         "usage: liveselect COMMAND ...\n\nLive, model-aware data selection for language model pretraining.\n\n"
         f"commands:\n{lines}\n"

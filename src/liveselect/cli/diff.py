@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from liveselect.cli.report import RUN
+
 DESCRIPTION = """\
 Compare what two runs chose, round by round: whether the plans are the same, how many candidates both chose, how far
 their mixtures of groups are apart (0 alike, 1 disjoint), and how their scores of the same candidates correlate.
@@ -15,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; the status is 0 when all plans are the same, and 1 when they are not, as that of diff."""
     parser = argparse.ArgumentParser(prog="liveselect diff", description=DESCRIPTION)
     for name in ("run_a", "run_b"):
-        parser.add_argument(name, type=Path, metavar=name.upper(), help="folder of a run, or its ledger.jsonl")
+        parser.add_argument(name, type=Path, metavar=name.upper(), help=RUN)
     arguments = parser.parse_args(argv)
 
     from liveselect.cli.output import say

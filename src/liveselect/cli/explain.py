@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from liveselect.cli.report import RUN
+
 DESCRIPTION = """\
 Tell what every round of a run did with one candidate: its score, bonus and noise, its rank and the threshold, the
 influence that was measured, and the reason of the decision.
@@ -13,7 +15,7 @@ influence that was measured, and the reason of the decision.
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="liveselect explain", description=DESCRIPTION)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or its ledger.jsonl")
+    parser.add_argument("run", type=Path, metavar="RUN", help=RUN)
     parser.add_argument("id", type=int, metavar="ID", help="row id of the candidate in the pool")
     parser.add_argument("--pool", type=Path, help="the prepared pool, to show the text too")
     arguments = parser.parse_args(argv)

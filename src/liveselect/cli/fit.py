@@ -7,10 +7,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.console import Console
 
 from liveselect.callbacks import DataSelection, SelectionMonitor
-from liveselect.callbacks.compatibility import run_folder
+from liveselect.callbacks.compatibility import check_setup, run_folder
 from liveselect.cli.output import show_progress_lines
 from liveselect.cli.plain_bar import PlainProgress
 
@@ -65,6 +66,14 @@ class SelectionCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse ``args``; unlike Lightning's, without a warning that the process has arguments too."""
         self.config = parser.parse_args(args) if isinstance(args, list) else parser.parse_object(args)
+
+    def before_fit(self) -> None:
+        """Refuse what selection cannot work with before a logger opens a run."""
+        trainer = self.trainer
+        if isinstance(trainer.strategy, ModelParallelStrategy):  # it has no mesh yet, and is judged later
+            return
+        if any(isinstance(each, DataSelection) for each in trainer.callbacks):  # type: ignore[attr-defined]
+            check_setup(trainer, self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the Trainer, with the selection callback when there is one, and with what shows it in the loggers."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from liveselect.cli.report import RUN
+
 DESCRIPTION = """\
 Train on the plans that a run recorded, in the recorded order, without measuring anything: the settings are those of the
 run (its config.yaml), with the selection replaced. What follows is passed on to 'liveselect fit', such as
@@ -17,7 +19,7 @@ run (its config.yaml), with the selection replaced. What follows is passed on to
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="liveselect replay", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, or its ledger.jsonl")
+    parser.add_argument("run", type=Path, metavar="RUN", help=RUN)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the new run writes")
     arguments, others = parser.parse_known_args(argv)
 

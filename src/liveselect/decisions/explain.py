@@ -9,6 +9,9 @@ from typing import Any
 from liveselect.decisions.files import find_decisions, read_about, read_round, rounds_in
 from liveselect.ledger import Ledger
 
+NO_GROUPS = "pool"
+"""What the only group of a pool without groups is called."""
+
 
 @dataclass(frozen=True)
 class Fate:
@@ -38,13 +41,16 @@ def explain(run: str | Path, candidate: int) -> list[Fate]:
 
     Raises:
         FileNotFoundError: there are no recorded decisions.
-        ValueError: a file is damaged.
+        ValueError: there is no such candidate, or a file is damaged.
     """
     folder = find_decisions(run)
     groups = _groups_of_rounds(folder)
     fates = []
     for index, path in rounds_in(folder).items():
         about = read_about(path)
+        size = int(about.get("pool_size", candidate + 1))  # not in older files
+        if not 0 <= candidate < size:
+            raise ValueError(f"there is no candidate {candidate}: the pool of this run holds 0..{size - 1}")
         columns = read_round(path, ids=[candidate])
         row = {name: values[0] for name, values in columns.items()} if len(columns["id"]) else None
         known = {} if row is None else groups.get(index, {}).get(str(row["group"]), {})
@@ -57,7 +63,7 @@ def explain(run: str | Path, candidate: int) -> list[Fate]:
 def tell(candidate: int, fates: list[Fate]) -> list[str]:
     """Return the fates as lines for a person; rounds in which nothing happened to the candidate are summed up."""
     told = [fate for fate in fates if fate.row is not None]
-    names = sorted({str(fate.row["group"]) for fate in told if fate.row is not None})
+    names = sorted({str(fate.row["group"]) for fate in told if fate.row is not None} - {NO_GROUPS})
     lines = [f"candidate {candidate}" + (f", group {', '.join(names)}" if names else "")]
     for fate in told:
         lines += [f"round {fate.round}, step {fate.step}, {fate.selector}: {_verdict(fate)}"]
@@ -91,9 +97,15 @@ def _details(fate: Fate) -> list[str]:
         if not math.isnan(row["threshold"]):
             text += f", threshold {row['threshold']:.6g}: {abs(key - row['threshold']):.3g} "
             text += "above" if key >= row["threshold"] else "below"
-        lines.append(text + (f"; rank {int(row['rank']) + 1}" if not math.isnan(row["rank"]) else ""))
+        lines.append(
+            ("its group's " if "reward" in fate.group else "")
+            + text
+            + (f"; rank {int(row['rank']) + 1}" if not math.isnan(row["rank"]) else "")
+        )
+    elif not math.isnan(row["threshold"]):
+        lines.append(f"it has no score; of those that were compared, {row['threshold']:.6g} was let through")
     known = {name: value for name, value in fate.group.items() if name not in ("reward", "bonus")}
-    if fate.group:
+    if fate.group and row["group"] != NO_GROUPS:
         lines.append(f"its group {row['group']}: " + ", ".join(f"{name} {value:g}" for name, value in known.items()))
     return lines
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from liveselect.decisions.table import DecisionTable, RoundDecisions
 from liveselect.plan import Plan
+from liveselect.run_paths import record_folder
 
 FOLDER = "decisions"
 _NAME = re.compile(r"round-(\d{6,})\.parquet")
@@ -99,6 +100,7 @@ class DecisionLedger:
             "plan": decisions.plan.fingerprint,
             "chosen": len(decisions.plan.ids),
             "pool": decisions.pool.fingerprint,
+            "pool_size": decisions.pool.size,
             "left_out": table.left_out,
         }
         schema = SCHEMA.with_metadata({_MARK + b"." + key.encode(): str(about[key]).encode() for key in about})
@@ -149,7 +151,7 @@ def find_decisions(run: str | Path) -> Path:
         FileNotFoundError: there is none.
         ValueError: there are several.
     """
-    path = Path(run)
+    path = record_folder(Path(run))
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: expected the folder of a run")
     if path.is_file():  # a ledger.jsonl, or one of the rounds
@@ -189,7 +191,7 @@ def read_round(
 
 
 def read_about(path: Path) -> dict[str, str]:
-    """Return what a round's file says of itself: round, step, selector, plan, chosen, pool, left_out.
+    """Return what a round's file says of itself: round, step, selector, plan, chosen, pool, pool_size, left_out.
 
     Raises:
         ValueError: it says nothing, or cannot be read.

@@ -19,8 +19,11 @@ PIECE = 1 << 16  # rows; the noise of a draw is made in pieces of this size too
 BY_SCORE = "its score, bonus and noise were among the highest"
 BELOW = "below the threshold"
 PASSED = "above the threshold, not drawn in this round"
-ONLY_MEASURED = "measured, not chosen"
+ONLY_MEASURED = "measured, but not among the candidates that were compared"
+GROUP_BELOW = "its group was below the threshold"
+GROUP_PASSED = "its group was above the threshold, but others of it were drawn"
 BY_SELECTOR = "chosen by the selector, without a score"
+_REASONS = (BY_SCORE, BELOW, PASSED, ONLY_MEASURED, BY_SELECTOR, GROUP_BELOW, GROUP_PASSED)
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -80,7 +83,7 @@ class DecisionTable:
         self._eligible = _Lookup((decisions.plan.ids if selection.eligible is None else selection.eligible).numpy())
         self.words = {
             "group": list(decisions.pool.group_names),
-            "reason": [BY_SCORE, BELOW, PASSED, ONLY_MEASURED, BY_SELECTOR, *self._forced],
+            "reason": [*_REASONS, *self._forced],
         }
         self._sorted = np.empty(0)
         self.threshold = np.nan
@@ -199,13 +202,17 @@ class DecisionTable:
         self, ids: npt.NDArray[np.int64], chosen: npt.NDArray[np.bool_], keys: npt.NDArray[Any]
     ) -> npt.NDArray[np.int64]:
         """Return the place of each reason among the words."""
-        by_score, below, passed, only_measured, by_selector = range(5)
+        code = {reason: place for place, reason in enumerate(_REASONS)}
         has_key = ~np.isnan(keys)
-        otherwise = np.where(has_key & (not self._by_group), below, only_measured)
+        if self._by_group:
+            passed = _comparable(keys) >= self.threshold
+            otherwise = np.where(passed, code[GROUP_PASSED], np.where(has_key, code[GROUP_BELOW], code[ONLY_MEASURED]))
+        else:
+            otherwise = np.where(has_key, code[BELOW], code[ONLY_MEASURED])
         if self._round.selection.eligible is not None:
-            otherwise[self._eligible.holds(ids)] = passed
-        reasons = np.where(chosen, np.where(has_key, by_score, by_selector), otherwise)
-        for place, held in enumerate(self._forced.values(), 5):
+            otherwise[self._eligible.holds(ids)] = code[PASSED]
+        reasons = np.where(chosen, np.where(has_key, code[BY_SCORE], code[BY_SELECTOR]), otherwise)
+        for place, held in enumerate(self._forced.values(), len(_REASONS)):
             reasons[chosen & held.holds(ids)] = place
         return reasons
 

@@ -98,6 +98,8 @@ EXAMPLE_COLUMNS = ["round", "step", "chosen", "score", "group", "id", "text"]
 def _group_scalars(record: RoundRecord, names: Sequence[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     shown = 0.0
+    if len({*names, *record.groups}) < 2:  # no mixture
+        return found
     for name in names:
         row = record.groups.get(name, {})
         share = row.get("chosen", 0) / max(1, record.chosen)

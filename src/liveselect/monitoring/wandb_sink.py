@@ -17,6 +17,7 @@ from liveselect.monitoring.view import (
     example_rows,
     spread,
 )
+from liveselect.monitoring.workspace import save_in_background
 
 POINTS, LINES = 200, 8  # of a chart
 LARGEST_FILE = 256 * 2**20  # bytes; a larger file of decisions stays on the disk, and the artifact says where
@@ -36,14 +37,20 @@ class WandbSink:
         self._run = run
         self._pool: str | None = None
 
-    def begin(self) -> None:
-        """Give the numbers of selection axes of their own."""
+    def begin(self, about: Mapping[str, Any]) -> None:
+        """Give the numbers of selection axes of their own, and the run's configuration what is known ``about`` it."""
+        self._run.config.update({"selection": dict(about)}, allow_val_change=True)
         for axis in ("step", "round", "total_flops"):
             self._run.define_metric(f"{PREFIX}{axis}")
         self._run.define_metric(f"{PREFIX}*", step_metric=f"{PREFIX}step")
         for part in ("mixture", "arms", "drift"):
             self._run.define_metric(f"{PREFIX}{part}/*", step_metric=f"{PREFIX}round")
         self._run.define_metric(f"{BY_FLOPS}*", step_metric=f"{PREFIX}total_flops")
+
+    def save_view(self) -> None:
+        """Save the view of selection in the run's project, in the background; offline runs cannot."""
+        if not self._run.offline and not getattr(self._run, "disabled", False):
+            save_in_background(self._run.entity, self._run.project)
 
     def round(self, view: RoundView, rich: bool) -> None:
         """Show a round; ``rich`` adds tables, charts and artifacts."""

@@ -7,7 +7,13 @@ from liveselect.report import pictures
 from liveselect.report.page import build_page, style
 from liveselect.report.runs import Run, load_runs
 
-__all__ = ["Run", "build_page", "load_runs", "write_pictures", "write_report"]
+__all__ = ["Run", "build_page", "is_report", "load_runs", "write_pictures", "write_report"]
+
+
+def is_report(path: Path) -> bool:
+    """Return whether the file is a report, of any version."""
+    with path.open("rb") as file:
+        return b": liveselect report</title>" in file.read(1 << 16)
 
 
 def write_report(paths: Iterable[Path], out: Path, metric: str | None = None) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from liveselect.ledger import Evaluation, Ledger, RoundRecord
+from liveselect.run_paths import record_folder
 
 LEDGER_NAME = "ledger.jsonl"
 CONFIG_NAME = "config.yaml"
@@ -157,6 +158,7 @@ def _cost(record: RoundRecord, axis: Axis) -> float:
 
 
 def _ledgers_in(path: Path) -> list[Path]:
+    path = record_folder(path)
     if path.is_file():
         return [path]
     if not path.exists():

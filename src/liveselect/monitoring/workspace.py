@@ -1,0 +1,163 @@
+"""A saved view of a W&B project, in which the numbers of selection stand in sections. Needs ``wandb-workspaces``."""
+
+import logging
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from liveselect.monitoring.view import BY_FLOPS, PREFIX
+
+log = logging.getLogger("liveselect")
+
+TITLE = "liveselect"
+NAME = "nw-liveselect-v"
+"""What W&B calls the view inside of its project; there is one of this name, whoever saves it."""
+INSTALL = "pip install 'liveselect[workspace]'"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel.
+
+    Attributes:
+        title: what stands above it.
+        keys: what it shows, below ``selection/``; ``*`` at the end is all that begin so.
+        axis: what it is shown against, below ``selection/``.
+        kind: lines, areas on top of each other, or the table that was logged last.
+    """
+
+    title: str
+    keys: tuple[str, ...]
+    axis: str = "step"
+    kind: Literal["line", "stacked", "table"] = "line"
+
+
+SECTIONS: dict[str, tuple[Panel, ...]] = {
+    "Does it help?": (
+        Panel("Loss against total FLOPs, selection included", (f"{BY_FLOPS}*",), "total_flops"),
+        Panel("Reference loss before each round", ("reference_loss",)),
+        Panel("Share of selection in the cost", ("time_share", "flops_share")),
+        Panel("Regressor: rank correlation, held out", ("regressor/spearman",)),
+        Panel("Alarms and notes", ("alarms", "notes")),
+    ),
+    "What is chosen": (
+        Panel("Mixture", ("mixture/*",), "round", "stacked"),
+        Panel("Candidates", ("candidates", "measured", "chosen"), "round"),
+        Panel("Chosen and rejected text", ("examples",), kind="table"),
+        Panel("Sources and arms", ("groups",), kind="table"),
+    ),
+    "How fast preferences move": (
+        Panel("Rank correlation of scores with the round before", ("drift/rank_correlation",), "round"),
+        Panel("Share of the plan that was in the plan before", ("drift/overlap",), "round"),
+        Panel("Distance of the mixture from the round before", ("drift/mixture",), "round"),
+        Panel("Influence of canaries", ("canary/*",)),
+    ),
+    "Arms": (
+        Panel("Mean reward", ("arms/reward/*",), "round"),
+        Panel("Pulls", ("arms/pulls/*",), "round"),
+        Panel("Bonus", ("arms/bonus/*",), "round"),
+    ),
+    "Cost": (
+        Panel("Seconds of a round by phase", ("cost/*",), "step", "stacked"),
+        Panel("FLOPs of a round", ("round_flops",)),
+        Panel("Total seconds, training and selection", ("total_seconds",)),
+    ),
+}
+
+
+def build_workspace(entity: str, project: str) -> Any:
+    """Return the view as a :class:`wandb_workspaces.workspaces.Workspace` that is not saved yet.
+
+    Panels for everything else that runs log follow below, as W&B makes them by itself.
+
+    Raises:
+        ModuleNotFoundError: wandb-workspaces is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # its own
+            import wandb_workspaces.workspaces as ws
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"the saved view needs the package wandb-workspaces: {INSTALL}") from error
+    sections = [
+        ws.Section(name=title, panels=[_panel(panel) for panel in panels], is_open=index < 2)
+        for index, (title, panels) in enumerate(SECTIONS.items())
+    ]
+    view = ws.Workspace(entity=entity, project=project, name=TITLE, sections=sections, auto_generate_panels=True)
+    view._internal_name = NAME
+    return view
+
+
+def save_workspace(entity: str, project: str, replace: bool = False) -> str:
+    """Save the view in the project, and return its address; one that is there already stays as somebody left it.
+
+    Args:
+        entity: user or team.
+        project: of W&B.
+        replace: put an existing view back to what it was at first.
+
+    Raises:
+        ModuleNotFoundError: wandb-workspaces is not installed.
+        Exception: what W&B raises without a network, a key or the right to write.
+    """
+    view = build_workspace(entity, project)
+    found = _saved(entity, project)
+    if found is None or replace:
+        view._internal_id = "" if found is None else found
+        view.save()
+    return str(view.url)
+
+
+def save_in_background(entity: str, project: str) -> threading.Thread | None:
+    """Save the view in a thread that nobody waits for; failing costs a line in the log.
+
+    Returns:
+        The thread; None when wandb-workspaces is not installed.
+    """
+    try:
+        build_workspace(entity, project)
+    except ModuleNotFoundError:
+        return None
+
+    def save() -> None:
+        try:
+            log.info("selection in W&B: %s", save_workspace(entity, project))
+        except Exception as error:  # whatever the network brings: training matters more
+            log.warning("the view of selection could not be saved in W&B, training goes on without it: %s", error)
+
+    thread = threading.Thread(target=save, name="liveselect-workspace", daemon=True)
+    thread.start()
+    return thread
+
+
+def _saved(entity: str, project: str) -> str | None:
+    """Return the id of the view that is saved in the project, None when there is none."""
+    from wandb_workspaces.workspaces import internal
+
+    try:
+        found = internal.View.from_name(entity, project, NAME)
+    except ValueError as error:
+        if "not found in project" in str(error):
+            return None
+        raise
+    return str(found.id)
+
+
+def _panel(panel: Panel) -> Any:
+    import wandb_workspaces.reports.v2 as wr
+
+    if panel.kind == "table":
+        return wr.WeavePanelSummaryTable(table_name=_full(panel.keys[0]), layout=wr.Layout(w=12, h=9))
+    settings: dict[str, Any] = {"title": panel.title, "x": _full(panel.axis)}
+    if panel.keys[0].endswith("*"):
+        settings["metric_regex"] = f"^{_full(panel.keys[0]).removesuffix('*')}.*"
+    else:
+        settings["y"] = [_full(key) for key in panel.keys]
+    if panel.kind == "stacked":
+        settings["plot_type"] = "stacked-area"
+    return wr.LinePlot(**settings, layout=wr.Layout(w=8, h=6))
+
+
+def _full(key: str) -> str:
+    return key if key.startswith(BY_FLOPS) else PREFIX + key
