@@ -68,6 +68,7 @@ class Measurement:
         self._open = False
         self._fitted_at: int | None = None
         self._fits = False
+        self._sum: int | None = None
         self._replay: Mapping[str, Any] | None = None
 
     @property
@@ -94,11 +95,11 @@ class Measurement:
             RuntimeError: the ranks decided differently.
             RoundInterruptedError: the context says that the run has to stop.
         """
-        with context.meter.phase("check restore"):
-            before = bit_sum(context.model, context.optimizer)
+        self._sum = None
         self._advance(context, limit)
-        with context.meter.phase("check restore"):
-            self.restored &= bit_sum(context.model, context.optimizer) == before
+        if self._sum is not None:
+            with context.meter.phase("check restore"):
+                self.restored &= bit_sum(context.model, context.optimizer) == self._sum
 
     def _advance(self, context: RoundContext, limit: int | None) -> None:
         self._answer_again(context)
@@ -107,6 +108,9 @@ class Measurement:
         while not self.complete and left != 0:
             if not self._open and not self._ask(context):
                 return
+            if self._sum is None:  # where nothing is measured there is nothing to restore
+                with context.meter.phase("check restore"):
+                    self._sum = bit_sum(context.model, context.optimizer)
             self._fit(context)
             done = self._measure(context, left)
             if left is not None:

@@ -225,6 +225,13 @@ def test_a_measurement_that_leaves_a_trace_is_an_alarm(tmp_path):
         assert "restore" not in {kind for _, kind in found}
 
 
+def test_a_round_that_measures_nothing_restores_nothing(tmp_path):
+    drawn, _ = alarms(tmp_path / "drawn", UniformSelector(), rounds=2)
+    assert all("check restore" not in record.seconds for record in drawn.ledger.rounds)
+    measured, _ = alarms(tmp_path / "measured", regression(), TokenCount())
+    assert "check restore" in measured.ledger.rounds[0].seconds
+
+
 def test_the_cheap_checksum_sees_every_single_change():
     model = small_model()
     optimizer = torch.optim.Adam(model.parameters())
