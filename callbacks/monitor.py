@@ -1,6 +1,7 @@
 """SelectionMonitor: shows every round of selection in the loggers of the Trainer."""
 
 import logging
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +136,7 @@ class SelectionMonitor(Callback):
         found = getattr(trainer.checkpoint_callback, "last_model_path", "") or ""
         plan = None if self._selection.plan is None else self._selection.plan.fingerprint
         if trainer.is_global_zero and "folder" in self._about():
-            log.info("to look at this run: liveselect report %s", self._about()["folder"])
+            log.info("to look at this run: liveselect report %s", shlex.quote(self._about()["folder"]))
         for logger in trainer.loggers:
             sink = self._sinks.get(id(logger))
             if isinstance(sink, WandbSink):

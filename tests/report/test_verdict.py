@@ -77,4 +77,7 @@ def test_a_loss_that_rose_again_is_named():
 def test_without_evaluations_nothing_is_claimed():
     empty = Run("empty", ledger_of("UniformSelector", []))
     assert "No evaluation" in headline([empty], None)
+    assert "No evaluation" in headline([empty], "val_loss")
+    diverged = Run("b", ledger_of("RegressionSelector", [float("nan"), float("inf")]))
+    assert headline([diverged], "val_loss").startswith("val_loss was not a number in any evaluation")
     assert "not evaluated over the same steps" in headline([RANDOM, empty], "val_loss")

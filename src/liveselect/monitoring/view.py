@@ -11,6 +11,7 @@ from liveselect.ledger import Evaluation, Example, Ledger, RoundRecord
 PREFIX = "selection/"
 BY_FLOPS = "selection_by_flops/"
 OTHERS = "(others)"
+KEY_LENGTH = 80
 
 T = TypeVar("T")
 
@@ -95,6 +96,12 @@ def example_rows(view: RoundView) -> list[list[Any]]:
 EXAMPLE_COLUMNS = ["round", "step", "chosen", "score", "group", "id", "text"]
 
 
+def key_of(name: str) -> str:
+    """Return a group's name as a logger's key takes it: one line, and no longer than 80 characters."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in name).strip()
+    return (printable if len(printable) <= KEY_LENGTH else f"{printable[: KEY_LENGTH - 1]}…") or "(no name)"
+
+
 def _group_scalars(record: RoundRecord, names: Sequence[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     shown = 0.0
@@ -104,8 +111,8 @@ def _group_scalars(record: RoundRecord, names: Sequence[str]) -> dict[str, float
         row = record.groups.get(name, {})
         share = row.get("chosen", 0) / max(1, record.chosen)
         shown += share
-        found[f"mixture/{name}"] = share
-        found |= {f"arms/{key}/{name}": row[key] for key in ("reward", "pulls", "bonus") if key in row}
+        found[f"mixture/{key_of(name)}"] = share
+        found |= {f"arms/{key}/{key_of(name)}": row[key] for key in ("reward", "pulls", "bonus") if key in row}
     if set(record.groups) - set(names):
         found[f"mixture/{OTHERS}"] = max(0.0, 1.0 - shown)
     return found

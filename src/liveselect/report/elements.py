@@ -81,7 +81,8 @@ def stack(parts: Sequence[tuple[float, str]], whole: float) -> str:
 
 def figure(picture_html: str, title: str, text: str = "") -> str:
     """Return a picture under its title."""
-    return f"<figure><figcaption><b>{escaped(title)}</b> {escaped(text)}</figcaption>{picture_html}</figure>"
+    name = escaped(title or "(no name)")
+    return f"<figure><figcaption><b>{name}</b> {escaped(text)}</figcaption>{picture_html}</figure>"
 
 
 def grid(figures_html: Iterable[str], small: bool = False) -> str:

@@ -116,8 +116,7 @@ def _loss(runs: Sequence[Run], metric: str | None) -> str:
     columns = ["run", "step", "training", "selection", *_metric_names(runs)]
     return (
         '<section id="loss"><h2>Loss</h2>'
-        + elements.legend(keys)
-        + elements.grid(figures)
+        + (elements.legend(keys) + elements.grid(figures) if figures else "")
         + elements.details(f"All evaluations{_of_many(runs)}", elements.table(columns, rows, "All evaluations"))
         + "</section>"
     )

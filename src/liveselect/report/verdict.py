@@ -55,6 +55,8 @@ def compare(baseline: Run, other: Run, metric: str, axis: Axis) -> Comparison | 
 def headline(runs: Sequence[Run], metric: str | None) -> str:
     """Return the one sentence that a reader should take home."""
     if not runs or metric is None or not any(run.curve(metric, "step") for run in runs):
+        if metric is not None and any(metric in entry.metrics for run in runs for entry in run.ledger.evaluations):
+            return f"{metric} was not a number in any evaluation: training has diverged, or the metric is broken."
         return "No evaluation was recorded yet, so there is no loss to report."
     baseline = baseline_of(runs)
     others = [run for run in runs if run is not baseline]
