@@ -9,7 +9,7 @@ from report.ledgers import ledger_of
 
 from liveselect.ledger import Example
 from liveselect.report import Run, build_page, words
-from liveselect.report.arms import ARMS_LISTED, arms_of, bound_picture, strip, what_arms_were_worth
+from liveselect.report.arms import ARMS_LISTED, arms_of, bound_picture, decimals, strip, what_arms_were_worth
 
 TITLE = "What the arms of"
 
@@ -64,7 +64,7 @@ def test_the_table_begins_with_the_best_arm_and_holds_every_number():
     arms = sorted(arms_of(run.ledger.rounds, run.ledger.rounds), key=lambda arm: -arm.reward)
     assert [row[0] for row in rows] == [arm.name for arm in arms] == ["arm 2", "arm 1", "arm 0"]
     for row, arm in zip(rows, arms, strict=True):
-        numbers = [words.number(value, 3) for value in (arm.reward, arm.bonus, arm.pulls)]
+        numbers = [f"{arm.reward:.2f}".replace("-", words.MINUS), f"{arm.bonus:.2f}", f"{arm.pulls:.1f}"]
         assert row[2:6] == [*numbers, words.percent(arm.share)]
         assert row[8] == words.number(arm.left)
 
@@ -75,6 +75,25 @@ def test_best_and_worst_arms_come_with_texts():
     assert [int(arm) for arm in re.findall(r"text of arm (\d)", worst)] == [0, 1, 2]
     few = what_arms_were_worth(a_bandit(arms=2))
     assert sorted(re.findall(r"text of arm (\d)", few)) == ["0", "1"]
+
+
+def test_a_good_arm_that_is_used_up_keeps_its_place_and_its_last_text():
+    run = a_bandit(arms=6, rounds=4)
+    last = run.ledger.rounds[-1]
+    last.groups["arm 5"] |= {"chosen": 0, "available": 0}
+    run.ledger.rounds[-1] = replace(last, examples=[each for each in last.examples if each.group != "arm 5"])
+    best = what_arms_were_worth(run).split("<h3>Best arms</h3>")[1].split("<h3>Worst arms</h3>")[0]
+    assert [int(arm) for arm in re.findall(r"text of arm (\d)", best)] == [5, 4, 3]
+    assert re.findall("used up", best) == ["used up"]
+
+
+def test_numbers_of_a_column_have_equally_many_decimals_and_zero_has_no_sign():
+    assert [decimals(value) for value in (16.0, -0.0715, -0.001, math.nan)] == [
+        "16.00",
+        f"{words.MINUS}0.07",
+        "0.00",
+        "not a number",
+    ]
 
 
 def test_of_very_many_arms_the_best_and_the_worst_are_listed():

@@ -55,8 +55,9 @@ def what_arms_were_worth(run: Run) -> str:
             "An arm is a group of similar candidates. Its reward is the mean influence of what was measured of it, in "
             "standard errors above random candidates of the same round: at 0 it is as good as random data. The bonus "
             "is what little evidence adds to it, and gives the bound; the arms with the largest bounds are trained on. "
-            f"Shares and rewards are those of rounds {rounds[0].round} to {rounds[-1].round}, one cell for each. Pulls "
-            "that were forgotten, or credited by a neighbour, count in part.",
+            f"Shares and rewards are those of rounds {rounds[0].round} to {rounds[-1].round}, one cell for each"
+            + ("" if len(drawn) == len(rounds) else " that is drawn")
+            + ". Pulls that were forgotten, or credited by a neighbour, count in part.",
             "note",
         )
         + elements.legend(
@@ -71,7 +72,7 @@ def what_arms_were_worth(run: Run) -> str:
         )
         + _table([arms[place] for place in listed], f"Arms of {run.name}")
         + (elements.paragraph(f"{left_out} arms between these are left out.") if left_out else "")
-        + _texts(rounds[-1])
+        + _texts(arms, rounds)
         + "</section>"
     )
 
@@ -117,12 +118,12 @@ def _table(arms: Sequence[Arm], caption: str) -> str:
         [
             words.escaped(arm.name),
             bound_picture(arm.reward, arm.bonus, low, high),
-            words.number(arm.reward, 3),
-            words.number(arm.bonus, 3),
-            words.number(arm.pulls, 3),
+            decimals(arm.reward),
+            decimals(arm.bonus),
+            decimals(arm.pulls, 1),
             words.percent(arm.share),
             strip([share / largest_share for share in arm.shares]),
-            strip([reward / largest_reward for reward in arm.rewards]),
+            strip([_stretched(reward / largest_reward) for reward in arm.rewards]),
             words.number(arm.left),
         ]
         for arm in arms
@@ -171,20 +172,33 @@ def strip(values: Sequence[float]) -> str:
     )
 
 
-def _texts(record: RoundRecord) -> str:
-    """Return the typical texts of the best arms of a round and of the worst."""
-    known = [example for example in record.examples if example.score is not None]
-    order = sorted(known, key=lambda example: -(example.score or 0.0))
-    top, bottom = order[:TEXTS_SHOWN], order[max(TEXTS_SHOWN, len(order) - TEXTS_SHOWN) :][::-1]
+def _stretched(value: float) -> float:
+    """Return the square root of a value in -1..1 with its sign: beside one large reward the others stay visible."""
+    return math.copysign(math.sqrt(abs(value)), value)
+
+
+def decimals(value: float, places: int = 2) -> str:
+    """Return a number with so many decimals, so that those of a column stand below each other."""
+    if not math.isfinite(value):
+        return words.number(value)
+    text = f"{value:.{places}f}"
+    return text.replace("-", words.MINUS) if float(text) else text.replace("-", "")
+
+
+def _texts(arms: Sequence[Arm], rounds: Sequence[RoundRecord]) -> str:
+    """Return a typical text of each of the best arms and of the worst: the last one that was written down of it."""
+    texts = {example.group: example for record in rounds for example in record.examples}
+    known = [arm for arm in arms if arm.name in texts]
+    top, bottom = known[:TEXTS_SHOWN], known[max(TEXTS_SHOWN, len(known) - TEXTS_SHOWN) :][::-1]
     columns = [
-        f"<div><h3>{title}</h3>" + "".join(_text(example, record) for example in examples) + "</div>"
-        for title, examples in ((f"Best arms, round {record.round}", top), ("Worst arms", bottom))
-        if examples
+        f"<div><h3>{title}</h3>" + "".join(_text(arm, texts[arm.name]) for arm in shown) + "</div>"
+        for title, shown in (("Best arms", top), ("Worst arms", bottom))
+        if shown
     ]
     return '<div class="pair">' + "".join(columns) + "</div>" if columns else ""
 
 
-def _text(example: Example, record: RoundRecord) -> str:
-    chosen = record.groups.get(example.group, {}).get("chosen", 0) / max(1, record.chosen)
-    header = [example.group, f"reward {words.number(example.score, 3)}", f"{words.percent(chosen)} of the mixture"]
+def _text(arm: Arm, example: Example) -> str:
+    header = [arm.name, f"reward {decimals(arm.reward)}", f"{words.percent(arm.share)} of the mixture"]
+    header += ["used up"] if arm.left == 0 else []
     return elements.article(header, example.text, "chosen" if example.chosen else "rejected")
