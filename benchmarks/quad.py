@@ -156,8 +156,9 @@ def tell(name: str, selection: TimedQuad, step: int, reference: int) -> None:
     everything = whole + statistics.mean(selection.step_seconds)
     measured = statistics.mean(len(record.measured) for record in records)
     print(
-        f"{name:>9}  {step:>5} examples a step, {measured:.0f} measured, {reference} reference: training "
-        f"{everything - whole - heard:.2f} s, selection {whole + heard:.2f} s, {100 * (whole + heard) / everything:.1f}%"
+        f"{name:>9}  {step:>5} examples a step, {measured:.0f} measured, {reference} reference: "
+        f"training {everything - whole - heard:.2f} s, selection {whole + heard:.2f} s, "
+        f"{100 * (whole + heard) / everything:.1f}%"
     )
     for phase, seconds in sorted(phases.items(), key=lambda item: -item[1]):
         print(f"{'':>11}{phase:<26}{100 * seconds / everything:>7.2f}%")
@@ -240,7 +241,8 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=1_000_000, help="candidates of the largest pool")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "liveselect"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     print(f"rounds of 20 steps, {arguments.estimator}, {LENGTH} tokens an example, width {arguments.width}")
     for batch in arguments.batch:
         step = batch * arguments.accumulate

@@ -45,16 +45,16 @@ def planted_clusters(
     return FakeSource(tokens[order], reference, groups=groups.int(), group_names=names, **kwargs), matrices
 
 
-def small_lm(seed: int = 0) -> GPTNeoXForCausalLM:
+def small_lm(seed: int = 0, width: int = 32, inner: int = 64) -> GPTNeoXForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # noqa: TID251 - the initial weights, not selection
         return GPTNeoXForCausalLM(
             GPTNeoXConfig(
                 vocab_size=VOCABULARY,
-                hidden_size=32,
+                hidden_size=width,
                 num_hidden_layers=2,
                 num_attention_heads=2,
-                intermediate_size=64,
+                intermediate_size=inner,
                 max_position_embeddings=64,
             )
         )
