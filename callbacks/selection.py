@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -30,7 +30,7 @@ from liveselect.callbacks.compatibility import (
 from liveselect.callbacks.lines import show_lines
 from liveselect.callbacks.overhearing import Overhearing, check_overhear
 from liveselect.callbacks.pace import Pace
-from liveselect.callbacks.progress import RoundProgress
+from liveselect.callbacks.progress import round_progress
 from liveselect.callbacks.random_state import RandomStates
 from liveselect.callbacks.records import keep_older_ledger, log_round, write_ledger
 from liveselect.cost import CostMeter, SilentProgress
@@ -477,7 +477,7 @@ class DataSelection(Callback):
             clip_gradients=lambda parameters: clip_gradients(trainer, pl_module, parameters),
             forward_context=trainer.precision_plugin.forward_context,
             meter=CostMeter(),
-            progress=RoundProgress(title, live=False if _has_live_display(trainer) else None),
+            progress=round_progress(title, trainer),
             interrupted=lambda: trainer.received_sigterm,
             trained=None if run.plan is None else run.plan.ids,
         )
@@ -524,10 +524,6 @@ class DataSelection(Callback):
         if self._since is not None:
             self.run.ledger.training_seconds += time.perf_counter() - self._since
             self._since = None
-
-
-def _has_live_display(trainer: pl.Trainer) -> bool:
-    return isinstance(trainer.progress_bar_callback, RichProgressBar)
 
 
 def _tokens_in(batch: Any) -> int:

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 
 import lightning.pytorch as pl
 import pytest
@@ -261,6 +262,31 @@ def test_a_round_draws_a_bar_in_a_terminal(monkeypatch):
     display.stop()
     assert "round 3: measure influence" in screen.getvalue()
     assert "30/30 candidates" in " ".join(screen.getvalue().split())
+
+
+def test_beside_the_bar_of_the_trainer_a_round_is_a_line_of_it_and_goes_when_it_ends(tmp_path, monkeypatch):
+    from lightning.pytorch.callbacks import RichProgressBar
+
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, color_system=None, width=120)
+    monkeypatch.setattr("lightning.pytorch.callbacks.progress.rich_progress.get_console", lambda: terminal)
+    bar, left = RichProgressBar(), []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, *rest):
+            left.append(len(bar.progress.tasks))
+
+    def advanced(self, amount):
+        advance(self, amount)
+        bar.progress.refresh()
+
+    advance = RoundProgress.advance
+    monkeypatch.setattr(RoundProgress, "advance", advanced)
+    settings = {**SIMPLE, "max_steps": 6, "enable_progress_bar": True}
+    small_trainer(tmp_path, [small_mates(tmp_path), bar, Look()], **settings).fit(SmallLM(), datamodule=small_data())
+    shown = screen.getvalue()
+    assert re.search(r"round 1 \(.*\): measure influence\s+━+ +\d+/12", shown)
+    assert set(left) == {1}  # the bar of the training alone
 
 
 def test_presets_are_the_parts_they_name(tmp_path):

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.console import Console
+from rich.progress import BarColumn
 
 from liveselect.callbacks import DataSelection, SelectionMonitor
 from liveselect.callbacks.compatibility import check_setup, run_folder
@@ -17,6 +18,8 @@ from liveselect.cli.plain_bar import PlainProgress
 
 USAGE = "liveselect fit --config FILE [--config FILE ...] [--SECTION.NAME VALUE ...]"
 """What stands above an error; the generated one fills screens and hides it."""
+
+BAR_WIDTH = 16
 
 
 class RunConfig(SaveConfigCallback):
@@ -91,6 +94,14 @@ class StepsProgressBar(RichProgressBar):
     the share of the time that selection takes.
     """
 
+    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
+        """Return what a line consists of; the bar is short, so that it stays one line with what stands beside it."""
+        columns: list[Any] = super().configure_columns(trainer)
+        for column in columns:
+            if isinstance(column, BarColumn):
+                column.bar_width = BAR_WIDTH
+        return columns
+
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
 
@@ -109,7 +120,8 @@ class StepsProgressBar(RichProgressBar):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         selection = next((each for each in callbacks if isinstance(each, DataSelection)), None)
         if selection is not None and selection.plan is not None:
-            metrics |= {"round": str(selection.plan.round), "selection": f"{selection.time_share():.1%}"}
+            about = {"round": str(selection.plan.round), "selection": f"{selection.time_share():.1%}"}
+            metrics = {**about, **metrics}
         return metrics
 
 
