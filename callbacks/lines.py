@@ -36,12 +36,15 @@ def show_lines() -> None:
     logger.propagate = False  # a root that is set up later would say everything twice
 
 
-def round_line(record: RoundRecord, share: float) -> str:
-    """Return what a round did, in one line; ``share`` is that of selection in the time of the run, 0..1."""
+def round_line(record: RoundRecord, share: float | None) -> str:
+    """Return what a round did, in one line; ``share`` is that of selection in the time of the run, 0..1, None before
+    there was any training.
+    """
     measured = f"measured {len(record.measured)}, " if record.measured else ""
     spearman = record.metrics.get("regressor/spearman")
     guess = "" if spearman is None else f", Spearman {spearman:.2f}"
+    taken = "" if share is None else f"; selection took {share:.1%} of the time"
     return (
         f"round {record.round}, step {record.step}: {record.selector} {measured}chose {record.chosen} of "
-        f"{record.candidates}{guess}, in {record.total_seconds:.1f} s; selection took {share:.1%} of the time"
+        f"{record.candidates}{guess}, in {record.total_seconds:.1f} s{taken}"
     )

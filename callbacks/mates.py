@@ -26,20 +26,21 @@ class MATES(DataSelection):
     where :math:`A(\theta, 0)` is the step with a zero gradient. The round trains on the top-k of
     :math:`\hat I(x) / \tau + G_x` over a random window of k / ratio candidates, :math:`G_x` Gumbel(0, 1).
 
-    **Knobs, with the values of the released code.**
+    **Knobs, with the values of the released code and the defaults here where they differ.**
 
-    ==================  ====================  ==============================================================
-    argument            published             meaning
-    ==================  ====================  ==============================================================
-    every_n_steps       10,000                optimizer steps between rounds
-    warmup_rounds       1                     rounds of random data at the beginning
-    probes              80,000 per round      candidates measured in a round
-    ratio               0.2                   share of the compared candidates that is trained on
-    temperature         0.5 (paper: 1.0)      noise beside predictions of unit-variance targets
-    noise               released_bottomk      form of the noise; gumbel_topk is the exact Plackett-Luce draw
-    step                published             the candidate alone makes the whole step
-    regressor           bert-base-uncased     encoder, two chunks of 512 tokens, masked mean pooling
-    ==================  ====================  ==============================================================
+    =============  =================  ============  ==============================================================
+    argument       published          default here  meaning
+    =============  =================  ============  ==============================================================
+    every_n_steps  10,000                           optimizer steps between rounds
+    warmup_rounds  1                                rounds of random data at the beginning
+    probes         80,000 per round                 candidates measured in a round
+    ratio          0.2                              share of the compared candidates that is trained on
+    temperature    0.5 (paper: 1.0)                 noise beside predictions of unit-variance targets
+    noise          released_bottomk   gumbel_topk   form of the noise; gumbel_topk is the exact Plackett-Luce draw
+    step           published                        the candidate alone makes the whole step
+    min_spearman   none               0.0           rank correlation below which a round is drawn uniformly
+    regressor      bert-base-uncased                encoder, two chunks of 512 tokens, masked mean pooling
+    =============  =================  ============  ==============================================================
 
     **Cost.** A probe is one backward pass on the candidate and one forward pass on the whole reference set, which is
     nearly all of it: keep the reference small (1,024 short items in the paper). Fitting the regressor grows with the

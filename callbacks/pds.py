@@ -34,18 +34,20 @@ class PDS(DataSelection):
     the published method, except that the draw is made live. ``PDS(live=True)`` solves on the live model at every round,
     with its optimizer, and fits a regressor to the result, as MATES does with its probes.
 
-    **Knobs, with the values of the released code.**
+    **Knobs, with the values of the released code and the defaults here where they differ.**
 
-    ==================  ====================  ==============================================================
-    argument            published             meaning
-    ==================  ====================  ==============================================================
-    ratio               0.4                   share of the pool (live: of the compared) that is trained on
-    temperature         0.1                   noise beside scores of unit variance
-    probes              163,840, once         live: candidates measured in a round
-    estimator           100 steps of SGD      live: by default the live optimizer's steps; every 10th is scored.
-                        at rate 0.008         ``PMPInfluence(dynamics="sgd", learning_rate=0.008)`` is the published
-    regressor           fairseq-dense-125M    live: by default BERT; mean pooling and a linear head in both
-    ==================  ====================  ==============================================================
+    =============  ==================  =================  ==============================================================
+    argument       published           default here       meaning
+    =============  ==================  =================  ==============================================================
+    ratio          0.4                                    share of the pool (live: of the compared) that is trained on
+    temperature    0.1                                    noise beside scores of unit variance
+    every_n_steps  once, before all    1000               optimizer steps between two draws (live: solutions)
+    probes         163,840, once       4096               live: candidates measured in a round
+    estimator      100 steps of SGD    live optimizer     live: the stretch that is unrolled; every 10th step is scored;
+                   at rate 0.008                          published is ``PMPInfluence(dynamics="sgd",
+                                                          learning_rate=0.008)``
+    regressor      fairseq-dense-125M  bert-base-uncased  live: mean pooling and a linear head in both
+    =============  ==================  =================  ==============================================================
 
     **Cost.** With precomputed scores a round costs one pass over the numbers. Solving costs some ten forwards and
     backwards of training for each unrolled step, the reference set for each as well, and three forwards for each

@@ -24,24 +24,27 @@ class Quad(DataSelection):
     and the reward of a pull the mean influence :math:`g_r^\top (H + \lambda I)^{-1} \nabla \ell(x)` of its candidates,
     where :math:`g_r` is the gradient of the reference loss and H its Kronecker-factored curvature; larger is better.
 
-    **Knobs, with the values of the released code.**
+    **Knobs, with the values of the released code and the defaults here where they differ.**
 
-    =============  =========================  =========================================================================
-    argument       published                  meaning
-    =============  =========================  =========================================================================
-    every_n_steps  once, before training      optimizer steps that one choice of arms lasts; few, so that it follows
-                                              the model
-    alpha          0.0001 at rewards of       width of the bound; here in units of what chance does to an outcome
-                   0.001
-    pulls          50 per round               arms pulled in a round, of 10,000 clusters
-    probes         10 per pull                candidates measured in a pull
-    arms, gamma    20,000 documents of each   how many arms share a round, and the largest share of an arm it may take
-                   arm above tau
-    tau            0.002 of a mean cosine     reward below which an arm is left out; here 0 is as good as random data
-    cutoff         0.2                        cosine distance up to which clusters share outcomes
-    discount       1                          below 1, old outcomes fade: it follows change and explores more
-    released       True                       the bound and the neighbour counts of the released code
-    =============  =========================  =========================================================================
+    =============  ================  ============  ===============================================================
+    argument       published         default here  meaning
+    =============  ================  ============  ===============================================================
+    every_n_steps  once, before all  20            optimizer steps that one choice of arms lasts
+    warmup_rounds  none              5             rounds of random data at the beginning
+    alpha          0.0001            0.5           width of the bound; published beside rewards of 0.001, here in
+                                                   units of what chance does to an outcome
+    pulls          50, of 10,000     8             arms pulled in a round
+    probes         10                8             candidates measured in a pull
+    controls       none              16            random candidates that rewards are told against
+    arms           all above tau     8             how many arms share a round
+    gamma          20,000 documents  1.0           the largest share of an arm that a round may take
+    tau            0.002             0.0           reward below which an arm is left out; published of a mean
+                                                   cosine, here 0 is as good as random data
+    cutoff         0.2                             cosine distance up to which clusters share outcomes
+    discount       1.0                             below 1, old outcomes fade: it follows change and explores more
+    released       True              False         the bound and the neighbour counts of the released code
+    overhear       none              True          the first step of a round tells what it trains on
+    =============  ================  ============  ===============================================================
 
     **Cost.** A round measures ``pulls * probes + controls`` candidates and prepares the estimator on the reference set.
     Keep both below the examples of an optimizer step, and a round every 20 steps costs about 5% of training or less.

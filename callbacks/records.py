@@ -27,7 +27,7 @@ def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:
         rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
     if not trainer.is_global_zero:
         return
-    log.info(round_line(record, ledger.selection_share))
+    log.info(round_line(record, ledger.selection_share if ledger.training_seconds else None))
     for alarm in ledger.new_alarms(record):
         log.warning("ALARM (%s) in round %d, step %d: %s", alarm.kind, alarm.round, alarm.step, alarm.text)
 
