@@ -155,6 +155,158 @@ def test_checkpointing_and_autocast_change_scores_within_rounding_only(rows):
     assert (short - exact).norm() < 0.05 * exact.norm()
 
 
+def equally_long(rows, seed=0):
+    tokens = torch.randint(0, VOCAB, (rows, 10), generator=torch.Generator().manual_seed(seed))
+    return {"id": torch.arange(rows), "input_ids": tokens, "labels": tokens}
+
+
+def heard(model, batch, direction, mean="examples"):
+    scores = TrainingStepScores(model, direction)
+    scores.attach(batch)
+    training_loss(model, batch, mean).backward()
+    return scores.collect(mean_weights(batch, mean))
+
+
+@pytest.mark.parametrize("rows", [2, 8, 16, 17])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_example_that_is_had_from_the_sum_is_as_exact_as_the_others(name, rows):
+    """Within rounding of float32 all are; the last one gathers that of the sum, and no more."""
+    batch = equally_long(rows)
+    exact = build(name, torch.float64).eval()
+    expected = example_dot(exact, causal_lm_loss, batch, direction_of(exact))
+    single = build(name, torch.float32).eval()
+    direction = {key: value.float() for key, value in direction_of(exact).items()}
+    errors = (heard(single, batch, direction) - expected).abs()
+    size = expected.square().mean().sqrt()
+    assert (errors < 1e-5 * size).all()
+    assert errors[-1] < rows * 1e-6 * size
+
+
+def test_an_example_without_targets_has_no_influence_and_changes_that_of_no_other():
+    model, batch = build("neox").eval(), equally_long(5)
+    direction = direction_of(model)
+    batch["labels"] = batch["labels"].clone()
+    expected = example_dot(model, causal_lm_loss, batch, direction).float()
+    for empty in (1, 4):
+        labels = batch["labels"].clone()
+        labels[empty] = -100
+        for mean in ("tokens", "examples"):
+            model.zero_grad()
+            found = heard(model, {**batch, "labels": labels}, direction, mean)
+            others = torch.arange(5) != empty
+            torch.testing.assert_close(found[others], expected[others], rtol=1e-5, atol=1e-6)
+            assert found[empty].abs() < 1e-10 * expected.norm()
+
+
+def test_a_parameter_that_is_frozen_after_the_direction_was_made_counts_for_every_example():
+    model, batch = build("neox").eval(), equally_long(4)
+    direction = direction_of(model)
+    expected = example_dot(model, causal_lm_loss, batch, direction).float()
+    model.gpt_neox.layers[0].requires_grad_(False)
+    torch.testing.assert_close(heard(model, batch, direction), expected, rtol=1e-5, atol=1e-6)
+
+
+class Positioned(nn.Module):
+    """Looks its positions up once for all examples, as many hand-written models do."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(VOCAB, width), nn.Embedding(16, width)
+        self.inner, self.head = nn.Linear(width, width), nn.Linear(width, VOCAB)
+
+    def forward(self, ids):
+        return self.head(self.inner(self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))).tanh())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 20])
+def test_positions_that_examples_share_are_met_by_each_of_them(rows):
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(0)
+        model = Positioned().double()
+    batch, direction = equally_long(rows), direction_of(model)
+    expected = example_dot(model, causal_lm_loss, batch, direction).float()
+    for examples in (None, 1, 3):
+        scores = TrainingStepScores(model, direction, examples)
+        scores.attach(batch)
+        training_loss(model, batch).backward()
+        wanted = min(examples or rows, rows)
+        found = scores.collect(mean_weights(batch))
+        torch.testing.assert_close(found[:wanted], expected[:wanted], rtol=1e-5, atol=1e-6)
+        assert found[wanted:].isnan().all()
+
+
+class Routed(nn.Module):
+    """Its gate sees all tokens of a batch in one row, as those of mixtures of experts do."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.tokens, self.gate = nn.Embedding(VOCAB, width), nn.Linear(width, 2)
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.head = nn.Linear(width, VOCAB)
+
+    def forward(self, ids):
+        x = self.tokens(ids)
+        flat = x.flatten(0, 1)
+        shares = self.gate(flat).softmax(dim=-1)
+        mixed = torch.zeros_like(flat)
+        for index, expert in enumerate(self.experts):
+            chosen = (shares.argmax(dim=-1) == index).nonzero().flatten()
+            mixed = mixed.index_add(0, chosen, expert(flat[chosen]) * shares[chosen, index, None])
+        return self.head(x + mixed.view_as(x))
+
+
+def routed():
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(0)
+        return Routed()
+
+
+def gradients_of_step(model, batch, scores=None):
+    model.zero_grad()
+    if scores is not None:
+        scores.attach(batch)
+    loss = training_loss(model, batch)
+    loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_layers_that_cannot_be_heard_leave_the_step_as_it_was_and_are_told(rows):
+    batch = equally_long(rows)
+    expected = gradients_of_step(routed(), batch)
+    model = routed()
+    scores = TrainingStepScores(model, direction_of(model))
+    found = gradients_of_step(model, batch, scores)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    if rows == 1:  # one example alone needs no layers
+        assert scores.collect(mean_weights(batch)).isfinite().all()
+        return
+    with pytest.raises(ValueError, match=r"expected module 'gate' .* one row for each of the 3 examples"):
+        scores.collect(mean_weights(batch))
+    scores.attach(batch)
+    loss = training_loss(model, batch)
+    with pytest.raises(ValueError, match="training step cannot be scored: expected module 'gate'"):
+        scores.check(loss)
+    scores.detach()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_error_in_the_backward_leaves_the_step_as_it_was_and_is_told(monkeypatch):
+    batch = equally_long(3)
+    expected = gradients_of_step(build("neox").eval(), batch)
+    model = build("neox").eval()
+    scores = TrainingStepScores(model, direction_of(model))
+
+    def fails(inputs, delta):
+        raise NotImplementedError("no forward-mode rule")
+
+    monkeypatch.setitem(scores._plan.observers, "gpt_neox.final_layer_norm", fails)
+    found = gradients_of_step(model, batch, scores)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match="cannot be scored: no forward-mode rule"):
+        scores.collect(mean_weights(batch))
+
+
 def parallel(scored):
     from liveselect import distributed
 

@@ -7,6 +7,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+_LONG = 1 << 12  # entries of a row from which a call of its own pays
+_PIECE = 1 << 16  # entries of a product that are summed in one go: what stays in a cache, and rounds little
 
 Direction = Mapping[str, Tensor]
 """A direction in the parameters of one layer, by the layer's own names (``weight``, ``bias``)."""
@@ -21,9 +25,10 @@ def rule_for(module: nn.Module) -> Rule | None:
 
     Layers whose forward is the library's have closed forms. Any other layer that holds its parameters itself, and no
     layers with parameters below it, is differentiated forward through its own ``forward``: norms and embeddings of all
-    kinds come this way. Layers that mix the examples of a batch have no gradient of one example, and no rule.
+    kinds come this way. Layers that mix the examples of a batch have no gradient of one example, and no rule; nor have
+    layers that do not map one tensor to one tensor.
     """
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "scale_grad_by_freq", False):
+    if isinstance(module, _WITHOUT_RULE) or getattr(module, "scale_grad_by_freq", False):
         return None
     for kind, rule in _CLOSED_FORMS.items():
         if isinstance(module, kind) and _forward_is(module, kind):
@@ -97,8 +102,25 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
 
     Summed in float32 or finer. A row that all examples share, ``b (1, ...)``, is met by every row of ``a``.
     """
+    if a.shape == b.shape and _LONG <= a[:1].numel() <= _PIECE and _are_plain(a, b):
+        return torch.stack([torch.dot(x, y) for x, y in zip(a.flatten(1), b.flatten(1), strict=True)])
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return (a.to(dtype) * b.to(dtype)).flatten(1).sum(dim=1)  # measured 4 times as fast as a batched product on CPU
+
+
+def whole_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner product of two tensors of one shape, ``()``, summed in float32 or finer."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    if not _are_plain(a, b):
+        return (a.to(dtype) * b.to(dtype)).sum()
+    pieces = zip(a.view(-1).split(_PIECE), b.view(-1).split(_PIECE), strict=True)
+    return torch.stack([torch.dot(x, y) for x, y in pieces]).sum(dtype=torch.float64)
+
+
+def _are_plain(a: Tensor, b: Tensor) -> bool:
+    """Return whether dot products of parts of both need no copy: half the time of a product and its sum on CPU."""
+    fine = a.dtype == b.dtype in (torch.float32, torch.float64)
+    return fine and a.device.type == b.device.type == "cpu" and a.is_contiguous() and b.is_contiguous()
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
@@ -139,6 +161,8 @@ def _forward_is(module: nn.Module, kind: type[nn.Module]) -> bool:
     # a subclass, or a patched instance, may scale or quantise what its parent computes
     return type(module).forward is kind.forward and "forward" not in vars(module)
 
+
+_WITHOUT_RULE = (nn.modules.batchnorm._BatchNorm, nn.RNNBase, ParametrizationList)
 
 _CLOSED_FORMS: dict[type[nn.Module], Rule] = {
     nn.Linear: linear_dot,

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,13 @@ class TapLog:
 
 
 @contextmanager
-def tapped(model: nn.Module, observers: Mapping[str, Observer], anchor: Tensor, rows: int) -> Iterator[TapLog]:
+def tapped(
+    model: nn.Module,
+    observers: Mapping[str, Observer],
+    anchor: Tensor,
+    rows: int,
+    failed: Callable[[Exception], None] | None = None,
+) -> Iterator[TapLog]:
     r"""Tap the modules of ``model`` named in ``observers`` while the block is open.
 
     Each call of a tapped module passes its output on unchanged, and ties it to ``anchor``. In the backward the
@@ -48,6 +55,8 @@ def tapped(model: nn.Module, observers: Mapping[str, Observer], anchor: Tensor, 
         observers: what to call, by module name.
         anchor: a leaf that requires a gradient.
         rows: B, the examples in the batch.
+        failed: told of errors in taps and observers, which then do nothing, in a forward and backward that must go on
+            whatever happens; None raises them from within.
 
     Raises:
         ValueError: from within the forward, when a tapped module's input or output does not have one row per example.
@@ -56,7 +65,8 @@ def tapped(model: nn.Module, observers: Mapping[str, Observer], anchor: Tensor, 
     modules = dict(model.named_modules(remove_duplicate=False))
     with ExitStack() as stack:
         for name, observe in observers.items():
-            hook = _Hook(name, observe, anchor, rows, log)
+            spared = observe if failed is None else partial(_caught, observe, failed)
+            hook = _Hook(name, spared, anchor, rows, log, failed)
             # first in line: the layer's own output, before other hooks may change it
             handle = modules[name].register_forward_hook(hook, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
@@ -70,12 +80,28 @@ class _Hook:
     anchor: Tensor
     rows: int
     log: TapLog
+    failed: Callable[[Exception], None] | None
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
         if not torch.is_grad_enabled():
             self.log.unseen.add(self.name)
             return None
         self.log.calls[self.name] += 1
+        try:
+            inputs, expanded = self._rows_of(module, arguments, options, output)
+        except ValueError as error:
+            if self.failed is None:
+                raise
+            self.failed(error)
+            return None
+        # detached: an edge from the tap to the input's history would only tell the engine to wait for it
+        tied: Tensor = _Tap.apply(expanded, self.anchor, inputs.detach(), self.observe)
+        return tied
+
+    def _rows_of(
+        self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the input of a call, and its output with one row for each example."""
         inputs = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
         if len(inputs) != 1 or not isinstance(output, Tensor):
             raise ValueError(
@@ -83,10 +109,15 @@ class _Hook:
                 f"{len(inputs)} tensors and a {type(output).__name__}: leave its parameters out of the direction, or "
                 "use central_difference_dot"
             )
-        expanded = _per_example(self.name, module, inputs[0], output, self.rows)
-        # detached: an edge from the tap to the input's history would only tell the engine to wait for it
-        tied: Tensor = _Tap.apply(expanded, self.anchor, inputs[0].detach(), self.observe)
-        return tied
+        return inputs[0], _per_example(self.name, module, inputs[0], output, self.rows)
+
+
+def _caught(observe: Observer, failed: Callable[[Exception], None], inputs: Tensor, delta: Tensor) -> Tensor | None:
+    try:
+        return observe(inputs, delta)
+    except Exception as error:
+        failed(error)
+        return None
 
 
 class _Tap(torch.autograd.Function):

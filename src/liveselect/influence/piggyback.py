@@ -16,6 +16,7 @@ from liveselect.cost import Stopwatch
 from liveselect.functional.flops import matmul_parameters
 from liveselect.functional.gradients import plan_products
 from liveselect.functional.layer_pass import LayerPlan, check_coverage, count_rows, make_anchor
+from liveselect.functional.layers import whole_dot
 from liveselect.functional.sharding import is_sharded
 from liveselect.functional.taps import Observer, TapLog, tapped
 from liveselect.losses import target_counts
@@ -23,7 +24,7 @@ from liveselect.protocols import Batch
 
 LossMean = Literal["tokens", "examples"]
 
-_FEW = 4  # examples up to which one of them is had from the sum: of more, it would save little and gather rounding
+_FEW = 16  # examples up to which one of them is had from the sum: of more, it would save little and gather rounding
 _DROPOUT_NOISE = 0.1  # of a loss: how far two forwards of one batch may lie apart
 _CLEAR = 0.1  # share of the distance of the two means within which the loss must lie at one of them
 
@@ -50,8 +51,10 @@ class TrainingStepScores:
 
     The extra product costs up to a third of the step's own products. It falls with the examples and the layers that
     take part: ``examples`` leaves out the rest of each batch, a direction in the MLP layers alone nearly a half. In
-    micro-batches of up to four examples the last one needs no product: the step's own gradients are the sum over all.
+    micro-batches of up to 16 examples the last one needs no product: the step's own gradients are the sum over all.
     A single one is scored for next to nothing.
+
+    Whatever goes wrong in a hook leaves the step as it was, and is raised by :meth:`check` and :meth:`collect`.
 
     With activation checkpointing hooks must stay until the backward is over, as they do here. Compiled layers do not
     run hooks; :meth:`collect` says so. With a sharded model all ranks must attach in the same micro-batches, because
@@ -99,14 +102,16 @@ class TrainingStepScores:
         rows = count_rows(batch)
         wanted = rows if self._examples is None else min(rows, self._examples)
         # of a sharded model backward only leaves the mean of all ranks' gradients
-        from_total = wanted == rows <= _FEW and not self._sharded
-        self._open = _Open(make_anchor(self._plan.parameters.values(), rows), wanted, from_total)
+        trained = all(parameter.requires_grad for parameter in self._plan.parameters.values())
+        from_total = wanted == rows <= _FEW and trained and not self._sharded
         products = wanted - from_total
+        self._open = _Open(make_anchor(self._plan.parameters.values(), products), rows, wanted, from_total)
         if products:
             observers = {
                 name: partial(_first, observe, products, self.watch) for name, observe in self._plan.observers.items()
             }
-            self._open.log = self._stack.enter_context(tapped(self._model, observers, self._open.anchor, rows))
+            taps = tapped(self._model, observers, self._open.anchor, rows, self._open.errors.append)
+            self._open.log = self._stack.enter_context(taps)
             self.flops += 2.0 * self._weights * products * _tokens_in(batch) / rows
         if from_total:
             self.flops += 2.0 * sum(parameter.numel() for parameter in self._plan.parameters.values())
@@ -119,6 +124,7 @@ class TrainingStepScores:
         Call between forward and backward, in the first step that is scored; it takes a few milliseconds.
         """
         if self._open is not None and self._open.log is not None:
+            self._open.refuse_errors()
             check_coverage(self._plan, loss, self._open.log)
 
     def collect(self, weights: Tensor) -> Tensor:
@@ -132,11 +138,13 @@ class TrainingStepScores:
 
         Raises:
             RuntimeError: nothing was attached, or no layer was seen in the backward.
+            ValueError: some layer could not be heard.
         """
         seen = self._open
         self.detach()
         if seen is None:
             raise RuntimeError("no scores to collect: attach(batch) before the forward of the training step")
+        seen.refuse_errors()
         products = seen.products()
         if products is None:
             calls = seen.log is not None and seen.log.calls
@@ -146,7 +154,9 @@ class TrainingStepScores:
                 + "Hooks do not run in compiled layers, so score only models that are not compiled; and backward() "
                 "must run between attach and collect"
             )
-        return (products / weights.to(products)).float().cpu()
+        weights = weights.to(products)
+        # an example without targets has no gradient; what rounding left of it must not be divided by nothing
+        return torch.where((weights == 0) & products.isfinite(), 0.0, products / weights).float().cpu()
 
     def detach(self) -> None:
         """Remove the hooks, if there are any; what they saw is lost."""
@@ -155,44 +165,53 @@ class TrainingStepScores:
 
     def _note_total(self, name: str, gradient: Tensor) -> None:
         direction = self._direction[name]
-        if self._open is not None and direction is not None:
+        if self._open is None or direction is None:
+            return
+        try:
             with self.watch.lap(gradient.device):
-                wide = torch.promote_types(gradient.dtype, torch.float32)
-                product = gradient.detach().to(wide) * direction.to(gradient.device, wide)
-                self._open.totals.append(product.sum())
+                self._open.totals.append(whole_dot(gradient.detach(), direction.to(gradient.device)))
+        except Exception as error:
+            self._open.errors.append(error)
 
 
 @dataclass
 class _Open:
     """What one micro-batch gathers."""
 
-    anchor: Tensor
+    anchor: Tensor  # of the examples that take products
+    rows: int
     wanted: int
     from_total: bool
     log: TapLog | None = None
     totals: list[Tensor] = field(default_factory=list)  # products of whole gradients with the direction
+    errors: list[Exception] = field(default_factory=list)  # of the hooks
+
+    def refuse_errors(self) -> None:
+        """Raise what went wrong while the step must go on."""
+        if self.errors:
+            raise ValueError(f"the training step cannot be scored: {self.errors[0]}") from self.errors[0]
 
     def products(self) -> Tensor | None:
-        """Return the products ``(B,)`` of gradients of the step's loss, None when nothing was seen."""
-        if self.anchor.grad is None and not self.totals:
+        """Return the products ``(B,)`` of gradients of the step's loss, None when some were not seen."""
+        unheard = len(self.anchor) and self.anchor.grad is None
+        if unheard or (self.from_total and not self.totals):
             return None
-        products = torch.zeros_like(self.anchor) if self.anchor.grad is None else self.anchor.grad
-        if self.from_total and self.totals:
-            products[-1] = torch.stack(self.totals).sum() - products[:-1].sum()
-        products[self.wanted :] = math.nan
-        return products
+        parts = [] if self.anchor.grad is None else [self.anchor.grad]
+        if self.from_total:
+            parts.append((torch.stack(self.totals).sum() - sum(part.sum() for part in parts)).reshape(1))
+        products = torch.cat([part.to(parts[0]) for part in parts])
+        return F.pad(products, (0, self.rows - self.wanted), value=math.nan)
 
 
 def _first(observe: Observer, rows: int, watch: Stopwatch, inputs: Tensor, delta: Tensor) -> Tensor | None:
     """Show an observer the first examples only."""
+    own = inputs[:rows] if len(inputs) == len(delta) else inputs  # else all examples share them, as positions
     with watch.lap(delta.device):
-        seen = observe(inputs[:rows], delta[:rows])
-        return None if seen is None else F.pad(seen, (0, len(delta) - rows))
+        return observe(own, delta[:rows])
 
 
 def _tokens_in(batch: Batch) -> int:
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    return ids.numel() if isinstance(ids, Tensor) else 0
+    return batch["input_ids"].numel()
 
 
 def mean_weights(batch: Batch, mean: LossMean = "tokens", divisor: float = 1.0) -> Tensor:
