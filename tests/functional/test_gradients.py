@@ -465,6 +465,20 @@ def test_a_layer_that_mixes_examples_is_an_error():
     assert uncovered_parameters(model) == ["1.bias", "1.weight"]
 
 
+def test_layers_that_do_not_map_one_tensor_to_one_are_told_before_anything_runs():
+    model = nn.Sequential(nn.Embedding(VOCAB, 16), nn.utils.parametrizations.weight_norm(nn.Linear(16, VOCAB)))
+    originals = {f"1.parametrizations.weight.original{index}" for index in (0, 1)}
+    assert set(uncovered_parameters(model)) == originals
+    assert all(".weight_" in name or "bias" in name for name in uncovered_parameters(nn.Sequential(nn.GRU(4, 4))))
+    batch = {"input_ids": torch.zeros(2, 5, dtype=torch.int64)}
+    reached = {name: value for name, value in direction_of(model).items() if name not in originals}
+    with pytest.raises(ValueError, match="no rule gives the gradients of single examples"):
+        example_dot(model, causal_lm_loss, batch, direction_of(model))
+    torch.testing.assert_close(
+        example_dot(model, causal_lm_loss, batch, reached), one_by_one(model, batch, reached), rtol=1e-5, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -14,6 +14,7 @@ from scipy.stats import pearsonr, spearmanr
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from liveselect.functional.kronecker import solve
 from liveselect.influence.kfac import KFACInfluence
 from liveselect.losses import causal_lm_loss
 from liveselect.snapshot import checksum
@@ -158,6 +159,41 @@ def test_influence_is_that_of_dense_matrices(variant):
     batch = candidate_batch(context)
     expected = dense_influence(context, variant, batch)
     torch.testing.assert_close(measure(context, curvature=variant), expected, rtol=2e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("variant", ["kfac", "ekfac"])
+def test_one_layer_that_stays_whole_has_the_curvature_of_all_its_outputs(variant):
+    context = small_context(small("c_attn"))
+    batch = candidate_batch(context)
+    expected = dense_influence(context, variant, batch, names=("c_attn", "out", "up", "down"))
+    torch.testing.assert_close(measure(context, curvature=variant, split_fused=False), expected, rtol=2e-6, atol=1e-8)
+
+
+MISTAKES = {
+    "inverted preconditioner": lambda right, gradient, damping: solve(
+        replace(right, eigenvalues=1 / (right.eigenvalues + damping)), gradient, 0.0
+    ),
+    "transposed eigenvectors": lambda right, gradient, damping: solve(
+        replace(right, outputs=right.outputs.t(), inputs=right.inputs.t()), gradient, damping
+    ),
+    # the tokens of a candidate are 6: a mean over them under the damping of the sum
+    "mean loss with absolute damping": lambda right, gradient, damping: solve(
+        replace(right, eigenvalues=right.eigenvalues / 6**2), gradient, damping
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("variant", ["kfac", "ekfac"])
+def test_known_mistakes_are_far_from_dense_matrices(variant, mistake, monkeypatch):
+    context = small_context()
+    batch = candidate_batch(context, 24)
+    expected = dense_influence(context, variant, batch)
+    monkeypatch.setattr("liveselect.influence.kfac.solve", MISTAKES[mistake])
+    found = measure(context, batch, curvature=variant)
+    found = found * (found @ expected) / found.square().sum()  # whatever its scale
+    assert (found - expected).norm() > 0.05 * expected.norm()
+    assert spearmanr(found, expected).statistic < 0.999
 
 
 @pytest.mark.parametrize("form", ["c_attn", "qkv_proj", "query_key_value"])

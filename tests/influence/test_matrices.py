@@ -148,6 +148,14 @@ def test_patterns_that_choose_nothing_are_refused(settings, message):
         find(MODELS["llama"](), **settings)
 
 
+def test_a_model_whose_weights_are_all_frozen_is_told_so():
+    model = MODELS["llama"]()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no linear layer .* with a weight that is trained"):
+        find(model)
+
+
 def test_the_model_keeps_no_hook():
     model = MODELS["neox"]()
 

@@ -38,9 +38,14 @@ def find_matrix_layers(
         split_fused: treat queries, keys and values that one layer makes as blocks of their own.
 
     Raises:
-        ValueError: a pattern fits no layer, or no layer is left.
+        ValueError: there is no layer, a pattern fits none, or none is left.
     """
     found = dict(_linear_layers(model, split_fused))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer (nn.Linear, or Conv1D of Hugging Face GPT-2) with a weight "
+            "that is trained, and factors are those of linear layers: unfreeze some, or take FirstOrderInfluence"
+        )
     received = _received(model, found, run)
     heads = _heads(model, found, received)
     for pattern in (*include, *exclude):
