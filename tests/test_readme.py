@@ -139,6 +139,19 @@ def test_a_round_without_a_pause_runs(names):
     assert [record.step for record in names["mates"].run.ledger.rounds] == [0, 2, 4]
 
 
+def test_a_run_that_validates_in_steps_has_a_curve(names, in_folder):
+    from liveselect.datamodules import SelectionDataModule
+    from liveselect.regressors import HashedRidgeRegressor
+
+    names["mates"] = names["MATES"](
+        every_n_steps=2, probes=8, regressor=HashedRidgeRegressor(), dirpath=in_folder / "watched"
+    )
+    exec(block("check_val_every_n_epoch").replace('"val_check_interval": 500', '"val_check_interval": 2'), names)
+    data = SelectionDataModule(pool=rows(80, seed=0), reference=rows(6, seed=3), batch_size=2)
+    names["trainer"].fit(SmallLM(), datamodule=data)
+    assert [entry.step for entry in Ledger.read(in_folder / "watched" / "ledger.jsonl").evaluations] == [2, 4]
+
+
 def test_the_selector_that_one_writes_oneself_runs(names):
     from liveselect.datamodules import SelectionDataModule
 
