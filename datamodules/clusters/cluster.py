@@ -7,6 +7,7 @@ distances of near centroids as a sparse matrix, ``typical.npy`` (K, 8) the ids n
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from numpy.lib.format import open_memmap
 
 from liveselect import distributed
 from liveselect.datamodules.clusters.embedding import Embedder, make_embedder
-from liveselect.datamodules.clusters.kmeans import Engine, fit_centroids, near_pairs, nearest, unit
+from liveselect.datamodules.clusters.kmeans import Engine, check_fit, fit_centroids, near_pairs, nearest, unit
 from liveselect.datamodules.clusters.naming import cluster_names
 from liveselect.datamodules.pools.display import PrepareDisplay
 from liveselect.datamodules.pools.pool_files import PARTIAL, sync_file, sync_folder, write_durably
@@ -138,8 +139,10 @@ def cluster_pool(
 
     Raises:
         ValueError: clusters made in another way are there, or the settings do not fit the pool.
+        ImportError: an optional library is missing.
     """
     store = pool if isinstance(pool, TokenStore) else TokenStore(pool)
+    _check(store, clustering, name)
     settings = {**vars(clustering), "pool": store.fingerprint}
     path = store.path / name
     if (path / MANIFEST).exists() and not overwrite:
@@ -161,6 +164,21 @@ def cluster_pool(
         _put_in_place(partial, path)
     distributed.gather_objects("clustered")  # the other ranks wait
     return Clusters(store, name)
+
+
+def _check(store: TokenStore, clustering: Clustering, name: str) -> None:
+    """Raise what would otherwise come up when all rows are embedded, and refuse to replace what is not clusters."""
+    check_fit(store.rows, clustering.clusters, clustering.engine)
+    if clustering.epochs < 1:
+        raise ValueError(f"expected at least one walk through the pool (epochs), got {clustering.epochs}")
+    if not 0.0 <= clustering.reach <= 2.0:
+        raise ValueError(f"expected a reach in 0..2, a cosine distance, got {clustering.reach}")
+    path = store.path / name
+    if Path(name).name != name or (path.exists() and not (path / MANIFEST).is_file()):
+        raise ValueError(
+            f"expected the name of a folder of clusters inside the pool, new or made before, got {name!r}: "
+            + (f"{path} holds something else" if Path(name).name == name else "a name has no slashes")
+        )
 
 
 def default_clusters(rows: int) -> int:
@@ -185,14 +203,16 @@ def _embed(
     start = mine.start if start is None else start
     distributed.gather_objects("looked")
     if distributed.rank() == 0 and not is_there:
-        open_memmap(file, mode="w+", dtype=np.float16, shape=shape).flush()
+        _reserve(file, shape)
     distributed.gather_objects("made")
     vectors = np.load(file, mmap_mode="r+")
     display.start(f"embedding {store.rows} blocks", _bytes(store, mine.stop - mine.start))
     try:
         for first in range(start, mine.stop, ROWS):
             ids = np.arange(first, min(first + ROWS, mine.stop))
-            vectors[ids[0] : ids[-1] + 1] = unit(embedder.embed(ids, store.read(torch.from_numpy(ids))))
+            found = embedder.embed(ids, store.read(torch.from_numpy(ids)))
+            _check_finite(ids, found, settings["embed"])
+            vectors[ids[0] : ids[-1] + 1] = unit(found)
             vectors.flush()
             write_durably(progress, json.dumps({**wanted, "done": int(ids[-1]) + 1}).encode())
             done = int(ids[-1]) + 1 - mine.start
@@ -200,6 +220,24 @@ def _embed(
     finally:
         display.stop()
     distributed.gather_objects("embedded")
+
+
+def _reserve(file: Path, shape: tuple[int, int]) -> None:
+    """Make the file of vectors with all its space on disk: a write to a map of a full disk would kill the process."""
+    open_memmap(file, mode="w+", dtype=np.float16, shape=shape).flush()
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+
+
+def _check_finite(ids: np.ndarray, vectors: np.ndarray, embed: str) -> None:
+    (wrong,) = np.nonzero(~np.isfinite(vectors).all(axis=1))
+    if len(wrong):
+        raise ValueError(
+            f"expected vectors of finite numbers, got NaN or infinity from {embed} for {len(wrong)} of the blocks "
+            f"{ids[0]}..{ids[-1]}, block {ids[wrong[0]]} first: mend or replace these vectors, or take another "
+            "embedding; the same command goes on from there"
+        )
 
 
 def _rows_done(progress: Path, wanted: dict[str, Any]) -> int | None:

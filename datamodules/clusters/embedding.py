@@ -131,11 +131,13 @@ class ReadyVectors:
     sample_tokens = 1
 
     def __init__(self, vectors: str | Path | np.ndarray, rows: int) -> None:
-        self._vectors = np.load(vectors, mmap_mode="r") if isinstance(vectors, (str, Path)) else vectors
-        if self._vectors.ndim != 2 or len(self._vectors) != rows:
+        self._vectors = _load_array(Path(vectors)) if isinstance(vectors, (str, Path)) else vectors
+        if self._vectors.ndim != 2 or len(self._vectors) != rows or not self._vectors.shape[1]:
             raise ValueError(
                 f"expected one vector for each of the pool's {rows} blocks, got an array of shape {self._vectors.shape}"
             )
+        if not np.issubdtype(self._vectors.dtype, np.number) or np.iscomplexobj(self._vectors):
+            raise ValueError(f"expected vectors of real numbers, got an array of {self._vectors.dtype}")
         self.dimensions = self._vectors.shape[1]
 
     def fit(self, blocks: Tensor) -> None:
@@ -144,6 +146,21 @@ class ReadyVectors:
     def embed(self, ids: np.ndarray, blocks: Tensor) -> np.ndarray:
         """Return the vectors of the candidates ``ids (n,)``."""
         return np.asarray(self._vectors[ids], dtype=np.float32)
+
+
+def parse_form(spec: str) -> tuple[str, str]:
+    """Return kind and name of an embedding: hashed, encoder:NAME, static:NAME or vectors:FILE.npy.
+
+    Raises:
+        ValueError: the form is unknown.
+        ImportError: an optional library is missing.
+    """
+    kind, _, name = spec.partition(":")
+    if kind not in ("hashed", "vectors", "encoder", "static") or bool(name) is (kind == "hashed"):
+        raise ValueError(f"expected an embedding of the form {FORMS}, got {spec!r}")
+    if kind == "static":
+        _load_model2vec()
+    return kind, name
 
 
 def make_embedder(
@@ -162,13 +179,11 @@ def make_embedder(
         ValueError: the form is unknown, or it needs text and there is no tokenizer.
         ImportError: an optional library is missing.
     """
-    kind, _, name = spec.partition(":")
-    if spec == "hashed":
+    kind, name = parse_form(spec)
+    if kind == "hashed":
         return HashedEmbedder(dimensions, seed=seed)
-    if kind == "vectors" and name:
+    if kind == "vectors":
         return ReadyVectors(name, rows)
-    if kind not in ("encoder", "static") or not name:
-        raise ValueError(f"expected an embedding of the form {FORMS}, got {spec!r}")
     if decode is None:
         raise ValueError(
             f"{spec} reads text, and this pool was made from token ids without a tokenizer: use hashed, or bring "
@@ -177,12 +192,26 @@ def make_embedder(
     return TextEmbedder(_encoder(name) if kind == "encoder" else _static_vectors(name), decode)
 
 
+def _load_array(path: Path) -> np.ndarray:
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"expected a .npy file of vectors, written by numpy.save, got {path}: {error}") from error
+    if not isinstance(found, np.ndarray):
+        raise ValueError(f"expected a .npy file of vectors, written by numpy.save, got the archive {path}")
+    return found
+
+
 def _static_vectors(name: str) -> Callable[[list[str]], Any]:
+    return _load_model2vec().from_pretrained(name).encode
+
+
+def _load_model2vec() -> Any:
     try:
         from model2vec import StaticModel
     except ImportError as error:
         raise ImportError("static:NAME needs model2vec: pip install 'liveselect[embed]'") from error
-    return StaticModel.from_pretrained(name).encode
+    return StaticModel
 
 
 def _encoder(name: str) -> Callable[[list[str]], Any]:

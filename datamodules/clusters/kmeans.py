@@ -34,10 +34,7 @@ def fit_centroids(
         ValueError: there are fewer vectors than clusters, or the engine is unknown.
         ImportError: faiss is asked for and missing.
     """
-    if not 1 <= clusters <= len(vectors):
-        raise ValueError(f"expected a number of clusters in 1..{len(vectors)}, got {clusters}")
-    if engine not in get_args(Engine):
-        raise ValueError(f"expected an engine among {get_args(Engine)}, got {engine!r}")
+    check_fit(len(vectors), clusters, engine)
     draws = np.random.default_rng(seed)
     if engine == "faiss":
         centroids = _faiss(_sample(vectors, max(FAISS_POINTS * clusters, BATCH), draws), clusters, seed)
@@ -52,6 +49,21 @@ def fit_centroids(
             model.partial_fit(batch)
             advance(len(batch))
     return np.asarray(model.cluster_centers_, dtype=np.float32)
+
+
+def check_fit(rows: int, clusters: int, engine: str) -> None:
+    """Raise what :func:`fit_centroids` would of so many vectors, before there are any.
+
+    Raises:
+        ValueError: there are fewer vectors than clusters, or the engine is unknown.
+        ImportError: faiss is asked for and missing.
+    """
+    if not 1 <= clusters <= rows:
+        raise ValueError(f"expected a number of clusters in 1..{rows}, got {clusters}: there are {rows} rows")
+    if engine not in get_args(Engine):
+        raise ValueError(f"expected an engine among {get_args(Engine)}, got {engine!r}")
+    if engine == "faiss":
+        _load_faiss()
 
 
 def nearest(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -101,10 +113,15 @@ def _sample(vectors: np.ndarray, size: int, draws: np.random.Generator) -> np.nd
 
 
 def _faiss(sample: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    faiss = _load_faiss()
+    model = faiss.Kmeans(sample.shape[1], clusters, niter=20, seed=seed, max_points_per_centroid=len(sample))
+    model.train(np.ascontiguousarray(sample))
+    return np.asarray(model.centroids, dtype=np.float32)
+
+
+def _load_faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
         raise ImportError("the engine faiss needs faiss: pip install 'liveselect[faiss]'") from error
-    model = faiss.Kmeans(sample.shape[1], clusters, niter=20, seed=seed, max_points_per_centroid=len(sample))
-    model.train(np.ascontiguousarray(sample))
-    return np.asarray(model.centroids, dtype=np.float32)
+    return faiss

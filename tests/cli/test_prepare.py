@@ -63,6 +63,8 @@ def test_the_command_sorts_the_blocks_into_clusters_when_it_is_told_to(corpus, c
         (["--text-column", "body"], "line 1: no column 'body'; the columns are 'text', 'url'"),
         (["--block-size", "100000"], "which do not fill one block of 100000"),
         (["--tokenizer", "bpe:3"], "expected bpe:N with a vocabulary of N >= 257"),
+        (["--embed", "tfidf"], "expected an embedding of the form hashed, encoder:NAME"),
+        (["--clusters", "0"], "expected --clusters of at least 1, got 0"),
     ],
 )
 def test_an_error_is_a_sentence_and_not_a_traceback(corpus, capsys, change, message):
@@ -70,6 +72,7 @@ def test_an_error_is_a_sentence_and_not_a_traceback(corpus, capsys, change, mess
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+    assert not (corpus.parent / "pool").exists()
 
 
 @pytest.mark.parametrize("source", ["nope.jsonl", "web=nope.jsonl"])

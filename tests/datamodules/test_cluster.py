@@ -185,9 +185,62 @@ def test_clusters_of_another_pool_are_refused(pool, tmp_path_factory):
         Clusters(other)
 
 
-def test_more_clusters_than_blocks_are_refused(pool):
-    with pytest.raises(ValueError, match=r"number of clusters in 1\.\.240, got 241"):
-        cluster_pool(pool[0], Clustering(clusters=241, dimensions=8), quiet=True)
+@pytest.mark.parametrize(
+    ("settings", "name", "message"),
+    [
+        ({"clusters": 241}, "clusters", r"number of clusters in 1\.\.240, got 241"),
+        ({"clusters": 0}, "clusters", r"in 1\.\.240, got 0"),
+        ({"engine": "spark"}, "clusters", "an engine among .* got 'spark'"),
+        ({"epochs": 0}, "clusters", "at least one walk"),
+        ({"reach": -0.1}, "clusters", r"a reach in 0\.\.2"),
+        ({"embed": "tfidf"}, "clusters", "of the form hashed"),
+        ({}, "texts", "texts holds something else"),
+        ({}, "../elsewhere", "a name has no slashes"),
+    ],
+)
+def test_what_cannot_work_is_told_before_anything_is_embedded(pool, monkeypatch, settings, name, message):
+    store, _ = pool
+    (store.path / "texts").mkdir()
+    (store.path / "texts" / "kept").write_text("not clusters")
+    monkeypatch.setattr(HashedEmbedder, "fit", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=message):
+        cluster_pool(store, Clustering(**{"clusters": 4, "dimensions": 8, **settings}), name=name, quiet=True)
+    assert (store.path / "texts" / "kept").exists()
+
+
+def test_vectors_that_are_not_finite_are_refused_and_mended_ones_go_on(pool, monkeypatch):
+    monkeypatch.setattr(cluster, "ROWS", 50)
+    store, topics = pool
+    vectors = np.eye(TOPICS, dtype=np.float32)[topics]
+    vectors[130], vectors[170] = np.nan, np.inf
+    np.save(store.path / "v.npy", vectors)
+    mine = Clustering(clusters=TOPICS, embed=f"vectors:{store.path / 'v.npy'}")
+    with pytest.raises(ValueError, match=r"for 1 of the blocks 100\.\.149, block 130 first: mend or replace"):
+        cluster_pool(store, mine, quiet=True)
+    np.save(store.path / "v.npy", np.eye(TOPICS)[topics])
+    assert adjusted_rand_score(topics, cluster_pool(store, mine, quiet=True).read("assignment")) == 1.0
+
+
+def test_one_cluster_as_many_as_blocks_and_fewer_than_asked_for(tmp_path):
+    same = write_store(tmp_path / "pool", np.ones((12, 8), np.int64), block_size=8, vocab_size=4)
+    assert len(cluster_pool(same, Clustering(clusters=5, dimensions=8), quiet=True)) == 1  # empty ones are dropped
+    store, _ = make_pool(tmp_path / "other", rows=30)
+    one = cluster_pool(store, Clustering(clusters=1, dimensions=8), name="one", quiet=True)
+    assert one.manifest["sizes"] == [30]
+    assert len(one.geometry().columns) == 0
+    all_of_them = cluster_pool(store, Clustering(clusters=30, dimensions=8), name="all", quiet=True)
+    assert sum(all_of_them.manifest["sizes"]) == 30
+    assert min(all_of_them.manifest["sizes"]) > 0
+
+
+def test_a_full_disk_is_told_before_anything_is_embedded(pool, monkeypatch):
+    def full(descriptor, start, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cluster.os, "posix_fallocate", full)
+    monkeypatch.setattr(HashedEmbedder, "embed", lambda *_: 1 / 0)
+    with pytest.raises(OSError, match="No space left"):
+        cluster_pool(pool[0], FOUR, quiet=True)
 
 
 def cluster_on_this_rank(path):

@@ -132,6 +132,50 @@ def test_an_encoder_gives_the_mean_state_of_each_text_whatever_it_is_padded_to(e
         np.testing.assert_allclose(vectors[index], expected, atol=1e-5)
 
 
+def texts_of(ids):
+    return [TEXTS[i] for i in ids[:, 0].tolist()]
+
+
+def test_sentence_transformers_gives_its_own_vectors(encoder, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    path, _, _ = encoder
+    library.SentenceTransformer(str(path), device="cpu").save(str(tmp_path / "saved"))
+    ids = torch.arange(40).view(-1, 1)
+    embedder = make_embedder(f"encoder:{tmp_path / 'saved'}", 40, texts_of)
+    embedder.fit(ids)
+    expected = library.SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(texts_of(ids))
+    np.testing.assert_allclose(embedder.embed(ids.numpy().ravel(), ids), expected, atol=1e-5)
+
+
+def test_static_vectors_are_those_of_model2vec(encoder, tmp_path):
+    library = pytest.importorskip("model2vec")
+    _, tokenizer, _ = encoder
+    table = np.random.default_rng(0).normal(size=(len(tokenizer), 8)).astype(np.float32)
+    model = library.StaticModel(vectors=table, tokenizer=tokenizer._tokenizer)
+    model.save_pretrained(str(tmp_path / "static"))
+    ids = torch.arange(40).view(-1, 1)
+    embedder = make_embedder(f"static:{tmp_path / 'static'}", 40, texts_of)
+    embedder.fit(ids)
+    assert embedder.dimensions == 8
+    np.testing.assert_allclose(embedder.embed(ids.numpy().ravel(), ids), model.encode(texts_of(ids)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (lambda path: np.savez(path.open("wb"), a=np.ones((6, 3))), "got the archive"),
+        (lambda path: path.write_text("1 2 3"), r"written by numpy\.save, got"),
+        (lambda path: np.save(path.open("wb"), np.array([["a"]] * 6)), "vectors of real numbers"),
+        (lambda path: np.save(path.open("wb"), np.ones((6, 0))), r"an array of shape \(6, 0\)"),
+        (lambda path: np.save(path.open("wb"), np.ones(6)), r"an array of shape \(6,\)"),
+    ],
+)
+def test_a_file_that_holds_no_vectors_is_refused(tmp_path, save, message):
+    save(tmp_path / "v.npy")
+    with pytest.raises(ValueError, match=message):
+        make_embedder(f"vectors:{tmp_path / 'v.npy'}", 6, None)
+
+
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "model2vec", None)
     with pytest.raises(ImportError, match=r"pip install 'liveselect\[embed\]'"):

@@ -82,7 +82,7 @@ def _cluster(arguments: argparse.Namespace) -> "Clusters":
 
     store = TokenStore(arguments.pool)
     clustering = Clustering(
-        clusters=arguments.clusters or default_clusters(store.rows),
+        clusters=default_clusters(store.rows) if arguments.clusters is None else arguments.clusters,
         embed=arguments.embed,
         dimensions=arguments.dimensions,
         reach=arguments.reach,

@@ -78,6 +78,12 @@ def main(argv: Sequence[str]) -> int:
 
     from liveselect.cli.output import say
 
+    if arguments.clusters is not None and arguments.clusters < 1:
+        raise ValueError(f"expected --clusters of at least 1, got {arguments.clusters}")
+    if arguments.embed is not None:
+        from liveselect.datamodules.clusters.embedding import parse_form
+
+        parse_form(arguments.embed)  # told now, and not when the pool is made
     try:
         prepared = _prepare(arguments)
     except KeyboardInterrupt:
