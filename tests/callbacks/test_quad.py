@@ -13,6 +13,8 @@ from small_run import SIMPLE, Place, SmallLM, Trace, small_trainer
 
 from liveselect.callbacks import Quad
 from liveselect.datamodules import SelectionDataModule
+from liveselect.datamodules.clusters.cluster import Clustering, cluster_pool
+from liveselect.datamodules.pools.tokens import write_store
 from liveselect.functional.gradients import example_dot
 from liveselect.influence import KFACInfluence, OneStepInfluence
 from liveselect.ledger import Ledger
@@ -64,6 +66,36 @@ def test_the_mixture_turns_to_the_cluster_of_the_reference_set(tmp_path):
     assert max(last.groups, key=lambda name: last.groups[name].get("reward", -9.0)) == wanted
     assert sum(row.get("pulls", 0.0) for row in last.groups.values()) == 3.0 * (STEPS // 2 - 1)
     assert {"arms/known", "influence/level"} <= set(last.metrics)
+
+
+@pytest.mark.parametrize(
+    ("groups", "changed", "message"),
+    [
+        ("three", {}, "checkpoint was made with the arms 4/.*this run has 3/"),
+        ("four", {"probes": 5}, "in standard errors of 3 probes, this run tells them in standard errors of 5"),
+        (None, {}, "has a single one: cluster it"),
+        ("four", {"cutoff": 0.5}, r"list them only up to 0\.2: lower the cutoff"),
+    ],
+)
+def test_a_resumed_run_that_cannot_go_on_is_told_so_before_it_trains(tmp_path, groups, changed, message):
+    draws = torch.Generator().manual_seed(0)
+    blocks = torch.stack([tokens for c in range(4) for tokens in texts(c, 30, draws)])
+    store = write_store(tmp_path / "pool", blocks.numpy(), block_size=TOKENS, vocab_size=10 * CLUSTERS)
+    for name, clusters in {"three": 3, "four": 4}.items():
+        cluster_pool(store, Clustering(clusters, dimensions=8), name=name, quiet=True)
+    reference = [{"input_ids": tokens} for tokens in texts(LIKE_REFERENCE, 6, draws)]
+
+    def begin(groups, steps, **settings):
+        simple = {**SIMPLE, "precision": "32-true", "max_steps": steps}
+        data = SelectionDataModule(pool=store, reference=reference, batch_size=4, groups=groups)
+        return small_trainer(tmp_path, [quad(tmp_path, **settings)], **simple), data
+
+    first, data = begin("four", 6)
+    first.fit(SmallLM(), datamodule=data)
+    first.save_checkpoint(tmp_path / "six.ckpt")
+    second, data = begin(groups, 12, **changed)
+    with pytest.raises(ValueError, match=message):
+        second.fit(SmallLM(), datamodule=data, ckpt_path=tmp_path / "six.ckpt")
 
 
 def lines(folder):

@@ -246,6 +246,19 @@ def test_neighbours_learn_from_a_pull_as_much_as_they_are_near():
     assert float(pulls[0] + pulls[1]) == pytest.approx(1.75 * near)
 
 
+def test_arms_at_the_cutoff_learn_nothing_and_a_cutoff_beyond_what_is_listed_is_told_before_training():
+    source = arms_source((8, 8, 8))
+    far = torch.tensor([0.2, 0.2], dtype=torch.float32)
+    source.pool.geometry = GroupGeometry(
+        torch.tensor([0, 1, 2, 2]), torch.tensor([1, 0]), far, 0.2, torch.arange(3), torch.zeros(24)
+    )
+    run = a_run(source, ArmInfluence(source, [0, 1, 2]), pulls=1, cutoff=0.2)
+    (pulled,), _ = play(run, source, 1, 4)
+    assert known(run)["pulls"].tolist() == [float(arm in pulled) for arm in range(3)]
+    with pytest.raises(ValueError, match=r"list them only up to 0\.2: lower the cutoff"):
+        UCBSelector(cutoff=0.3).check(fake_context(source))
+
+
 def test_without_a_cutoff_neighbours_learn_nothing():
     source = arms_source(sizes=(40, 40))
     source.pool.geometry = GroupGeometry(
@@ -357,6 +370,48 @@ def test_a_checkpoint_of_other_arms_is_refused():
     other.selector.load_state_dict(run.selector.state_dict())
     with pytest.raises(ValueError, match="the checkpoint was made with the arms 5/"):
         play(other, source, 1, 4)
+    with pytest.raises(ValueError, match=r"Pass the groups \(clusters\) that the run began with"):
+        other.selector.check(fake_context(source))  # before training begins
+
+
+@pytest.mark.parametrize("settings", [{"probes": 5}, {"controls": 0}])
+def test_a_checkpoint_whose_rewards_have_another_unit_is_refused(settings):
+    source = arms_source()
+    run = a_run(source, ArmInfluence(source, [0, 1, 2, 3, 4]))
+    other = a_run(source, ArmInfluence(source, [0, 1, 2, 3, 4]), **settings)
+    other.selector.load_state_dict(run.selector.state_dict())  # nothing was measured yet
+    play(run, source, 1, 4)
+    with pytest.raises(ValueError, match="told rewards in standard errors of 4 probes, this run tells them in"):
+        other.selector.load_state_dict(run.selector.state_dict())
+
+
+def test_alpha_and_tau_may_change_when_a_run_is_resumed():
+    source = arms_source()
+    run = a_run(source, ArmInfluence(source, [-2, -1, 0, 1, 2], noise=0.1), pulls=5)
+    play(run, source, 1, 4)
+    other = a_run(source, ArmInfluence(source, [-2, -1, 0, 1, 2], noise=0.1), pulls=5, arms=5, alpha=0.0, tau=None)
+    other.selector.load_state_dict(run.selector.state_dict())
+    _, (ids,) = play(other, source, 1, 25, first=1)
+    assert len(source.pool.groups[ids].unique()) == 5
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_a_run_goes_on_when_all_arms_are_used_up_and_uses_everything_equally_often(alpha):
+    source = arms_source((7, 1, 12))
+    run = a_run(source, ArmInfluence(source, [3, 1, -3]), alpha=alpha, gamma=0.5)
+    play(run, source, 10, 4)
+    assert source.pool.uses.tolist() == [2] * 20
+
+
+def test_more_pulls_than_there_are_candidates_measure_each_of_them_once():
+    source = arms_source((1, 2, 30))
+    run = a_run(source, ArmInfluence(source, [0, 1, 2]), pulls=50, at_once=50, arms=50)
+    (pulled,), (ids,) = play(run, source, 1, 16)
+    measured = run.ledger.rounds[-1].measured[8:]
+    assert sorted(measured) == list(range(33))
+    assert set(pulled) == {0, 1, 2}
+    assert known(run)["pulls"].tolist() == [1.0, 1.0, 8.0]
+    assert len(ids.unique()) == 16
 
 
 def test_a_pool_of_a_single_group_has_no_arms():

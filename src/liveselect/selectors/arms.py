@@ -19,8 +19,8 @@ class Arms:
 
     Attributes:
         starts: ``(K + 1,)`` int64, where each arm begins in ``members``.
-        members: ``(n,)`` int64, all candidates, arm after arm.
-        codes: ``(n,)`` the arm of each candidate.
+        members: ``(n,)`` all candidates, arm after arm; int32 where that suffices, for there may be a billion.
+        codes: ``(n,)`` the arm of each candidate, the groups of the pool themselves.
         fingerprint: names the assignment of candidates to arms.
     """
 
@@ -43,8 +43,10 @@ class Arms:
                 "the arms of a bandit are the groups of the pool, and this pool has a single one: cluster it "
                 "(`liveselect cluster POOL`) and pass groups='clusters' to the datamodule, or name several sources"
             )
-        codes = pool.groups.long()
+        codes = pool.groups
         members = codes.argsort(stable=True)
+        if len(codes) < 2**31:
+            members = members.int()
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), codes.bincount(minlength=count).cumsum(0)])
         for arm in range(count):
             part = members[int(starts[arm]) : int(starts[arm + 1])]
@@ -63,11 +65,11 @@ class Arms:
 
     def members_of(self, arm: int) -> Tensor:
         """Return the candidates of an arm in its order."""
-        return self.members[int(self.starts[arm]) : int(self.starts[arm + 1])]
+        return self.members[int(self.starts[arm]) : int(self.starts[arm + 1])].long()
 
     def first_members(self) -> Tensor:
         """Return the first candidate of each arm, ``(K,)``; of an empty arm, any."""
-        return self.members[self.starts[:-1].clamp(max=len(self.members) - 1)]
+        return self.members[self.starts[:-1].clamp(max=len(self.members) - 1)].long()
 
 
 class OpenArms:

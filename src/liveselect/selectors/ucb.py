@@ -25,6 +25,7 @@ class _Round:
         open: what may be taken from each arm.
         pulls_left: arms that may still be pulled.
         heard: ``(K,)`` bool, arms whose outcome training has shown already.
+        given: ``(K,)`` int64, candidates of each arm that were proposed as its probes.
         asked: ``(m,)`` the arm of each candidate that was proposed last.
         dropped: influences that were not finite.
     """
@@ -33,6 +34,7 @@ class _Round:
     open: OpenArms
     pulls_left: int
     heard: Tensor
+    given: Tensor
     asked: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     dropped: int = 0
 
@@ -62,7 +64,7 @@ class UCBSelector:
     probes: pulls go to the others.
 
     An arm is walked in one seeded order, by probes and by training alike, and no candidate is trained on again before
-    the pool is used up. An arm with nothing left is retired.
+    the pool is used up. An arm with nothing left is retired, and none is asked for a candidate twice in a round.
 
     Args:
         alpha: width of the confidence bound. Twice the sd of an outcome in theory, 0.3 to 0.5 in simulations; 0 never
@@ -135,21 +137,25 @@ class UCBSelector:
     # ---- ask, tell, choose -------------------------------------------------------------------------------------
 
     def check(self, context: RoundContext) -> None:
-        """Raise what the first round would of the arms."""
-        Arms.of(context.source, context.seed)
+        """Raise what the first round would of the arms, and of the state of a checkpoint."""
+        self._check_arms(Arms.of(context.source, context.seed))
+        self._weigh_neighbours(context)
 
     def propose(self, context: RoundContext) -> Tensor:
         """Return the probes of the next arms, ``(m,)``, controls first; ``(0,)`` when the round's pulls are spent."""
         current = self._enter(context)
         number = min(self.at_once, current.pulls_left)
         ties = context.generator(f"pull {current.pulls_left}")
-        arms = top_arms(self._scores(), number, ties, (current.open.room > 0) & ~current.heard).tolist()
+        left = current.open.room - current.given  # nothing is measured twice in a round
+        arms = top_arms(self._scores(), number, ties, (left > 0) & ~current.heard).tolist()
         if not arms:
             return torch.empty(0, dtype=torch.int64)
         ids = [self._draw_controls(context) if current.pulls_left == self.pulls else current.asked[:0]]
         asked = [torch.full_like(ids[0], CONTROL)]
         for arm in arms:
-            probes, self._cursors[arm] = current.open.next_probes(arm, self.probes, int(self._cursors[arm]))
+            count = min(self.probes, int(left[arm]))
+            probes, self._cursors[arm] = current.open.next_probes(arm, count, int(self._cursors[arm]))
+            current.given[arm] += len(probes)
             ids.append(probes)
             asked.append(torch.full_like(probes, arm))
         current.pulls_left -= len(arms)
@@ -227,18 +233,32 @@ class UCBSelector:
         """Return rewards, pulls, units, cursors and what was overheard; the orders of the arms follow from the seed."""
         return {
             "fingerprint": self._fingerprint,
+            "unit": self._unit,
             "rewards": self._rewards.state_dict(),
             "cursors": self._cursors.clone(),
             "overheard": [[ids.clone(), influence.clone()] for ids, influence in self._overheard],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; the next round refuses arms that are not those of the state."""
+        """Restore what :meth:`state_dict` returned; :meth:`check` refuses arms that are not those of the state.
+
+        Raises:
+            ValueError: the rewards of the state were told in another unit.
+        """
+        if state["fingerprint"] is not None and state.get("unit", self._unit) != self._unit:
+            raise ValueError(
+                f"the checkpoint told rewards {state['unit']}, this run tells them {self._unit}, and the two cannot be "
+                "added up: resume with the probes and controls that the run began with, or start a new run"
+            )
         self._arms = self._round = None
         self._overheard = [(ids.clone(), influence.clone()) for ids, influence in state["overheard"]]
         self._fingerprint = state["fingerprint"]
         self._rewards.load_state_dict(state["rewards"])
         self._cursors = state["cursors"].clone()
+
+    @property
+    def _unit(self) -> str:
+        return f"in standard errors of {self.probes} probes" if self.controls else "in their root mean square"
 
     # ---- parts of a round --------------------------------------------------------------------------------------
 
@@ -252,7 +272,8 @@ class UCBSelector:
             return self._round
         self._rewards.forget(self.discount)
         is_open = OpenArms(self._arms, context.candidates, context.source.pool.uses)
-        self._round = _Round(context.round, is_open, self.pulls, self._credit_overheard(self._arms))
+        heard = self._credit_overheard(self._arms)
+        self._round = _Round(context.round, is_open, self.pulls, heard, torch.zeros_like(is_open.room))
         return self._round
 
     def _credit_overheard(self, arms: Arms) -> Tensor:
@@ -260,8 +281,9 @@ class UCBSelector:
         heard = torch.zeros(len(arms), dtype=torch.bool)
         if self._overheard and self._rewards.moments is not None:
             ids, influence = (torch.cat(parts) for parts in zip(*self._overheard, strict=True))
-            heard[arms.codes[ids]] = True
-            self._rewards.credit(arms.codes[ids], influence)
+            codes = arms.codes[ids].long()
+            heard[codes] = True
+            self._rewards.credit(codes, influence)
         self._overheard.clear()
         return heard
 
@@ -271,21 +293,29 @@ class UCBSelector:
             self._fingerprint = arms.fingerprint
             self._rewards = Rewards(len(arms), self.probes, self.controls > 0, self.released)
             self._cursors = torch.zeros(len(arms), dtype=torch.int64)
-        elif self._fingerprint != arms.fingerprint:
+        self._check_arms(arms)
+        self._rewards.neighbours = self._weigh_neighbours(context)
+        return arms
+
+    def _check_arms(self, arms: Arms) -> None:
+        """Refuse arms that are not those of the state."""
+        if self._fingerprint not in (None, arms.fingerprint):
             raise ValueError(
                 f"the checkpoint was made with the arms {self._fingerprint}, this run has {arms.fingerprint}: its "
                 "rewards would mean other texts. Pass the groups (clusters) that the run began with, or start a new run"
             )
+
+    def _weigh_neighbours(self, context: RoundContext) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return who learns from whom, see :func:`~liveselect.functional.bandit.credit_pulls`."""
         geometry = context.source.pool.geometry
-        if geometry is not None and self.cutoff is not None:
-            if self.cutoff > geometry.reach:
-                raise ValueError(
-                    f"neighbours up to the distance {self.cutoff} (cutoff) should share outcomes, but the clusters "
-                    f"list them only up to {geometry.reach}: lower the cutoff, or cluster again with a larger --reach"
-                )
-            weights = neighbour_weights(geometry.distances.double(), self.cutoff)
-            self._rewards.neighbours = (geometry.starts, geometry.columns, weights)
-        return arms
+        if geometry is None or self.cutoff is None:
+            return None
+        if self.cutoff > geometry.reach:
+            raise ValueError(
+                f"neighbours up to the distance {self.cutoff} (cutoff) should share outcomes, but the clusters "
+                f"list them only up to {geometry.reach}: lower the cutoff, or cluster again with a larger --reach"
+            )
+        return geometry.starts, geometry.columns, neighbour_weights(geometry.distances.double(), self.cutoff)
 
     def _draw_controls(self, context: RoundContext) -> Tensor:
         number = min(self.controls, len(context.candidates))
