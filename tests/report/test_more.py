@@ -64,6 +64,9 @@ def test_a_map_is_found_by_the_configuration_and_missing_files_do_no_harm(tmp_pa
     assert found.names == ("prose", "code", "c")
     assert found.places.shape == (3, 2)
     assert "Where mates looked" in build_page([Run("mates", ledger_of("RegressionSelector", [6.0, 5.0]), config)])
+    relative = "data:\n  init_args:\n    pool: pool\n    groups: fine\n"
+    assert find_map(relative) is None
+    assert find_map(relative, tmp_path / "runs" / "mates" / "selection").names == found.names
     for text in ("", "data: 3", "not: [yaml", "data:\n  init_args:\n    pool: 7\n"):
         assert find_map(text) is None
 

@@ -96,7 +96,7 @@ def _sources(rounds: Sequence[RoundRecord]) -> str:
         taken, there = ([kind[name][place] for place in places] for kind in (chosen, available))
         drawn = pictures.shares(indices, taken, there, top, f"share of {name} over the rounds")
         before, now = words.percent(available[name][-1]), words.percent(chosen[name][-1])
-        figures.append(elements.figure(drawn, name, f"{now} of the last choice, {before} of the pool"))
+        figures.append(elements.figure(drawn, name, f"{now} of the last choice, {before} of what was left"))
     columns_of = spread(range(len(rounds)), ROUNDS_IN_COLUMNS)
     rows = [
         [

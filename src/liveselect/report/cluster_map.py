@@ -16,7 +16,7 @@ from liveselect.report import elements, pictures, words
 from liveselect.report.choices import spread
 from liveselect.report.runs import Run
 
-MOST_MAPS = 4
+MOST_MAPS, NAMED = 4, 3
 DEFAULT_CLUSTERS = "clusters"
 
 
@@ -33,11 +33,17 @@ class ClusterMap:
     places: npt.NDArray[np.float64]
 
 
-def find_map(config: str) -> ClusterMap | None:
-    """Return the map of the pool that a configuration file names, None when it has no clusters or lies elsewhere."""
+def find_map(config: str, near: Path | None = None) -> ClusterMap | None:
+    """Return the map of the pool that a configuration file names, None when it has no clusters or lies elsewhere.
+
+    A relative path was relative to where the run was started: it is looked for from here, and from all folders above
+    ``near``, the run's own.
+    """
     try:
         data = yaml.safe_load(config)["data"]["init_args"]
         folder = Path(data["pool"]) / str(data["groups"] or DEFAULT_CLUSTERS)
+        above = [] if near is None or folder.is_absolute() else [parent / folder for parent in near.parents]
+        folder = next((each for each in (folder, *above) if each.is_dir()), folder)
         names = json.loads((folder / "clusters.json").read_text(encoding="utf-8"))["names"]
         centroids = np.load(folder / "centroids.npy", allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
@@ -61,24 +67,27 @@ def flattened(points: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
 def where_it_looked(run: Run) -> str:
     """Return the section with maps of some rounds; empty when the pool has no clusters that can be found."""
-    found = find_map(run.config)
+    found = find_map(run.config, run.folder)
     rounds = [
         record for record in run.ledger.rounds if any(name in (found.names if found else ()) for name in record.groups)
     ]
     if found is None or not rounds:
         return ""
-    figures = []
+    # what arms are worth is not known while data are drawn, and two kinds of colour would be compared
+    rounds = [record for record in rounds if _rewards(record)] or rounds
+    figures, what = [], ""
     for record in spread(rounds, MOST_MAPS):
         title = f"Round {record.round}, step {words.number(record.step)}"
         values, what = _values(record, found.names)
         sizes = [record.groups.get(name, {}).get("chosen", 0) / max(1, record.chosen) for name in found.names]
         chart = pictures.scatter(found.places.tolist(), values, sizes, f"{title}: clusters of {run.name}")
-        figures.append(elements.figure(chart, title, f"Colour: {what}."))
+        figures.append(elements.figure(chart, title, _most(record)))
     return (
         f"<section><h2>Where {words.escaped(run.name)} looked</h2>"
         + elements.paragraph(
             "Each dot is a cluster of the pool; clusters that lie near each other hold similar text (the first two "
-            "principal components of the centroids). The larger a dot, the more of the plan came from it.",
+            "principal components of the centroids). The larger a dot, the more of the plan came from it; its colour "
+            f"tells {what}.",
             "note",
         )
         + elements.legend(
@@ -87,18 +96,30 @@ def where_it_looked(run: Run) -> str:
                 "below average": elements.AREA_KEY.format(colour="var(--series-1)", opacity=0.9),
             }
         )
-        + elements.grid(figures)
+        + elements.grid(figures, small=True)
         + "</section>"
     )
 
 
+def _most(record: RoundRecord) -> str:
+    """Return which clusters gave most to the plan."""
+    worth = _rewards(record)
+    order = sorted(record.groups, key=lambda name: (-record.groups[name].get("chosen", 0), -worth.get(name, 0.0)))
+    named = [name for name in order[:NAMED] if record.groups[name].get("chosen", 0)]
+    return f"most came from {', '.join(named)}" if named else ""
+
+
+def _rewards(record: RoundRecord) -> dict[str, float]:
+    return {name: row["reward"] for name, row in record.groups.items() if "reward" in row}
+
+
 def _values(record: RoundRecord, names: Sequence[str]) -> tuple[list[float], str]:
     """Return a number in -1..1 for each cluster, NaN where nothing is known, and what it tells."""
-    rewards = {name: row["reward"] for name, row in record.groups.items() if "reward" in row}
+    rewards = _rewards(record)
     if rewards:
         middle = sum(rewards.values()) / len(rewards)
         known = {name: value - middle for name, value in rewards.items()}
-        what = "mean reward of the cluster, against the average"
+        what = "the mean reward of the cluster, against the average of all"
     else:
         known = {name: _lift(row, record) for name, row in record.groups.items() if row.get("available")}
         what = "how much more of it was chosen than it is of the pool"

@@ -163,13 +163,12 @@ def scatter(
     """Return dots at ``places (K, 2)``: their colour and strength tell ``values`` in -1..1 (NaN: none), their area
     ``sizes`` in 0..1.
     """
-    with _picture(3.5, 3.2, description) as (axes, finish):
+    with _picture(3.0, 2.8, description) as (axes, finish):
         order = sorted(range(len(sizes)), key=lambda index: -sizes[index])  # small dots stand before large ones
         colours = [_shade(values[index]) for index in order]
         area = [8 + 900 * sizes[index] for index in order]
         axes.scatter([places[i][0] for i in order], [places[i][1] for i in order], s=area, c=colours, linewidths=0)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set_axis_off()
         axes.margins(0.12)
         return finish()
 

@@ -30,11 +30,13 @@ class Run:
         name: what the reader calls it; distinct among the runs of a report.
         ledger: its record.
         config: the configuration file that LightningCLI left beside it, empty when there is none.
+        folder: where its record was found, None when it was not read from a file.
     """
 
     name: str
     ledger: Ledger
     config: str = ""
+    folder: Path | None = None
 
     @property
     def method(self) -> str:
@@ -124,7 +126,10 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
         files.update(dict.fromkeys(_ledgers_in(path)))
     folders = [file.parent.resolve() for file in files]
     names = _distinct_names([folder.parent if folder.name == DEFAULT_FOLDER else folder for folder in folders])
-    return [Run(name, Ledger.read(file), _config_of(file)) for name, file in zip(names, files, strict=True)]
+    return [
+        Run(name, Ledger.read(file), _config_of(file), folder)
+        for name, file, folder in zip(names, files, folders, strict=True)
+    ]
 
 
 def choose_metric(runs: Sequence[Run]) -> str | None:
