@@ -76,7 +76,7 @@ class Demo:
             stages.insert(3, ("Scoring the pool on the proxy", self._score))
         if not resume:
             expected = told(demo_seconds(_settings("demo.yaml"), self.method, self.steps))
-            say(f"This takes {expected} here, to judge by a few training steps; Ctrl-C and --resume go on later.")
+            say(f"This takes {expected} here if nothing else runs, to judge by a few training steps made just now.")
         for number, (title, stage) in enumerate(stages, 1):
             say(f"[{number}/{len(stages)}] {title}")
             stage()
