@@ -104,6 +104,9 @@ def test_a_line_that_is_being_written_is_left_out_and_one_in_the_middle_is_not(t
     assert found.rounds == book.rounds
     assert found.evaluations == []
     assert found.finished is False  # it says less than the run did
+    note = data.index("é".encode())
+    path.write_bytes(data[: note + 1])  # in the middle of a letter
+    assert Ledger.read(path).rounds == []
     first, second, *others = data.decode().splitlines(keepends=True)
     path.write_text(first + second[:-9] + "\n" + "".join(others))
     with pytest.raises(ValueError, match="line 2 is not JSON"):

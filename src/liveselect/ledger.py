@@ -1,15 +1,14 @@
 """The ledger: what every round measured, chose and cost, and what training cost beside it."""
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from liveselect.json_lines import add, json_line, read_lines, write_whole
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,7 @@ class Ledger:
             file.add(self)
         else:
             self._file = None
-            _replace(path, _lines_of(self, 0, 0))
+            write_whole(path, _lines_of(self, 0, 0))
             self._file = _LedgerFile(path, self)
 
     @classmethod
@@ -259,10 +258,7 @@ class Ledger:
 
         A last line without an end, which is being written or was when the machine went down, is left out.
         """
-        *texts, rest = _text_of(path).split("\n")
-        is_torn = bool(rest) and not _is_json(rest)
-        texts += [] if is_torn else [rest]
-        lines = [_line(path, number, text) for number, text in enumerate(texts, 1) if text]
+        lines, is_torn = read_lines(path)
         kinds = [line.pop("kind") for line in lines]
         if "run" not in kinds:
             raise ValueError(f"{path} is not a ledger: expected JSON lines that begin with a run")
@@ -308,52 +304,23 @@ class _LedgerFile:
         lines = [*_lines_of(ledger, first, self._evaluations)]
         if self._rounds and lines[1] == self._last_round:
             del lines[1]
-        with self._path.open("r+b") as file:
-            file.seek(self._size)
-            try:
-                file.write("".join(lines).encode("utf-8"))
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:
-                with suppress(OSError):
-                    os.truncate(self._path, self._size)
-                raise
+        add(self._path, self._size, lines)
         self._remember(ledger)
 
     def _remember(self, ledger: Ledger) -> None:
         self._size = self._path.stat().st_size
         self._rounds, self._evaluations = len(ledger.rounds), len(ledger.evaluations)
-        self._last_round = _json_line("round", ledger.rounds[-1]) if ledger.rounds else ""
+        self._last_round = json_line("round", ledger.rounds[-1]) if ledger.rounds else ""
 
 
 def _lines_of(ledger: Ledger, first_round: int, first_evaluation: int) -> Iterator[str]:
     """Yield the line about the run, then those of the rounds and evaluations from the given ones on."""
     about = {name: value for name, value in vars(ledger).items() if name not in ("rounds", "evaluations", "_file")}
-    yield _json_line("run", about)
+    yield json_line("run", about)
     for record in ledger.rounds[first_round:]:
-        yield _json_line("round", record)
+        yield json_line("round", record)
     for entry in ledger.evaluations[first_evaluation:]:
-        yield _json_line("evaluation", entry)
-
-
-def _json_line(kind: str, content: Any) -> str:
-    named = content if isinstance(content, dict) else vars(content)
-    return json.dumps({"kind": kind, **named}, ensure_ascii=False, default=vars) + "\n"
-
-
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # not mkstemp: others may read it as the umask says
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield json_line("evaluation", entry)
 
 
 def _builtins(value: Any) -> Any:
@@ -365,35 +332,6 @@ def _builtins(value: Any) -> Any:
     if isinstance(value, list):
         return list(value) if value and isinstance(value[0], (int, float, str)) else [_builtins(each) for each in value]
     return value
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a ledger: it is no text ({error})") from error
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _line(path: Path, number: int, text: str) -> dict[str, Any]:
-    try:
-        line = json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not a ledger, or it is damaged: line {number} is not JSON ({error}). Ledgers are replaced as a "
-            "whole or added to at their end, so look at how this file was copied; the checkpoint of the run holds the "
-            "ledger too"
-        ) from error
-    if not isinstance(line, dict) or "kind" not in line:
-        raise ValueError(f"{path} is not a ledger: line {number} has no kind")
-    return line
 
 
 def _ledger_from(state: Mapping[str, Any]) -> Ledger:
