@@ -96,17 +96,30 @@ class Steps(Callback):
         self.seen.append([trainer.global_step, batch["id"].tolist(), bits(pl_module, trainer.optimizers[0])])
 
 
-def data_of(ranks: int) -> SelectionDataModule:
+def data_of(ranks: int, batch: int = BATCH) -> SelectionDataModule:
     pool = [{**row, "cluster": "abc"[index % 3]} for index, row in enumerate(rows(POOL, 1))]
     return SelectionDataModule(
-        pool=pool, reference=rows(6, 2), batch_size=BATCH // ranks, probe_batch_size=4, groups="cluster"
+        pool=pool, reference=rows(6, 2), batch_size=batch // ranks, probe_batch_size=4, groups="cluster"
     )
 
 
 def fit(
-    folder, selection, strategy=None, *, ranks=2, dropout=0.0, ckpt_path=None, whole_checkpoint=False, **settings
+    folder,
+    selection,
+    strategy=None,
+    *,
+    ranks=2,
+    dropout=0.0,
+    ckpt_path=None,
+    whole_checkpoint=False,
+    batch=BATCH,
+    module=None,
+    **settings,
 ) -> dict:
-    """Train on this rank, by ``strategy`` (ddp, fsdp2) on several or alone; return its batches, and the rounds."""
+    """Train on this rank, by ``strategy`` (ddp, fsdp, fsdp2) on several or alone; return its batches, and the rounds.
+
+    ``batch`` is the global batch; ``module`` replaces the module of the strategy.
+    """
     pl.seed_everything(1, verbose=False)
     ranks = ranks if strategy else 1
     if strategy == "ddp":
@@ -129,14 +142,21 @@ def fit(
     extra = settings.pop("callbacks", [])
     defaults = {"precision": "32-true", "max_steps": STEPS, "devices": ranks, **SIMPLE}
     trainer = small_trainer(folder, [selection, steps, *extra], **{**defaults, **settings})
-    module = MODULES.get(strategy, DoubleLM)
-    trainer.fit(module(dropout), datamodule=data_of(ranks), ckpt_path=ckpt_path)
+    module = module or MODULES.get(strategy, DoubleLM)
+    trainer.fit(module(dropout), datamodule=data_of(ranks, batch), ckpt_path=ckpt_path)
     ledger = selection.run.ledger.rounds
     return {
         "steps": steps.seen,
         "rounds": [[record.plan, record.measured, record.influence] for record in ledger],
         "metrics": [dict(record.metrics) for record in ledger],
     }
+
+
+class SmallPool(SelectionDataModule):
+    """The data of the small run, as a command names it."""
+
+    def __init__(self, batch_size: int = 1) -> None:
+        super().__init__(rows(POOL, 1), rows(6, 2), batch_size)
 
 
 def batches(parts) -> list:
