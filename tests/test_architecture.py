@@ -27,7 +27,7 @@ ALLOWED = {
     "losses": {"protocols"},
     "distributed": {"protocols", "functional"},
     "snapshot": {"protocols", "functional"},
-    "influence": {"protocols", "losses", "distributed", "functional", "snapshot"},
+    "influence": {"protocols", "cost", "losses", "distributed", "functional", "snapshot"},
     "regressors": {"protocols", "losses", "distributed", "functional", "seeding"},
     "selectors": {"protocols", "pool", "distributed", "functional", "seeding", "scores", "decisions"},
     "measurement": {"bits", "protocols", "cost", "distributed", "functional", "snapshot"},
