@@ -1,8 +1,9 @@
 import time
 
 import pytest
+import torch
 
-from liveselect.cost import CostMeter, SilentProgress, tracked_phase
+from liveselect.cost import CostMeter, SilentProgress, Stopwatch, tracked_phase
 
 
 def test_nested_phases_are_charged_once(monkeypatch):
@@ -29,3 +30,27 @@ def test_a_phase_that_fails_is_closed_and_its_display_stopped():
     with meter.phase("next"):
         meter.add_flops(1)
     assert dict(meter.flops) == {"next": 1}
+
+
+def test_a_stopwatch_adds_up_its_laps_those_that_fail_too(monkeypatch):
+    clock = iter([0.0, 1.0, 5.0, 7.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    watch, device = Stopwatch(), torch.device("cpu")
+    with watch.lap(device):
+        pass
+    with pytest.raises(KeyError), watch.lap(device):
+        raise KeyError
+    assert watch.read() == watch.read() == 1.0 + 2.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_the_laps_of_a_gpu_take_no_longer_than_what_surrounds_them():
+    watch, device = Stopwatch(), torch.device("cuda")
+    large = torch.ones(4096, 4096, device=device)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(20):
+        with watch.lap(device):
+            large = large @ large * 1e-4
+    assert 0.0 < watch.read() <= time.perf_counter() - began
