@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fakes import fake_context, random_source
+from fakes import FakeSource, fake_context, random_source
 from probing import (
     OPTIMIZERS,
     VOCAB,
@@ -17,12 +17,14 @@ from probing import (
     tiny_model,
     warm_context,
 )
+from scipy.stats import spearmanr
 from torch import nn
 
 from liveselect.functional.slopes import step_slope
 from liveselect.influence import FirstOrderInfluence
 from liveselect.influence.step_sizes import typical_gradient
 from liveselect.losses import causal_lm_loss
+from liveselect.protocols import NotMeasurableError
 from liveselect.snapshot import checksum
 
 CLIPS = {
@@ -122,6 +124,24 @@ def test_engines_agree(optimizer):
     hooks = first_order(single, batch)
     assert close(first_order(single, batch, engine="central_difference"), hooks, 5e-4)
     assert close(first_order(single, batch, engine="forward_mode"), hooks, 1e-4)
+
+
+def test_parameters_of_16_bits_are_displaced_far_enough_to_be_told_from_rounding():
+    context = warm_context(model=tiny_model(torch.bfloat16))
+    batch = candidate_batch(context, 32)
+    hooks = first_order(context, batch)
+    found = first_order(context, batch, engine="central_difference")
+    near = first_order(context, batch, engine="central_difference", difference=1e-4)
+    assert spearmanr(found, hooks).statistic > 0.95
+    assert spearmanr(near, hooks).statistic < 0.9
+
+
+def test_candidates_without_targets_cannot_tell_how_large_gradients_are():
+    context = warm_context()
+    source = context.source
+    empty = FakeSource(source.tokens, source.references, labels=torch.full_like(source.tokens, -100))
+    with pytest.raises(NotMeasurableError, match="none of 16 sampled candidates has a finite gradient other than zero"):
+        FirstOrderInfluence().fit(replace(context, source=empty))
 
 
 def test_for_sgd_the_step_engine_gives_the_products_and_the_direction_is_the_reference_gradient():

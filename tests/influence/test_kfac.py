@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from liveselect.functional.kronecker import solve
 from liveselect.influence.kfac import KFACInfluence
 from liveselect.losses import causal_lm_loss
+from liveselect.protocols import NotMeasurableError
 from liveselect.snapshot import checksum
 
 VARIANTS = ["kfac", "ekfac", "output_only", "diagonal", "identity"]
@@ -481,6 +482,15 @@ def test_a_bfloat16_model_is_measured_with_factors_in_float32():
     assert {group["inputs"].dtype for group in means.values()} == {torch.float32}
     found = estimator.score(short, candidate_batch(short, 32))
     assert spearmanr(found, measure(exact, candidate_batch(exact, 32))).statistic > 0.95
+
+
+@pytest.mark.parametrize("variant", ["kfac", "ekfac", "output_only", "diagonal"])
+def test_examples_without_targets_have_no_curvature_to_measure(variant):
+    context = small_context()
+    source = context.source
+    empty = FakeSource(source.tokens, source.references, labels=torch.full_like(source.tokens, -100))
+    with pytest.raises(NotMeasurableError, match="none of the 24 examples that curvature is measured on carries loss"):
+        KFACInfluence(variant, factor_examples=24).fit(replace(context, source=empty))
 
 
 def measure_on_ranks(variant):

@@ -262,6 +262,11 @@ class KFACInfluence:
                     lost = found is None
                     kept.append(None if together and distributed.any_rank(lost) else found)
             seen = self._blocks.take(layers, sums, kinds)
+            if not seen:
+                raise NotMeasurableError(
+                    f"none of the {len(ids)} examples that curvature is measured on carries loss: look for examples "
+                    "without labels, or take more (factor_examples)"
+                )
         return seen
 
     @staticmethod

@@ -10,7 +10,7 @@ from liveselect import distributed
 from liveselect.functional.flops import forward_flops
 from liveselect.functional.sharding import is_sharded, local
 from liveselect.influence.one_step import gradients_of, rows_of
-from liveselect.protocols import RoundContext
+from liveselect.protocols import NotMeasurableError, RoundContext
 
 
 def typical_gradient(
@@ -34,6 +34,9 @@ def typical_gradient(
     Returns:
         For each parameter a tensor of the shape of its local part, zero where no gradient reaches any of the parameter;
         and a number up to 1.
+
+    Raises:
+        NotMeasurableError: no gradient of those drawn reaches any parameter.
     """
     drawn = torch.randperm(len(context.candidates), generator=context.generator("step sizes"))[:examples]
     sharded = is_sharded(context.model)
@@ -55,6 +58,11 @@ def typical_gradient(
     overall = torch.stack([torch.stack([s.sum(), r.sum()]) for s, r in zip(squares, reached, strict=True)]).double()
     if sharded:  # parts that several ranks hold alike count as often above as below
         overall = distributed.sum_over_ranks(overall)
+    if not overall[:, 0].any():
+        raise NotMeasurableError(
+            f"none of {len(drawn)} sampled candidates has a finite gradient other than zero: look for candidates "
+            "without labels or without a finite loss, or sample more of them"
+        )
     typical = overall[:, 0] / overall[:, 1].clamp(min=1)
     sizes = [_size(*each) for each in zip(squares, reached, typical.tolist(), strict=True)]
     before, after = lengths.tolist()
