@@ -22,11 +22,21 @@ def bit_sum(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         if id(tensor) in seen or not local.numel() or local.element_size() not in _WORDS or local.is_complex():
             continue
         seen.add(id(tensor))
-        words = local.detach().contiguous().view(_WORDS[local.element_size()])
-        # the weight of a tensor in the sum: exchanging two tensors is seen
-        part = words.sum(dtype=torch.int64) * (2 * len(seen) + 1)
+        # the weight of a tensor in the sum: exchanging two tensors is seen; an odd one loses no bit of 64
+        part = _sum_of_words(local.detach().contiguous().flatten()) * (2 * len(seen) + 1)
         sums[local.device] = sums.get(local.device, part.new_zeros(())) + part
     return sum(int(part) for part in sums.values())
+
+
+def _sum_of_words(values: Tensor) -> Tensor:
+    """Return the sum of ``values (n,)`` read as integers of 64 bits, and the last few by themselves.
+
+    Integers of 32 bits would take 28 times as long on a CPU.
+    """
+    size = values.element_size()
+    values = values if values.storage_offset() * size % 8 == 0 else values.clone()
+    whole = len(values) - len(values) % (8 // size)
+    return values[:whole].view(torch.int64).sum() + values[whole:].view(_WORDS[size]).sum(dtype=torch.int64)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
