@@ -112,15 +112,24 @@ class Overhearing:
         return self.listener.meter.seconds.pop(PHASE, 0.0)
 
     def state_dict(self, run: SelectionRun) -> dict[str, Any]:
-        """Return what a run that is resumed in this round needs to listen, where the estimator does not keep it."""
+        """Return what a run that is resumed in this round needs to listen, where the estimator does not keep it.
+
+        A collective.
+        """
         direction = None
         if self.steps and run.plan is not None and not hasattr(run.estimator, "state_dict"):
             direction = direction_of(run.estimator) or self._kept
-        return {"direction": None if direction is None else {name: value.cpu() for name, value in direction.items()}}
+        return {
+            "direction": None if direction is None else {name: value.cpu() for name, value in direction.items()},
+            "loss": distributed.gather_objects(self.listener.known_of_loss()),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state."""
         self._kept = state["direction"]
+        known = state.get("loss", [])
+        if known:
+            self.listener.know_of_loss(known[min(distributed.rank(), len(known) - 1)])
 
 
 class StepListener:
@@ -151,6 +160,14 @@ class StepListener:
         self._same = False  # whether both means are one, because all examples are equally long
         self._compared = False  # whether the training loss was found to be one of them
         self._heard: list[tuple[Tensor, Tensor]] = []
+
+    def known_of_loss(self) -> list[Any]:
+        """Return what was found out about the training loss, so that a resumed run does not pay for it again."""
+        return [self._mean, self._compared]
+
+    def know_of_loss(self, found: list[Any]) -> None:
+        """Take over what :meth:`known_of_loss` returned."""
+        self._mean, self._compared = found
 
     def begin(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, direction: Mapping[str, Tensor]

@@ -243,7 +243,10 @@ class DataSelection(Callback):
         show_lines()
         self._source = find_source(trainer)
         check_setup(trainer, pl_module)
-        if self._run is None or self._run.pool is not self._source.pool:
+        pool, used = self._source.pool, None if self._run is None else self._run.pool
+        if trainer.global_step and used is not None and used.fingerprint == pool.fingerprint:
+            pool.uses, self.run.pool = used.uses, pool  # a fit that goes on with a new datamodule of the same pool
+        elif used is not pool:
             self._begin()
         if hasattr(self.selector, "check_pool"):
             self.selector.check_pool(self.run.pool)

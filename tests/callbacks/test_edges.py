@@ -1,5 +1,6 @@
 """Runs that are interrupted, repeated or set up askew: selection says so or goes on, and loses nothing."""
 
+import json
 import os
 import signal
 
@@ -87,6 +88,24 @@ def test_a_second_fit_of_the_same_callback_begins_anew(tmp_path):
         plans.append([record.plan for record in selection.run.ledger.rounds])
     assert plans[0] == plans[1]
     assert len(plans[0]) == 2
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same datamodule", "another datamodule of the same pool"])
+def test_a_trainer_that_fits_again_goes_on_with_candidates_that_were_not_used(tmp_path, same):
+    def fit(folder, *steps):
+        folder.mkdir()
+        pl.seed_everything(1, verbose=False)
+        selection = DataSelection(UniformSelector(), every_n_steps=4, dirpath=folder)
+        callbacks = [Place(selection), selection, Trace(folder / "trace")]
+        trainer, module, data = small_trainer(folder, callbacks, **SIMPLE), SmallLM(), small_data()
+        for until in steps:
+            trainer.fit_loop.epoch_loop.max_steps = until
+            trainer.fit(module, datamodule=data)
+            data = data if same else small_data()
+        trace = map(json.loads, (folder / "trace").read_text().splitlines())
+        return [ids for *_, ids, _ in trace]  # the weights differ: Lightning makes a new optimizer for each fit
+
+    assert fit(tmp_path / "twice", 8, 13) == fit(tmp_path / "once", 13)
 
 
 def test_the_ledger_of_an_earlier_run_is_kept(tmp_path):
