@@ -1,6 +1,7 @@
 """Alarms, maps, unfinished runs, PNG files and damaged ledgers."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from sklearn.decomposition import PCA
 
 from liveselect.cli import main
 from liveselect.ledger import Alarm, Ledger
-from liveselect.report import Run, build_page, verdict, write_pictures, write_report
+from liveselect.report import Run, build_page, load_runs, pictures, verdict, write_pictures, write_report
 from liveselect.report.cluster_map import find_map, flattened
+from liveselect.report.page import style
 
 
 def test_alarms_stand_in_the_page_with_their_round():
@@ -84,6 +86,33 @@ def test_png_files_hold_every_picture_in_the_colours_of_the_page(tmp_path):
     assert (255, 255, 255) in pixels
     assert (1, 2, 16) not in pixels
     assert "stroke: var(--series-0)" in page
+
+
+def test_a_picture_alone_names_its_lines_and_those_of_the_page_do_not(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    said = []
+    save = Figure.savefig
+
+    def heard(figure, target, **settings):
+        if settings.get("format") != "svg":
+            legend = figure.axes[0].get_legend()
+            said.append([figure.get_suptitle(), *([text.get_text() for text in legend.get_texts()] if legend else [])])
+        save(figure, target, **settings)
+
+    monkeypatch.setattr(Figure, "savefig", heard)
+    names = ["_r$\\frac$", "mates"]
+    for name, selector in zip(names, ["UniformSelector", "RegressionSelector"], strict=True):
+        ledger_of(selector, [6.0, 5.0]).write(tmp_path / name / "ledger.jsonl")
+    runs = load_runs([tmp_path / name for name in names])
+    with pictures.written_to(tmp_path / "png", style()):
+        page = build_page(runs)
+    drawn = "".join(re.findall(r"<text.*?</text>", page, flags=re.DOTALL))
+    assert "training steps" in drawn  # the label of an axis
+    assert not any(text in drawn for text in ("mates", "compared", "val_loss against"))
+    assert said[0][0].replace("\n", " ").startswith("val_loss against training steps, for")
+    assert [text.strip() for text in said[0][1:]] == names
+    assert ["compared", "chosen"] in [texts[1:] for texts in said]
 
 
 def test_the_command_writes_pictures_or_into_a_folder(tmp_path, capsys):

@@ -90,7 +90,9 @@ def _loss(runs: Sequence[Run], metric: str | None) -> str:
         "flops": "FLOPs, selection included",
     }
     for axis, label in labels.items():
-        lines = [pictures.Line(spread(run.curve(metric, axis), DRAWN), index) for index, run in enumerate(runs)]
+        lines = [
+            pictures.Line(spread(run.curve(metric, axis), DRAWN), index, run.name) for index, run in enumerate(runs)
+        ]
         if any(line.points and line.points[-1][0] > 0 for line in lines):
             title = f"{metric} against {_TITLES[axis]}"
             description = f"{title}, for {', '.join(run.name for run in runs)}"

@@ -76,10 +76,11 @@ def written_to(folder: Path, css: str) -> Iterator[PictureFiles]:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: its points and the number of its colour, dash and marker."""
+    """One line of a chart: its points, the number of its colour, dash and marker, and whose it is."""
 
     points: Sequence[Point]
     colour: int = 0
+    name: str = ""
 
 
 def line_chart(lines: Sequence[Line], x_label: str, description: str, shorten: bool = False) -> str:
@@ -95,6 +96,7 @@ def line_chart(lines: Sequence[Line], x_label: str, description: str, shorten: b
                 marker=_MARKERS[style] if len(line.points) <= MARKED else "",
                 markersize=3.5,
                 linewidth=1.8,
+                label=_label(line.name),
             )
         _room_for_flat_lines(axes, [y for line in lines for _, y in line.points])
         axes.set_xlabel(x_label)
@@ -126,8 +128,8 @@ def bounded_chart(line: Line, x_label: str, description: str) -> str:
 def histogram(scores: Histogram, x_label: str, description: str) -> str:
     """Return the histogram of all scores with that of the chosen ones in front."""
     with _picture(2.6, 1.9, description) as (axes, finish):
-        axes.stairs(scores.counts, scores.edges, fill=True, color=_MUTED, alpha=0.45)
-        axes.stairs(scores.chosen, scores.edges, fill=True, color=_SERIES[0], alpha=0.9)
+        axes.stairs(scores.counts, scores.edges, fill=True, color=_MUTED, alpha=0.45, label="compared")
+        axes.stairs(scores.chosen, scores.edges, fill=True, color=_SERIES[0], alpha=0.9, label="chosen")
         _count_axis(axes, x_label)
         return finish()
 
@@ -146,9 +148,9 @@ def value_histogram(values: Sequence[float], x_label: str, description: str) -> 
 def shares(rounds: Sequence[int], chosen: Sequence[float], available: Sequence[float], top: float, text: str) -> str:
     """Return one source's share of the chosen over the rounds, and of the available; the axis ends at ``top``."""
     with _picture(2.6, 1.7, text) as (axes, finish):
-        axes.plot(rounds, available, color=_MUTED, linestyle=(0, (2, 2)), linewidth=1.5)
+        axes.plot(rounds, available, color=_MUTED, linestyle=(0, (2, 2)), linewidth=1.5, label="of what was left")
         marker = "o" if len(rounds) <= MARKED else ""
-        axes.plot(rounds, chosen, color=_SERIES[0], marker=marker, markersize=3.5, linewidth=1.8)
+        axes.plot(rounds, chosen, color=_SERIES[0], marker=marker, markersize=3.5, linewidth=1.8, label="of the chosen")
         axes.set_ylim(0, max(top, 0.01) * 1.05)
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
@@ -179,6 +181,11 @@ def _room_for_flat_lines(axes: Axes, values: Sequence[float]) -> None:
         middle, least = (min(values) + max(values)) / 2, 0.005 * (max(map(abs, values)) or 1.0)
         if (max(values) - min(values)) / 2 < least:
             axes.set_ylim(middle - least, middle + least)
+
+
+def _label(name: str) -> str:
+    """Return a name that matplotlib shows: those that begin with an underscore are hidden from legends."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _shade(value: float) -> tuple[float, float, float, float]:

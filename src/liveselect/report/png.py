@@ -1,6 +1,7 @@
 """The pictures of the report as PNG files, in the colours of the light page."""
 
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,13 +28,33 @@ class PictureFiles:
         self._colours = colours
 
     def write(self, figure: Figure, description: str) -> None:
-        """Write a figure; its colours are put back."""
+        """Write a figure, with a title and the names of its lines; it is as it was afterwards."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^\w.-]+", "-", description.lower()).strip("-")[:100]
+        name = re.sub(r"[^\w.-]+", "-", description.lower()).strip("-")[:80].strip("-")
         path = self.folder / f"{len(self.written) + 1:03d}-{name}.png"
-        with _coloured(figure, self._colours):
+        with _explained(figure, description), _coloured(figure, self._colours):
             figure.savefig(path, dpi=DPI, facecolor="white")
         self.written.append(path)
+
+
+@contextmanager
+def _explained(figure: Figure, description: str) -> Iterator[None]:
+    """Say in the picture what stands beside it in the page."""
+    title = figure.suptitle(textwrap.fill(description, round(15 * figure.get_figwidth())), fontsize=8.5)
+    title.set_parse_math(False)
+    legends = []
+    for axes in figure.axes:
+        if axes.get_legend_handles_labels()[1]:
+            legends.append(axes.legend(fontsize=7.5, frameon=False))
+            for text in legends[-1].get_texts():
+                text.set_parse_math(False)
+    try:
+        yield
+    finally:
+        for legend in legends:
+            legend.remove()
+        title.remove()
+        figure._suptitle = None  # type: ignore[attr-defined]
 
 
 @contextmanager
