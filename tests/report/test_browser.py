@@ -31,6 +31,10 @@ def story(folder) -> list[Run]:
             )
             for i in range(4)
         )
+    evil = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'></pre></article>"
+    ledger.rounds[0].examples.append(Example(999, evil, 1.0, True, evil))
+    ledger.rounds[0].groups[evil] = {"available": 1, "measured": 0, "chosen": 1}
+    ledger.rounds[0].notes.append(evil)
     ledger.rounds[1].alarms.append(Alarm(1, 10, "takeover", "'code' fills 97% of the plan"))
     return [Run("random", ledger_of("UniformSelector", [6.0, 5.0, 4.5])), Run("mates", ledger, config)]
 
@@ -53,6 +57,21 @@ def test_nothing_complains_nothing_is_asked_for_and_nothing_runs_out_of_the_wind
     assert browser.run("document.documentElement.scrollWidth") <= width
     browser.run("document.querySelectorAll('summary').forEach(each => each.click())")
     assert browser.run("document.documentElement.scrollWidth") <= width
+    assert browser.run("window.hacked") is None  # texts, names and notes of the story try to run scripts
+    assert browser.complaints == []
+
+
+def test_every_link_leads_to_its_section(opened):
+    browser, page = opened
+    browser.open(page)
+    places = browser.run("[...document.querySelectorAll('nav a')].map(each => each.getAttribute('href'))")
+    assert len(places) >= 8
+    for place in places:
+        browser.run(f"document.querySelector('nav a[href=\"{place}\"]').click()")
+        assert browser.run("location.hash") == place
+        top = browser.run(f"document.querySelector('{place}').getBoundingClientRect().top")
+        bottom = browser.run("scrollY + innerHeight >= document.documentElement.scrollHeight - 2")
+        assert abs(top) < 30 or bottom
     assert browser.complaints == []
 
 
