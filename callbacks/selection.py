@@ -262,8 +262,9 @@ class DataSelection(Callback):
         self._last_step = trainer.global_step
         self._in_batch = False
         self._random_states.begin_run()
-        if hasattr(self._source, "before_batch"):
-            self._source.before_batch = self._random_states.begin_batch
+        source: Any = self._source
+        if hasattr(source, "before_batch"):
+            source.before_batch = self._random_states.begin_batch
         if trainer.global_step == 0 and not self._loaded and self.plan is not None:
             self._begin()  # another fit of the same callback, from the start
         if not self._loaded:
