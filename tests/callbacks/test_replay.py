@@ -132,7 +132,7 @@ def test_explain_of_a_candidate_that_was_measured_but_not_compared_says_so_and_n
     text = "\n".join(tell(int(table["id"][row]), explain(folder, int(table["id"][row]))))
     assert "not chosen: measured, but not among the candidates that were compared" in text
     assert f"measured influence {table['influence'][row]:.6g} nats" in text
-    assert f"it has no score; of those that were compared, {table['threshold'][row]:.6g} was let through" in text
+    assert f"it has no score; the smallest that was let through is {table['threshold'][row]:.6g}" in text
     assert "group" not in text  # the pool has none
 
 

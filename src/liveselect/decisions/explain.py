@@ -103,7 +103,7 @@ def _details(fate: Fate) -> list[str]:
             + (f"; rank {int(row['rank']) + 1}" if not math.isnan(row["rank"]) else "")
         )
     elif not math.isnan(row["threshold"]):
-        lines.append(f"it has no score; of those that were compared, {row['threshold']:.6g} was let through")
+        lines.append(f"it has no score; the smallest that was let through is {row['threshold']:.6g}")
     known = {name: value for name, value in fate.group.items() if name not in ("reward", "bonus")}
     if fate.group and row["group"] != NO_GROUPS:
         lines.append(f"its group {row['group']}: " + ", ".join(f"{name} {value:g}" for name, value in known.items()))

@@ -13,7 +13,7 @@ log = logging.getLogger("liveselect")
 TITLE = "liveselect"
 NAME = "nw-liveselect-v"
 """What W&B calls the view inside of its project; there is one of this name, whoever saves it."""
-INSTALL = "pip install 'liveselect[workspace]'"
+INSTALL = "pip install wandb-workspaces"
 
 
 @dataclass(frozen=True)
