@@ -290,6 +290,21 @@ def test_wandb_that_breaks_in_the_middle_costs_one_warning(tmp_path, monkeypatch
     assert len(Ledger.read(tmp_path / "selection/ledger.jsonl").rounds) == 3
 
 
+def test_wandb_that_cannot_be_imported_when_it_is_shown_costs_one_warning(tmp_path, monkeypatch):
+    logger = WandbLogger(project="x", save_dir=tmp_path, offline=True)
+    assert logger.experiment  # it could be imported then
+
+    def broken(self, run):
+        raise ImportError("libfoo.so: cannot open shared object file")
+
+    monkeypatch.setattr("liveselect.monitoring.wandb_sink.WandbSink.__init__", broken)
+    with pytest.warns(SelectionWarning, match=r"WandbLogger failed to show selection.*libfoo") as warned:
+        monitored(tmp_path, [logger, CSVLogger(tmp_path, "csv")], max_steps=4)
+    close_wandb()
+    assert sum("WandbLogger" in str(each.message) for each in warned) == 1
+    assert "selection/round" in (tmp_path / "csv/version_0/metrics.csv").read_text()
+
+
 @pytest.mark.parametrize("key", ["a" * 40, None])
 def test_a_dead_network_or_a_missing_key_makes_the_run_an_offline_one(tmp_path, monkeypatch, key):
     close_wandb()  # it remembers the environment
