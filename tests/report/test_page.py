@@ -173,7 +173,9 @@ def test_numbers_that_stand_out_are_those_of_the_comparison():
     assert tiles[1][:3] == ("val_loss at equal time", by_time.outcome, words.loss(by_time.other))
     assert ("time for selection", "", "50%", "of 1 min 00 s") in tiles
     assert tiles[-1] == ("alarms", "", "0", "in 6 rounds")
-    assert [name for name, *_ in re.findall(r"<dt>(.*?)</dt>", build_page([*runs, *two_runs()[1:]]))] == ["a"]
+    three = [*runs, replace(two_runs()[1], name="other")]
+    names = re.findall(r"<dt>(.*?)</dt>", build_page(three))
+    assert names == ["mates at equal time", "other at equal time", "alarms"]
 
 
 def test_the_only_source_of_a_pool_is_not_named():

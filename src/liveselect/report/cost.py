@@ -62,7 +62,7 @@ def where_the_cost_went(runs: Sequence[Run]) -> str:
         '<section id="cost"><h2>Where the cost went</h2>'
         + elements.paragraph("Validation is not counted: it is neither training nor selection.", "note")
         + elements.legend(keys)
-        + f'<div class="stacks">{bars}</div><div class="pair">{tables}</div></section>'
+        + f'<div class="stacks">{bars}</div><div class="pair tables">{tables}</div></section>'
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from liveselect.report import elements, verdict, words
 from liveselect.report.runs import Axis, Run
 
+MOST_TILES = 6
 _EQUAL: dict[Axis, str] = {"step": "after {}", "seconds": "at equal time", "flops": "at equal FLOPs"}
 
 
@@ -35,12 +36,14 @@ def _tiles(runs: Sequence[Run], metric: str | None) -> list[tuple[str, str, str,
     """Return the numbers that stand out; those of a comparison where two runs are compared."""
     baseline = verdict.baseline_of(runs)
     others = [run for run in runs if run is not baseline]
-    found = []
+    found: list[tuple[str, str, str, str]] = []
     if baseline is not None and metric is not None and len(others) == 1:
         found = _compared(baseline, others[0], metric)
     elif metric is not None and len(runs) == 1 and (curve := runs[0].curve(metric, "step")):
         text = f"after {words.place('step', curve[-1][0])}, from {words.loss(curve[0][1])}"
         found = [(metric, words.loss(curve[-1][1]), text, "")]
+    elif baseline is not None and metric is not None:
+        found = [tile for run in others[:MOST_TILES] for tile in _at_equal_time(baseline, run, metric)]
     run = others[0] if len(others) == 1 else runs[0]
     if len(runs) <= 2 and run.knows_its_cost:
         spent = words.duration(run.total_seconds)
@@ -65,6 +68,15 @@ def _compared(baseline: Run, other: Run, metric: str) -> list[tuple[str, str, st
             kind = comparison.outcome if comparison.outcome != "equal" else ""
             found.append((f"{metric} {where}", words.loss(comparison.other), text, kind))
     return found
+
+
+def _at_equal_time(baseline: Run, other: Run, metric: str) -> list[tuple[str, str, str, str]]:
+    comparison = verdict.compare(baseline, other, metric, "seconds")
+    if comparison is None:
+        return []
+    kind = comparison.outcome if comparison.outcome != "equal" else ""
+    text = f"{baseline.name} {words.loss(comparison.baseline)}, both {words.duration(comparison.at)}"
+    return [(f"{other.name} at equal time", words.loss(comparison.other), text, kind)]
 
 
 def _comparison(runs: Sequence[Run], metric: str | None) -> str:
