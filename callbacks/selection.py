@@ -30,6 +30,7 @@ from liveselect.callbacks.compatibility import (
 from liveselect.callbacks.lines import show_lines
 from liveselect.callbacks.overhearing import Overhearing, check_overhear
 from liveselect.callbacks.pace import Pace
+from liveselect.callbacks.preemption import sigterm_held_back
 from liveselect.callbacks.progress import round_progress
 from liveselect.callbacks.random_state import RandomStates
 from liveselect.callbacks.records import keep_older_ledger, log_round, write_ledger
@@ -390,7 +391,9 @@ class DataSelection(Callback):
         began, before = time.perf_counter(), 0.0 if run.ahead is None else sum(run.ahead.meter.seconds.values())
         budget = self._budget(trainer, trainer.global_step)
         context = self._context(trainer, pl_module, run.pool.available(budget))
-        self._follow(self._measure_and_choose(context, budget))
+        with sigterm_held_back():
+            plan = self._measure_and_choose(context, budget)
+        self._follow(plan)
         log_round(trainer, run.ledger)
         seconds = run.ledger.rounds[-1].seconds
         counted = sum(seconds.values()) - before  # by name; the rest is selection's as well
@@ -417,7 +420,8 @@ class DataSelection(Callback):
         trained = run.ledger.training_seconds - self._trained_before
         if limit := self.pace.affordable(run.ahead, trained):
             context = self._context(trainer, pl_module, self._ahead_candidates)
-            self._advance(run.ahead, replace(context, meter=run.ahead.meter, progress=SilentProgress()), limit)
+            with sigterm_held_back():
+                self._advance(run.ahead, replace(context, meter=run.ahead.meter, progress=SilentProgress()), limit)
             run.ledger.ahead_seconds = sum(run.ahead.meter.seconds.values())
             run.ledger.ahead_flops = sum(run.ahead.meter.flops.values()) * trainer.world_size
         self._since = time.perf_counter()

@@ -89,8 +89,8 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
         elif isinstance(module, FullyShardedDataParallel):
             handle: Any = module._handle
-            # before its first forward a wrapper is sharded, and cannot be told to
-            if hasattr(getattr(handle, "flat_param", None), "_local_shard"):
+            # before its first forward a wrapper is sharded, and cannot be told to; on a single rank it never is
+            if hasattr(getattr(handle, "flat_param", None), "_local_shard") and handle.uses_sharded_strategy:
                 handle.reshard(True)  # no public way
 
 
