@@ -7,7 +7,7 @@
    than those of a model worth watching.
 
     python benchmarks/overhead.py [--steps 200] [--every 20]
-    python benchmarks/overhead.py --accelerator gpu --hidden 1024 --layers 12 --precision bf16-mixed
+    python benchmarks/overhead.py --size 160m --accelerator gpu --precision bf16-mixed --tables steps
 """
 
 import argparse
@@ -35,16 +35,8 @@ from liveselect.influence import FirstOrderInfluence
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import RegressionSelector, UniformSelector
 
-TOKENS, VOCABULARY = 128, 4096
-NETWORK = {
-    "model_type": "gpt_neox",
-    "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 1024,
-    "max_position_embeddings": TOKENS,
-}
+# hidden size, layers, vocabulary, tokens of an example: the larger ones are Pythia's
+SIZES = {"5m": (256, 4, 4096, 128), "160m": (768, 12, 50304, 1024), "410m": (1024, 24, 50304, 1024)}
 WAYS: dict[str, dict[str, Any]] = {
     "off": {},
     "one pause": {},
@@ -83,17 +75,24 @@ class Clock(pl.Callback):
         self.begun.append(time.perf_counter())
 
 
-def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
+def rows(arguments: argparse.Namespace, count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [{"input_ids": row} for row in torch.randint(0, VOCABULARY, (count, TOKENS), generator=generator)]
+    shape = (count, arguments.tokens)
+    return [{"input_ids": row} for row in torch.randint(0, SIZES[arguments.size][2], shape, generator=generator)]
 
 
 def network(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the configuration of the model."""
-    wide = arguments.hidden
-    heads = max(1, wide // 64)
-    sizes = {"hidden_size": wide, "num_hidden_layers": arguments.layers, "intermediate_size": 4 * wide}
-    return {**NETWORK, **sizes, "num_attention_heads": heads}
+    hidden, layers, vocabulary, _ = SIZES[arguments.size]
+    return {
+        "model_type": "gpt_neox",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "intermediate_size": 4 * hidden,
+        "max_position_embeddings": arguments.tokens,
+    }
 
 
 def trainer_of(
@@ -121,7 +120,9 @@ def selector(arguments: argparse.Namespace) -> RegressionSelector:
 
 def data_of(arguments: argparse.Namespace) -> SelectionDataModule:
     return SelectionDataModule(
-        pool=rows(arguments.steps * arguments.batch * 6, 1), reference=rows(16, 2), batch_size=arguments.batch
+        pool=rows(arguments, arguments.steps * arguments.batch * 6, 1),
+        reference=rows(arguments, 16, 2),
+        batch_size=arguments.batch,
     )
 
 
@@ -170,8 +171,8 @@ def compare_ways(arguments: argparse.Namespace) -> None:
         times = [1000 * statistics.median(seconds), 1000 * mean, 1000 * max(seconds)]
         cells = [f"{each:.0f} ms" for each in times] + [f"{mean / off:.2f}", f"{found['peak'] / 2**20:.0f} MiB"]
         print("|", " | ".join([way, *cells, f"{found['measured']:.0f}", f"{found['age']:.0f} steps"]), "|")
-    size = f"{found['parameters'] / 1e6:.1f}M parameters"
-    print(f"\n{size}, batches of {arguments.batch} x {TOKENS} tokens, {arguments.precision}")
+    size, steps = f"{found['parameters'] / 1e6:.1f}M parameters", f"{arguments.steps} steps"
+    print(f"\n{size}, batches of {arguments.batch} x {arguments.tokens} tokens, {arguments.precision}, {steps}")
 
 
 def main() -> None:
@@ -180,13 +181,14 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=20, help="steps of a round")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--probes", type=int, default=64)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--size", choices=SIZES, default="5m", help="of the model (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, help="of an example (default: as suits the size)")
     parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--tables", nargs="+", choices=["steps", "watching"], default=["steps", "watching"])
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.tokens = arguments.tokens or SIZES[arguments.size][3]
     warnings.filterwarnings("ignore")
     if arguments.way:
         train_one_way(arguments, arguments.way)
