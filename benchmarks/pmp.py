@@ -6,16 +6,17 @@ steps and candidates) and so must agree; how well is printed. They are
 - ``published``: Hessian products forward over reverse in chunks of 2 sequences, products of single examples by forward
   mode under ``vmap`` over 8 of them, attention in plain operations, reference rows padded to the length of a candidate,
   the states of every stretch of about sqrt(T) steps computed again.
-- ``exact``: PMPInfluence as it comes: Hessian products by double backward, products of examples from hooks, reference
-  rows cut after their target and grouped by length.
+- ``exact``: PMPInfluence without approximation: Hessian products by double backward, products of examples from hooks,
+  reference rows cut after their target and grouped by length.
 - ``differences``: PMPInfluence with both kinds of products by central differences.
 - ``bf16``: the same, products of examples under bf16 autocast (``product_precision="training"``); everything else, and
   all of the other recipes, computes in float32.
 
-Each recipe runs in a process of its own, so that its peak of memory is its own. Compared is processor time on a CPU,
-where other work on the machine does not count, and wall-clock time on an accelerator. ``at published settings`` adds up
-the units measured here (a step, a reference gradient, a Hessian product, a product) in the published numbers: 100
-steps of 256 sequences, 1,024 references, 163,840 candidates in 10 scored steps.
+Each recipe runs in a process of its own, so that its peak of memory is its own, and in turn with the others as often as
+``--repeats`` says; of every number the least counts. Compared is processor time on a CPU, where other work on the
+machine counts little, and wall-clock time on an accelerator. ``at published settings`` adds up the units measured here
+(a step, a reference gradient, a Hessian product, a product) in the published numbers: 100 steps of 256 sequences, 1,024
+references, 163,840 candidates in 10 scored steps.
 
     python benchmarks/pmp.py --threads 1
 """
@@ -40,6 +41,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from liveselect.functional.adjoint import State, Transition
+from liveselect.functional.differences import Reach
 from liveselect.functional.updates import Vector
 from liveselect.influence import PMPInfluence, pmp
 from liveselect.influence.unroll import Unroll, unrolled_ids
@@ -153,9 +155,9 @@ class TimedUnroll(Unroll):
         with self.clock.work("step", len(self.ids[index])):
             return super()._gradient(state, index)
 
-    def _curved(self, transition: Transition, vector: Vector) -> Vector:
+    def _curved(self, transition: Transition, vector: Vector, reach: Reach) -> Vector:
         with self.clock.work("hessian", len(self.ids[transition.index])):
-            return super()._curved(transition, vector)
+            return super()._curved(transition, vector, reach)
 
     def _reference_gradient(self, state: State) -> tuple[float, Vector]:
         with self.clock.work("reference", self.reference.examples):
@@ -287,17 +289,25 @@ def main() -> None:
     }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--recipe", choices=RECIPES, help="run one recipe only, and print JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.recipe:
         run_recipe(options)
         return
-    results = {}
-    for name in RECIPES:
-        command = [sys.executable, __file__, *sys.argv[1:], "--recipe", name]
-        results[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    report(options, results)
+    runs: dict[str, list[Any]] = {name: [] for name in RECIPES}
+    for _ in range(options.repeats):
+        for name in RECIPES:
+            command = [sys.executable, __file__, *sys.argv[1:], "--recipe", name]
+            runs[name].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    report(options, {name: least(found) for name, found in runs.items()})
+
+
+def least(runs: list[Any]) -> Any:
+    """Return the first of some runs of one recipe, with the least seconds of each kind that any of them took."""
+    (seconds, *others), *_ = runs
+    return [{kind: min(run[0][kind] for run in runs) for kind in seconds}, *others]
 
 
 def report(options: argparse.Namespace, results: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def steady_encoder():
 
 
 def pds(**common):
-    estimator = PMPInfluence(steps=2, score_every=1)
+    estimator = PMPInfluence(steps=2, score_every=1, hessian="central_difference")
     return PDS(live=True, estimator=estimator, regressor=HashedRidgeRegressor(), probes=9, min_spearman=None, **common)
 
 
@@ -55,8 +55,7 @@ def methods():
 
 METHODS = list(methods())
 REFUSED = {
-    ("PDS on the live model", "fsdp2"): r"sharded over ranks \(FSDP\): train with strategy='ddp'",
-    ("PDS on the live model", "fsdp"): r"sharded over ranks \(FSDP\): train with strategy='ddp'",
+    ("PDS on the live model", "fsdp"): "PMPInfluence .*fully_shard .*, or measure with OneStepInfluence",
     ("first order, encoder", "fsdp"): "FirstOrderInfluence .*fully_shard .*, or measure with OneStepInfluence",
     ("optimizer steps, ridge", "fsdp"): "FirstOrderInfluence .*fully_shard .*, or measure with OneStepInfluence",
     ("Quad", "fsdp"): "KFACInfluence .*fully_shard .*, or measure with OneStepInfluence",

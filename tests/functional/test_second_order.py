@@ -6,7 +6,15 @@ from fakes import random_source
 from probing import VOCAB, tiny_model
 from torch import nn
 
-from liveselect.functional.differences import central_difference_dots, central_difference_product, parameters_kept
+from liveselect.functional.differences import (
+    SHARES,
+    Reach,
+    central_difference,
+    central_difference_dots,
+    central_difference_product,
+    parameters_kept,
+)
+from liveselect.functional.gradients import mean_gradient
 from liveselect.functional.second_order import double_backward_product
 from liveselect.losses import causal_lm_loss
 
@@ -148,7 +156,7 @@ def test_displaced_parameters_come_back_to_the_bit_also_after_an_error(fails_at)
 def test_parameters_are_put_back_into_the_same_storage():
     model = Net()
     places = [parameter.data_ptr() for parameter in model.parameters()]
-    with parameters_kept(model.parameters()) as kept, torch.no_grad():
+    with parameters_kept(model, model.parameters()) as kept, torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     assert [parameter.data_ptr() for parameter in model.parameters()] == places
@@ -178,3 +186,56 @@ def test_what_cannot_be_differentiated_twice_is_told_what_to_do():
     with pytest.raises(RuntimeError, match=r'fused_backward is not implemented.*hessian="central_difference"'):
         double_backward_product(model, fused, batches, direction_for(model))
     central_difference_product(model, fused, batches, direction_for(model))
+
+
+FREQUENCY = 1e4
+
+
+class Wave(nn.Module):
+    """A loss that turns over along one direction, on a length that is short beside that of the parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.place = nn.Parameter(torch.ones(100, dtype=torch.float64))
+
+    def forward(self, phases):
+        return torch.sin(FREQUENCY * self.place.mean() * 10 + phases)
+
+
+def wave_losses(model, batch):
+    return model(batch["x"])
+
+
+def test_where_a_gradient_turns_on_the_way_differences_go_less_far():
+    model, batches = Wave(), [{"x": torch.tensor([0.3, 0.7], dtype=torch.float64)}]
+    vector = {"place": torch.full((100,), 0.1, dtype=torch.float64)}  # of length one
+    exact = double_backward_product(model, wave_losses, batches, vector)["place"]
+    reach = Reach()
+    close = central_difference(model, vector, lambda: mean_gradient(model, wave_losses, batches), reach)["place"]
+    torch.testing.assert_close(close, exact, rtol=1e-3, atol=0)
+    assert 0 < reach.share < SHARES[torch.float64]
+    calls = []
+
+    def counted():
+        calls.append(1)
+        return mean_gradient(model, wave_losses, batches)
+
+    torch.testing.assert_close(central_difference(model, vector, counted, reach)["place"], exact, rtol=1e-3, atol=0)
+    assert len(calls) == 2  # it began where the one before ended
+
+
+def test_differences_of_losses_go_as_far_as_losses_change_and_never_much_farther_than_usual():
+    model, batches = Wave(), [{"x": torch.tensor([0.3, 0.7], dtype=torch.float64)}]
+    vector = {"place": torch.full((100,), 0.1, dtype=torch.float64)}
+    expected = FREQUENCY * torch.cos(FREQUENCY * 10 + batches[0]["x"])
+    found = central_difference_dots(model, wave_losses, lambda: batches, vector, slope=FREQUENCY)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert not torch.allclose(central_difference_dots(model, wave_losses, lambda: batches, vector), expected, rtol=0.05)
+    moved = []
+
+    def noted(model, batch):
+        moved.append(float((model.place - 1).norm()))
+        return wave_losses(model, batch)
+
+    central_difference_dots(model, noted, lambda: batches, vector, slope=1e-30)
+    assert moved == pytest.approx([10 * SHARES[torch.float64] * 10] * 2, rel=1e-6)

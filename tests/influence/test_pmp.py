@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from unrolled import SETTINGS, guarded_sqrt, written_out
 from unrolled_language_model import BATCH, CANDIDATES, RATE, TRAINED, warm_context
 
+from liveselect.functional import differences
 from liveselect.influence import unroll
 from liveselect.influence.pmp import PMPInfluence
 from liveselect.influence.unroll import unrolled_ids
@@ -59,8 +60,8 @@ def through_the_unroll(context, name, ids, scored=range(STEPS), schedule=SCHEDUL
 
 
 def influence(context, **settings):
-    exact = {"steps": STEPS, "score_every": 1, "batch_size": BATCH, "schedule": SCHEDULE, "denominator_floor": 0.0}
-    estimator = PMPInfluence(**{**exact, **settings})
+    exact = {"hessian": "double_backward", "denominator_floor": 0.0, "schedule": SCHEDULE}
+    estimator = PMPInfluence(**{**exact, "steps": STEPS, "score_every": 1, "batch_size": BATCH, **settings})
     estimator.fit(context)
     return estimator.score_ids(context, torch.arange(CANDIDATES))
 
@@ -142,11 +143,29 @@ def test_repeating_steps_between_kept_states_changes_no_bit(steps, every):
     assert torch.equal(influence(context, steps=steps, schedule=(), snapshot_every=every), whole)
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_nor_does_it_where_differences_had_to_go_less_far(monkeypatch, every):
+    context = warm_context()
+    exact = influence(context)
+    monkeypatch.setitem(differences.SHARES, torch.float64, 0.05)  # much too far
+    whole = influence(context, hessian="central_difference", snapshot_every=STEPS)
+    assert relative_error(whole, exact) < 1e-2
+    assert torch.equal(influence(context, hessian="central_difference", snapshot_every=every), whole)
+
+
 def test_central_differences_agree_with_exact_products_and_curvature():
     context = warm_context()
     exact = influence(context)
     assert relative_error(influence(context, hessian="central_difference"), exact) < 1e-6
     assert relative_error(influence(context, products="central_difference"), exact) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_in_single_precision_differences_are_right_to_a_hundredth(name):
+    context = warm_context(name, model={"dtype": torch.float32})
+    exact = influence(context)
+    assert relative_error(influence(context, hessian="central_difference"), exact) < 1e-2
+    assert relative_error(influence(context, products="central_difference"), exact) < 1e-2
 
 
 def test_products_as_training_computes_them_rank_alike():
@@ -185,7 +204,7 @@ def test_leaving_curvature_out_would_be_seen(monkeypatch):
     context = warm_context("sgd")
     exact = influence(context)
     nothing = {name: torch.zeros_like(value) for name, value in context.model.named_parameters()}
-    monkeypatch.setitem(unroll._PRODUCTS, "double_backward", lambda *arguments: nothing)
+    monkeypatch.setattr(unroll.Unroll, "_curved", lambda *arguments: nothing)
     assert relative_error(influence(context), exact) > 1e-2
 
 

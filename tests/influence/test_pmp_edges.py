@@ -133,7 +133,7 @@ def test_ranks_that_were_stopped_at_different_places_begin_again_together(tmp_pa
     found = on_ranks(_resumed_on_this_rank, 2, tmp_path)
     expected = solved(warm_context())
     for values in found:
-        torch.testing.assert_close(values, expected, rtol=1e-9, atol=0)
+        torch.testing.assert_close(values, expected, rtol=1e-6, atol=0)
 
 
 def test_a_folder_left_by_another_model_or_other_settings_is_not_taken_for_this_one(tmp_path):
@@ -248,8 +248,8 @@ def test_a_kernel_that_hides_its_curvature_is_found_out():
     plain = context.loss_fn
     context = replace(context, loss_fn=lambda model, batch: Opaque.apply(plain(model, batch)))
     with pytest.raises(RuntimeError, match='hessian="central_difference"'):
-        solved(context)
-    assert solved(context, hessian="central_difference").isfinite().all()
+        solved(context, hessian="double_backward")
+    assert solved(context).isfinite().all()
 
 
 def test_scoring_before_fitting_is_an_error():

@@ -12,7 +12,7 @@ from probing import VOCAB
 from ranks import on_ranks
 from sharded import CANDIDATES, by_layers, kept_whole, local_sizes, measured, warm, without_root
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from liveselect import distributed
 from liveselect.functional.sharding import is_part, local
@@ -34,6 +34,9 @@ ESTIMATORS = {
     "EK-FAC": lambda: KFACInfluence(curvature="ekfac", factor_examples=13),
     "diagonal": lambda: KFACInfluence(curvature="diagonal", factor_examples=13),
     "gradients": lambda: KFACInfluence(curvature="identity"),
+    "PMP": lambda: pmp(batch_size=4),
+    "PMP by plain SGD": lambda: pmp(dynamics="sgd", learning_rate=0.02, reference_weighting="examples"),
+    "PMP, products by differences": lambda: pmp(products="central_difference", denominator_floor=0.0),
 }
 LAYOUTS = {
     "a tied head": {"layout": by_layers, "tie_word_embeddings": True},
@@ -42,8 +45,13 @@ LAYOUTS = {
 }
 REFUSED = {
     "forward mode": lambda: FirstOrderInfluence(engine="forward_mode"),
-    "PMP": lambda: PMPInfluence(steps=2),
+    "double backward": lambda: PMPInfluence(steps=2, hessian="double_backward"),
 }
+
+
+def pmp(**settings):
+    # batches of 5 and of 1: on three ranks the shares are uneven, and some are empty
+    return PMPInfluence(**{"steps": 4, "score_every": 3, "batch_size": 5, "hessian": "central_difference", **settings})
 
 
 class HiddenUse(nn.Module):
@@ -67,11 +75,14 @@ def _message(function) -> str:
 
 def _refusals(context) -> dict:
     found = {name: _message(lambda make=make: make().fit(context)) for name, make in REFUSED.items()}
-    found["PMP before training"] = _message(lambda: PMPInfluence(steps=2).check(context))
+    found["double backward before training"] = _message(lambda: REFUSED["double backward"]().check(context))
     model = fully_shard(HiddenUse().double())
     hidden = fake_context(
         random_source(8, vocab=VOCAB), model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1)
     )
+    short = warm(False)
+    fully_shard(short.model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    found["16 bits"] = _message(lambda: pmp().check(short))
     found["hidden use"] = _message(lambda: measured(FirstOrderInfluence(), hidden))
     return found
 
@@ -111,12 +122,22 @@ def _state_round_trip(context) -> tuple:
     return estimator.score(context, batch), resumed.score(context, batch), plain
 
 
+def _all_at_once(context, products) -> torch.Tensor:
+    """The scores of candidates of which this rank has a share."""
+    estimator = pmp(products=products)
+    estimator.fit(context)
+    mine = torch.arange(CANDIDATES)[distributed.shard(CANDIDATES)]
+    return distributed.gather_shards(estimator.score_ids(context, mine), CANDIDATES)
+
+
 def _all_measured(sharded: bool) -> dict:
     context = warm(sharded)
     found = {name: measured(make(), context) for name, make in ESTIMATORS.items()}
     for name, settings in LAYOUTS.items():
         other = warm(sharded, **settings)
-        found[name] = [measured(estimator, other) for estimator in (OneStepInfluence(), FirstOrderInfluence())]
+        estimators = (OneStepInfluence(), FirstOrderInfluence(), pmp(batch_size=1))
+        found[name] = [measured(estimator, other) for estimator in estimators]
+    found["PMP, all at once"] = [_all_at_once(context, products) for products in ("exact", "central_difference")]
     found["single precision"] = measured(OneStepInfluence(), warm(sharded, torch.float32))
     found["not finite"] = measured(OneStepInfluence(), replace(context, loss_fn=_without_a_loss))
     found["sizes"] = local_sizes(context)
@@ -159,6 +180,13 @@ def test_how_modules_are_sharded_changes_nothing(results, name):
         assert all(unchanged for *_, unchanged in rank[name])
 
 
+def test_ranks_that_score_unequal_shares_at_once_find_what_one_process_does(results):
+    alone, together = results
+    for rank in together:
+        for found, expected in zip(rank["PMP, all at once"], alone["PMP, all at once"], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_in_single_precision_the_numbers_differ_by_rounding_only(results):
     alone, together = results
     influence = alone["single precision"][0]
@@ -180,8 +208,9 @@ def test_a_candidate_without_a_loss_is_nan_on_every_rank_and_no_other_is(results
     ("what", "message"),
     [
         ("forward mode", r'"forward_mode" does not work with parameters that are sharded.*engine="hooks"'),
-        ("PMP", r"does not work with a model whose parameters are sharded.*strategy='ddp'"),
-        ("PMP before training", r"does not work with a model whose parameters are sharded.*strategy='ddp'"),
+        ("double backward", 'cannot be differentiated twice: use hessian="central_difference"'),
+        ("double backward before training", 'cannot be differentiated twice: use hessian="central_difference"'),
+        ("16 bits", r"compute in torch.bfloat16 \(MixedPrecisionPolicy\).*leave param_dtype out of fully_shard"),
         ("hidden use", r"the loss uses parameters \['head.weight'\] past the layers"),
     ],
 )

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from liveselect.functional.updates import Clip, Moments, Rule, Vector
+from liveselect.functional.updates import Clip, Moments, Rule, Vector, Whole
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,13 @@ class Dynamics:
         rules: by parameter name.
         clip: applied to the gradient as a whole, or None.
         schedule: factor on the learning rates at each step of the unroll; 1 beyond its end, and where it is empty.
+        whole: needed where states, gradients and costates are parts of those of the whole parameters.
     """
 
     rules: Mapping[str, Rule]
     clip: Clip | None = None
     schedule: Sequence[float] = field(default_factory=tuple)
+    whole: Whole | None = None
 
     def step(self, state: State, gradient: Vector, index: int) -> State:
         """Return the state after step ``index`` (from 0) on the gradient before clipping."""
@@ -122,13 +124,19 @@ class Dynamics:
         derivative in such a coordinate (the embedding of a token that training has hardly met) holds for the smallest
         weights only: a real one fills the denominator itself.
         """
+        after = transition.after
+        found = {name: rule.denominator(after.moments[name], after.counts[name]) for name, rule in self.rules.items()}
+        denominators = {name: value for name, value in found.items() if value is not None and floor}
+        if not denominators:
+            return dict(toward)
+        sums = {
+            name: torch.stack([value.square().sum(), value.new_tensor(value.numel())])
+            for name, value in denominators.items()
+        }
         damped = dict(toward)
-        for name, rule in self.rules.items() if floor else ():
-            after = transition.after
-            denominator = rule.denominator(after.moments[name], after.counts[name])
-            if denominator is not None:
-                least = floor * denominator.square().mean().sqrt()
-                damped[name] = toward[name] * (denominator / denominator.clamp(min=least))
+        for name, (squares, count) in (self.whole(sums) if self.whole else sums).items():
+            least = floor * (squares / count).sqrt()
+            damped[name] = toward[name] * (denominators[name] / denominators[name].clamp(min=least))
         return damped
 
     def _rate(self, rule: Rule, index: int) -> float:

@@ -1,22 +1,39 @@
 """Derivatives along a direction by central differences: two passes, every architecture, every kernel.
 
-Parameters are displaced in place and put back from copies, bit for bit. The length of the displacement is given as a
-share of that of the parameters; :data:`SHARES` balances curvature, whose error grows with its square, against rounding,
-whose error grows with its inverse.
+Parameters are displaced in place and put back from copies, bit for bit. The length of the displacement balances
+curvature, whose error grows with its square, against rounding, whose error grows with its inverse: :data:`SHARES` where
+nothing is known, :data:`NATS` where it is known how fast losses change along the direction.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liveselect.functional.gradients import LossFn, mean_gradient
+from liveselect.functional.sharding import like, local, reshard
 
-SHARES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+SHARES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Length of the displacement as a share of that of the parameters, by the precision that losses are computed in."""
+
+NATS = {torch.float64: 1e-5, torch.float32: 2e-2, torch.bfloat16: 1e-1, torch.float16: 3e-2}
+"""By how much a displacement should change a loss, nats per token, likewise."""
+
+_FARTHEST = 10.0
+_MOST_CHANGE, _CHANGE = 0.05, 0.02  # of a gradient, from the middle to either end
+_ATTEMPTS = 3
+
+Length = Callable[[Sequence[Tensor]], float]
+"""The Euclidean length of several tensors together, of the whole of those that ranks hold in parts."""
+
+
+def length_of(tensors: Sequence[Tensor]) -> float:
+    """Return the Euclidean length of several tensors together."""
+    return math.hypot(*(float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) for tensor in tensors))
 
 
 def central_difference_product(
@@ -32,14 +49,67 @@ def central_difference_product(
         loss_fn: per-example losses, computed in float32 or finer.
         batches: walked twice.
         vector: for each parameter that takes part a tensor of its shape.
-        share: see :data:`SHARES`; by default that of the parameters' type.
+        share: see :data:`SHARES`; by default that of the parameters' type, and less where the gradient changes much.
     """
-    with _displaceable(model, vector, share) as (h, displace):
-        displace(h)
-        ahead = mean_gradient(model, loss_fn, batches)
-        displace(-h)
-        behind = mean_gradient(model, loss_fn, batches)
-    return {name: (ahead[name] - behind[name]).div_(2 * h) for name in vector}
+    return central_difference(model, vector, lambda: mean_gradient(model, loss_fn, batches), Reach(share))
+
+
+@dataclass
+class Reach:
+    """How far differences of gradients go, from one product to the next.
+
+    Where the loss is sharply curved along a vector, as it is along gradients, the share in :data:`SHARES` may be too
+    far: a gradient that changes by more than a twentieth on the way is measured again over a shorter one, and the
+    products after it begin with that.
+
+    Attributes:
+        share: see :data:`SHARES`; None before the first product means that of the parameters' type.
+    """
+
+    share: float | None = None
+
+
+def central_difference(
+    model: nn.Module,
+    vector: Mapping[str, Tensor],
+    gradient: Callable[[], Mapping[str, Tensor]],
+    reach: Reach | None = None,
+    length: Length = length_of,
+) -> dict[str, Tensor]:
+    """Return how a gradient changes along a vector, ``(gradient ahead - gradient behind) / 2h``, for each name in it.
+
+    Args:
+        model: its parameters move while the call lasts.
+        vector: for each parameter that takes part a tensor of its shape; sharded where the parameter is.
+        gradient: called at both ends; the tensors that it returns are written to. Where ranks hold parts, its parts.
+        reach: of the products before, and after.
+        length: needed where ranks hold parameters in parts.
+    """
+    reach = Reach() if reach is None else reach
+
+    def size(parts: Mapping[str, Tensor]) -> float:
+        return length([like(parts[name], value) for name, value in vector.items()])
+
+    reach.share = reach.share or SHARES[_dtype_of(model, vector)]
+    with _displaceable(model, vector, reach.share, length) as (h, displace):
+        for attempt in range(_ATTEMPTS):
+            displace(h)
+            ahead = gradient()
+            displace(-h)
+            behind = gradient()
+            squares = 2 * size(ahead) ** 2 + 2 * size(behind) ** 2
+            difference = {name: ahead[name].sub_(behind[name]) for name in vector}
+            apart = size(difference)
+            change = apart / math.sqrt(max(squares - apart**2, torch.finfo(torch.float32).tiny))
+            if not _MOST_CHANGE < change < math.inf or attempt == _ATTEMPTS - 1:
+                break
+            h *= _CHANGE / change
+            reach.share *= _CHANGE / change
+    return {name: value.div_(2 * h) for name, value in difference.items()}
+
+
+def _dtype_of(model: nn.Module, vector: Mapping[str, Tensor]) -> torch.dtype:
+    return next(parameter.dtype for name, parameter in model.named_parameters() if name in vector)
 
 
 def central_difference_dots(
@@ -47,7 +117,9 @@ def central_difference_dots(
     loss_fn: LossFn,
     batches: Callable[[], Iterable[Any]],
     vector: Mapping[str, Tensor],
-    share: float | None = None,
+    slope: float | None = None,
+    dtype: torch.dtype | None = None,
+    length: Length = length_of,
 ) -> Tensor:
     r"""Return the inner product of every example's gradient with ``vector``, ``(n,)``, over all batches.
 
@@ -58,12 +130,17 @@ def central_difference_dots(
         model: its parameters move while the call lasts.
         loss_fn: per-example losses ``(B,)``.
         batches: gives the same batches at each of two calls.
-        vector: as in :func:`central_difference_product`.
-        share: see :data:`SHARES`; losses under autocast want that of the shorter type.
+        vector: as in :func:`central_difference`.
+        slope: roughly how fast losses change along the vector. The displacement is then by :data:`NATS`, but no more
+            than ten times as long as :data:`SHARES` gives, which is the default.
+        dtype: that losses are computed in, under autocast; by default that of the parameters.
+        length: needed where ranks hold parameters in parts.
     """
     ends = []
     eager = torch.compiler.set_stance("force_eager")
-    with _displaceable(model, vector, share) as (h, displace), torch.no_grad(), eager:
+    dtype = dtype or _dtype_of(model, vector)
+    with _displaceable(model, vector, SHARES[dtype], length) as (h, displace), torch.no_grad(), eager:
+        h = min(NATS[dtype] / slope, _FARTHEST * h) if slope else h
         for signed in (h, -h):
             displace(signed)
             ends.append([loss_fn(model, batch) for batch in batches()])
@@ -73,40 +150,41 @@ def central_difference_dots(
 
 
 @contextmanager
-def parameters_kept(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Open a block in which parameters may be written to; on exit they are as before, bit for bit.
+def parameters_kept(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Open a block in which parameters of ``model`` may be written to; on exit they are as before, bit for bit.
 
-    Yields copies of them, in their order.
+    Yields copies of them, in their order; of sharded parameters copies of this rank's parts.
     """
-    live = [parameter.detach() for parameter in parameters]
+    reshard(model)  # else a forward before would have left whole parameters in their place
+    live = [local(parameter) for parameter in parameters]
     kept = [parameter.clone() for parameter in live]
     try:
         yield kept
     finally:
+        reshard(model)  # else the next forward would not see what is written
         torch._foreach_copy_(live, kept)
         torch.clear_autocast_cache()  # casts of the weights in between would be used again
 
 
 @contextmanager
 def _displaceable(
-    model: nn.Module, vector: Mapping[str, Tensor], share: float | None
+    model: nn.Module, vector: Mapping[str, Tensor], share: float, length: Length
 ) -> Iterator[tuple[float, Callable[[float], None]]]:
     """Open a block with the length h of a displacement, and the function that displaces all parameters by h v."""
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters() if name in vector}
-    live, moves = list(parameters.values()), [vector[name].to(parameter) for name, parameter in parameters.items()]
-    length = _length(moves)
-    share = share or SHARES[live[0].dtype]
-    h = share * max(_length(live), torch.finfo(torch.float32).tiny) / length if length else 1.0
-    with parameters_kept(live) as kept:
+    reshard(model)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in vector}
+    live = [local(parameter) for parameter in parameters.values()]
+    moves = [local(vector[name]).to(part) for name, part in zip(parameters, live, strict=True)]
+    distance = length([vector[name] for name in parameters])
+    size = length([parameter.detach() for parameter in parameters.values()])
+    h = share * max(size, torch.finfo(torch.float32).tiny) / distance if distance else 1.0
+    with parameters_kept(model, parameters.values()) as kept:
 
         def displace(by: float) -> None:
+            reshard(model)
             with torch.no_grad():
                 torch._foreach_copy_(live, kept)
                 torch._foreach_add_(live, moves, alpha=by)
             torch.clear_autocast_cache()
 
         yield h, displace
-
-
-def _length(tensors: Sequence[Tensor]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) for tensor in tensors))

@@ -43,6 +43,15 @@ def refuse_flat(model: nn.Module, name: str) -> None:
         )
 
 
+def shortest_cast(model: nn.Module) -> torch.dtype | None:
+    """Return the 16-bit type that ``fully_shard`` casts parameters to before they compute, None where there is none."""
+    if not torch.distributed.is_available():
+        return None
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    casts = [getattr(getattr(state, "_mp_policy", None), "param_dtype", None) for state in states]
+    return next((cast for cast in casts if cast is not None and cast.itemsize < 4), None)
+
+
 class ThroughRoot:
     """A loss that is computed inside of the forward of FSDP1's outermost wrapper, where parameters are whole.
 

@@ -5,6 +5,7 @@ takes how a later quantity F changes with what came out (costates) to how it cha
 parameter space are dicts from parameter names to tensors.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 Vector = dict[str, Tensor]
 Moments = tuple[Tensor, ...]
+Whole = Callable[[Vector], Vector]
+"""Where ranks hold parameters in parts: adds up numbers of the parts, by name, to those of the whole parameters."""
 
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by the norm plus this
 
@@ -216,22 +219,28 @@ class Clip(Protocol):
 
 @dataclass(frozen=True)
 class ClipNorm:
-    """``torch.nn.utils.clip_grad_norm_``: scale the gradient so that its length is at most ``limit``."""
+    """``torch.nn.utils.clip_grad_norm_``: scale the gradient so that its length is at most ``limit``.
+
+    Attributes:
+        limit: of the length.
+        whole: needed where the gradients given are parts.
+    """
 
     limit: float
+    whole: Whole | None = None
 
     def apply(self, gradient: Vector) -> Vector:
         """See :class:`Clip`."""
-        factor = self._factor(norm(gradient))
+        factor = self._factor(norm(gradient, self.whole))
         return gradient if factor is None else {name: value.mul(factor) for name, value in gradient.items()}
 
     def pull_back(self, costate: Vector, gradient: Vector) -> Vector:
         """See :class:`Clip`; the factor itself depends on the gradient's length."""
-        length = norm(gradient)
+        length = norm(gradient, self.whole)
         factor = self._factor(length)
         if factor is None:
             return costate
-        along = inner(gradient, costate) / (length * (length + _CLIP_EPS))
+        along = inner(gradient, costate, self.whole) / (length * (length + _CLIP_EPS))
         return {name: costate[name].sub(along * value).mul_(factor) for name, value in gradient.items()}
 
     def _factor(self, length: Tensor) -> Tensor | None:
@@ -254,11 +263,16 @@ class ClipValue:
         return {name: costate[name].where(value.abs() <= self.limit, 0.0) for name, value in gradient.items()}
 
 
-def inner(first: Vector, second: Vector) -> Tensor:
-    """Return the inner product of two vectors, a scalar."""
-    return torch.stack([torch.dot(value.flatten(), second[name].flatten()) for name, value in first.items()]).sum()
+def inner(first: Vector, second: Vector, whole: Whole | None = None) -> Tensor:
+    """Return the inner product of two vectors, a scalar; ``whole`` is needed where they are parts."""
+    products = {name: torch.dot(value.flatten(), second[name].flatten()) for name, value in first.items()}
+    return torch.stack(list((whole(products) if whole else products).values())).sum()
 
 
-def norm(vector: Vector) -> Tensor:
-    """Return the Euclidean length of a vector, a scalar."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value) for value in vector.values()]))
+def norm(vector: Vector, whole: Whole | None = None) -> Tensor:
+    """Return the Euclidean length of a vector, a scalar; ``whole`` is needed where it is a part."""
+    lengths = {name: torch.linalg.vector_norm(value) for name, value in vector.items()}
+    if whole:
+        squares = whole({name: length.square() for name, length in lengths.items()})
+        lengths = {name: square.sqrt() for name, square in squares.items()}
+    return torch.linalg.vector_norm(torch.stack(list(lengths.values())))

@@ -7,9 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liveselect import distributed
 from liveselect.functional.adjoint import Dynamics, State
-from liveselect.functional.sharding import is_sharded
-from liveselect.functional.updates import AdamRule, Clip, ClipNorm, ClipValue, Moments, Rule, SGDRule, Vector, norm
+from liveselect.functional.sharding import is_sharded, like, local, refuse_flat, reshard
+from liveselect.functional.updates import (
+    AdamRule,
+    Clip,
+    ClipNorm,
+    ClipValue,
+    Moments,
+    Rule,
+    SGDRule,
+    Vector,
+    Whole,
+    norm,
+)
+from liveselect.influence.rank_gradients import adding_parts_up
 from liveselect.protocols import RoundContext
 
 _MOMENTS = {SGDRule: ("momentum_buffer",), AdamRule: ("exp_avg", "exp_avg_sq")}
@@ -20,14 +33,10 @@ def moving_parameters(context: RoundContext) -> dict[str, nn.Parameter]:
 
     Raises:
         ValueError: there is none.
-        TypeError: some are kept in 16 bits, in which a costate is lost in rounding; or they are sharded over ranks.
+        TypeError: some are kept in 16 bits, in which a costate is lost in rounding; or they are flattened (FSDP1).
     """
-    if is_sharded(context.model):
-        raise TypeError(
-            "PMPInfluence differentiates twice, through whole parameters, so it does not work with a model whose "
-            "parameters are sharded over ranks (FSDP): train with strategy='ddp', score the pool with a smaller model "
-            "beforehand (liveselect score) and select by ScoredSelector, or take another estimator"
-        )
+    refuse_flat(context.model, "PMPInfluence")
+    reshard(context.model)  # a forward before may have left whole parameters in place of the optimizer's
     trained = {id(parameter) for group in context.optimizer.param_groups for parameter in group["params"]}
     found = {
         name: parameter
@@ -59,19 +68,21 @@ def live_dynamics(context: RoundContext, schedule: Sequence[float] = ()) -> Dyna
             'unroll plain SGD, as published, with dynamics="sgd"'
         )
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    rules = {name: _rule(optimizer, group_of[id(parameter)]) for name, parameter in moving_parameters(context).items()}
-    return Dynamics(rules, find_clip(context), tuple(schedule))
+    parameters = moving_parameters(context)
+    rules = {name: _rule(optimizer, group_of[id(parameter)]) for name, parameter in parameters.items()}
+    return Dynamics(rules, find_clip(context), tuple(schedule), _whole(context, parameters))
 
 
 def sgd_dynamics(context: RoundContext, rate: float, schedule: Sequence[float] = ()) -> Dynamics:
     """Return plain SGD: no momentum, decay or clipping."""
-    return Dynamics({name: SGDRule(rate) for name in moving_parameters(context)}, None, tuple(schedule))
+    parameters = moving_parameters(context)
+    return Dynamics(dict.fromkeys(parameters, SGDRule(rate)), None, tuple(schedule), _whole(context, parameters))
 
 
 def live_state(context: RoundContext, dynamics: Dynamics) -> State:
     """Return copies of the live parameters, of the moments that the dynamics' rules know, and the counts of updates.
 
-    What the optimizer has not made yet is zero.
+    What the optimizer has not made yet is zero. Of a sharded model every rank holds its parts.
     """
     parameters: Vector = {}
     moments: dict[str, Moments] = {}
@@ -81,9 +92,9 @@ def live_state(context: RoundContext, dynamics: Dynamics) -> State:
         kept = context.optimizer.state.get(parameter, {})
         names = _MOMENTS[type(rule)][: rule.moments]
         warm = all(isinstance(kept.get(moment), Tensor) for moment in names)
-        parameters[name] = parameter.detach().clone()
+        parameters[name] = local(parameter).clone()
         moments[name] = tuple(
-            kept[moment].detach().clone() if warm else torch.zeros_like(parameter.detach()) for moment in names
+            local(kept[moment]).clone() if warm else torch.zeros_like(local(parameter)) for moment in names
         )
         counts[name] = int(kept.get("step", 1)) if warm else 0
     return State(parameters, moments, counts)
@@ -110,23 +121,31 @@ def find_clip(context: RoundContext) -> Clip | None:
 
 
 def _clip_of(context: RoundContext, parameters: Mapping[str, nn.Parameter], size: float) -> ClipNorm | ClipValue | None:
+    whole = _whole(context, parameters)
     given: Vector = {}
     for name, parameter in parameters.items():
-        ramp = torch.linspace(-size, size, parameter.numel(), dtype=parameter.dtype, device=parameter.device)
-        given[name] = ramp.view(parameter.shape)
-        parameter.grad = given[name].clone()
+        part = local(parameter)
+        ramp = torch.linspace(-size, size, part.numel(), dtype=part.dtype, device=part.device)
+        given[name] = ramp.view(part.shape)
+        parameter.grad = like(given[name].clone(), parameter)
     context.clip_gradients(list(parameters.values()))
     clipped: Vector = {}
     for name, parameter in parameters.items():
-        clipped[name] = torch.zeros_like(given[name]) if parameter.grad is None else parameter.grad
+        clipped[name] = torch.zeros_like(given[name]) if parameter.grad is None else local(parameter.grad)
         parameter.grad = None
-    if _equal(clipped, given):
+
+    def is_clipped_to(expected: Vector) -> bool:
+        same = all(torch.allclose(clipped[name], expected[name], rtol=1e-4) for name in clipped)
+        return same if whole is None else not distributed.any_rank(not same)
+
+    if is_clipped_to(given):
         return None
-    length, limit = norm(given), norm(clipped)
-    if _equal(clipped, {name: value * (limit / length) for name, value in given.items()}):
-        return ClipNorm(float(limit) * (1 + 1e-6 / float(length)))
-    largest = max(float(value.abs().max()) for value in clipped.values())
-    if _equal(clipped, {name: value.clamp(-largest, largest) for name, value in given.items()}):
+    length, limit = norm(given, whole), norm(clipped, whole)
+    if is_clipped_to({name: value * (limit / length) for name, value in given.items()}):
+        return ClipNorm(float(limit) * (1 + 1e-6 / float(length)), whole)
+    largest = max(float(value.abs().max()) for value in clipped.values() if value.numel())
+    largest = largest if whole is None else max(distributed.gather_objects(largest))
+    if is_clipped_to({name: value.clamp(-largest, largest) for name, value in given.items()}):
         return ClipValue(largest)
     raise TypeError(
         "expected gradients clipped to a norm or a value, as the Trainer does, found something else: "
@@ -134,8 +153,8 @@ def _clip_of(context: RoundContext, parameters: Mapping[str, nn.Parameter], size
     )
 
 
-def _equal(first: Vector, second: Vector) -> bool:
-    return all(torch.allclose(first[name], second[name], rtol=1e-4) for name in first)
+def _whole(context: RoundContext, parameters: Mapping[str, nn.Parameter]) -> Whole | None:
+    return adding_parts_up(parameters) if is_sharded(context.model) else None
 
 
 def _rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Rule:

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from liveselect import distributed
 from liveselect.functional.adjoint import Dynamics
-from liveselect.functional.differences import SHARES, central_difference_dots, parameters_kept
+from liveselect.functional.differences import central_difference_dots, length_of, parameters_kept
 from liveselect.functional.flops import forward_flops
 from liveselect.functional.gradients import example_dot
+from liveselect.functional.sharding import is_sharded, refuse_flat, shortest_cast
 from liveselect.functional.updates import Vector
 from liveselect.influence.dynamics import live_dynamics, moving_parameters, sgd_dynamics
+from liveselect.influence.rank_gradients import length_over_ranks, spread
 from liveselect.influence.reference import Precision, ReferencePass
 from liveselect.influence.unroll import HessianKind, Unroll, Weighting, load_parameters, pair_name, unrolled_ids
 from liveselect.influence.vault import DiskVault, MemoryVault, Vault, to_device
-from liveselect.protocols import Batch, NotMeasurableError, RoundContext
+from liveselect.protocols import Batch, LossFn, NotMeasurableError, RoundContext
 from liveselect.snapshot import checksum, measuring
 
 DynamicsKind = Literal["live", "sgd"]
@@ -63,8 +65,8 @@ class PMPInfluence:
             ratios.
         schedule: factor on the learning rate for each of the steps; by default it stays.
         batch_size: examples of an unrolled step; by default those of the run's global batch.
-        hessian: ``double_backward`` is exact and runs attention in plain operations; ``central_difference`` works
-            with any kernel, is cheaper, and right to about three digits in float32.
+        hessian: ``central_difference`` works with any kernel and with sharded parameters, is cheaper, and right to two
+            or three digits in float32; ``double_backward`` is exact and runs attention in plain operations.
         hessian_rows: examples differentiated twice at once, which needs several times the memory of training; by
             default a batch of candidates.
         products: ``exact``, or ``central_difference``, which is cheaper, ranks the same, and works for models whose
@@ -95,7 +97,7 @@ class PMPInfluence:
         learning_rate: float | None = None,
         schedule: Sequence[float] = (),
         batch_size: int | None = None,
-        hessian: HessianKind = "double_backward",
+        hessian: HessianKind = "central_difference",
         hessian_rows: int | None = None,
         products: ProductKind = "exact",
         product_precision: Precision = "float32",
@@ -138,10 +140,12 @@ class PMPInfluence:
         Raises:
             NotMeasurableError: a learning rate of zero, or an unroll whose reference loss is not finite.
             ValueError: nothing to train.
-            TypeError: an optimizer or clipping whose adjoint is not known, or parameters in 16 bits.
+            TypeError: an optimizer or clipping whose adjoint is not known, parameters in 16 bits, or a model that is
+                sharded in a way, or asked for products, that cannot be used together.
             RuntimeError: the model cannot be differentiated twice.
         """
         self._solved = None
+        self._refuse_unfit(context)
         with measuring(context.model, context.optimizer), _full_precision(context):
             parameters = moving_parameters(context)
             reference = ReferencePass.load(context)
@@ -163,7 +167,7 @@ class PMPInfluence:
                 denominator_floor=self.denominator_floor,
                 rate=rate,
             )
-            with parameters_kept(parameters.values()):
+            with parameters_kept(context.model, parameters.values()):
                 metrics = unroll.solve(vault)
         self._solved = vault, parameters
         return {
@@ -176,6 +180,7 @@ class PMPInfluence:
 
     def check(self, context: RoundContext) -> None:
         """Raise what :meth:`fit` would, as far as it can be told without an unroll."""
+        self._refuse_unfit(context)
         moving_parameters(context)
         self._dynamics(context)
 
@@ -199,30 +204,63 @@ class PMPInfluence:
             raise RuntimeError("PMPInfluence was asked for scores before fit: call fit(context) once in each round")
         vault, live = self._solved
         influence: Tensor | float = 0.0
-        with measuring(context.model, context.optimizer), parameters_kept(live.values()):
+        with measuring(context.model, context.optimizer), parameters_kept(context.model, live.values()):
             for index in self.scored_steps:
-                at, direction = to_device(vault.get(pair_name(index)), context.device)
-                load_parameters(live, at)
-                influence = influence + self._products(context, batches, direction).double().cpu()
+                at, direction, slope = to_device(vault.get(pair_name(index)), context.device)
+                load_parameters(context.model, live, at)
+                direction = spread(direction, live)
+                influence = influence + self._products(context, batches, direction, slope).double().cpu()
         found = torch.as_tensor(influence)
         return found.where(found.isfinite(), math.nan)
 
-    def _products(self, context: RoundContext, batches: Callable[[], Iterable[Batch]], direction: Vector) -> Tensor:
-        """Return the inner product of a direction with the gradient of every example in the batches, ``(n,)``."""
+    def _products(
+        self, context: RoundContext, batches: Callable[[], Iterable[Batch]], direction: Vector, slope: float
+    ) -> Tensor:
+        """Return the inner product of a direction with the gradient of every example in the batches, ``(n,)``.
 
-        def charged() -> Iterator[Batch]:
-            for batch in batches():
-                context.meter.add_flops(forwards * forward_flops(context.model, batch["input_ids"].numel()))
-                yield batch
-
+        Args:
+            context: of the round.
+            batches: gives the same batches at each of two calls.
+            direction: in the parameters.
+            slope: how fast losses change along it, roughly.
+        """
+        model, loss_fn = context.model, context.loss_fn
         forwards = _FORWARDS[self.products] / (1 if self.products == "exact" else 2)  # differences read them twice
+
+        def charged() -> Iterator[tuple[Batch, bool]]:
+            def spare() -> Batch:
+                return next(context.candidate_batches(context.candidates[:1]))
+
+            for batch, counts in distributed.in_step(batches(), spare, is_sharded(model)):
+                context.meter.add_flops(forwards * forward_flops(model, batch["input_ids"].numel()))
+                yield batch, counts
+
         short = self.product_precision == "training"
         with context.forward_context() if short else _full_precision(context):
             if self.products == "central_difference":
-                share = SHARES[torch.bfloat16] if short and torch.is_autocast_enabled(context.device.type) else None
-                return central_difference_dots(context.model, context.loss_fn, charged, direction, share)
-            parts = [example_dot(context.model, context.loss_fn, batch, direction) for batch in charged()]
+                cast = torch.is_autocast_enabled(context.device.type)
+                kind = torch.get_autocast_dtype(context.device.type) if cast else next(iter(direction.values())).dtype
+                length = length_over_ranks if is_sharded(model) else length_of
+                return central_difference_dots(model, _own_losses(loss_fn), charged, direction, slope, kind, length)
+            parts = [
+                example_dot(model, loss_fn, batch, direction, whole=distributed.whole)[: None if counts else 0]
+                for batch, counts in charged()
+            ]
         return torch.cat(parts) if parts else torch.empty(0)
+
+    def _refuse_unfit(self, context: RoundContext) -> None:
+        refuse_flat(context.model, type(self).__name__)
+        if self.hessian == "double_backward" and is_sharded(context.model):
+            raise TypeError(
+                "parameters that are sharded over ranks (FSDP) cannot be differentiated twice: use "
+                'hessian="central_difference"'
+            )
+        cast = shortest_cast(context.model)
+        if cast is not None:
+            raise TypeError(
+                f"the model's parameters compute in {cast} (MixedPrecisionPolicy), in which small changes of gradients "
+                'are lost: leave param_dtype out of fully_shard, and train with precision="bf16-mixed"'
+            )
 
     def _dynamics(self, context: RoundContext) -> tuple[Dynamics, float]:
         """Return how training moves, and the largest learning rate before the schedule."""
@@ -274,6 +312,15 @@ class PMPInfluence:
             raise ValueError(
                 f"expected a schedule with one factor for each of the {self.steps} steps, got {len(self.schedule)}"
             )
+
+
+def _own_losses(loss_fn: LossFn) -> Callable[[nn.Module, tuple[Batch, bool]], Tensor]:
+    """Return a loss of batches beside each of which it stands whether they count."""
+
+    def losses(model: nn.Module, item: tuple[Batch, bool]) -> Tensor:
+        return loss_fn(model, item[0])[: None if item[1] else 0]
+
+    return losses
 
 
 def _full_precision(context: RoundContext) -> AbstractContextManager[Any]:

@@ -1,7 +1,7 @@
 """Unrolls training with the model at hand, and pulls the reference loss back through it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from liveselect import distributed
 from liveselect.functional.adjoint import Costate, Dynamics, State, Transition, final_costate, walk_back
-from liveselect.functional.differences import central_difference_product
+from liveselect.functional.differences import Reach, central_difference, central_difference_product, length_of
 from liveselect.functional.flops import forward_flops
-from liveselect.functional.gradients import mean_gradient, mean_loss_and_gradient
+from liveselect.functional.layer_pass import count_rows
 from liveselect.functional.sampling import uniform_subset
 from liveselect.functional.second_order import double_backward_product
-from liveselect.functional.updates import Vector, norm
+from liveselect.functional.sharding import is_sharded, local, reshard
+from liveselect.functional.updates import Vector, inner, norm
 from liveselect.influence.dynamics import live_state
+from liveselect.influence.rank_gradients import length_over_ranks, mean_over_ranks, spread
 from liveselect.influence.reference import ReferencePass
+from liveselect.influence.reference_gradient import mean_reference_gradient
 from liveselect.influence.trajectory import Trajectory, pack_costate, unpack_costate
 from liveselect.influence.vault import Vault
 from liveselect.protocols import Batch, NotMeasurableError, RoundContext
@@ -25,10 +28,6 @@ from liveselect.protocols import Batch, NotMeasurableError, RoundContext
 HessianKind = Literal["double_backward", "central_difference"]
 Weighting = Literal["tokens", "examples"]
 
-_PRODUCTS: dict[HessianKind, Callable[..., Vector]] = {
-    "double_backward": double_backward_product,
-    "central_difference": central_difference_product,
-}
 _FORWARDS: dict[HessianKind, int] = {
     "double_backward": 9,
     "central_difference": 6,
@@ -43,7 +42,8 @@ class Unroll:
 
     Attributes:
         context: of the round.
-        parameters: what moves, by name; the live tensors, written to in place.
+        parameters: what moves, by name; the live tensors, written to in place. Where ranks hold them in parts, so are
+            all vectors of the unroll.
         reference: gives the reference loss J.
         ids: for each step the candidates in its batch, ``(batch,)``.
         dynamics: how the parameters move.
@@ -72,6 +72,8 @@ class Unroll:
     def solve(self, vault: Vault) -> dict[str, float]:
         r"""Put :math:`(\theta_t, -p_t / \eta)` of every scored step into the vault, and return what is worth recording.
 
+        Beside each pair stands how fast J changes along the second of it, on average over the steps after it.
+
         The parameters are left at some step of the unroll. What a durable vault holds already is not computed again.
 
         Raises:
@@ -82,8 +84,9 @@ class Unroll:
         trajectory = Trajectory(self.dynamics, start, self._gradient, steps, self.interval, vault, context.device)
         if not _all_equal([-1, vault.get(_COSTATE)[0]] if _COSTATE in vault else trajectory.kept):
             vault.clear()  # ranks that were stopped at different places begin again together
+        reach = Reach()
         if _COSTATE in vault:
-            below, packed = vault.get(_COSTATE)
+            below, packed, reach.share = vault.get(_COSTATE)
             costate: Costate | None = unpack_costate(packed, context.device) if below else None
         else:
             with context.phase("unroll training", steps, "steps") as advance:
@@ -94,52 +97,73 @@ class Unroll:
             vault.put(_METRICS, {"reference_loss_unrolled": loss})
         with context.phase("pull back", below, "steps") as advance:
             for begin, transitions in trajectory.backward(below):
-                for step, toward, earlier in self._walk(_present(costate), transitions):
-                    costate = earlier
+                for step, toward, earlier in self._walk(_present(costate), transitions, reach):
                     if step.index in self.scored_steps:
                         damped = self.dynamics.damp(toward, step, self.denominator_floor)
                         direction = {name: value / -self.rate for name, value in damped.items()}
-                        vault.put(pair_name(step.index), (step.before.parameters, direction))
+                        change = inner(direction, _present(costate).parameters, self.dynamics.whole)
+                        slope = abs(float(change)) / (steps - step.index)
+                        vault.put(pair_name(step.index), (step.before.parameters, direction, slope))
+                    costate = earlier
                     advance(1)
-                vault.put(_COSTATE, (begin, {} if costate is None else pack_costate(costate)))
+                vault.put(_COSTATE, (begin, {} if costate is None else pack_costate(costate), reach.share))
         trajectory.forget()
         return dict(vault.get(_METRICS))
 
     def _walk(
-        self, costate: Costate, transitions: list[Transition]
+        self, costate: Costate, transitions: list[Transition], reach: Reach
     ) -> Iterator[tuple[Transition, Vector, Costate | None]]:
         def latest_first() -> Iterator[Transition]:
             while transitions:
                 yield transitions.pop()
 
         return walk_back(
-            self.dynamics, costate, latest_first(), lambda state: self._reference_gradient(state)[1], self._curved
+            self.dynamics,
+            costate,
+            latest_first(),
+            lambda state: self._reference_gradient(state)[1],
+            lambda transition, vector: self._curved(transition, vector, reach),
         )
 
     def _gradient(self, state: State, index: int) -> Vector:
         """Return the gradient of the mean loss of a step's batch."""
-        context = self.context
         self._load(state)
-        batches, share = self._my_batches(index)
+        batches = self._my_batches(index)
         self._charge(3, batches)
-        gradient = mean_gradient(context.model, context.loss_fn, batches) if batches else None
-        return self._over_ranks(gradient, share)
+        return self._mean_gradient(batches, index)
 
-    def _curved(self, transition: Transition, vector: Vector) -> Vector:
+    def _curved(self, transition: Transition, vector: Vector, reach: Reach) -> Vector:
         """Return the Hessian of that mean loss times a vector."""
-        context = self.context
+        model, index = self.context.model, transition.index
         self._load(transition.before)
-        batches, share = self._my_batches(transition.index, self.hessian_rows)
+        rows = self.hessian_rows if self.hessian == "double_backward" else None
+        batches = self._my_batches(index, rows)
         self._charge(_FORWARDS[self.hessian], batches)
-        product = _PRODUCTS[self.hessian](context.model, context.loss_fn, batches, vector) if batches else None
-        return self._over_ranks(product, share)
+        if self.hessian == "central_difference":
+            length = length_over_ranks if is_sharded(model) else length_of
+            moved = spread(vector, self.parameters)
+            return central_difference(model, moved, lambda: self._mean_gradient(batches, index), reach, length)
+        product = double_backward_product(model, self.context.loss_fn, batches, vector) if batches else None
+        return self._over_ranks(product, sum(map(count_rows, batches)) / len(self.ids[index]))
+
+    def _mean_gradient(self, batches: Sequence[Batch], index: int) -> Vector:
+        """Return the gradient of the mean loss of a step's batch, given this rank's part of it."""
+        ids = self.ids[index]
+
+        def weighted(batch: Batch) -> tuple[Batch, Tensor]:
+            return batch, torch.ones(count_rows(batch))
+
+        def spare() -> tuple[Batch, Tensor]:
+            return weighted(next(self.context.candidate_batches(ids[:1])))
+
+        return mean_over_ranks(self.context, list(map(weighted, batches)), spare, self.parameters)[1]
 
     def _check_curvature(self, vector: Vector) -> None:
         """Raise RuntimeError when differentiating twice misses a part of the model.
 
         A custom kernel whose backward is no part of the graph makes no error there: its curvature is silently zero.
         """
-        batches, _ = self._my_batches(len(self.ids) - 1, self.hessian_rows)
+        batches = self._my_batches(len(self.ids) - 1, self.hessian_rows)
         if self.hessian != "double_backward" or not batches:
             return
         model, loss_fn = self.context.model, self.context.loss_fn
@@ -154,33 +178,25 @@ class Unroll:
                 'hessian="central_difference"'
             )
 
-    def _my_batches(self, index: int, rows: int | None = None) -> tuple[list[dict[str, Any]], float]:
-        """Return this rank's part of a step's batch, in batches of at most ``rows``, and what share of it that is."""
+    def _my_batches(self, index: int, rows: int | None = None) -> list[dict[str, Any]]:
+        """Return this rank's part of a step's batch, in batches of at most ``rows``."""
         ids = self.ids[index]
         mine = ids[distributed.shard(len(ids))]
         batches = self.context.candidate_batches(mine) if len(mine) else iter(())
-        return [part for batch in batches for part in split_rows(batch, rows)], len(mine) / len(ids)
+        return [part for batch in batches for part in split_rows(batch, rows)]
 
     def _reference_gradient(self, state: State) -> tuple[float, Vector]:
         """Return J at a state, and its gradient."""
-        context, reference = self.context, self.reference
         self._load(state)
-        weights = reference.counts if self.weighting == "tokens" else [count > 0 for count in reference.counts]
-        total = sum(int(weight.sum()) for weight in weights)
-        mine = distributed.shard(len(weights))
-        weights = weights[mine]
-        share = sum(int(weight.sum()) for weight in weights) / total
-        loss, gradient = 0.0, None
-        if share:
-            context.meter.add_flops(3 * reference.flops * len(weights) / len(reference.counts))
-            loss, gradient = mean_loss_and_gradient(context.model, context.loss_fn, reference.batches[mine], weights)
-        loss = float(distributed.sum_over_ranks(torch.tensor(loss * share, dtype=torch.float64)))
+        counts = self.reference.counts
+        weights = counts if self.weighting == "tokens" else [(count > 0).long() for count in counts]
+        loss, gradient = mean_reference_gradient(self.context, self.reference, self.parameters, weights)
         if not math.isfinite(loss):
             raise NotMeasurableError(
                 f"the reference loss became {loss} while {len(self.ids)} steps of training were unrolled: "
                 "lower learning_rate, unroll fewer steps, or look at the training loss"
             )
-        return loss, self._over_ranks(gradient, share)
+        return loss, {name: local(value) for name, value in gradient.items()}
 
     def _over_ranks(self, mine: Mapping[str, Tensor] | None, share: float) -> Vector:
         """Return the mean over all ranks' examples, given the mean over this rank's, which are a share of them."""
@@ -196,7 +212,7 @@ class Unroll:
         }
 
     def _load(self, state: State) -> None:
-        load_parameters(self.parameters, state.parameters)
+        load_parameters(self.context.model, self.parameters, state.parameters)
 
     def _charge(self, forwards: int, batches: Sequence[Batch]) -> None:
         tokens = sum(batch["input_ids"].numel() for batch in batches)
@@ -216,16 +232,17 @@ def unrolled_ids(context: RoundContext, steps: int, size: int) -> list[Tensor]:
     return list(torch.cat(drawn).split(size))
 
 
-def load_parameters(parameters: Mapping[str, nn.Parameter], values: Vector) -> None:
-    """Write values into the live parameters, in place."""
+def load_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter], values: Vector) -> None:
+    """Write values into the live parameters of ``model``, in place; into this rank's parts where they are sharded."""
+    reshard(model)  # else the next forward would not see what is written
     with torch.no_grad():
-        torch._foreach_copy_(list(parameters.values()), [values[name] for name in parameters])
+        torch._foreach_copy_([local(parameter) for parameter in parameters.values()], [values[n] for n in parameters])
     torch.clear_autocast_cache()  # casts of the weights before this would be used again
 
 
 def split_rows(batch: Batch, rows: int | None) -> list[dict[str, Any]]:
     """Return a batch in parts of at most ``rows`` examples; what has no row for each example goes into every part."""
-    count = len(batch["input_ids"])
+    count = count_rows(batch)
     if rows is None or rows >= count:
         return [dict(batch)]
 
