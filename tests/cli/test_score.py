@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+import time
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -16,14 +17,16 @@ from ranks import on_ranks
 from tiny_encoder import TINY, tiny_regressor
 from unrolled_language_model import warm_context
 
-from liveselect import cli
+from liveselect import cli, distributed
 from liveselect.cli import score, score_job
 from liveselect.cli.score_column import column_scores
-from liveselect.cli.score_job import ScoreJob
+from liveselect.cli.score_job import REGRESSOR, ScoreJob
+from liveselect.cli.score_proxy import load_proxy, proxy_optimizer
 from liveselect.datamodules import write_store
 from liveselect.functional.sampling import uniform_subset
 from liveselect.influence import OneStepInfluence, PMPInfluence
 from liveselect.regressors import HashedRidgeRegressor
+from liveselect.rehearsal import SOME
 from liveselect.scores import read_scores
 from liveselect.selectors import ScoredSelector
 
@@ -85,17 +88,17 @@ def test_what_a_job_and_its_proxy_cost_is_kept_with_the_scores_over_every_stop(t
         "estimator": estimator,
         "cost": {"seconds": {"train the proxy": 30.0}, "flops": {"train the proxy": 1e9}},
     }
-    predict = HashedRidgeRegressor.predict
+    predict = ScoreJob._predicted
 
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(HashedRidgeRegressor, "predict", stop)
+    monkeypatch.setattr(ScoreJob, "_predicted", stop)
     with pytest.raises(KeyboardInterrupt):
         small_job(tmp_path / "s", context, **settings).run()
     first = dict(context.meter.seconds)
     assert context.meter.flops["counted"] == PROBES
-    monkeypatch.setattr(HashedRidgeRegressor, "predict", predict)
+    monkeypatch.setattr(ScoreJob, "_predicted", predict)
     cost = small_job(tmp_path / "s", small_context()[0], **settings).run().about["cost"]
     assert cost["flops"]["counted"] == PROBES  # measured once, before the stop
     assert cost["flops"]["train the proxy"] == 1e9
@@ -161,7 +164,7 @@ def test_what_was_done_is_not_done_again(tmp_path, monkeypatch):
 
         def predict(self, context, batch):
             Stopped.predictions += len(batch["input_ids"])
-            if Stopped.stops and Stopped.predictions > 130:
+            if Stopped.stops and Stopped.predictions > SOME + 130:
                 raise KeyboardInterrupt
             return super().predict(context, batch)
 
@@ -179,7 +182,7 @@ def test_another_job_is_not_mixed_with_one_that_was_left_unfinished(tmp_path, mo
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(HashedRidgeRegressor, "predict", stop)
+    monkeypatch.setattr(ScoreJob, "_predicted", stop)
     with pytest.raises(KeyboardInterrupt):
         small_job(tmp_path / "s", context).run()
     with torch.no_grad():
@@ -189,16 +192,52 @@ def test_another_job_is_not_mixed_with_one_that_was_left_unfinished(tmp_path, mo
             small_job(tmp_path / "s", **changed).run()
 
 
+def test_two_jobs_do_not_work_in_one_folder(tmp_path):
+    refused = []
+
+    class Second(HashedRidgeRegressor):
+        def fit(self, context, ids, influence):
+            with pytest.raises(ValueError, match=r"another process is scoring into .*wait for it, or end it"):
+                small_job(tmp_path / "s").run()
+            refused.append(True)
+            return super().fit(context, ids, influence)
+
+    small_job(tmp_path / "s", regressor=Second(buckets=256)).run()
+    assert refused
+
+
+def test_a_scorer_that_could_not_work_leaves_nothing_in_the_way_of_another(tmp_path):
+    with pytest.raises(ValueError, match="squeeze"):
+        small_job(tmp_path / "s", regressor=Column(), settings={"regressor": "Column"}).run()
+    small_job(tmp_path / "s", settings={"regressor": "HashedRidgeRegressor"}).run()
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["scores.json", "scores.npy"]
+
+
 def test_finished_scores_are_not_made_again(tmp_path):
-    small_job(tmp_path / "s").run()
-    with pytest.raises(FileExistsError, match="another folder"):
-        small_job(tmp_path / "s").run()
+    context, _ = small_context()
+    done = small_job(tmp_path / "s", context).run()
+    again = small_job(tmp_path / "s", context, estimator=Unsolvable(), regressor=Column()).run()
+    assert again.digest == done.digest
+    with pytest.raises(FileExistsError, match="made in another way: choose another folder"):
+        small_job(tmp_path / "s", context, probes=50).run()
 
 
 def test_too_few_measurements_are_refused(tmp_path):
     context, _ = small_context()
+    with pytest.raises(ValueError, match=r"at least 8 probes .* got 5"):
+        small_job(tmp_path / "s", context, estimator=Unsolvable(), probes=5).run()
+    with pytest.raises(ValueError, match="shard_size=0"):
+        small_job(tmp_path / "s", context, shard_size=0).run()
+    assert not (tmp_path / "s").exists()
+
+
+def test_too_few_finite_measurements_are_refused(tmp_path):
+    class Broken(PMPInfluence):
+        def score_ids(self, context, ids):
+            return super().score_ids(context, ids).where(ids < 7, torch.nan)
+
     with pytest.raises(ValueError, match="measure more"):
-        small_job(tmp_path / "s", context, probes=5).run()
+        small_job(tmp_path / "s", estimator=Broken(steps=2, score_every=1, batch_size=4)).run()
 
 
 class Column(HashedRidgeRegressor):
@@ -243,6 +282,26 @@ def test_several_processes_make_the_same_scores_as_one(tmp_path, ranks):
     found = on_ranks(_digest_on_this_rank, ranks, tmp_path / "shared")
     assert len(set(found)) == 1
     torch.testing.assert_close(read_scores(tmp_path / "shared").values, alone.values)
+
+
+class Late(ScoreJob):
+    """The last rank comes to the fit when the others have finished it, if they do not wait."""
+
+    def _fitted(self, ids, influence):
+        deadline = time.monotonic() + 1.0
+        while distributed.rank() == 1 and time.monotonic() < deadline and not (self.work / REGRESSOR).exists():
+            os.sched_yield()
+        return super()._fitted(ids, influence)
+
+
+def _digest_on_this_rank_that_may_be_late(folder):
+    job = small_job(folder)
+    return Late(**{entry.name: getattr(job, entry.name) for entry in fields(job) if entry.init}).run().digest
+
+
+def test_a_rank_that_is_late_finds_what_the_others_found(tmp_path):
+    found = on_ranks(_digest_on_this_rank_that_may_be_late, 2, tmp_path / "shared")
+    assert found == [read_scores(tmp_path / "shared").digest] * 2
 
 
 # ---- a column of numbers ----------------------------------------------------------------------------------------
@@ -291,7 +350,9 @@ def test_the_command_scores_by_a_column(tmp_path, capsys):
     scores.check_fit(store.rows, store.fingerprint)
     assert scores.about["column"] == "edu"
     assert f"{store.rows} scores" in capsys.readouterr().out
-    assert cli.main(arguments) == 1
+    assert cli.main(arguments) == 0
+    assert "nothing to do" in capsys.readouterr().err
+    assert cli.main([word.replace("edu", "count") for word in arguments]) == 1
     assert "holds finished scores" in capsys.readouterr().err
 
 
@@ -375,9 +436,9 @@ def test_a_checkpoint_of_the_trainer_is_the_proxy_with_its_moments(run_file, tmp
         {"state_dict": proxy.state_dict(), "optimizer_states": states, "global_step": 7}, tmp_path / "proxy.ckpt"
     )
     fresh = score.instantiated(score.parser(), config).model
-    loaded = score._load(fresh, tmp_path / "proxy.ckpt")
+    loaded = load_proxy(fresh, tmp_path / "proxy.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), proxy.parameters(), strict=True))
-    warm = score._optimizer(fresh, PMPInfluence(), loaded)
+    warm = proxy_optimizer(fresh, PMPInfluence(), loaded)
     first = next(iter(fresh.parameters()))
     assert torch.equal(warm.state[first]["exp_avg"], optimizer.state[next(iter(proxy.parameters()))]["exp_avg"])
     assert cli.main(arguments_for(path, tmp_path / "a", ckpt_path=tmp_path / "proxy.ckpt")) == 0
@@ -393,6 +454,34 @@ def test_mean_and_deviation_do_not_depend_on_how_many_are_looked_at_at_once(monk
     known = values[values > -torch.inf]
     expected = len(known), float(known.mean()), float(known.std(correction=0))
     assert score.moments(values) == pytest.approx(expected, rel=1e-12)
+
+
+def test_checkpoints_and_devices_that_do_not_fit_are_told_in_a_sentence(run_file, tmp_path, capsys, monkeypatch):
+    path, _ = run_file
+    torch.save({"state_dict": {"other": torch.zeros(1)}}, tmp_path / "other.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": PMPInfluence()}, tmp_path / "objects.ckpt")
+    (tmp_path / "short.ckpt").write_bytes((tmp_path / "other.ckpt").read_bytes()[:100])
+    for name, message in {
+        "other": "does not fit the model section",
+        "objects": "only state_dict, optimizer_states and global_step are needed",
+        "short": "cannot be read",
+        "absent": "No such file",
+    }.items():
+        assert cli.main(arguments_for(path, tmp_path / "s", ckpt_path=tmp_path / f"{name}.ckpt")) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main([*arguments_for(path, tmp_path / "s"), "--device=cuda"]) == 1
+    assert "finds no CUDA device" in capsys.readouterr().err
+
+
+def test_a_proxy_with_too_small_a_vocabulary_is_told_before_anything_is_solved(run_file, tmp_path, capsys):
+    path, _ = run_file
+    small = "--model.init_args.config={model_type: gpt_neox, vocab_size: 20, hidden_size: 16, num_hidden_layers: 1, "
+    small += "num_attention_heads: 2, intermediate_size: 32}"
+    assert cli.main([*arguments_for(path, tmp_path / "s"), small]) == 1
+    assert "the pool holds token ids up to 49, but the model knows only 20 tokens" in capsys.readouterr().err
 
 
 def test_without_a_proxy_or_a_column_the_command_says_what_it_needs(capsys, tmp_path):

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -13,23 +13,22 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from jsonargparse import ArgumentParser, Namespace
-from torch import Tensor, nn
+from torch import Tensor
 
 from liveselect import distributed
 from liveselect.callbacks.progress import RoundProgress
 from liveselect.cli.output import say, show_progress_lines
 from liveselect.cli.score_column import column_scores
-from liveselect.cli.score_cost import Cost
 from liveselect.cli.score_job import ScoreJob
+from liveselect.cli.score_proxy import clipping_of, load_proxy, proxy_optimizer, training_cost
 from liveselect.cost import SilentProgress
 from liveselect.datamodules import TokenStore
 from liveselect.influence import PMPInfluence
-from liveselect.ledger import Ledger
 from liveselect.losses import causal_lm_loss
-from liveselect.protocols import InfluenceEstimator, InfluenceRegressor, LossFn, RoundContext
+from liveselect.protocols import CandidateSource, InfluenceEstimator, InfluenceRegressor, LossFn, RoundContext
 from liveselect.regressors import EncoderRegressor
 from liveselect.report.words import duration
-from liveselect.scores import Scores, write_scores
+from liveselect.scores import MANIFEST, Scores, read_scores, write_scores
 
 DESCRIPTION = """\
 Score every sequence of a pool for `liveselect fit` to draw from: solve for the influence of some sequences on a proxy
@@ -142,6 +141,11 @@ def _from_column(config: Namespace) -> Scores:
         raise ValueError("expected --pool together with --column: the prepared pool whose documents carry the numbers")
     store = TokenStore(config.pool)
     about = {"column": config.column, "mean_over": "tokens"}
+    if (config.out / MANIFEST).exists():
+        scores = read_scores(config.out)
+        if (scores.pool, dict(scores.about)) == (store.fingerprint, about):
+            log.info("%s was made of the same column before: nothing to do", config.out)
+            return scores
     return write_scores(config.out, column_scores(store, config.column), store.fingerprint, about)
 
 
@@ -153,21 +157,28 @@ def _from_proxy(command: ArgumentParser, config: Namespace) -> Scores:
         )
     device = _device(config.device)
     made = instantiated(command, config)
-    checkpoint = _load(made.model, config.ckpt_path)
+    checkpoint = load_proxy(made.model, config.ckpt_path)
     model = made.model.to(device)
     estimator = made.estimator or PMPInfluence(**PUBLISHED)
     made.data.setup("fit")
+    if not isinstance(made.data, CandidateSource):
+        raise ValueError(
+            f"expected data that serves candidates, a SelectionDataModule, got {type(made.data).__name__}: wrap it "
+            "with liveselect.datamodules.SelectionDataModule"
+        )
+    if hasattr(made.data, "check_model"):
+        made.data.check_model(model)
     context = RoundContext(
         round=0,
         step=int(checkpoint.get("global_step", 0)),
         seed=config.seed,
         model=model,
-        optimizer=_optimizer(model, estimator, checkpoint),
+        optimizer=proxy_optimizer(model, estimator, checkpoint),
         loss_fn=made.loss_fn or causal_lm_loss,
         source=made.data,
         candidates=torch.arange(made.data.pool.size),
         global_batch=made.data.batch_size * int(config.trainer.accumulate_grad_batches),
-        clip_gradients=_clipping(config.trainer),
+        clip_gradients=clipping_of(config.trainer),
         progress=RoundProgress("liveselect score") if distributed.rank() == 0 else SilentProgress(),
     )
     job = ScoreJob(
@@ -182,17 +193,6 @@ def _from_proxy(command: ArgumentParser, config: Namespace) -> Scores:
         report=log.info if distributed.rank() == 0 else lambda line: None,
     )
     return job.run()
-
-
-def training_cost(checkpoint: Mapping[str, Any]) -> Cost:
-    """Return what the training of a checkpoint cost, where its DataSelection callback has kept account."""
-    selection = (checkpoint.get("callbacks") or {}).get("DataSelection")
-    if not selection:
-        return {}
-    ledger = Ledger()
-    ledger.load_state_dict(selection["run"]["ledger"])
-    seconds, flops = ledger.training_seconds + ledger.selection_seconds, ledger.training_flops + ledger.selection_flops
-    return {"seconds": {"train the proxy": seconds}, "flops": {"train the proxy": flops}}
 
 
 def instantiated(command: ArgumentParser, config: Namespace) -> Namespace:
@@ -210,59 +210,11 @@ def _settings(config: Namespace) -> dict[str, Any]:
     return dict(json.loads(json.dumps(settings, default=str)))
 
 
-def _load(model: pl.LightningModule, path: Path | None) -> dict[str, Any]:
-    """Load a checkpoint into the proxy and return it; without one the proxy is as it was built."""
-    model.configure_model()
-    if path is None:
-        return {}
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if "state_dict" not in checkpoint:
-        raise ValueError(f"expected a checkpoint of the Trainer at {path}, found the keys {sorted(checkpoint)[:5]}")
-    model.load_state_dict(checkpoint["state_dict"])
-    return dict(checkpoint)
-
-
-def _optimizer(
-    model: pl.LightningModule, estimator: InfluenceEstimator, checkpoint: Mapping[str, Any]
-) -> torch.optim.Optimizer:
-    """Return the proxy's optimizer with the moments of the checkpoint, where the estimator looks at it."""
-    if isinstance(estimator, PMPInfluence) and estimator.dynamics == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=1.0)  # only its list of parameters is used
-    try:
-        configured: Any = model.configure_optimizers()
-    except RuntimeError as error:  # Lightning's, when the module asks for its trainer
-        raise ValueError(
-            f"{type(model).__name__}.configure_optimizers needs a Trainer ({error}): build the proxy without a "
-            'schedule that depends on the length of training, or unroll plain SGD, --estimator.init_args.dynamics="sgd"'
-        ) from error
-    if isinstance(configured, Mapping):
-        configured = configured["optimizer"]
-    while isinstance(configured, (list, tuple)):
-        configured = configured[0]
-    states = checkpoint.get("optimizer_states") or []
-    if states:
-        configured.load_state_dict(states[0])
-    optimizer: torch.optim.Optimizer = configured
-    return optimizer
-
-
-def _clipping(trainer: Namespace) -> Callable[[list[nn.Parameter]], None]:
-    """Return the clipping that the Trainer section asks for."""
-    limit = trainer.gradient_clip_val
-    by_value = str(trainer.gradient_clip_algorithm or "norm").endswith("value")
-
-    def clip(parameters: list[nn.Parameter]) -> None:
-        if limit and by_value:
-            nn.utils.clip_grad_value_(parameters, float(limit))
-        elif limit:
-            nn.utils.clip_grad_norm_(parameters, float(limit))
-
-    return clip
-
-
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("expected --device=cpu or auto on this machine, got cuda: PyTorch finds no CUDA device")
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device(name)

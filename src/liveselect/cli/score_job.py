@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from liveselect import distributed
 from liveselect.cli.score_cost import KEEPING, SpentCost, added
+from liveselect.cli.score_lock import alone_in
 from liveselect.cost import CostMeter, SilentProgress
 from liveselect.functional.sampling import uniform_subset
 from liveselect.influence import PMPInfluence
@@ -31,6 +32,8 @@ from liveselect.snapshot import checksum, measuring
 
 WORK, JOB, REGRESSOR = "work", "job.json", "regressor.pt"
 FEWEST_MEASURED = 8
+Found = TypeVar("Found")
+
 DEARER = 64  # measuring a candidate costs more than predicting it: its shards are smaller by this factor
 
 
@@ -66,13 +69,31 @@ class ScoreJob:
         """Do what is not done yet, and return the scores.
 
         Raises:
-            FileExistsError: the folder holds finished scores.
-            ValueError: the folder holds the unfinished work of another job, or too little could be measured.
+            FileExistsError: the folder holds finished scores of another job.
+            ValueError: the folder holds the unfinished work of another job, or is in use, or too little could be
+                measured.
         """
-        if (self.folder / MANIFEST).exists():
-            raise FileExistsError(f"{self.folder} holds finished scores: choose another folder, or delete it")
-        self._open()
-        self._tried()
+        probes = min(self.probes, self.context.source.pool.size)
+        if probes < FEWEST_MEASURED or self.shard_size < 1:
+            raise ValueError(
+                f"expected at least {FEWEST_MEASURED} probes for the scorer to learn from and shards of at least one, "
+                f"got {probes} (of a pool of {self.context.source.pool.size}) and shard_size={self.shard_size}"
+            )
+        if _agreed((self.folder / MANIFEST).exists()):
+            scores = read_scores(self.folder)
+            if scores.about.get("job") != self._key():
+                raise FileExistsError(
+                    f"{self.folder} holds finished scores that were made in another way: choose another folder, or "
+                    "delete it"
+                )
+            self.report(f"{self.folder} was scored in the same way before: nothing to do")
+            return scores
+        with alone_in(self.work, JOB):
+            self._tried()
+            self._open()
+            return self._scored()
+
+    def _scored(self) -> Scores:
         with self.context.meter.phase(KEEPING):  # and whatever has no phase of its own
             ids, influence = self._measured()
             metrics = self._fitted(ids, influence)
@@ -89,13 +110,18 @@ class ScoreJob:
         """The folder of what is unfinished."""
         return self.folder / WORK
 
-    def _open(self) -> None:
-        """Begin, or make sure that what was begun is this job."""
+    def _key(self) -> str:
+        """Return what is equal for equal jobs."""
         context = self.context
         key = hashlib.blake2b(digest_size=16)
         key.update(json.dumps([dict(self.settings), self.probes, self.shard_size, context.seed], default=str).encode())
         key.update(f"{context.source.pool.fingerprint} {checksum(context.model, context.optimizer)}".encode())
-        job = {"key": key.hexdigest(), "settings": dict(self.settings)}
+        return key.hexdigest()
+
+    def _open(self) -> None:
+        """Begin, or make sure that what was begun is this job."""
+        context = self.context
+        job = {"key": self._key(), "settings": dict(self.settings)}
         file = self.work / JOB
         if distributed.rank() == 0 and not file.exists():
             self.work.mkdir(parents=True, exist_ok=True)
@@ -112,7 +138,7 @@ class ScoreJob:
 
     def _tried(self) -> None:
         """Raise now what the scorer would hours later; what was fitted before needs no trial."""
-        if (self.work / REGRESSOR).exists():
+        if _agreed((self.work / REGRESSOR).exists()):
             return
         context = self.context
         few = uniform_subset(context.source.pool.size, min(SOME, context.source.pool.size), context.generator("trial"))
@@ -128,8 +154,7 @@ class ScoreJob:
         pool_size = context.source.pool.size
         ids = uniform_subset(pool_size, min(self.probes, pool_size), context.generator("probes"))
         shards = _shards(len(ids), max(1, self.shard_size // DEARER))
-        missing = [shard for shard in shards if not self._file("measured", shard).exists()]
-        _wait_for_all()  # until all ranks have looked: a rank that is ahead would change what the others find missing
+        missing = _agreed([shard for shard in shards if not self._file("measured", shard).exists()])
         if missing:
             with context.meter.phase("solve"), measuring(context.model, context.optimizer):
                 metrics = self.estimator.fit(context)
@@ -157,7 +182,7 @@ class ScoreJob:
         """Fit the regressor, or take up the one that was fitted; return its metrics."""
         file = self.work / REGRESSOR
         keeps_state = hasattr(self.regressor, "load_state_dict")
-        if keeps_state and file.exists():
+        if keeps_state and _agreed(file.exists()):
             kept = torch.load(file, map_location="cpu", weights_only=True)
             self.regressor.load_state_dict(kept["state"])  # type: ignore[attr-defined]
             return dict(kept["metrics"])
@@ -175,8 +200,7 @@ class ScoreJob:
     def _predicted(self) -> None:
         """Predict every candidate of the pool, shard by shard."""
         context = self.context
-        missing = [shard for shard in self._pool_shards() if not self._file("scores", shard).exists()]
-        _wait_for_all()  # as above
+        missing = _agreed([shard for shard in self._pool_shards() if not self._file("scores", shard).exists()])
         mine = missing[distributed.rank() :: distributed.world_size()]
         with context.phase("score the pool", sum(len(shard) for shard in mine), "candidates") as advance:
             for shard in mine:
@@ -197,6 +221,7 @@ class ScoreJob:
         for shard in self._pool_shards():
             whole[shard.start : shard.stop] = np.load(self._file("scores", shard))
         about = {
+            "job": self._key(),
             "estimator": type(self.estimator).__name__,
             "regressor": type(self.regressor).__name__,
             "measured": measured,
@@ -236,6 +261,12 @@ def _finite(predictions: Tensor, regressor: InfluenceRegressor) -> Tensor:
 
 def _shards(total: int, size: int) -> list[range]:
     return [range(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _agreed(found: Found) -> Found:
+    """Return what the first rank found, once all have looked: a rank that is ahead makes files that others look for."""
+    first: Found = distributed.gather_objects(found)[0]
+    return first
 
 
 def _wait_for_all() -> None:
