@@ -135,6 +135,8 @@ class _Tap(torch.autograd.Function):
         if delta is None:
             return None, None, None, None
         (inputs,) = ctx.saved_tensors
+        if not torch.is_autocast_enabled(delta.device.type):
+            return delta, ctx.observe(inputs, delta), None, None
         with torch.autocast(delta.device.type, enabled=False):
             return delta, ctx.observe(inputs, delta), None, None
 
