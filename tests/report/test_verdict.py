@@ -81,3 +81,19 @@ def test_without_evaluations_nothing_is_claimed():
     diverged = Run("b", ledger_of("RegressionSelector", [float("nan"), float("inf")]))
     assert headline([diverged], "val_loss").startswith("val_loss was not a number in any evaluation")
     assert "not evaluated over the same steps" in headline([RANDOM, empty], "val_loss")
+
+
+def test_times_of_a_machine_that_was_busier_in_one_run_are_not_compared_in_silence():
+    busy, alike = chosen([6.0, 5.0, 4.0]), chosen([6.0, 5.0, 4.0])
+    busy.ledger.training_seconds *= 2
+    said = " ".join(caveats([RANDOM, busy], "val_loss"))
+    assert "took 2.0 times as long in mates as in random" in said
+    assert "Compare at equal FLOPs" in said
+    assert "times as long" not in " ".join(caveats([RANDOM, alike], "val_loss"))
+    assert "2.0 times as long in random as in mates" in " ".join(caveats([busy_random(), alike], "val_loss"))
+
+
+def busy_random():
+    run = Run("random", ledger_of("UniformSelector", [6.0, 5.0, 4.5]))
+    run.ledger.training_seconds *= 2
+    return run

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     add("--method", choices=METHODS, default="mates", help="how data is selected (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="training steps of each run (default: those of the config)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the weights and of selection (default: %(default)s)")
-    add("--out", type=Path, default=Path("liveselect-demo"), metavar="FOLDER", help="(default: %(default)s)")
+    add("--out", type=Path, metavar="FOLDER", help="(default: liveselect-demo, and -quad or -pds after it)")
     add("--resume", action="store_true", help="continue a demo that was stopped")
     arguments = parser.parse_args(argv)
     if arguments.steps is not None and arguments.steps < 1:
@@ -42,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
 
     from liveselect.cli.demo_runs import Demo
 
-    demo = Demo(arguments.out, METHODS[arguments.method], arguments.method, arguments.steps, arguments.seed)
+    folder = arguments.out or Path("liveselect-demo" + ("" if arguments.method == "mates" else f"-{arguments.method}"))
+    demo = Demo(folder, METHODS[arguments.method], arguments.method, arguments.steps, arguments.seed)
     try:
         demo.run(arguments.resume)
     except KeyboardInterrupt:

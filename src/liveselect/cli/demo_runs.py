@@ -170,6 +170,8 @@ class Demo:
             return
         if self.folder.exists() and any(self.folder.iterdir()) and not marker.exists():
             raise ValueError(f"{self.folder} holds other files: choose a new folder with --out")
+        if marker.exists():
+            say(f"The demo that is in {self.folder} is replaced; --out FOLDER keeps it.")
         for name in (BASELINE, self.method, PROXY, "scores"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)

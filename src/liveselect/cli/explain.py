@@ -21,14 +21,14 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
 
     from liveselect.cli.output import say
+    from liveselect.decisions import find_decisions, lacking_rounds
     from liveselect.decisions.explain import explain, tell
 
     fates = explain(arguments.run, arguments.id)
     text = None if arguments.pool is None else _text(arguments.pool, arguments.id)
-    for line in tell(arguments.id, fates):
+    for line in tell(arguments.id, fates, lacking_rounds(find_decisions(arguments.run))):
         say(line)
-    if text is not None:
-        say(f"\n{text}")
+    say("to see its text, too, add --pool POOL" if text is None else f"\n{text}")
     return 0
 
 

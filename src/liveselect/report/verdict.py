@@ -10,6 +10,9 @@ from liveselect.report.runs import Axis, Run, reaches, value_at
 CLOSE = 0.002
 """Losses closer than this share of each other are called equal: rounding in print is of that size."""
 
+ALIKE = 1.2
+"""Times of the same training further apart than this factor tell about the machine, not about the method."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -80,9 +83,32 @@ def caveats(runs: Sequence[Run], metric: str | None) -> list[str]:
         )
     if len(runs) > 1 and len({run.method for run in runs}) == len(runs):
         said.append("There is one seed of each: how much of a difference is chance is not known.")
+    baseline = baseline_of(runs)
+    said += [_slower(baseline, run) for run in runs if baseline is not None and not _same_speed(baseline, run)]
     if metric is not None and any(_ends_above_its_best(run, metric) for run in runs):
         said.append("At least one run ends above its own best loss: its last value is not its best.")
     return said
+
+
+def _same_speed(baseline: Run, other: Run) -> bool:
+    """Return whether training, selection aside, took about the same time for the same FLOPs, as far as it is known."""
+    paces = [_pace(run) for run in (baseline, other)]
+    return not all(paces) or max(paces) <= ALIKE * min(paces)
+
+
+def _pace(run: Run) -> float:
+    """Return the seconds of training for one FLOP of it, 0 where they were not recorded."""
+    ledger = run.ledger
+    return ledger.training_seconds / ledger.training_flops if ledger.training_flops > 0 else 0.0
+
+
+def _slower(baseline: Run, other: Run) -> str:
+    slow, fast = sorted((baseline, other), key=_pace, reverse=True)
+    return (
+        f"The same training, selection aside, took {_pace(slow) / _pace(fast):.1f} times as long in {slow.name} as in "
+        f"{fast.name}: the machine was slower or busier then, so their times cannot be compared. Compare at equal "
+        "FLOPs."
+    )
 
 
 def _alone(run: Run, metric: str) -> str:
