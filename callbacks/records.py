@@ -11,8 +11,10 @@ from torch import Tensor
 
 from liveselect import distributed
 from liveselect.callbacks.lines import round_line
+from liveselect.decisions import carry_decisions
 from liveselect.ledger import Ledger, RoundRecord
 from liveselect.protocols import SelectionWarning
+from liveselect.rounds import SelectionRun
 
 log = logging.getLogger("liveselect")
 
@@ -71,6 +73,19 @@ def keep_older_ledger(path: Path | None) -> None:
     free = next(name for i in count(1) if not (name := path.with_stem(f"{path.stem}-{i}")).exists())
     path.rename(free)
     log.info("the ledger of an earlier run in this folder is now %s", free)
+
+
+def carry_earlier_decisions(run: SelectionRun) -> None:
+    """Bring along what a run that goes on in another folder has decided; a full disk costs a warning."""
+    if run.decisions is None or distributed.rank() != 0:
+        return
+    try:
+        carry_decisions(run.decisions, run.ledger, run.pool.fingerprint)
+    except OSError as error:
+        rank_zero_warn(
+            f"the decisions of earlier rounds could not be brought to {run.decisions.folder}: {error}",
+            category=SelectionWarning,
+        )
 
 
 def write_ledger(ledger: Ledger, path: Path | None) -> None:

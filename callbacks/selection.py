@@ -33,7 +33,7 @@ from liveselect.callbacks.pace import Pace
 from liveselect.callbacks.preemption import sigterm_held_back
 from liveselect.callbacks.progress import round_progress
 from liveselect.callbacks.random_state import RandomStates
-from liveselect.callbacks.records import keep_older_ledger, log_round, write_ledger
+from liveselect.callbacks.records import carry_earlier_decisions, keep_older_ledger, log_round, write_ledger
 from liveselect.cost import CostMeter, SilentProgress
 from liveselect.decisions import DecisionLedger
 from liveselect.functional.flops import forward_flops
@@ -142,7 +142,7 @@ class DataSelection(Callback):
         self._in_batch = False
         self._loaded = False
         self._since: float | None = None
-        self._trained_before = self._rehearsed = 0.0
+        self._trained_before = 0.0
         self._ahead_candidates: Tensor | None = None
         self._last_step = -1
         self._flops_per_token = 0.0
@@ -273,9 +273,13 @@ class DataSelection(Callback):
         self._loaded, self.run.ledger.finished = False, False
         if self.plan is not None:
             check_rest(self.plan, self._global_batch(trainer), trainer)
+        self.charge("check data", getattr(source, "setup_seconds", 0.0))
+        began = time.perf_counter()
+        carry_earlier_decisions(self.run)
+        self.charge("bookkeeping", time.perf_counter() - began)
         began = time.perf_counter()
         rehearse(self.run, self._context(trainer, pl_module, self.run.pool.available(1)))
-        self._rehearsed = time.perf_counter() - began
+        self.charge("rehearsal", time.perf_counter() - began)
         self._trained_before, self._ahead_candidates = self.run.ledger.training_seconds, None
         if self.plan is None or self.plan.exhausted:
             self._select(trainer, pl_module)
@@ -379,9 +383,9 @@ class DataSelection(Callback):
             watch=Watch() if self._run is None else self._run.watch,
         )
         self._run.ledger.about = self._about()
-        spent = self.selector.cost_before_training() if hasattr(self.selector, "cost_before_training") else {}
-        self._run.ledger.before_seconds = dict(spent.get("seconds", {}))
-        self._run.ledger.before_flops = dict(spent.get("flops", {}))
+        self._run.ledger.charge_before(self.selector)
+        if getattr(self.selector, "uses_groups", False):
+            self._run.ledger.charge_before(self._source)
 
     # ---- a round -----------------------------------------------------------------------------------------------
 
@@ -398,8 +402,6 @@ class DataSelection(Callback):
         seconds = run.ledger.rounds[-1].seconds
         counted = sum(seconds.values()) - before  # by name; the rest is selection's as well
         self.charge("bookkeeping", max(0.0, time.perf_counter() - began - counted))
-        self.charge("rehearsal", self._rehearsed)
-        self._rehearsed = 0.0
         write_ledger(self.run.ledger, self._ledger_path)
         self._trained_before = run.ledger.training_seconds
 

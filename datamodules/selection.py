@@ -1,6 +1,7 @@
 """SelectionDataModule: serves candidates, the reference set, and the batches of the plan."""
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from liveselect.datamodules.opening import (
     open_tokenizer,
 )
 from liveselect.datamodules.reference import ReferenceSet
-from liveselect.datamodules.rows.rows import Collate, Rows, open_pool
+from liveselect.datamodules.rows.rows import Collate, Rows, cost_of_groups, open_pool
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
 from liveselect.protocols import Batch
@@ -61,6 +62,9 @@ class SelectionDataModule(pl.LightningDataModule):
 
     Attributes:
         before_batch: called before each training batch is fetched; None for nothing.
+        reference_fingerprint: a hash of the reference set, None before ``setup("fit")``.
+        setup_seconds: what the last ``setup("fit")`` took to open the data and check it, the setup of a wrapped module
+            aside.
     """
 
     def __init__(
@@ -109,10 +113,13 @@ class SelectionDataModule(pl.LightningDataModule):
         self._rows: Rows | None = None
         self._pool: CandidatePool | None = None
         self._reference: list[Batch] | None = None
+        self.reference_fingerprint: str | None = None
         self._validation: list[Batch] | None = None
         self._loader: PlanLoader | None = None
         self._plan: Plan | None = None
         self.before_batch: Callable[[], None] | None = None
+        self.setup_seconds = 0.0
+        self._cost_of_groups: Mapping[str, Mapping[str, float]] = {}
         if self._existing is not None:
             names = [*wrapping.HOOKS, *(["val_dataloader"] if validation is None else [])]
             wrapping.adopt_hooks(self, self._existing, names)
@@ -161,7 +168,9 @@ class SelectionDataModule(pl.LightningDataModule):
             self._existing.setup(stage)
         with isolate_rng(include_cuda=False):  # datasets may draw when they are looked at; training must not notice
             if stage == "fit":
+                began = time.perf_counter()
                 self._setup_fit()
+                self.setup_seconds = time.perf_counter() - began
             elif stage == "validate" and self._serves_validation:
                 self._open_pool()
                 self._open_validation()
@@ -214,6 +223,10 @@ class SelectionDataModule(pl.LightningDataModule):
             raise RuntimeError(f"the pool is not open yet: {NOT_SET_UP}")
         return self._pool
 
+    def cost_before_training(self) -> Mapping[str, Mapping[str, float]]:
+        """Return the ``seconds`` by phase that making the groups took, where they are clusters; else nothing."""
+        return self._cost_of_groups
+
     def candidates(self, ids: Tensor) -> Iterator[Batch]:
         """Yield batches of the candidates ``ids (n,)``, in their order.
 
@@ -251,13 +264,16 @@ class SelectionDataModule(pl.LightningDataModule):
 
     def _setup_fit(self) -> None:
         self._open_pool()
-        pool = open_pool(self._opened(), self._groups)
+        rows = self._opened()
+        pool = open_pool(rows, self._groups)
+        self._cost_of_groups = cost_of_groups(rows, self._groups)
         if self._pool is None or self._pool.fingerprint != pool.fingerprint:  # else it keeps what was used of it
             self._pool = pool
         checks.check_same_on_all_ranks("the pool", pool.fingerprint)
         self._check_size()
         self._reference = self._open_reference(self._reference_set, self._overlap)
-        checks.check_same_on_all_ranks("the reference set", fingerprint_of(self._reference))
+        self.reference_fingerprint = fingerprint_of(self._reference)
+        checks.check_same_on_all_ranks("the reference set", self.reference_fingerprint)
         self._open_validation()
         self._check_model()
 

@@ -1,14 +1,16 @@
 """Clusters of a pool: made from its blocks, kept beside it, opened as the groups of its candidates.
 
-``POOL/clusters/`` holds ``clusters.json`` (settings, names, sizes, the pool's fingerprint), ``assignment.npy`` (rows,)
-int32, ``offsets.npy`` (rows,) float32 distances to the own centroid, ``centroids.npy`` (K, D), ``near.npz`` the cosine
-distances of near centroids as a sparse matrix, ``typical.npy`` (K, 8) the ids nearest to each centroid, and
-``vectors.npy`` (rows, D) float16, from which other clusterings can be made without embedding again.
+``POOL/clusters/`` holds ``clusters.json`` (settings, names, sizes, the pool's fingerprint, the seconds that it took),
+``assignment.npy`` (rows,) int32, ``offsets.npy`` (rows,) float32 distances to the own centroid, ``centroids.npy``
+(K, D), ``near.npz`` the cosine distances of near centroids as a sparse matrix, ``typical.npy`` (K, 8) the ids nearest
+to each centroid, and ``vectors.npy`` (rows, D) float16, from which other clusterings can be made without embedding
+again.
 """
 
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +90,12 @@ class Clusters:
             )
         self.names: tuple[str, ...] = tuple(self.manifest["names"])
 
+    @property
+    def cost(self) -> dict[str, dict[str, float]]:
+        """The ``seconds`` by phase that making them took; empty where nobody has noted them."""
+        found: dict[str, float] = self.manifest.get("seconds", {})
+        return {"seconds": dict(found)} if found else {}
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -156,11 +164,13 @@ def cluster_pool(
     display = PrepareDisplay(quiet=quiet or distributed.rank() > 0)
     partial = path.with_name(path.name + PARTIAL)
     partial.mkdir(exist_ok=True)
+    began = time.perf_counter()
     decode = _decoder(store)
     embedder = embedder or make_embedder(clustering.embed, store.rows, decode, clustering.dimensions, clustering.seed)
-    _embed(store, embedder, partial, settings, display)
+    before = _embed(store, embedder, partial, settings, display)
+    seconds = {"embed": before + time.perf_counter() - began}
     if distributed.rank() == 0:
-        _build(store, clustering, settings, partial, display, decode)
+        _build(store, clustering, settings, partial, display, decode, seconds)
         _put_in_place(partial, path)
     distributed.gather_objects("clustered")  # the other ranks wait
     return Clusters(store, name)
@@ -191,16 +201,19 @@ def default_clusters(rows: int) -> int:
 
 def _embed(
     store: TokenStore, embedder: Embedder, folder: Path, settings: dict[str, Any], display: PrepareDisplay
-) -> None:
-    """Write ``vectors.npy``, each rank its share; go on from where an interrupted call with these settings stopped."""
+) -> float:
+    """Write ``vectors.npy``, each rank its share; go on from where an interrupted call with these settings stopped.
+
+    Returns the seconds that interrupted calls have spent on it.
+    """
+    began = time.perf_counter()
     embedder.fit(_sample(store, embedder.sample_tokens, settings["seed"]))
     file, shape = folder / "vectors.npy", (store.rows, embedder.dimensions)
     mine = distributed.shard(store.rows)
     progress = folder / f"{PROGRESS}-{distributed.rank()}-of-{distributed.world_size()}.json"
     wanted = {key: settings[key] for key in ("pool", "embed", "dimensions", "seed")} | {"shape": list(shape)}
     is_there = _fits(file, shape)
-    start = _rows_done(progress, wanted) if is_there else None
-    start = mine.start if start is None else start
+    start, before = (_rows_done(progress, wanted) if is_there else None) or (mine.start, 0.0)
     distributed.gather_objects("looked")
     if distributed.rank() == 0 and not is_there:
         _reserve(file, shape)
@@ -214,12 +227,14 @@ def _embed(
             _check_finite(ids, found, settings["embed"])
             vectors[ids[0] : ids[-1] + 1] = unit(found)
             vectors.flush()
-            write_durably(progress, json.dumps({**wanted, "done": int(ids[-1]) + 1}).encode())
+            stand = {**wanted, "done": int(ids[-1]) + 1, "seconds": before + time.perf_counter() - began}
+            write_durably(progress, json.dumps(stand).encode())
             done = int(ids[-1]) + 1 - mine.start
             display.update(_bytes(store, done), done * store.block_size)
     finally:
         display.stop()
     distributed.gather_objects("embedded")
+    return before
 
 
 def _reserve(file: Path, shape: tuple[int, int]) -> None:
@@ -240,13 +255,14 @@ def _check_finite(ids: np.ndarray, vectors: np.ndarray, embed: str) -> None:
         )
 
 
-def _rows_done(progress: Path, wanted: dict[str, Any]) -> int | None:
+def _rows_done(progress: Path, wanted: dict[str, Any]) -> tuple[int, float] | None:
+    """Return the row up to which an earlier call came, and its seconds; None where there was no such call."""
     try:
         found = json.loads(progress.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    done: int = found.pop("done", 0)
-    return done if found == wanted else None
+    done, seconds = found.pop("done", 0), found.pop("seconds", 0.0)
+    return (done, seconds) if found == wanted else None
 
 
 def _fits(file: Path, shape: tuple[int, int]) -> bool:
@@ -284,8 +300,10 @@ def _build(
     folder: Path,
     display: PrepareDisplay,
     decode: Callable[[torch.Tensor], list[str]] | None,
+    seconds: dict[str, float],
 ) -> None:
-    """Write all files but the vectors into ``folder``."""
+    """Write all files but the vectors into ``folder``, with the ``seconds`` spent until now."""
+    began = time.perf_counter()
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     seed = derive_seed(clustering.seed, 0, "k-means") % 2**32  # what scikit-learn accepts
     used = 0
@@ -311,13 +329,15 @@ def _build(
     save_npz(folder / "near.npz", near_pairs(centroids, clustering.reach))
     for file in folder.glob("*.np?"):
         sync_file(file)
+    names = cluster_names(typical, (lambda ids: decode(store.read(torch.from_numpy(ids)))) if decode else None)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "pool": store.fingerprint,
         "settings": settings,
         "sizes": sizes.tolist(),
-        "names": cluster_names(typical, (lambda ids: decode(store.read(torch.from_numpy(ids)))) if decode else None),
+        "names": names,
+        "seconds": {**seconds, "cluster": time.perf_counter() - began},
     }
     write_durably(folder / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1).encode())
 

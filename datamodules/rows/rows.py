@@ -253,6 +253,11 @@ def open_pool(rows: Rows, groups: str | None) -> CandidatePool:
     return CandidatePool(len(rows), digest.hexdigest(), codes, found.tolist())
 
 
+def cost_of_groups(rows: Rows, groups: str | None) -> Mapping[str, Mapping[str, float]]:
+    """Return the ``seconds`` by phase that making the groups took, where they are clusters of a pool; else nothing."""
+    return Clusters(rows.store, groups).cost if rows.store is not None and groups is not None else {}
+
+
 def _column(dataset: Any, name: str) -> Sequence[Any]:
     """Return one value per row of a dataset."""
     if (values := hugging_face.column(dataset, name)) is not None:

@@ -169,7 +169,10 @@ class Ledger:
         before_seconds: by phase, seconds spent before training on what the selector draws from (a proxy, its scores),
             as far as that is known.
         before_flops: FLOPs likewise.
-        around_seconds: by name, seconds spent around the rounds: loggers, monitor, records, the rehearsal at the start.
+        around_seconds: by name, seconds spent around the rounds: loggers, monitor, records, opening and checking the
+            data, the rehearsal at the start.
+        decision_folders: where the decisions are written; before it, where a resumed run wrote them earlier and may
+            have left what the last folder lacks.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
@@ -183,6 +186,7 @@ class Ledger:
     before_seconds: dict[str, float] = field(default_factory=dict)
     before_flops: dict[str, float] = field(default_factory=dict)
     around_seconds: dict[str, float] = field(default_factory=dict)
+    decision_folders: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._file: _LedgerFile | None = None
@@ -208,6 +212,12 @@ class Ledger:
         """Return the alarms of a round whose kind the round before it did not raise: what a person is told of."""
         known = {alarm.kind for other in self.rounds if other.round == record.round - 1 for alarm in other.alarms}
         return [alarm for alarm in record.alarms if alarm.kind not in known]
+
+    def charge_before(self, part: Any) -> None:
+        """Add what ``part`` says with ``cost_before_training()`` that it cost before training, if it says so."""
+        spent = part.cost_before_training() if hasattr(part, "cost_before_training") else {}
+        self.before_seconds.update(spent.get("seconds", {}))
+        self.before_flops.update(spent.get("flops", {}))
 
     def evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note the model's metrics at ``step`` beside what was spent so far."""

@@ -196,7 +196,9 @@ class Selector(Protocol):
 
     A selector may also have ``check_pool(pool)``, which raises before training begins what is wrong with the pool, and
     ``overhear(ids, influence)``: it is then told, between rounds, of the influence ``(m,)`` of
-    candidates ``ids (m,)`` as the training steps on them have shown it.
+    candidates ``ids (m,)`` as the training steps on them have shown it. ``cost_before_training()`` tells the
+    ``seconds`` and ``flops`` by phase that went into what it draws from, and ``uses_groups`` whether that includes the
+    groups of the pool, whose cost the source tells by the same method.
     """
 
     def propose(self, context: RoundContext) -> Tensor:

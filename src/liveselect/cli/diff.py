@@ -21,8 +21,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
 
     from liveselect.cli.output import say
+    from liveselect.decisions import find_decisions, lacking_rounds, rounds_in
     from liveselect.decisions.diff import compare_runs
-    from liveselect.decisions.files import find_decisions, rounds_in
+    from liveselect.decisions.resumed import told_rounds
 
     found = compare_runs(arguments.run_a, arguments.run_b)
     say(f"{'round':>5}  {'plans':<9}  {'chosen':>15}  {'by both':>9}  {'mixture':>7}  {'scores':>7}  scored by both")
@@ -34,13 +35,20 @@ def main(argv: Sequence[str]) -> int:
             f"{entry.round:>5}  {plans:<9}  {chosen:>15}  {entry.shared:>9}  {entry.mixture:>7.3f}  {correlation:>7}  "
             f"{entry.scored}"
         )
-    counts = [len(rounds_in(find_decisions(run))) for run in (arguments.run_a, arguments.run_b)]
-    same = all(entry.same_plan for entry in found) and counts[0] == counts[1]
+    folders = [find_decisions(run) for run in (arguments.run_a, arguments.run_b)]
+    rounds = [list(rounds_in(folder)) for folder in folders]
+    same = all(entry.same_plan for entry in found) and rounds[0] == rounds[1]
     apart = next((entry.round for entry in found if not entry.same_plan), None)
-    if apart is not None:
+    if not found:
+        say(f"No round is recorded of both: one has {told_rounds(rounds[0])}, the other {told_rounds(rounds[1])}.")
+    elif apart is not None:
         say(f"The plans part in round {apart}.")
     elif not same:
-        say(f"The plans of the {len(found)} rounds that both have are the same; there are {counts[0]} and {counts[1]}.")
+        counts = f"there are {len(rounds[0])} and {len(rounds[1])}"
+        say(f"The plans of the {len(found)} rounds that both have are the same; {counts}.")
     else:
         say(f"All {len(found)} plans are the same.")
+    for folder in folders:
+        if (lacking := lacking_rounds(folder)).rounds:
+            say(f"{folder} lacks {lacking.told()}")
     return 0 if same else 1

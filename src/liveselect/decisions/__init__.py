@@ -9,13 +9,16 @@ from liveselect.decisions.files import (
     read_round,
     rounds_in,
 )
+from liveselect.decisions.resumed import carry_decisions, lacking_rounds
 from liveselect.decisions.table import RoundDecisions
 
 __all__ = [
     "DecisionLedger",
     "RecordedPlan",
     "RoundDecisions",
+    "carry_decisions",
     "find_decisions",
+    "lacking_rounds",
     "read_about",
     "read_plan",
     "read_round",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from liveselect.decisions.files import find_decisions, read_about, read_round, rounds_in
+from liveselect.decisions.resumed import NOTHING_LACKS, Lacking, told_rounds
 from liveselect.ledger import Ledger
 
 NO_GROUPS = "pool"
@@ -60,8 +61,11 @@ def explain(run: str | Path, candidate: int) -> list[Fate]:
     return fates
 
 
-def tell(candidate: int, fates: list[Fate]) -> list[str]:
-    """Return the fates as lines for a person; rounds in which nothing happened to the candidate are summed up."""
+def tell(candidate: int, fates: list[Fate], lacking: Lacking = NOTHING_LACKS) -> list[str]:
+    """Return the fates as lines for a person; rounds in which nothing happened to the candidate are summed up.
+
+    Of the rounds that are ``lacking`` nothing is known, and that is said too.
+    """
     told = [fate for fate in fates if fate.row is not None]
     names = sorted({str(fate.row["group"]) for fate in told if fate.row is not None} - {NO_GROUPS})
     lines = [f"candidate {candidate}" + (f", group {', '.join(names)}" if names else "")]
@@ -72,7 +76,10 @@ def tell(candidate: int, fates: list[Fate]) -> list[str]:
     if silent:
         lines.append(f"in {len(silent)} of {len(fates)} rounds it was neither compared nor measured{_why(silent)}")
     if not any(fate.row["chosen"] for fate in told if fate.row is not None):
-        lines.append("it was never chosen")
+        where = f" in {told_rounds(fate.round for fate in fates)}" if lacking.rounds else ""
+        lines.append(f"it was not chosen{where}" if where else "it was never chosen")
+    if lacking.rounds:
+        lines.append(f"not recorded here are {lacking.told()}")
     return lines
 
 

@@ -90,7 +90,7 @@ class DecisionLedger:
     def write(self, decisions: RoundDecisions) -> Path:
         """Write one round and return its file; raise OSError when the disk does not take it."""
         if decisions.record.round == 0:
-            self._keep_older()
+            self.keep_older()
         self.folder.mkdir(parents=True, exist_ok=True)
         table = DecisionTable(decisions, self.most_rejected)
         about = {
@@ -126,7 +126,7 @@ class DecisionLedger:
         self._forget_after(decisions.record.round)
         return path
 
-    def _keep_older(self) -> None:
+    def keep_older(self) -> None:
         """Give the decisions of an earlier run in the same folder another name; they are the only record of it."""
         if rounds_in(self.folder):
             names = (self.folder.with_name(f"{self.folder.name}-{i}") for i in count(1))

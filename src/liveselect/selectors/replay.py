@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liveselect.decisions import RecordedPlan, find_decisions, read_about, read_plan, rounds_in
+from liveselect.decisions import RecordedPlan, find_decisions, lacking_rounds, read_about, read_plan, rounds_in
 from liveselect.protocols import RoundContext, Selection
 
 
@@ -40,7 +40,7 @@ class ReplaySelector:
         folder = find_decisions(self.run)
         plans = [read_plan(path) for path in rounds_in(folder).values()]
         if [plan.round for plan in plans] != list(range(len(plans))):
-            raise ValueError(f"{folder} lacks rounds: it holds {[plan.round for plan in plans]}")
+            raise ValueError(f"{folder} cannot be followed from the start, it lacks {lacking_rounds(folder).told()}")
         if (pool := context.source.pool.fingerprint) != plans[0].pool:
             raise ValueError(
                 f"the plans in {folder} are of the pool {plans[0].pool!r}, this run has the pool {pool!r}: their ids "

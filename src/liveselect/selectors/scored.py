@@ -79,6 +79,11 @@ class ScoredSelector:
         """
         self._table.values(pool)
 
+    @property
+    def uses_groups(self) -> bool:
+        """Whether only some groups of the pool may be chosen."""
+        return self._table.groups is not None
+
     def cost_before_training(self) -> Mapping[str, Mapping[str, float]]:
         """Return what making the scores cost, ``seconds`` and ``flops`` by phase; empty where they do not say."""
         return self._table.cost
@@ -190,6 +195,11 @@ class PriorSelector:
         """Let the selector say what it would fail of, if it can tell before anything is measured."""
         if hasattr(self.selector, "check"):
             self.selector.check(context)
+
+    @property
+    def uses_groups(self) -> bool:
+        """Whether the selector, or the choice of candidates for it, goes by the groups of the pool."""
+        return self._table.groups is not None or getattr(self.selector, "uses_groups", False)
 
     def cost_before_training(self) -> Mapping[str, Mapping[str, float]]:
         """Return what making the scores cost, ``seconds`` and ``flops`` by phase; empty where they do not say."""

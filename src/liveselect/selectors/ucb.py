@@ -90,6 +90,9 @@ class UCBSelector:
     measures = True
     """It proposes candidates, so a run of it needs an estimator."""
 
+    uses_groups = True
+    """It chooses by the groups of the pool, so what making them cost is a cost of its runs."""
+
     def __init__(
         self,
         alpha: float = 0.5,
