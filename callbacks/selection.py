@@ -34,6 +34,7 @@ from liveselect.callbacks.preemption import sigterm_held_back
 from liveselect.callbacks.progress import round_progress
 from liveselect.callbacks.random_state import RandomStates
 from liveselect.callbacks.records import carry_earlier_decisions, keep_older_ledger, log_round, write_ledger
+from liveselect.callbacks.settings import changes, settings_of
 from liveselect.cost import CostMeter, SilentProgress
 from liveselect.decisions import DecisionLedger
 from liveselect.functional.flops import forward_flops
@@ -181,6 +182,7 @@ class DataSelection(Callback):
             self._since = time.perf_counter()
         return {
             "seed": self.seed,
+            "settings": self._settings(),
             "run": self._run.state_dict(),
             "overhearing": self.overhearing.state_dict(self._run),
             "random_states": self._random_states.state_dict(),
@@ -194,6 +196,12 @@ class DataSelection(Callback):
             rank_zero_warn(
                 f"the checkpoint was made with selection seed {state_dict['seed']}, this run uses {self.seed}: "
                 "rounds to come will differ from those of the original run",
+                category=SelectionWarning,
+            )
+        if changed := changes(state_dict.get("settings", {}), self._settings()):
+            rank_zero_warn(
+                f"selection is resumed with other settings than those of the checkpoint: {'; '.join(changed)}. Rounds to "
+                "come follow what is set now, and differ from those of the original run",
                 category=SelectionWarning,
             )
         self.run.load_state_dict(state_dict["run"])
@@ -518,6 +526,13 @@ class DataSelection(Callback):
             "warmup_rounds": self.warmup_rounds,
             "seed": self.seed,
         }
+
+    def _settings(self) -> dict[str, str]:
+        """Return what a resumed run should not change without noticing; the pool and the seed are looked at apart."""
+        own = {name: getattr(self, name) for name in ("selector", "estimator", "loss_fn")}
+        own |= {name: getattr(self, name) for name in ("every_n_steps", "warmup_rounds")}
+        own |= {"probes_between_steps": self.pace.probes_between_steps, "max_overhead": self.pace.max_overhead}
+        return settings_of(own | {"reference set": getattr(self._source, "reference_fingerprint", None)})
 
     # ---- records -----------------------------------------------------------------------------------------------
 
