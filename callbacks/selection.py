@@ -286,7 +286,9 @@ class DataSelection(Callback):
         carry_earlier_decisions(self.run)
         self.charge("bookkeeping", time.perf_counter() - began)
         began = time.perf_counter()
-        rehearse(self.run, self._context(trainer, pl_module, self.run.pool.available(1)))
+        begins = max(self._next_begins(trainer), self.warmup_rounds * self.every_n_steps)
+        needed = self._budget(trainer, begins) if begins < trainer.estimated_stepping_batches else 1
+        rehearse(self.run, self._context(trainer, pl_module, self.run.candidates(needed, self.selector)))
         self.charge("rehearsal", time.perf_counter() - began)
         self._trained_before, self._ahead_candidates = self.run.ledger.training_seconds, None
         if self.plan is None or self.plan.exhausted:
@@ -402,7 +404,7 @@ class DataSelection(Callback):
         run = self.run
         began, before = time.perf_counter(), 0.0 if run.ahead is None else sum(run.ahead.meter.seconds.values())
         budget = self._budget(trainer, trainer.global_step)
-        context = self._context(trainer, pl_module, run.pool.available(budget))
+        context = self._context(trainer, pl_module, run.candidates(budget))
         with sigterm_held_back():
             plan = self._measure_and_choose(context, budget)
         self._follow(plan)
@@ -415,8 +417,7 @@ class DataSelection(Callback):
 
     def _measure_ahead(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure a little for the round to come, between two optimizer steps of this one."""
-        run, plan = self.run, self._current_plan()
-        begins = trainer.global_step + (len(plan.ids) - plan.cursor) // self._global_batch(trainer)
+        run, begins = self.run, self._next_begins(trainer)
         if not self.pace or not self._asks():
             return
         if begins >= trainer.estimated_stepping_batches or (run.ahead is not None and run.ahead.complete):
@@ -426,7 +427,7 @@ class DataSelection(Callback):
             run.ahead = Measurement(run.estimator, run.selector)
             run.ahead.remember()
         if self._ahead_candidates is None:
-            self._ahead_candidates = run.pool.available(self._budget(trainer, begins))
+            self._ahead_candidates = run.candidates(self._budget(trainer, begins))
         trained = run.ledger.training_seconds - self._trained_before
         if limit := self.pace.affordable(run.ahead, trained):
             context = self._context(trainer, pl_module, self._ahead_candidates)
@@ -470,6 +471,11 @@ class DataSelection(Callback):
         except RoundInterruptedError as stopped:
             log.info("%s: the run ends now, and continues from its last checkpoint", stopped)
             raise SIGTERMException from stopped
+
+    def _next_begins(self, trainer: pl.Trainer) -> int:
+        """Return the step at which the next round begins."""
+        left = 0 if self.plan is None else len(self.plan.ids) - self.plan.cursor
+        return trainer.global_step + left // self._global_batch(trainer)
 
     def _budget(self, trainer: pl.Trainer, begins: int) -> int:
         """Return how many candidates a round that begins at step ``begins`` trains on."""

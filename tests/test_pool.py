@@ -29,6 +29,25 @@ def test_a_round_larger_than_the_pool_is_refused_with_the_remedy():
         CandidatePool(10, "a").available(11)
 
 
+def test_a_second_pass_over_the_eligible_begins_while_others_were_never_used():
+    pool = CandidatePool(10, "a")
+    eligible = torch.arange(10) < 6
+    seen: list[int] = []
+    for _ in range(4):
+        ids = pool.available(3, eligible)[:3]
+        pool.record_use(ids)
+        seen += ids.tolist()
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
+    pool.record_use(torch.arange(4))
+    assert pool.available(2, eligible).tolist() == [4, 5]
+    assert pool.available(3, eligible).tolist() == list(range(6))
+
+
+def test_a_round_larger_than_what_is_eligible_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match=r"needs 4 .* the pool holds 10, of which 3 may be chosen .*more groups"):
+        CandidatePool(10, "a").available(4, torch.arange(10) < 3)
+
+
 def test_group_counts_partition_the_ids():
     pool = CandidatePool(6, "a", torch.tensor([0, 1, 2, 0, 1, 2]), ["x", "y", "z"])
     assert pool.group_counts(torch.tensor([0, 3, 4])) == {"x": 2, "y": 1, "z": 0}
@@ -60,3 +79,11 @@ def test_uses_survive_a_checkpoint_and_another_pool_is_refused():
     assert torch.equal(restored.uses, pool.uses)
     with pytest.raises(ValueError, match="made with pool 'a' but this run was given pool 'b'"):
         CandidatePool(4, "b").load_state_dict(state)
+
+
+def test_uses_are_counted_beyond_sixteen_bits_also_from_an_older_checkpoint():
+    pool = CandidatePool(2, "a")
+    pool.load_state_dict({"fingerprint": "a", "uses": torch.full((2,), 2**15 - 1, dtype=torch.int16)})
+    pool.record_use(torch.tensor([1]))
+    assert pool.uses.tolist() == [2**15 - 1, 2**15]
+    assert pool.available(1).tolist() == [0]

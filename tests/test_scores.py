@@ -147,6 +147,8 @@ def test_files_that_hold_no_scores_are_told_apart(tmp_path):
     np.save(tmp_path / "matrix.npy", np.zeros((2, 2)))
     np.save(tmp_path / "words.npy", np.array(["a", "b"]))
     (tmp_path / "noise.npy").write_bytes(b"not numpy")
+    for name in ("empty.npy", "empty.parquet"):
+        (tmp_path / name).touch()
     (tmp_path / "scores.txt").write_text("1 2 3")
     pq.write_table(pa.table({"id": [0, 0], "score": [0.1, 0.2]}), tmp_path / "twice.parquet")
     pq.write_table(pa.table({"quality": [0.1]}), tmp_path / "other.parquet")
@@ -159,6 +161,8 @@ def test_files_that_hold_no_scores_are_told_apart(tmp_path):
         "matrix.npy": "shape",
         "words.npy": "numbers",
         "noise.npy": "cannot read",
+        "empty.npy": "cannot read numbers from .*empty.npy",
+        "empty.parquet": "cannot read .*empty.parquet",
         "scores.txt": "expected scores in a folder",
         "twice.parquet": "each once",
         "other.parquet": "quality",

@@ -40,7 +40,7 @@ class CandidatePool:
         geometry: which groups are near each other, where that is known.
 
     Attributes:
-        uses: ``(size,)`` int16, how often each candidate was put into a plan.
+        uses: ``(size,)`` int32, how often each candidate was put into a plan.
     """
 
     def __init__(
@@ -67,22 +67,36 @@ class CandidatePool:
         self.groups = groups
         self.group_names = tuple(group_names or ())
         self.geometry = geometry
-        self.uses = torch.zeros(size, dtype=torch.int16)
+        self.uses = torch.zeros(size, dtype=torch.int32)
 
-    def available(self, at_least: int = 1) -> Tensor:
+    def available(self, at_least: int = 1, among: Tensor | None = None) -> Tensor:
         """Return the ids of the least used candidates, ``(n,)`` ascending, at least ``at_least`` of them.
 
         Candidates that were never used come first; repeats are admitted, one level of use at a time, only when there
         are not enough of them.
+
+        Args:
+            at_least: how many a round needs.
+            among: ``(size,)`` bool, which candidates may be chosen at all; only their uses are looked at. None for all.
+
+        Raises:
+            ValueError: there are fewer.
         """
-        if at_least > self.size:
+        count = self.size if among is None else int(among.sum())
+        if at_least > count or not count:
+            few = f"the pool holds {self.size}"
+            remedy = "enlarge the pool"
+            if among is not None:
+                few += f", of which {count} may be chosen (by their scores, -inf for never, and their groups)"
+                remedy = "let more of them through (more groups, scores above -inf)"
             raise ValueError(
-                f"a round needs {at_least} distinct candidates but the pool holds {self.size}: "
-                "shorten the rounds (every_n_steps), lower the batch size, or enlarge the pool"
+                f"a round needs {at_least} distinct candidates but {few}: shorten the rounds (every_n_steps), lower "
+                f"the batch size, or {remedy}"
             )
-        level = int(self.uses.min())
+        level = int((self.uses if among is None else self.uses[among]).min())
         while True:
-            ids = (self.uses <= level).nonzero().flatten()
+            least = self.uses <= level
+            ids = (least if among is None else least & among).nonzero().flatten()
             if len(ids) >= at_least:
                 return ids
             level += 1
@@ -110,4 +124,4 @@ class CandidatePool:
                 f"{self.fingerprint!r}: its row ids would mean other texts. Point the run at the original pool, or "
                 "start a new run (without ckpt_path) on the new one"
             )
-        self.uses = state["uses"].clone()
+        self.uses = state["uses"].to(torch.int32, copy=True)  # older checkpoints hold int16

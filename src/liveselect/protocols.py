@@ -199,6 +199,11 @@ class Selector(Protocol):
     candidates ``ids (m,)`` as the training steps on them have shown it. ``cost_before_training()`` tells the
     ``seconds`` and ``flops`` by phase that went into what it draws from, and ``uses_groups`` whether that includes the
     groups of the pool, whose cost the source tells by the same method.
+
+    One that can never choose some candidates has ``eligible(pool, budget)``, which returns those that it may choose in
+    a round of ``budget``, ``(size,)`` bool, or None for all: the least used *of these* are the round's candidates. When
+    a round has more of them than those that were used least, these are left over from the pass before and are to be
+    chosen first, see :func:`liveselect.selectors.leftovers.fill_up`.
     """
 
     def propose(self, context: RoundContext) -> Tensor:

@@ -62,6 +62,20 @@ class SelectionRun:
         """Return who chooses in a round."""
         return self.warmup if round_index < self.warmup_rounds else self.selector
 
+    def candidates(self, budget: int, selector: Selector | None = None) -> Tensor:
+        """Return what ``budget`` candidates may be chosen from, ``(n,)`` ascending ids, by the next round's selector.
+
+        Args:
+            budget: candidates that a round trains on.
+            selector: another one that chooses.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        selector = selector or self.selector_for(self.next_round)
+        eligible = selector.eligible(self.pool, budget) if hasattr(selector, "eligible") else None
+        return self.pool.available(budget, eligible)
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as tensors and builtins."""
         return {

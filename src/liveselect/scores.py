@@ -167,7 +167,7 @@ def _mapped(path: Path) -> npt.NDArray[Any]:
     try:
         # "c": copy on write, because torch warns of arrays that cannot be written to
         return np.load(path, mmap_mode="c", allow_pickle=False)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"cannot read numbers from {path}: {error}") from error
 
 

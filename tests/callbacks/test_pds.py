@@ -9,13 +9,13 @@ import pytest
 import torch
 from small_run import POOL, SIMPLE, STEPS, SmallLM, Trace, small_data, small_trainer, weights_hash
 
-from liveselect.callbacks import PDS, DataSelection
-from liveselect.influence import PMPInfluence
+from liveselect.callbacks import PDS, DataSelection, Replay
+from liveselect.influence import FirstOrderInfluence, PMPInfluence
 from liveselect.ledger import Ledger
 from liveselect.protocols import SelectionWarning
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.scores import write_scores
-from liveselect.selectors import PriorSelector, ScoredSelector, UniformSelector
+from liveselect.selectors import PriorSelector, RegressionSelector, ScoredSelector, UniformSelector
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 
@@ -51,6 +51,68 @@ def test_a_run_trains_on_the_best_scored_share_and_no_candidate_twice(tmp_path):
     assert len(set(trained_on)) == len(trained_on) == 2 * STEPS
     assert set(trained_on) <= set(range(POOL // 2, POOL))
     assert [record.selector for record in selection.run.ledger.rounds] == ["ScoredSelector"] * 4
+
+
+SOME = torch.where(torch.arange(POOL) < 20, torch.arange(POOL).float(), -torch.inf)
+
+
+@pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
+@pytest.mark.parametrize("settings", [{}, {"random_share": 0.25}, {"warmup_rounds": 1}], ids=str)
+def test_candidates_with_a_score_are_used_equally_often_and_others_never(tmp_path, settings):
+    selection = PDS(SOME, every_n_steps=4, dirpath=tmp_path / "s", **settings)
+    _, _, trained_on = fit(tmp_path, selection, max_steps=24)  # rounds of 8, of 20
+    first = 8 if settings.get("warmup_rounds") else 0
+    assert set(trained_on[first:]) == set(range(20))
+    counts = torch.tensor(trained_on).bincount(minlength=POOL)[:20]
+    assert int(counts.max() - counts.min()) <= 1
+
+
+@pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
+def test_a_prior_whose_round_is_measured_between_steps_sees_only_candidates_with_a_score(tmp_path):
+    selector = PriorSelector(RegressionSelector(HashedRidgeRegressor(), probes=8, min_spearman=None), SOME, ratio=1.0)
+    selection = DataSelection(
+        selector,
+        FirstOrderInfluence(),
+        every_n_steps=4,
+        warmup_rounds=0,
+        probes_between_steps=2,
+        dirpath=tmp_path / "s",
+    )
+    _, _, trained_on = fit(tmp_path, selection, max_steps=20)
+    counts = torch.tensor(trained_on).bincount(minlength=POOL)
+    assert counts[:20].tolist() == [2] * 20
+    assert {i for record in selection.run.ledger.rounds for i in record.measured} <= set(range(20))
+
+
+@pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
+def test_a_replay_comes_back_to_the_candidates_that_the_run_came_back_to(tmp_path):
+    selection = PDS(SOME, every_n_steps=4, warmup_rounds=1, dirpath=tmp_path / "run" / "selection")
+    (tmp_path / "run").mkdir()
+    _, _, order = fit(tmp_path / "run", selection, max_steps=24)
+    (tmp_path / "again").mkdir()
+    _, _, again = fit(tmp_path / "again", Replay(tmp_path / "run", dirpath=tmp_path / "again"), max_steps=24)
+    assert again == order
+
+
+@pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
+@pytest.mark.parametrize("warmup_rounds", [0, 2])
+@pytest.mark.parametrize("as_prior", [False, True])
+def test_fewer_scores_than_a_round_needs_are_told_before_training(tmp_path, warmup_rounds, as_prior):
+    few = torch.where(torch.arange(POOL) < 7, 0.0, -torch.inf)
+    selector = PriorSelector(UniformSelector(), few) if as_prior else ScoredSelector(few)
+    selection = DataSelection(selector, every_n_steps=4, warmup_rounds=warmup_rounds, dirpath=tmp_path / "s")
+    with pytest.raises(ValueError, match="needs 8 distinct candidates but the pool holds 60, of which 7 may be chosen"):
+        fit(tmp_path, selection)
+    assert selection.plan is None
+
+
+@pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
+def test_a_short_last_round_needs_no_more_than_it_trains_on(tmp_path):
+    few = torch.where(torch.arange(POOL) < 7, 0.0, -torch.inf)
+    for steps in (7, 4):  # the only round that scores decide takes 3 steps; there is none
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        fit(folder, PDS(few, every_n_steps=4, warmup_rounds=1, dirpath=folder / "s"), max_steps=steps)
 
 
 def test_what_making_the_scores_cost_is_part_of_what_selection_costs(tmp_path):

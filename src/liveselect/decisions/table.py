@@ -113,7 +113,8 @@ class DecisionTable:
     def _compare(self, most_rejected: int) -> None:
         """Find the threshold and the ranks of the compared candidates."""
         if self._by_group:
-            scores, bonus, _ = self._of_groups(self._round.plan.ids.numpy())
+            chosen = self._round.plan.ids.numpy()
+            scores, bonus, _ = self._of_groups(chosen[~self._is_forced(chosen)])
             self.threshold = _lowest(scores + bonus)
             return
         if not len(self._scored):

@@ -11,6 +11,7 @@ from liveselect.distributed import gather_objects, gather_shards, shard
 from liveselect.functional.sampling import Noise as DrawnNoise
 from liveselect.functional.sampling import gumbel_topk, released_bottomk, uniform_subset
 from liveselect.protocols import InfluenceRegressor, RoundContext, Selection
+from liveselect.selectors.leftovers import fill_up
 from liveselect.selectors.trial import check_predictions, try_regressor
 from liveselect.selectors.uniform import check_budget, training_order, uniform_selection
 
@@ -135,6 +136,9 @@ class RegressionSelector:
                 predictions than it was given candidates.
         """
         check_budget(context, budget)
+        return fill_up(context, budget, self._fit_and_draw)
+
+    def _fit_and_draw(self, context: RoundContext, budget: int) -> Selection:
         measured, self._measured = self._measured, _Measured()  # told once: another run may use this selector next
         heard, self._heard = self._heard, _Measured()
         finite = measured.influence.isfinite()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from liveselect.decisions import RecordedPlan, find_decisions, lacking_rounds, read_about, read_plan, rounds_in
+from liveselect.pool import CandidatePool
 from liveselect.protocols import RoundContext, Selection
 
 
@@ -35,18 +36,36 @@ class ReplaySelector:
             FileNotFoundError: there are none.
             ValueError: they are damaged, or of another pool.
         """
+        self._read(context.source.pool)
+
+    def _read(self, pool: CandidatePool) -> None:
         if self._plans is not None:
             return
         folder = find_decisions(self.run)
         plans = [read_plan(path) for path in rounds_in(folder).values()]
         if [plan.round for plan in plans] != list(range(len(plans))):
             raise ValueError(f"{folder} cannot be followed from the start, it lacks {lacking_rounds(folder).told()}")
-        if (pool := context.source.pool.fingerprint) != plans[0].pool:
+        if pool.fingerprint != plans[0].pool:
             raise ValueError(
-                f"the plans in {folder} are of the pool {plans[0].pool!r}, this run has the pool {pool!r}: their ids "
-                "would mean other texts. Point the run at the pool that was recorded"
+                f"the plans in {folder} are of the pool {plans[0].pool!r}, this run has the pool {pool.fingerprint!r}: "
+                "their ids would mean other texts. Point the run at the pool that was recorded"
             )
         self._plans, self._ids = plans, torch.cat([plan.ids for plan in plans])
+
+    def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
+        """Return the recorded choices of a round, ``(size,)`` bool, where they are not the least used of the pool.
+
+        The recorded run may have passed over candidates that have no score, and come back to others.
+        """
+        self._read(pool)
+        planned = self._ids[self._position : self._position + budget]
+        if len(planned.unique()) < budget:  # told when it is chosen
+            return None
+        if int(pool.uses[planned].max()) <= int(pool.uses[pool.available(budget)].max()):
+            return None
+        recorded = torch.zeros(pool.size, dtype=torch.bool)
+        recorded[planned] = True
+        return recorded
 
     def check_length(self, needed: int) -> None:
         """Raise ValueError when fewer than ``needed`` recorded candidates are left."""

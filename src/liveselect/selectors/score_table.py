@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -92,6 +93,11 @@ class ScoreTable:
             self._values = values
         return self._values
 
+    def eligible(self, pool: CandidatePool) -> Tensor | None:
+        """Return which candidates have a score above -inf, ``(n,)`` bool, or None when all have."""
+        values = self.values(pool)
+        return None if self._count == pool.size else values > -torch.inf
+
     def better_part(self, context: RoundContext, ratio: float, temperature: float, at_least: int) -> BetterPart:
         """Draw the share ``ratio`` of the pool by score, and return the round's candidates among the drawn.
 
@@ -110,12 +116,7 @@ class ScoreTable:
         from_below = candidates[:0]
         if beyond:
             rest = (~is_kept & (values[candidates] > -torch.inf)).nonzero().flatten()
-            if len(rest) < beyond:
-                raise ValueError(
-                    f"round {context.round} needs {at_least} candidates, but of the {len(candidates)} that are left "
-                    f"{int(is_kept.sum()) + len(rest)} may be chosen by their scores and groups: name more groups, "
-                    "or train for fewer steps"
-                )
+            _check_enough(context, at_least, int(is_kept.sum()) + len(rest))
             generator = context.generator("scores beyond the ratio")
             below = rest[gumbel_topk(values[candidates[rest]], beyond, temperature, generator)]
             is_kept[below], from_below = True, candidates[below]
@@ -129,3 +130,24 @@ class ScoreTable:
             return torch.ones(pool.size, dtype=torch.bool)
         codes = torch.tensor([pool.group_names.index(name) for name in self.groups or ()])
         return torch.isin(pool.groups, codes.to(pool.groups.dtype))
+
+
+def restrict(context: RoundContext, eligible: Tensor | None, budget: int) -> RoundContext:
+    """Return the context with those candidates only that are ``eligible (size,)``; None for all.
+
+    Raises:
+        ValueError: these are fewer than ``budget``.
+    """
+    if eligible is None:
+        return context
+    candidates = context.candidates[eligible[context.candidates]]
+    _check_enough(context, budget, len(candidates))
+    return replace(context, candidates=candidates)
+
+
+def _check_enough(context: RoundContext, needed: int, found: int) -> None:
+    if found < needed:
+        raise ValueError(
+            f"round {context.round} needs {needed} candidates, but of the {len(context.candidates)} that are left "
+            f"{found} may be chosen by their scores and groups: name more groups, or train for fewer steps"
+        )

@@ -10,7 +10,8 @@ from torch import Tensor
 from liveselect.functional.sampling import Noise, uniform_subset
 from liveselect.pool import CandidatePool
 from liveselect.protocols import RoundContext, Selection, Selector
-from liveselect.selectors.score_table import ScoreTable
+from liveselect.selectors.leftovers import fill_up
+from liveselect.selectors.score_table import ScoreTable, restrict
 from liveselect.selectors.uniform import check_budget, training_order
 
 
@@ -19,9 +20,9 @@ class ScoredSelector:
 
     In every round the share ``ratio`` of the pool is drawn with fresh noise, with weights ``exp(score / temperature)``
     and without replacement, and the round's budget is taken at random from what is left of it. Candidates that were
-    trained on do not come again before the pool is used up, so a run that consumes the share trains on it once, as a
-    pool that was filtered before training would be; what the noise decides near its edge is decided anew in each round.
-    A run that consumes more goes on with the next best, and says so.
+    trained on do not come again before all that may be drawn were, so a run that consumes the share trains on it once,
+    as a pool that was filtered before training would be; what the noise decides near its edge is decided anew in each
+    round. A run that consumes more goes on with the next best, and says so.
 
     Args:
         scores: a folder made by ``liveselect score``; a ``.npy`` or ``.parquet`` file with one number for each
@@ -79,6 +80,10 @@ class ScoredSelector:
         """
         self._table.values(pool)
 
+    def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
+        """Return which candidates may be drawn, ``(size,)`` bool: those of the groups with a score above -inf."""
+        return self._table.eligible(pool)
+
     @property
     def uses_groups(self) -> bool:
         """Whether only some groups of the pool may be chosen."""
@@ -102,18 +107,18 @@ class ScoredSelector:
             ValueError: the scores are not of this pool, or too few candidates may be chosen.
         """
         check_budget(context, budget)
+        context = restrict(context, self.eligible(context.source.pool, budget), budget)
+        return fill_up(context, budget, self._draw)
+
+    def _draw(self, context: RoundContext, budget: int) -> Selection:
+        """Draw from candidates that may all be chosen and were used equally often."""
         temperature = self.temperature_in(context.round)
         by_score = budget - round(self.random_share * budget)
         better = self._table.better_part(context, self.ratio, temperature, by_score)
         values = self._table.values(context.source.pool)
         drawn = better.ids[uniform_subset(len(better.ids), by_score, context.generator("select"))]
-        scored = context.candidates[values[context.candidates] > -torch.inf]
+        scored = context.candidates
         rest = scored[~torch.isin(scored, drawn)]
-        if len(rest) < budget - by_score:
-            raise ValueError(
-                f"round {context.round} needs {budget} candidates, but of the {len(context.candidates)} that are left "
-                f"{len(scored)} may be chosen by their scores and groups: name more groups, or train for fewer steps"
-            )
         others = rest[uniform_subset(len(rest), budget - by_score, context.generator("random share"))]
         ids = training_order(context, torch.cat([drawn, others]))
         metrics = {
@@ -191,6 +196,12 @@ class PriorSelector:
         """
         self._table.values(pool)
 
+    def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
+        """Return which candidates may be chosen, ``(size,)`` bool: what prior and selector let through."""
+        mine = self._table.eligible(pool)
+        other = self.selector.eligible(pool, budget) if hasattr(self.selector, "eligible") else None
+        return other if mine is None else mine if other is None else mine & other
+
     def check(self, context: RoundContext) -> None:
         """Let the selector say what it would fail of, if it can tell before anything is measured."""
         if hasattr(self.selector, "check"):
@@ -225,6 +236,10 @@ class PriorSelector:
             ValueError: the scores are not of this pool, or too few candidates may be chosen.
         """
         check_budget(context, budget)
+        context = restrict(context, self.eligible(context.source.pool, budget), budget)
+        return fill_up(context, budget, self._choose)
+
+    def _choose(self, context: RoundContext, budget: int) -> Selection:
         narrowed, beyond = self._narrowed(context, budget)
         selection = self.selector.select(narrowed, budget)
         metrics = {**selection.metrics, "prior/candidates": float(len(narrowed.candidates))}

@@ -12,6 +12,7 @@ from liveselect.functional.bandit import allocate, neighbour_weights, top_arms
 from liveselect.functional.sampling import uniform_subset
 from liveselect.protocols import RoundContext, Selection
 from liveselect.selectors.arms import Arms, OpenArms
+from liveselect.selectors.leftovers import fill_up
 from liveselect.selectors.rewards import CONTROL, Rewards
 from liveselect.selectors.uniform import check_budget, training_order, uniform_selection
 
@@ -196,6 +197,9 @@ class UCBSelector:
             ValueError: there are fewer candidates than the budget.
         """
         check_budget(context, budget)
+        return fill_up(context, budget, self._choose)
+
+    def _choose(self, context: RoundContext, budget: int) -> Selection:
         current = self._enter(context)
         room, means = current.open.room, self._rewards.means
         known = self._rewards.known & (room > 0)
