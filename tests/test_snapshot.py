@@ -7,9 +7,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from fakes import VOCABULARY, Bigrams, fake_context, random_source
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from liveselect.attributes import COPIED, Attributes
+from liveselect.bits import bit_sum
+from liveselect.influence import FirstOrderInfluence, OneStepInfluence
+from liveselect.protocols import SelectionWarning
 from liveselect.snapshot import Snapshot, checksum, measuring
 
 OPTIMIZERS = {
@@ -314,3 +319,198 @@ def test_gradients_are_available_while_measuring_from_a_block_without_them():
     model, optimizer = setting()
     with torch.no_grad(), measuring(model, optimizer):
         assert model(torch.randn(3, 4)).requires_grad
+
+
+class Counts:
+    """A helper that is no module."""
+
+    def __init__(self):
+        self.calls, self.norms, self.mean = 0, [], None
+
+
+class Remembering(Bigrams):
+    """Its forward changes the attribute that ``keep`` makes, by ``change``, and its output depends on it."""
+
+    def __init__(self, keep, change):
+        super().__init__()
+        self.change = change
+        keep(self)
+
+    def forward(self, input_ids):
+        out = super().forward(input_ids)
+        return out * (1 + 0.01 * self.change(self, out.detach().square().mean()))
+
+
+def set_to(name, value):
+    return lambda module: setattr(module, name, value() if callable(value) else value)
+
+
+def rebind(module, x):
+    module.state = 0.9 * module.state + 0.1 * x
+    return module.state
+
+
+def rebind_list(module, x):
+    module.state = [*module.state, float(x)][-5:]
+    return sum(module.state)
+
+
+def make_when_needed(module, x):
+    module.state = getattr(module, "state", 0) + 1
+    return module.state
+
+
+def in_a_helper(module, x):
+    helper = module.state
+    helper.calls += 1
+    helper.norms.append(float(x))
+    helper.mean = x if helper.mean is None else 0.9 * helper.mean + 0.1 * x
+    return helper.calls + sum(helper.norms) + helper.mean
+
+
+def inside_of_a_dict(module, x):
+    module.state["mean"].mul_(0.9).add_(x, alpha=0.1)
+    return module.state["mean"]
+
+
+def in_place(module, x):
+    module.state += 0.01
+    return float(module.state.reshape(-1)[0])
+
+
+def with_a_hook(module, x):
+    module.embed.register_forward_hook(lambda *_: None)
+    module.installed = True
+    return len(module.embed._forward_hooks)
+
+
+CHANGES = {
+    "a tensor bound anew": (set_to("state", lambda: torch.tensor(0.5)), rebind),
+    "a number that becomes a tensor": (set_to("state", 0.0), rebind),
+    "a list bound anew": (set_to("state", list), rebind_list),
+    "an attribute that the first forward makes": (lambda module: None, make_when_needed),
+    "an attribute that hides one of the class": (
+        lambda module: setattr(Remembering, "state", 0),
+        make_when_needed,
+    ),
+    "a generator of torch": (
+        set_to("state", lambda: torch.Generator().manual_seed(3)),
+        lambda module, x: torch.rand((), generator=module.state),
+    ),
+    "a generator of Python": (set_to("state", lambda: random.Random(3)), lambda module, x: module.state.random()),
+    "a generator of numpy": (
+        set_to("state", lambda: np.random.default_rng(3)),
+        lambda module, x: module.state.random(),
+    ),
+    "an older generator of numpy": (
+        set_to("state", lambda: np.random.RandomState(3)),
+        lambda module, x: module.state.rand(),
+    ),
+    "a helper": (set_to("state", Counts), in_a_helper),
+    "a tensor in a dict": (set_to("state", lambda: {"mean": torch.zeros(())}), inside_of_a_dict),
+    "a tensor of 70,000 entries": (set_to("state", lambda: torch.zeros(70_000)), in_place),
+    "an array": (set_to("state", lambda: np.zeros(5)), in_place),
+    "a hook, and the note that it is there": (lambda module: None, with_a_hook),
+}
+
+
+@pytest.fixture
+def as_the_class_was():
+    yield
+    if "state" in vars(Remembering):
+        del Remembering.state
+
+
+def bits_of(value):
+    """Return a value so that equal means the same bits."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.tolist()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: bits_of(item) for key, item in value.items()}
+    if isinstance(value, Counts):
+        return bits_of(vars(value))
+    if isinstance(value, torch.Generator):
+        return value.get_state().tolist()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, np.random.RandomState):
+        return value.get_state()[1].tolist(), value.get_state()[2]
+    return copy.copy(value)
+
+
+def kept_by(module):
+    """Return to what names are bound, what that holds, and the hooks."""
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return (
+        {name: id(value) for name, value in own.items()},
+        {name: bits_of(value) for name, value in own.items()},
+        list(module.embed._forward_hooks),
+    )
+
+
+@pytest.mark.parametrize("estimator", [OneStepInfluence, FirstOrderInfluence], ids=lambda each: each.__name__)
+@pytest.mark.parametrize(("keep", "change"), CHANGES.values(), ids=CHANGES)
+def test_measuring_puts_back_what_a_forward_changes(keep, change, estimator, as_the_class_was):
+    model = Remembering(keep, change)
+    source = random_source(candidates=8, vocab=VOCABULARY)
+    context = fake_context(source, model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3))
+    batch = next(context.candidate_batches(context.candidates))
+    before, bits = kept_by(model), bit_sum(model, context.optimizer)
+    measure = estimator()
+    measure.fit(context)
+    assert measure.score(context, batch).isfinite().all()
+    assert kept_by(model) == before
+    assert bit_sum(model, context.optimizer) == bits
+    model(batch["input_ids"])
+    assert kept_by(model) != before
+    assert bit_sum(model, context.optimizer) != bits or (change is with_a_hook and not before[2])
+
+
+def test_what_is_too_large_to_copy_is_told_and_seen_by_the_sum():
+    model, optimizer = setting()
+    model.history = torch.zeros(COPIED + 1)
+    before = bit_sum(model, optimizer)
+    with (
+        pytest.warns(SelectionWarning, match=r"the model changes Net.history in its forward"),
+        measuring(model, optimizer),
+    ):
+        model.history[0] = 1
+    assert bit_sum(model, optimizer) != before
+
+
+def test_views_of_parameters_and_of_buffers_are_left_to_those_who_keep_them():
+    model, _ = setting()
+    model.flat = model.first.weight.detach().flatten()
+    model.listed = [model.norm.running_mean]
+    kept = Attributes(model)
+    assert kept.tensors == []
+
+
+def test_attributes_that_validation_made_in_inference_mode_are_put_back():
+    model, optimizer = setting()
+    with torch.inference_mode():
+        model.mean = torch.ones(3)
+    with measuring(model, optimizer), torch.inference_mode():
+        model.mean.zero_()
+    assert model.mean.tolist() == [1, 1, 1]
+
+
+def test_a_backward_that_is_to_come_may_use_attributes_that_were_put_back():
+    model, optimizer = setting()
+    model.scale = torch.ones(6)
+    loss = (model.first.bias * model.scale).sum()
+    with measuring(model, optimizer):
+        pass
+    loss.backward()
+
+
+def test_objects_of_libraries_are_not_touched():
+    model, optimizer = setting()
+    model.progress = torch.utils.data.TensorDataset(torch.zeros(1))
+    with measuring(model, optimizer):
+        model.progress.seen = 3
+    assert model.progress.seen == 3

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liveselect.attributes import Attributes
+from liveselect.functional.sharding import is_sharded
+
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -13,11 +16,14 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def bit_sum(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Return the sum of the bits of all parameters, buffers and optimizer state of this rank, read as integers.
 
-    Any single value that changes changes the sum. It is no hash: changes that make up for each other are missed.
+    What modules keep in plain attributes is part of it, unless parameters are sharded; sums can therefore be compared
+    within one process only. Any single value that changes changes the sum. It is no hash: changes that make up for each
+    other are missed.
     """
+    attributes = None if is_sharded(model) else Attributes(model)
     sums: dict[torch.device, Tensor] = {}
     seen: set[int] = set()
-    for tensor in _tensors(model, optimizer):
+    for tensor in [*_tensors(model, optimizer), *(attributes.tensors if attributes else [])]:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         if id(tensor) in seen or not local.numel() or local.element_size() not in _WORDS or local.is_complex():
             continue
@@ -25,7 +31,7 @@ def bit_sum(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         # the weight of a tensor in the sum: exchanging two tensors is seen; an odd one loses no bit of 64
         part = _sum_of_words(local.detach().contiguous().flatten()) * (2 * len(seen) + 1)
         sums[local.device] = sums.get(local.device, part.new_zeros(())) + part
-    return sum(int(part) for part in sums.values())
+    return sum(int(part) for part in sums.values()) + (attributes.fingerprint() if attributes else 0)
 
 
 def _sum_of_words(values: Tensor) -> Tensor:

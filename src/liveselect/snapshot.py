@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
-from liveselect.functional.sharding import is_sharded, local, reshard
+from liveselect.attributes import attributes_kept, without_overlap
+from liveselect.functional.sharding import local, reshard
 
-_SMALL = 2**16  # entries of an attribute that may be a history, and not data
 _OF_EVERY_OPTIMIZER = set(vars(torch.optim.SGD([torch.zeros(1)], lr=0.1)))
-_OF_EVERY_MODULE = set(vars(nn.Module()))
 _IMMUTABLE = (Number, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -30,16 +29,15 @@ def measuring(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
     the weights, loggers) and torch.compile is bypassed, because unusual shapes would recompile the training graph. On
     exit, also after an exception, these are as before: the very ``.grad`` tensors (backward adds into them in place, so
     copies would not do), buffers, each module's training flag, and the random states of torch (CPU, CUDA), numpy and
-    Python. So are the numbers, texts, lists, dicts, small tensors and generators that modules keep as plain attributes,
-    which hooks may change (a history of gradient norms), unless the parameters are sharded. Parameters and the
-    optimizer's state belong to :class:`Snapshot`; a GradScaler is not touched. A sharded model enters
-    and leaves the block with all of its parameters sharded.
+    Python. So are the plain attributes of modules, which forwards and hooks may change (a history of gradient norms):
+    what they are bound to and what that holds, as :class:`~liveselect.attributes.Attributes` says, unless the
+    parameters are sharded. Parameters and the optimizer's state belong to :class:`Snapshot`; a GradScaler is not
+    touched. A sharded model enters and leaves the block with all of its parameters sharded.
     """
     with ExitStack() as stack:
         stack.enter_context(_resharded(model))
         stack.enter_context(_buffers_kept(model))
-        if not is_sharded(model):  # whose wrappers set themselves up in attributes
-            stack.enter_context(_attributes_kept(model))
+        stack.enter_context(attributes_kept(model))
         stack.enter_context(_random_states_kept())
         stack.enter_context(_eval_mode(model))
         stack.enter_context(_gradients_set_aside(list(model.parameters()) + _group_parameters(optimizer)))
@@ -135,7 +133,7 @@ class _Inventory:
         """Copy the values of all tensors."""
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in self.tensors.values():
-            groups.setdefault((tensor.device, tensor.dtype), []).append(_without_overlap(local(tensor)))
+            groups.setdefault((tensor.device, tensor.dtype), []).append(without_overlap(local(tensor)))
         self._saved = [(live, [tensor.clone() for tensor in live]) for live in groups.values()]
 
     @torch.no_grad()
@@ -184,14 +182,6 @@ def _add_optimizer(inventory: _Inventory, optimizer: torch.optim.Optimizer) -> N
             inventory.add(value)
 
 
-def _without_overlap(tensor: Tensor) -> Tensor:
-    # expanded dimensions repeat one memory location, into which copy_ refuses to write
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
-
-
 @contextmanager
 def _resharded(model: nn.Module) -> Iterator[None]:
     reshard(model)
@@ -215,36 +205,6 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         buffers.restore()
-
-
-@contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    values: list[tuple[dict[str, Any], str, Any]] = []
-    inventory = _Inventory()
-    generators: list[tuple[Any, str, Any]] = []
-    for module in model.modules():
-        attributes = vars(module)
-        for name, value in attributes.items():
-            if name in _OF_EVERY_MODULE:
-                continue
-            if isinstance(value, _IMMUTABLE):
-                values.append((attributes, name, value))
-            elif isinstance(value, Tensor) and value.numel() <= _SMALL:
-                inventory.tensors.setdefault(id(value), value)
-            elif isinstance(value, dict | list | deque) and len(value) <= _SMALL:
-                # shallow: what the items are is not known
-                inventory.containers[id(value)] = (value, dict(value) if isinstance(value, dict) else list(value))
-            elif isinstance(value, np.random.Generator):
-                generators.append((value.bit_generator, "state", value.bit_generator.state))
-    inventory.save()
-    try:
-        yield
-    finally:
-        inventory.restore()
-        for attributes, name, value in values:
-            attributes[name] = value
-        for owner, name, state in generators:
-            setattr(owner, name, state)
 
 
 @contextmanager

@@ -244,8 +244,8 @@ def _restore(scene: Scene) -> list[tuple[str, str]]:
     if scene.restored:
         return []
     text = (
-        "parameters or optimizer state are not what they were before influence was measured: training goes on with a "
-        "model that measuring has changed. Report it, with the estimator and the optimizer"
+        "parameters, optimizer state or attributes of modules are not what they were before influence was measured: "
+        "training goes on with a model that measuring has changed. Report it, with the estimator and the optimizer"
     )
     return [("restore", text)]
 
