@@ -100,6 +100,8 @@ def test_quad_pulls_the_clusters_of_the_pool(small, capsys):
     )
     assert all(row["reward"] is not None for row in quad.rounds[-1].groups.values() if row.get("pulls"))
     assert any(record.metrics["arms/overheard"] for record in quad.rounds[3:])
+    clusters = Clusters(TokenStore(small / "pool"))
+    assert (random.before_seconds, quad.before_seconds) == ({}, clusters.cost["seconds"])
     assert "quad has a" in (said := capsys.readouterr().out) or "quad and random" in said
     assert "5 clusters" in said
 

@@ -1,6 +1,7 @@
 """Clusters of a pool: what they are, that they are there whole or not at all, and whose they are."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +156,25 @@ def test_an_interrupted_call_leaves_no_clusters_and_its_repetition_embeds_only_t
     whole = arrays(cluster_pool(other, FOUR, quiet=True))
     assert all(np.array_equal(continued[name], whole[name]) for name in whole)
     assert not list(store.path.glob("*.partial"))
+
+
+def test_the_seconds_of_an_interrupted_call_are_counted(pool, monkeypatch):
+    monkeypatch.setattr(cluster, "ROWS", 50)
+    store, _ = pool
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(cluster, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    class Ticking(Interrupted):
+        def embed(self, ids, blocks):
+            found = super().embed(ids, blocks)
+            clock.now += 10.0
+            return found
+
+    with pytest.raises(KeyboardInterrupt):
+        cluster_pool(store, FOUR, quiet=True, embedder=Ticking(limit=120))
+    clock.now += 1000.0
+    clusters = cluster_pool(store, FOUR, quiet=True, embedder=Ticking(limit=ROWS))
+    assert clusters.cost == {"seconds": {"embed": 50.0, "cluster": 0.0}}
 
 
 def test_what_another_clustering_left_unfinished_is_not_continued(pool, monkeypatch):
