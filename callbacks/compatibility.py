@@ -13,11 +13,12 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from liveselect.functional.sharding import ThroughRoot, is_flat
 from liveselect.plan import Plan
-from liveselect.protocols import CandidateSource, LossFn
+from liveselect.protocols import CandidateSource, LossFn, SelectionWarning
 
 
 def find_source(trainer: pl.Trainer) -> CandidateSource:
@@ -99,6 +100,7 @@ def check_intervals(trainer: pl.Trainer) -> None:
 
     Lightning saves no gradient buffers, so such a checkpoint never resumes exactly. Call it once the loaders exist.
     """
+    _tell_of_late_schedulers(trainer)
     window = trainer.accumulate_grad_batches
     if window == 1:
         return
@@ -124,6 +126,16 @@ def check_intervals(trainer: pl.Trainer) -> None:
                 "ModelCheckpoint(train_time_interval=...) can save inside an accumulation window "
                 f"(accumulate_grad_batches={window}), which would not resume exactly: use every_n_train_steps"
             )
+
+
+def _tell_of_late_schedulers(trainer: pl.Trainer) -> None:
+    if any(config.reduce_on_plateau and config.interval == "step" for config in trainer.lr_scheduler_configs):
+        rank_zero_warn(
+            "Lightning updates ReduceLROnPlateau of interval='step' after the checkpoints of a step are written, so a "
+            "resumed run lacks that update and is not exact: take a schedule that depends on the step alone, or "
+            "interval='epoch'",
+            category=SelectionWarning,
+        )
 
 
 def check_rest(plan: Plan, global_batch: int, trainer: pl.Trainer) -> None:

@@ -200,8 +200,8 @@ class DataSelection(Callback):
             )
         if changed := changes(state_dict.get("settings", {}), self._settings()):
             rank_zero_warn(
-                f"selection is resumed with other settings than those of the checkpoint: {'; '.join(changed)}. Rounds to "
-                "come follow what is set now, and differ from those of the original run",
+                f"selection is resumed with other settings than those of the checkpoint: {'; '.join(changed)}. Rounds "
+                "to come follow what is set now, and differ from those of the original run",
                 category=SelectionWarning,
             )
         self.run.load_state_dict(state_dict["run"])

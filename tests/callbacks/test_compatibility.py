@@ -98,3 +98,24 @@ def test_parameters_that_wait_elsewhere_are_refused():
     strategy = SimpleNamespace(root_device=torch.device("cuda"), model=None)
     with pytest.raises(MisconfigurationException, match=r"kept on cpu .* computes on cuda.*leave out the offloading"):
         callable_model(SimpleNamespace(strategy=strategy), SmallLM(), causal_lm_loss)
+
+
+class PlateauLM(SmallLM):
+    """Lowers its rate when the validation loss stands still."""
+
+    interval = "step"
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        config = {"scheduler": schedule, "interval": self.interval, "monitor": "val_loss", "strict": False}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_a_scheduler_that_a_checkpoint_misses_is_told(tmp_path, interval, recwarn):
+    model = PlateauLM()
+    model.interval = interval
+    selection = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path)
+    small_trainer(tmp_path, [selection], max_steps=2).fit(model, datamodule=small_data())
+    assert any("after the checkpoints" in str(each.message) for each in recwarn) == (interval == "step")
