@@ -120,10 +120,11 @@ def open_reference(
     pad_id = (rows.store.eos_id or 0) if rows.store is not None else 0
     if packed:
         return list(pack(loaded.items, rows.block_size or max(map(len, loaded.items)), tokens, pad_id))
-    batches = list(bucket(loaded.items, tokens, pad_id))
-    for batch in batches:  # for messages: where in its source a row comes from
-        batch["record"] = torch.tensor([int(loaded.positions[loaded.items[i].record]) for i in batch["id"].tolist()])
-    return batches
+    found: list[Batch] = []
+    for batch in bucket(loaded.items, tokens, pad_id):
+        records = [int(loaded.positions[loaded.items[i].record]) for i in batch["id"].tolist()]
+        found.append({**batch, "record": torch.tensor(records)})  # for messages: where in its source a row comes from
+    return found
 
 
 def largest_id(batches: Iterable[Batch]) -> int:
