@@ -245,7 +245,7 @@ def test_the_reference_is_the_same_at_each_call_and_decodes_to_its_text(store):
     first, second = list(data.reference()), list(data.reference())
     assert len(first) > 1
     for one, other in zip(first, second, strict=True):
-        assert one.keys() == other.keys() == {"id", "input_ids", "labels"}
+        assert one.keys() == other.keys() == {"id", "input_ids", "labels", "record"}
         assert all(torch.equal(one[key], other[key]) for key in one)
     pieces = {
         int(i): text for batch in first for i, text in zip(batch["id"], data.decode(batch["input_ids"]), strict=True)

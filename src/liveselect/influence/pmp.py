@@ -65,8 +65,9 @@ class PMPInfluence:
             ratios.
         schedule: factor on the learning rate for each of the steps; by default it stays.
         batch_size: examples of an unrolled step; by default those of the run's global batch.
-        hessian: ``central_difference`` works with any kernel and with sharded parameters, is cheaper, and right to two
-            or three digits in float32; ``double_backward`` is exact and runs attention in plain operations.
+        hessian: ``double_backward`` is exact and runs attention in plain operations; ``central_difference`` works with
+            any kernel and with sharded parameters and is cheaper, but noisy where moments are still small, as in the
+            first steps of Adam. By default the exact one, and differences where parameters are sharded.
         hessian_rows: examples differentiated twice at once, which needs several times the memory of training; by
             default a batch of candidates.
         products: ``exact``, or ``central_difference``, which is cheaper, ranks the same, and works for models whose
@@ -97,7 +98,7 @@ class PMPInfluence:
         learning_rate: float | None = None,
         schedule: Sequence[float] = (),
         batch_size: int | None = None,
-        hessian: HessianKind = "central_difference",
+        hessian: HessianKind | None = None,
         hessian_rows: int | None = None,
         products: ProductKind = "exact",
         product_precision: Precision = "float32",
@@ -112,7 +113,7 @@ class PMPInfluence:
         self.learning_rate = learning_rate
         self.schedule = tuple(schedule)
         self.batch_size = batch_size
-        self.hessian: HessianKind = hessian
+        self.hessian: HessianKind | None = hessian
         self.hessian_rows = hessian_rows
         self.products: ProductKind = products
         self.product_precision: Precision = product_precision
@@ -159,7 +160,7 @@ class PMPInfluence:
                 reference=reference,
                 ids=ids,
                 dynamics=dynamics,
-                hessian=self.hessian,
+                hessian=self.hessian or ("central_difference" if is_sharded(context.model) else "double_backward"),
                 weighting=self.reference_weighting,
                 interval=min(self.steps, self.snapshot_every or math.isqrt(self.steps)),
                 scored_steps=self.scored_steps,
@@ -298,7 +299,7 @@ class PMPInfluence:
             ("product_precision", Precision),
             ("reference_weighting", Weighting),
         ):
-            if getattr(self, name) not in get_args(kind):
+            if getattr(self, name) not in get_args(kind) and not (name == "hessian" and self.hessian is None):
                 raise ValueError(f"expected {name} to be one of {get_args(kind)}, got {getattr(self, name)!r}")
         if not 0 <= self.denominator_floor < math.inf:
             raise ValueError(f"expected denominator_floor of at least 0, got {self.denominator_floor}")
