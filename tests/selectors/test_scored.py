@@ -147,6 +147,16 @@ def test_scores_of_another_pool_are_refused_when_they_are_first_used(tmp_path):
         ScoredSelector(torch.zeros(7)).select(context, 2)
 
 
+@pytest.mark.parametrize("place", ["prior", "selector"])
+def test_a_prior_looks_at_its_own_scores_and_at_those_of_its_selector_before_training(place):
+    pool = context_of(6).source.pool
+    right, wrong = torch.zeros(6), torch.zeros(7)
+    prior, inner = (wrong, right) if place == "prior" else (right, wrong)
+    PriorSelector(ScoredSelector(right), right).check_pool(pool)
+    with pytest.raises(ValueError, match="7 scores, the pool 6 candidates"):
+        PriorSelector(ScoredSelector(inner), prior).check_pool(pool)
+
+
 @pytest.mark.filterwarnings("error")
 def test_scores_that_name_no_pool_are_used_with_a_warning(tmp_path):
     context = context_of(6)

@@ -65,8 +65,7 @@ def _compared(baseline: Run, other: Run, metric: str) -> list[tuple[str, str, st
             text = f"{baseline.name} {words.loss(comparison.baseline)}"
             if axis != "step":
                 text += f", both {words.place(axis, comparison.at)}"
-            kind = comparison.outcome if comparison.outcome != "equal" else ""
-            found.append((f"{metric} {where}", words.loss(comparison.other), text, kind))
+            found.append((f"{metric} {where}", words.loss(comparison.other), text, _kind(comparison)))
     return found
 
 
@@ -74,9 +73,13 @@ def _at_equal_time(baseline: Run, other: Run, metric: str) -> list[tuple[str, st
     comparison = verdict.compare(baseline, other, metric, "seconds")
     if comparison is None:
         return []
-    kind = comparison.outcome if comparison.outcome != "equal" else ""
     text = f"{baseline.name} {words.loss(comparison.baseline)}, both {words.duration(comparison.at)}"
-    return [(f"{other.name} at equal time", words.loss(comparison.other), text, kind)]
+    return [(f"{other.name} at equal time", words.loss(comparison.other), text, _kind(comparison))]
+
+
+def _kind(comparison: verdict.Comparison) -> str:
+    """Return the style of a number: how it compares, none where the runs are level."""
+    return "" if comparison.outcome == "equal" else comparison.outcome
 
 
 def _comparison(runs: Sequence[Run], metric: str | None) -> str:
@@ -111,8 +114,7 @@ def _at_equal(runs: Sequence[Run], run: Run, baseline: Run | None, metric: str |
         return "–"
     if run is baseline:
         return words.loss(found.baseline)
-    kind = found.outcome if found.outcome != "equal" else ""
-    return f'<span class="{kind}">{words.loss(found.other)}</span>'
+    return f'<span class="{_kind(found)}">{words.loss(found.other)}</span>'
 
 
 def _saved(runs: Sequence[Run], baseline: Run | None, metric: str | None) -> str:

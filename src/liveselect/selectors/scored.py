@@ -188,13 +188,10 @@ class PriorSelector:
         self.temperature = temperature
 
     def check_pool(self, pool: CandidatePool) -> None:
-        """Read the scores, and see that they are of this pool.
-
-        Raises:
-            FileNotFoundError: there are no scores.
-            ValueError: the file is not what it should be, or belongs to another pool.
-        """
+        """See that the scores, and those of the selector if it has any, are of this pool; raise as they do."""
         self._table.values(pool)
+        if hasattr(self.selector, "check_pool"):
+            self.selector.check_pool(pool)
 
     def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
         """Return which candidates may be chosen, ``(size,)`` bool: what prior and selector let through."""
