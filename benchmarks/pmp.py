@@ -284,7 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {
         **{"hidden": 128, "layers": 4, "heads": 4, "vocab": 2048, "length": 256},
-        **{"steps": 4, "score_every": 2, "batch": 8, "rows": 8, "references": 16, "candidates": 64, "scored": 32},
+        **{"steps": 4, "score_every": 2, "batch": 8, "rows": 8, "references": 64, "candidates": 64, "scored": 64},
         "threads": torch.get_num_threads(),
     }.items():
         parser.add_argument(f"--{name}", type=int, default=value)

@@ -16,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from liveselect import losses as losses_module
 from liveselect.losses import (
     TARGET_COLUMNS,
     at_targets,
@@ -119,6 +120,18 @@ def test_positions_without_loss_are_left_out_without_changing_losses_or_gradient
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for first, second in zip(gradients(found), gradients(expected), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elements", [1, 7 * VOCAB, 2**19])
+def test_without_gradients_losses_are_the_same_bits_however_much_is_computed_at_once(monkeypatch, elements, dtype):
+    monkeypatch.setattr(losses_module, "_SOFTMAX_ELEMENTS", {"cpu": elements})
+    network = build(dtype=dtype)
+    for batch in batches().values():
+        whole = causal_lm_loss(network, batch)
+        with torch.no_grad():
+            assert torch.equal(causal_lm_loss(network, batch), whole)
+        assert whole.requires_grad
 
 
 def test_losses_are_those_of_all_logits_wherever_the_targets_lie():

@@ -14,6 +14,7 @@ from ranks import on_ranks
 from torch import Tensor
 
 from liveselect import distributed
+from liveselect import measurement as measurement_module
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence
 from liveselect.measurement import Measurement
 from liveselect.pool import CandidatePool
@@ -211,6 +212,34 @@ class Slow(Counts):
     def score(self, context: RoundContext, batch: Batch) -> Tensor:
         time.sleep(0.025 * len(batch["id"]) * distributed.rank())
         return super().score(context, batch)
+
+
+class AtOnce(Counts):
+    """Measures many candidates for less than batch by batch, and remembers how many it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def score(self, context: RoundContext, batch: Batch) -> Tensor:
+        raise AssertionError("score_ids was to be asked")
+
+    def score_ids(self, context: RoundContext, ids: Tensor) -> Tensor:
+        self.asked.append(len(ids))
+        return ids.double()
+
+
+def _measured_at_once() -> tuple[list[int], bool]:
+    measurement_module.TOGETHER = 3
+    estimator = AtOnce()
+    measurement = Measurement(estimator, regression())
+    measurement.advance(a_context())
+    return estimator.asked, torch.equal(measurement.influence[0], measurement.ids[0].float())
+
+
+def test_an_estimator_that_measures_many_candidates_at_once_is_asked_to_in_parts_that_ranks_wait_for(monkeypatch):
+    monkeypatch.setattr(measurement_module, "TOGETHER", measurement_module.TOGETHER)
+    assert _measured_at_once() == ([3, 3, 3, 2, 2], True)
+    assert on_ranks(_measured_at_once, 2) == [([3, 2, 2], True), ([2, 2, 2], True)]  # seven and six of thirteen
 
 
 def _measured_on_this_rank() -> list[float]:

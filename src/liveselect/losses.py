@@ -17,6 +17,7 @@ TARGET_COLUMNS = "target_columns"
 Rows with fewer than K of them are filled up with their last column, which has no next token.
 """
 
+_SOFTMAX_ELEMENTS = {"cpu": 2**19, "accelerator": 2**26}  # at once: what a cache holds, what keeps a device busy
 _MODEL_INPUTS = ("attention_mask", "position_ids")
 
 
@@ -64,9 +65,7 @@ def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
         TypeError: the module cannot be called with token ids, or returns no logits; pass a ``loss_fn``.
     """
     logits, targets = _logits_and_targets(model, batch)
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()  # the differences that selection looks at are lost in a short softmax
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    losses = _token_losses(logits.flatten(0, 1), targets.flatten())
     return losses.view_as(targets).sum(dim=1) / (targets != IGNORE_INDEX).sum(dim=1).clamp(min=1)
 
 
@@ -150,6 +149,23 @@ def _logits_at(network: nn.Module, batch: Batch, rows: Tensor, columns: Tensor) 
     with _head_narrowed(network, rows, columns, width):
         logits = _logits(network(batch["input_ids"], **options), network)
     return logits if logits.shape[1] == wanted or wanted == width - 1 else logits[rows, columns]
+
+
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy of each row of ``logits (N, V)``, ``(N,)``, in float32 or finer.
+
+    Without gradients it is taken some rows at a time: no second tensor as large as the logits is ever made, which on a
+    CPU takes longer to get from the system than to fill.
+    """
+    rows = len(logits)
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        rows = _SOFTMAX_ELEMENTS["cpu" if logits.device.type == "cpu" else "accelerator"] // logits.shape[1]
+    parts = []
+    for part, target in zip(logits.split(max(1, rows)), targets.split(max(1, rows)), strict=True):
+        if part.dtype in (torch.bfloat16, torch.float16):
+            part = part.float()  # the differences that selection looks at are lost in a short softmax
+        parts.append(F.cross_entropy(part, target, ignore_index=IGNORE_INDEX, reduction="none"))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @contextmanager

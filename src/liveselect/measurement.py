@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -223,15 +223,16 @@ class Measurement:
         ranks = distributed.world_size()
         shares = [todo[distributed.shard(len(todo), index, ranks)][:per_rank] for index in range(ranks)]
         # lengths that differ by at most one, the longer first: those of the shards of as many rows
-        rows = torch.cat(shares)
+        rows, longest = torch.cat(shares), len(shares[0])
+        mine = self.ids[-1][shares[distributed.rank()]]
+        meetings = len(shares[-1]) // TOGETHER
         self.influence[-1][rows] = distributed.gather_shards(
-            self._influence_of(context, self.ids[-1][shares[distributed.rank()]], len(shares[-1]) // TOGETHER),
-            len(rows),
+            self._influence_of(context, mine, longest, meetings), len(rows)
         )
         self.steps[-1][rows] = context.step
-        return len(shares[0])
+        return longest
 
-    def _influence_of(self, context: RoundContext, ids: Tensor, meetings: int) -> Tensor:
+    def _influence_of(self, context: RoundContext, ids: Tensor, longest: int, meetings: int) -> Tensor:
         """Return the influence of ``ids (m,)`` as this rank measures it, ``(m,)`` float32 on CPU.
 
         On the way it waits for the others so many times: without it a rank that is a tenth slower would make them wait
@@ -241,27 +242,41 @@ class Measurement:
             return torch.full((len(ids),), math.nan)  # selectors know what to do when they are told nothing
         scores, met = [torch.empty(0)], 0
         together = is_sharded(context.model)  # then ranks keep step batch by batch
+        at_once = hasattr(self._estimator, "score_ids")
+        parts = self._parts_at_once(context, ids, longest) if at_once else self._batches(context, ids, together)
         with context.phase("measure influence", len(ids), "candidates") as advance:
-            batches = distributed.in_step(
-                context.candidate_batches(ids),
-                lambda: next(context.candidate_batches(self.ids[-1][:1])),
-                together,
-            )
             while True:
                 with measuring(context.model, context.optimizer):
                     # inside: a user's dataset may draw from the global random state
-                    batch, counts = next(batches, (None, False))
-                    if batch is None:
-                        break
-                    influence = self._estimator.score(context, batch).float().cpu()
-                    scores.append(influence[: len(influence) * counts])
-                advance(len(scores[-1]))
+                    influence = next(parts, None)
+                if influence is None:
+                    break
+                scores.append(influence)
+                advance(len(influence))
                 while not together and met < min(meetings, sum(map(len, scores)) // TOGETHER):
                     distributed.wait_for_all()
                     met += 1
                 if distributed.world_size() == 1 and context.interrupted():  # ranks would stop at different batches
                     raise RoundInterruptedError(f"stopped while round {context.round} was measuring")
         return torch.cat(scores)
+
+    def _batches(self, context: RoundContext, ids: Tensor, together: bool) -> Iterator[Tensor]:
+        """Yield the influence of ``ids (m,)`` batch by batch; of sharded parameters on all ranks as often."""
+        estimator: Any = self._estimator
+        batches = context.candidate_batches(ids)
+
+        def spare() -> dict[str, Any]:
+            return next(context.candidate_batches(self.ids[-1][:1]))
+
+        for batch, counts in distributed.in_step(batches, spare, together):
+            influence = estimator.score(context, batch).float().cpu()
+            yield influence[: len(influence) * counts]
+
+    def _parts_at_once(self, context: RoundContext, ids: Tensor, longest: int) -> Iterator[Tensor]:
+        """Yield the influence of ``ids (m,)`` in a few parts, of which all ranks have as many."""
+        estimator: Any = self._estimator
+        for part in ids.tensor_split(math.ceil(longest / TOGETHER)):
+            yield estimator.score_ids(context, part).float().cpu()
 
     def _tell(self) -> None:
         self._selector.observe(self.ids[-1], self.influence[-1])

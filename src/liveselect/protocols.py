@@ -132,7 +132,8 @@ class InfluenceEstimator(Protocol):
     """Measures influence with the live model.
 
     An estimator, a regressor or a selector may also have ``check(context)``, which raises before training begins what
-    would otherwise come up in the first round that measures.
+    would otherwise come up in the first round that measures. An estimator that measures many candidates for less than
+    batch by batch may have ``score_ids(context, ids)`` beside ``score``, with ``ids (m,)`` and the influence ``(m,)``.
     """
 
     def fit(self, context: RoundContext) -> Mapping[str, float]:

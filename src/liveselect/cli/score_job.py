@@ -240,8 +240,9 @@ class ScoreJob:
 
 def measure(estimator: InfluenceEstimator, context: RoundContext, ids: Tensor) -> Tensor:
     """Return the influence of the candidates ``ids (m,)``, ``(m,)`` floating point on CPU."""
-    if isinstance(estimator, PMPInfluence):
-        return estimator.score_ids(context, ids)
+    if hasattr(estimator, "score_ids"):
+        with measuring(context.model, context.optimizer):
+            return torch.as_tensor(estimator.score_ids(context, ids))
     parts = []
     for batch in context.candidate_batches(ids):
         with measuring(context.model, context.optimizer):
