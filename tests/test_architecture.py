@@ -30,7 +30,7 @@ ALLOWED = {
     "snapshot": {"protocols", "functional", "attributes"},
     "influence": {"protocols", "cost", "losses", "distributed", "functional", "snapshot"},
     "regressors": {"protocols", "losses", "distributed", "functional", "seeding"},
-    "selectors": {"protocols", "pool", "distributed", "functional", "seeding", "scores", "decisions"},
+    "selectors": {"protocols", "pool", "cost", "distributed", "functional", "seeding", "scores", "decisions"},
     "measurement": {"bits", "protocols", "cost", "distributed", "functional", "snapshot"},
     "rounds": {
         *("protocols", "pool", "plan", "ledger", "decisions", "seeding", "distributed", "functional", "snapshot"),

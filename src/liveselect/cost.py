@@ -2,12 +2,15 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+
+Cost = dict[str, dict[str, float]]
+"""Amounts by kind (``seconds``, ``flops``) and phase."""
 
 
 class Progress(Protocol):
@@ -121,3 +124,13 @@ def tracked_phase(
             yield progress.advance
     finally:
         progress.stop()
+
+
+def added(first: Mapping[str, Mapping[str, float]], second: Mapping[str, Mapping[str, float]]) -> Cost:
+    """Return the sum of two costs."""
+    total = {kind: dict(phases) for kind, phases in first.items()}
+    for kind, phases in second.items():
+        of_kind = total.setdefault(kind, {})
+        for phase, amount in phases.items():
+            of_kind[phase] = of_kind.get(phase, 0.0) + amount
+    return total

@@ -157,6 +157,20 @@ def test_a_prior_looks_at_its_own_scores_and_at_those_of_its_selector_before_tra
         PriorSelector(ScoredSelector(inner), prior).check_pool(pool)
 
 
+def test_a_prior_costs_what_its_own_scores_and_those_of_its_selector_cost(tmp_path):
+    def scores(name, **cost):
+        write_scores(tmp_path / name, torch.zeros(6), "pool", {"cost": cost})
+        return tmp_path / name
+
+    first = scores("first", seconds={"solve": 1.0, "fit scorer": 2.0}, flops={"solve": 8.0})
+    second = scores("second", seconds={"solve": 4.0})
+    assert PriorSelector(ScoredSelector(first), second).cost_before_training() == {
+        "seconds": {"solve": 5.0, "fit scorer": 2.0},
+        "flops": {"solve": 8.0},
+    }
+    assert PriorSelector(UniformSelector(), second).cost_before_training() == {"seconds": {"solve": 4.0}}
+
+
 @pytest.mark.filterwarnings("error")
 def test_scores_that_name_no_pool_are_used_with_a_warning(tmp_path):
     context = context_of(6)

@@ -2,15 +2,11 @@
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from liveselect import distributed
-from liveselect.cost import CostMeter
-
-Cost = dict[str, dict[str, float]]
-"""Amounts by kind (``seconds``, ``flops``) and phase."""
+from liveselect.cost import Cost, CostMeter, added
 
 KEEPING = "keep files"
 
@@ -52,16 +48,6 @@ class SpentCost:
         for file in sorted(self.folder.glob("cost-*.json")):
             total = added(total, {"flops": _read(file).get("flops", {})})
         return total
-
-
-def added(first: Mapping[str, Mapping[str, float]], second: Mapping[str, Mapping[str, float]]) -> Cost:
-    """Return the sum of two costs."""
-    total = {kind: dict(phases) for kind, phases in first.items()}
-    for kind, phases in second.items():
-        of_kind = total.setdefault(kind, {})
-        for phase, amount in phases.items():
-            of_kind[phase] = of_kind.get(phase, 0.0) + amount
-    return total
 
 
 def _file(folder: Path, rank: int) -> Path:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from liveselect import distributed
-from liveselect.cli.score_cost import KEEPING, SpentCost, added
+from liveselect.cli.score_cost import KEEPING, SpentCost
 from liveselect.cli.score_lock import alone_in
-from liveselect.cost import CostMeter, SilentProgress
+from liveselect.cost import CostMeter, SilentProgress, added
 from liveselect.functional.sampling import uniform_subset
 from liveselect.influence import PMPInfluence
 from liveselect.protocols import InfluenceEstimator, InfluenceRegressor, RoundContext

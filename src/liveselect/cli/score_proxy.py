@@ -10,7 +10,7 @@ import torch
 from jsonargparse import Namespace
 from torch import nn
 
-from liveselect.cli.score_cost import Cost
+from liveselect.cost import Cost
 from liveselect.influence import PMPInfluence
 from liveselect.ledger import Ledger
 from liveselect.protocols import InfluenceEstimator

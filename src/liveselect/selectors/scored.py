@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liveselect.cost import added
 from liveselect.functional.sampling import Noise, uniform_subset
 from liveselect.pool import CandidatePool
 from liveselect.protocols import RoundContext, Selection, Selector
@@ -210,8 +211,9 @@ class PriorSelector:
         return self._table.groups is not None or getattr(self.selector, "uses_groups", False)
 
     def cost_before_training(self) -> Mapping[str, Mapping[str, float]]:
-        """Return what making the scores cost, ``seconds`` and ``flops`` by phase; empty where they do not say."""
-        return self._table.cost
+        """Return what making the scores cost, and those of the selector if it has any; empty where they do not say."""
+        inner = self.selector.cost_before_training() if hasattr(self.selector, "cost_before_training") else {}
+        return added(self._table.cost, inner)
 
     def propose(self, context: RoundContext) -> Tensor:
         """Return what the selector wants measured among the kept candidates."""
