@@ -165,6 +165,40 @@ def test_between_slices_the_model_is_as_training_left_it():
     assert finish_round(run, measurement, context, budget=5) is run.plan
 
 
+class Heavy(TokenSum):
+    """Keeps what it fitted until it is told to let go."""
+
+    kept = False
+
+    def fit(self, context: RoundContext) -> dict[str, float]:
+        self.kept = True
+        return super().fit(context)
+
+    def release(self) -> None:
+        self.kept = False
+
+
+class Looks:
+    """A watch that notes whether the estimator could still measure."""
+
+    def __init__(self) -> None:
+        self.found: list[bool] = []
+
+    def look(self, scene) -> list:
+        self.found.append(scene.estimator.kept)
+        return []
+
+
+def test_an_estimator_lets_go_of_what_it_keeps_after_every_round_and_not_before_the_watch_has_looked():
+    run, source = a_run(estimator=Heavy())
+    run.watch = Looks()
+    for round_index in range(2):
+        run.selector = TwoQuestions()
+        run_round(run, fake_context(source, round_index=round_index), 5)
+        assert not run.estimator.kept
+    assert run.watch.found == [True, True]
+
+
 def test_warm_up_rounds_use_the_other_selector():
     run, source = a_run(estimator=TokenSum(), warmup_rounds=1)
     assert run_round(run, fake_context(source), budget=5).ids.tolist() == list(range(5))

@@ -133,7 +133,8 @@ class InfluenceEstimator(Protocol):
 
     An estimator, a regressor or a selector may also have ``check(context)``, which raises before training begins what
     would otherwise come up in the first round that measures. An estimator that measures many candidates for less than
-    batch by batch may have ``score_ids(context, ids)`` beside ``score``, with ``ids (m,)`` and the influence ``(m,)``.
+    batch by batch may have ``score_ids(context, ids)`` beside ``score``, from ``ids (m,)`` to influence ``(m,)``. One
+    that keeps much of a fit, and fits anew in each round, may have ``release()``, called when a round is over.
     """
 
     def fit(self, context: RoundContext) -> Mapping[str, float]:

@@ -132,6 +132,9 @@ def finish_round(run: SelectionRun, measurement: Measurement, context: RoundCont
     run.ahead = None
     run.ledger.ahead_seconds = run.ledger.ahead_flops = 0.0
     run.ledger.rounds.append(record)
+    estimator: Any = run.estimator
+    if hasattr(estimator, "release"):
+        estimator.release()
     return plan
 
 

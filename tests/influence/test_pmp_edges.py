@@ -252,9 +252,15 @@ def test_a_kernel_that_hides_its_curvature_is_found_out():
     assert solved(context, hessian="central_difference").isfinite().all()
 
 
-def test_scoring_before_fitting_is_an_error():
+def test_scoring_before_fitting_and_after_letting_go_is_an_error():
     with pytest.raises(RuntimeError, match="before fit"):
         PMPInfluence().score(warm_context(), {})
+    context, estimator = warm_context(), PMPInfluence(steps=2)
+    estimator.fit(context)
+    assert estimator.score_ids(context, IDS).isfinite().all()
+    estimator.release()
+    with pytest.raises(RuntimeError, match="before fit"):
+        estimator.score_ids(context, IDS)
 
 
 @pytest.mark.parametrize(

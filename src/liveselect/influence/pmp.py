@@ -179,6 +179,10 @@ class PMPInfluence:
             "unroll_learning_rate": rate,
         }
 
+    def release(self) -> None:
+        """Let go of what ``fit`` kept in memory, which training has no use for; what is in ``directory`` stays."""
+        self._solved = None
+
     def check(self, context: RoundContext) -> None:
         """Raise what :meth:`fit` would, as far as it can be told without an unroll."""
         self._refuse_unfit(context)
