@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,11 @@ from liveselect.datamodules import write_store
 VOCABULARY, PART = 2000, 100_000
 
 
-def documents(sequences: int, block_size: int) -> Iterator[np.ndarray]:
-    """Yield random tokens that make so many sequences."""
+def documents(sequences: int, block_size: int) -> list[np.ndarray]:
+    """Return random tokens that make so many sequences."""
     draws = np.random.default_rng(0)
-    for start in range(0, sequences, PART):
-        yield draws.integers(1, VOCABULARY, min(PART, sequences - start) * block_size - 1)
+    sizes = [min(PART, sequences - start) for start in range(0, sequences, PART)]
+    return [draws.integers(1, VOCABULARY, size * block_size - 1, dtype=np.uint16) for size in sizes]
 
 
 def run_file(folder: Path, block_size: int) -> dict[str, Any]:
@@ -100,10 +99,9 @@ def main() -> None:
     for count in map(int, options.sequences):
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             folder = Path(name)
-            write_store(
-                folder / "pool", documents(count, options.block_size), block_size=options.block_size,
-                vocab_size=VOCABULARY, eos_id=0,
-            )  # fmt: skip
+            texts = documents(count, options.block_size)
+            write_store(folder / "pool", texts, block_size=options.block_size, vocab_size=VOCABULARY, eos_id=0)
+            del texts
             (folder / "run.yaml").write_text(json.dumps(run_file(folder, options.block_size)))
             spent, memory, mapped = measured(
                 [

@@ -20,7 +20,7 @@ from unrolled_language_model import warm_context
 from liveselect import cli, distributed
 from liveselect.cli import score, score_job
 from liveselect.cli.score_column import column_scores
-from liveselect.cli.score_job import REGRESSOR, ScoreJob
+from liveselect.cli.score_job import REGRESSOR, WORK, ScoreJob
 from liveselect.cli.score_proxy import load_proxy, proxy_optimizer
 from liveselect.datamodules import write_store
 from liveselect.functional.sampling import uniform_subset
@@ -156,7 +156,7 @@ def test_a_job_that_was_interrupted_at_any_file_goes_on_to_the_same_scores(tmp_p
 def test_what_was_done_is_not_done_again(tmp_path, monkeypatch):
     class Once(PMPInfluence):
         def fit(self, context):
-            assert not (tmp_path / "s" / "work" / "regressor.pt").exists()
+            assert not (tmp_path / "s" / WORK / REGRESSOR).exists()
             return super().fit(context)
 
     class Stopped(HashedRidgeRegressor):
@@ -187,9 +187,64 @@ def test_another_job_is_not_mixed_with_one_that_was_left_unfinished(tmp_path, mo
         small_job(tmp_path / "s", context).run()
     with torch.no_grad():
         next(context.model.parameters()).add_(1.0)
-    for changed in ({"probes": 30}, {"settings": {"a": 1}}, {"context": context}):
+    unchanged, _ = small_context()
+    other_reference, _ = small_context()
+    other_reference.source.references = other_reference.source.references.flip(0)
+    for changed in (
+        {"probes": 30},
+        {"settings": {"a": 1}},
+        {"context": context},
+        {"context": other_reference},
+        {"context": replace(unchanged, global_batch=unchanged.global_batch + 1)},
+    ):
         with pytest.raises(ValueError, match="another job"):
             small_job(tmp_path / "s", **changed).run()
+
+
+def test_files_that_no_job_made_stay_where_they_are(tmp_path):
+    mine = [tmp_path / "s" / "work" / "thesis.txt", tmp_path / "s" / "notes.md"]
+    for file in mine:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    small_job(tmp_path / "s").run()
+    taken = tmp_path / "taken" / WORK / "thesis.txt"
+    taken.parent.mkdir(parents=True)
+    taken.write_text("mine")
+    with pytest.raises(FileExistsError, match="files that no scoring job made"):
+        small_job(tmp_path / "taken").run()
+    assert [file.read_text() for file in (*mine, taken)] == ["mine"] * 3
+
+
+def test_what_a_job_that_was_killed_at_its_very_end_left_goes_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(score_job.shutil, "rmtree", lambda *arguments, **options: None)
+    done = small_job(tmp_path / "s").run()
+    assert (tmp_path / "s" / WORK).exists()
+    monkeypatch.undo()
+    assert small_job(tmp_path / "s").run().digest == done.digest
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["scores.json", "scores.npy"]
+
+
+@pytest.mark.parametrize("kind", ["measured", "scores", "regressor", "job", "cost"])
+def test_a_damaged_file_of_a_job_is_named_and_made_again_when_it_is_deleted(tmp_path, monkeypatch, kind):
+    context, _ = small_context()
+    expected = small_job(tmp_path / "whole", context).run()
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ScoreJob, "_assemble", stop)
+    with pytest.raises(KeyboardInterrupt):
+        small_job(tmp_path / "s", context).run()
+    monkeypatch.undo()
+    file = sorted((tmp_path / "s" / WORK).glob(f"{kind}*"))[0]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged .*: delete ") as told:
+        small_job(tmp_path / "s", context).run()
+    if kind == "job":
+        assert f"delete {file.parent} " in str(told.value)
+        return
+    file.unlink()
+    assert small_job(tmp_path / "s", context).run().digest == expected.digest
 
 
 def test_two_jobs_do_not_work_in_one_folder(tmp_path):
@@ -350,6 +405,9 @@ def test_the_command_scores_by_a_column(tmp_path, capsys):
     scores.check_fit(store.rows, store.fingerprint)
     assert scores.about["column"] == "edu"
     assert f"{store.rows} scores" in capsys.readouterr().out
+    (tmp_path / "begun" / WORK).mkdir(parents=True)
+    assert cli.main([*arguments[:-1], str(tmp_path / "begun")]) == 1
+    assert "unfinished work of another job" in capsys.readouterr().err
     assert cli.main(arguments) == 0
     assert "nothing to do" in capsys.readouterr().err
     assert cli.main([word.replace("edu", "count") for word in arguments]) == 1

@@ -15,6 +15,8 @@ from liveselect.functional.updates import ClipNorm, ClipValue
 from liveselect.influence.dynamics import find_clip
 from liveselect.influence.pmp import PMPInfluence
 from liveselect.influence.unroll import unrolled_ids
+from liveselect.influence.vault import DiskVault
+from liveselect.protocols import NotMeasurableError
 from liveselect.snapshot import checksum, measuring
 
 IDS = torch.arange(CANDIDATES)
@@ -134,6 +136,81 @@ def test_ranks_that_were_stopped_at_different_places_begin_again_together(tmp_pa
     expected = solved(warm_context())
     for values in found:
         torch.testing.assert_close(values, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("below", [6, 5, 2])
+def test_a_stop_in_the_pull_back_may_be_followed_by_other_intervals_between_kept_states(tmp_path, monkeypatch, below):
+    context, put = warm_context(), DiskVault.put
+
+    def stop(self, name, value):
+        put(self, name, value)
+        if name == "costate" and value[0] == below:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(DiskVault, "put", stop)
+    with pytest.raises(KeyboardInterrupt):
+        solved(context, directory=tmp_path, snapshot_every=1)
+    monkeypatch.setattr(DiskVault, "put", put)
+    assert torch.equal(solved(context, directory=tmp_path, snapshot_every=3), solved(context))
+
+
+def test_a_fit_whose_folder_another_one_took_says_so(tmp_path):
+    context = warm_context()
+    first = PMPInfluence(**SETTINGS, directory=tmp_path)
+    first.fit(context)
+    second = solved(context, directory=tmp_path, score_every=1)
+    with pytest.raises(RuntimeError, match="a directory of its own"):
+        first.score_ids(context, IDS)
+    assert torch.equal(second, solved(context, score_every=1))
+
+
+def test_other_clipping_and_other_losses_are_other_fits(tmp_path):
+    context = warm_context()
+
+    def doubled(model, batch):
+        return 2 * context.loss_fn(model, batch)
+
+    for other in (context, replace(context, loss_fn=doubled), replace(context, clip_gradients=lambda parameters: None)):
+        assert torch.equal(solved(other, directory=tmp_path), solved(other))
+
+
+def test_a_full_disk_is_told_with_what_to_do_and_loses_nothing(tmp_path, monkeypatch):
+    context, save = warm_context(), torch.save
+    saved = []
+
+    def full(value, file):
+        save(value, file)
+        saved.append(file)
+        if len(saved) == 5:
+            raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="make room, or choose another directory"):
+        solved(context, directory=tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert torch.equal(solved(context, directory=tmp_path), solved(context))
+
+
+def test_what_a_killed_process_left_half_written_goes_away_and_damaged_files_are_named(tmp_path):
+    context = warm_context()
+    expected = solved(context, directory=tmp_path)
+    left = tmp_path / "rank-0" / "state-2.vault.1234.tmp"
+    left.write_bytes(b"half")
+    assert torch.equal(solved(context, directory=tmp_path), expected)
+    assert not left.exists()
+    kept = tmp_path / "rank-0" / "pair-0.vault.pt"
+    kept.write_bytes(kept.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"pair-0.vault.pt is damaged .*: delete .*rank-0, and fit again"):
+        solved(context, directory=tmp_path)
+
+
+def test_a_model_whose_loss_is_not_finite_is_told_before_anything_is_unrolled():
+    context = warm_context()
+    with torch.no_grad():
+        next(context.model.parameters()).fill_(torch.nan)
+    loss_fn = Failing(context.loss_fn, fails_at=2)
+    with pytest.raises(NotMeasurableError, match="nan before anything is unrolled"):
+        PMPInfluence(**SETTINGS).fit(replace(context, loss_fn=loss_fn))
 
 
 def test_a_folder_left_by_another_model_or_other_settings_is_not_taken_for_this_one(tmp_path):
@@ -275,7 +352,10 @@ def test_scoring_before_fitting_and_after_letting_go_is_an_error():
         {"reference_weighting": "words"},
         {"learning_rate": 0.0},
         {"denominator_floor": -0.1},
+        {"steps": 2.5},
         {"steps": 3, "schedule": [1.0]},
+        {"steps": 2, "schedule": [1.0, float("nan")]},
+        {"steps": 2, "schedule": [1.0, -1.0]},
     ],
 )
 def test_impossible_settings_are_refused_at_construction(settings):

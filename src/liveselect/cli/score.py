@@ -19,7 +19,7 @@ from liveselect import distributed
 from liveselect.callbacks.progress import RoundProgress
 from liveselect.cli.output import say, show_progress_lines
 from liveselect.cli.score_column import column_scores
-from liveselect.cli.score_job import ScoreJob
+from liveselect.cli.score_job import WORK, ScoreJob
 from liveselect.cli.score_proxy import clipping_of, load_proxy, proxy_optimizer, training_cost
 from liveselect.cost import SilentProgress
 from liveselect.datamodules import TokenStore
@@ -141,6 +141,10 @@ def _from_column(config: Namespace) -> Scores:
         raise ValueError("expected --pool together with --column: the prepared pool whose documents carry the numbers")
     store = TokenStore(config.pool)
     about = {"column": config.column, "mean_over": "tokens"}
+    if (config.out / WORK).exists():
+        raise FileExistsError(
+            f"{config.out} holds the unfinished work of another job ({WORK}): finish it, or choose another folder"
+        )
     if (config.out / MANIFEST).exists():
         scores = read_scores(config.out)
         if (scores.pool, dict(scores.about)) == (store.fingerprint, about):
@@ -215,6 +219,10 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("expected --device=cpu or auto on this machine, got cuda: PyTorch finds no CUDA device")
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"expected --device=auto, cpu, cuda or cuda:N, got {name!r}: {error}") from None
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device(name)

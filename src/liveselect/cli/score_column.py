@@ -11,12 +11,12 @@ from liveselect.datamodules.pools.pool_files import DOCUMENTS
 
 
 def column_scores(store: TokenStore, column: str) -> np.ndarray:
-    """Return the mean of a metadata column over the tokens of each block, ``(rows,)`` float32.
+    """Return the mean of a metadata column over the tokens of each block, ``(rows,)`` float64.
 
     Documents without a number are left out of the means; a block that holds no other is -inf, and is never drawn.
 
     Raises:
-        ValueError: the documents carry no such column, or it does not hold numbers.
+        ValueError: the documents carry no such column, or it does not hold numbers, or integers that no float64 holds.
     """
     file = pq.ParquetFile(store.path / DOCUMENTS)
     _check_column(file.schema_arrow, column, store.path)
@@ -24,12 +24,18 @@ def column_scores(store: TokenStore, column: str) -> np.ndarray:
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, ["start", "tokens", f"metadata.{column}"])
         values = pa.chunked_array(table["metadata"]).combine_chunks().field(column)
-        numbers = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        try:
+            numbers = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"the column {column!r} of the documents in {store.path} holds integers that no float64 holds exactly "
+                f"({error}): prepare the pool from documents with smaller numbers"
+            ) from error
         known = ~np.isnan(numbers)
         starts, tokens = (table[name].to_numpy()[known] for name in ("start", "tokens"))
         _add(sums, weights, starts, tokens, numbers[known], store.block_size)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(weights > 0, sums / weights, -np.inf).astype(np.float32)
+        return np.where(weights > 0, sums / weights, -np.inf)
 
 
 def _add(

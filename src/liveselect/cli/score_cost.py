@@ -55,5 +55,8 @@ def _file(folder: Path, rank: int) -> Path:
 
 
 def _read(file: Path) -> Cost:
-    found: Cost = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        found: Cost = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it; what it counted is then missing") from error
     return found

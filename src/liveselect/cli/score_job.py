@@ -1,13 +1,14 @@
 """The work of ``liveselect score``: measure some candidates, learn to predict it, predict the whole pool.
 
-Everything that takes long is cut into shards, each a file in ``work/`` that appears when it is whole. A job that was
-stopped, in whatever way, goes on with the first shard that is missing. Several processes share the shards out and wait
-for each other between the stages; their folder must be one that all of them see.
+Everything that takes long is cut into shards, each a file in a folder of the job that appears when it is whole. A job
+that was stopped, in whatever way, goes on with the first shard that is missing. Several processes share the shards out
+and wait for each other between the stages; their folder must be one that all of them see.
 """
 
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ from liveselect.scores import MANIFEST, Scores, read_scores, write_scores
 from liveselect.selectors.trial import check_predictions, try_regressor
 from liveselect.snapshot import checksum, measuring
 
-WORK, JOB, REGRESSOR = "work", "job.json", "regressor.pt"
+WORK, JOB, REGRESSOR = ".liveselect-work", "job.json", "regressor.pt"
 FEWEST_MEASURED = 8
 Found = TypeVar("Found")
 
@@ -46,7 +47,7 @@ class ScoreJob:
         estimator: measures influence.
         regressor: predicts it from text.
         probes: candidates measured.
-        folder: where the scores go; what is unfinished is in its folder ``work``.
+        folder: where the scores go; what is unfinished is in its folder ``.liveselect-work``.
         shard_size: candidates scored between two files.
         settings: what the job was asked to do, kept with the scores; a job is continued only under equal settings.
         cost: what was spent before the job on what it works with (the training of the proxy): ``seconds`` and ``flops``
@@ -87,6 +88,7 @@ class ScoreJob:
                     "delete it"
                 )
             self.report(f"{self.folder} was scored in the same way before: nothing to do")
+            self._clean_up()  # a job that was killed at its very end had not
             return scores
         with alone_in(self.work, JOB):
             self._tried()
@@ -101,9 +103,14 @@ class ScoreJob:
         _wait_for_all()
         if distributed.rank() == 0:
             self._assemble(len(ids), metrics)
-            shutil.rmtree(self.work)
-        _wait_for_all()
+        self._clean_up()
         return read_scores(self.folder)
+
+    def _clean_up(self) -> None:
+        _wait_for_all()
+        if distributed.rank() == 0:
+            shutil.rmtree(self.work, ignore_errors=True)
+        _wait_for_all()
 
     @property
     def work(self) -> Path:
@@ -116,6 +123,10 @@ class ScoreJob:
         key = hashlib.blake2b(digest_size=16)
         key.update(json.dumps([dict(self.settings), self.probes, self.shard_size, context.seed], default=str).encode())
         key.update(f"{context.source.pool.fingerprint} {checksum(context.model, context.optimizer)}".encode())
+        key.update(str(context.global_batch).encode())
+        for batch in context.source.reference():
+            for name in ("input_ids", "labels"):
+                key.update(batch[name].cpu().contiguous().numpy().tobytes() if name in batch else b"")
         return key.hexdigest()
 
     def _open(self) -> None:
@@ -127,7 +138,7 @@ class ScoreJob:
             self.work.mkdir(parents=True, exist_ok=True)
             _write(file, json.dumps(job, indent=1, default=str).encode())
         _wait_for_all()
-        if json.loads(file.read_text())["key"] != job["key"]:
+        if _whole(file, lambda: json.loads(file.read_text())["key"], self.work) != job["key"]:
             raise ValueError(
                 f"{self.work} holds the unfinished work of another job (other settings, model or pool; {file.name} "
                 "tells which): repeat that command to finish it, choose another folder, or delete this one"
@@ -168,7 +179,7 @@ class ScoreJob:
                 self._spent.keep()
                 advance(len(shard))
         _wait_for_all()
-        influence = torch.from_numpy(np.concatenate([np.load(self._file("measured", shard)) for shard in shards]))
+        influence = torch.from_numpy(np.concatenate([_read_array(self._file("measured", shard)) for shard in shards]))
         finite = influence.isfinite()
         if int(finite.sum()) < FEWEST_MEASURED:
             raise ValueError(
@@ -183,7 +194,7 @@ class ScoreJob:
         file = self.work / REGRESSOR
         keeps_state = hasattr(self.regressor, "load_state_dict")
         if keeps_state and _agreed(file.exists()):
-            kept = torch.load(file, map_location="cpu", weights_only=True)
+            kept = _whole(file, lambda: torch.load(file, map_location="cpu", weights_only=True))
             self.regressor.load_state_dict(kept["state"])  # type: ignore[attr-defined]
             return dict(kept["metrics"])
         with self.context.meter.phase("fit scorer"):
@@ -217,9 +228,10 @@ class ScoreJob:
     def _assemble(self, measured: int, metrics: Mapping[str, float]) -> None:
         """Put the shards together and write the scores."""
         pool = self.context.source.pool
-        whole = np.lib.format.open_memmap(self.work / "all.npy", mode="w+", dtype="<f4", shape=(pool.size,))
-        for shard in self._pool_shards():
-            whole[shard.start : shard.stop] = np.load(self._file("scores", shard))
+        with (self.work / "all").open("wb") as file:  # not a mapped file: a full disk kills who writes to one
+            for shard in self._pool_shards():
+                _read_array(self._file("scores", shard)).astype("<f4").tofile(file)
+        whole = np.memmap(self.work / "all", dtype="<f4", mode="r", shape=(pool.size,))
         about = {
             "job": self._key(),
             "estimator": type(self.estimator).__name__,
@@ -272,6 +284,20 @@ def _agreed(found: Found) -> Found:
 
 def _wait_for_all() -> None:
     distributed.gather_objects(None)
+
+
+def _whole(file: Path, read: Callable[[], Found], remedy: Path | None = None) -> Found:
+    """Return what ``read`` finds in a file of the job."""
+    try:
+        return read()
+    except (ValueError, KeyError, EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}): delete {remedy or file} and repeat the command, which makes it again"
+        ) from error
+
+
+def _read_array(file: Path) -> np.ndarray:
+    return _whole(file, lambda: np.load(file))
 
 
 def _write_array(file: Path, array: np.ndarray) -> None:

@@ -19,11 +19,14 @@ def alone_in(work: Path, begun: str) -> Iterator[None]:
     A folder in which there is no file ``begun`` at the end goes away again.
 
     Raises:
+        FileExistsError: it holds files, and no job.
         ValueError: another process holds it.
     """
     if distributed.rank() != 0:
         yield
         return
+    if work.exists() and any(work.iterdir()) and not {begun, LOCK} & {file.name for file in work.iterdir()}:
+        raise FileExistsError(f"{work} holds files that no scoring job made: choose another folder, or move them")
     work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / LOCK)
     try:

@@ -1,5 +1,6 @@
 """The proxy model of ``liveselect score``: its weights, its optimizer, its clipping, and what it cost."""
 
+import logging
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from liveselect.cost import Cost
 from liveselect.influence import PMPInfluence
 from liveselect.ledger import Ledger
 from liveselect.protocols import InfluenceEstimator
+
+log = logging.getLogger("liveselect")
 
 
 def training_cost(checkpoint: Mapping[str, Any]) -> Cost:
@@ -71,6 +74,8 @@ def proxy_optimizer(
     states = checkpoint.get("optimizer_states") or []
     if states:
         configured.load_state_dict(states[0])
+    elif checkpoint and isinstance(estimator, PMPInfluence):
+        log.warning("the checkpoint holds no optimizer_states: the unroll begins with moments of zero")
     optimizer: torch.optim.Optimizer = configured
     return optimizer
 

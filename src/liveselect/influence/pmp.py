@@ -151,9 +151,14 @@ class PMPInfluence:
             parameters = moving_parameters(context)
             reference = ReferencePass.load(context)
             before = reference.loss(context)
+            if not math.isfinite(before):
+                raise NotMeasurableError(
+                    f"the reference loss is {before} before anything is unrolled: look at the model's weights and loss"
+                )
             dynamics, rate = self._dynamics(context)
             ids = unrolled_ids(context, self.steps, self.batch_size or context.global_batch)
-            vault = self._vault(context, ids, reference)
+            interval = min(self.steps, self.snapshot_every or math.isqrt(self.steps))
+            vault = self._vault(context, ids, reference, (interval, _clipping(dynamics), *_loss(context, before)))
             unroll = Unroll(
                 context=context,
                 parameters=parameters,
@@ -162,7 +167,7 @@ class PMPInfluence:
                 dynamics=dynamics,
                 hessian=self.hessian or ("central_difference" if is_sharded(context.model) else "double_backward"),
                 weighting=self.reference_weighting,
-                interval=min(self.steps, self.snapshot_every or math.isqrt(self.steps)),
+                interval=interval,
                 scored_steps=self.scored_steps,
                 hessian_rows=self.hessian_rows,
                 denominator_floor=self.denominator_floor,
@@ -277,7 +282,8 @@ class PMPInfluence:
         if not 0 < largest < math.inf:
             raise NotMeasurableError(
                 f"expected a positive learning rate to unroll training with, got {largest}: begin measuring after the "
-                "first step of the learning-rate warm-up (more warm-up rounds)"
+                "first step of the learning-rate warm-up (more warm-up rounds, or a checkpoint from later), or unroll "
+                'plain SGD, as published, with dynamics="sgd"'
             )
         if self.learning_rate is None:
             return dynamics, largest
@@ -285,11 +291,13 @@ class PMPInfluence:
         schedule = self.schedule or (1.0,) * self.steps
         return replace(dynamics, schedule=tuple(factor * each for each in schedule)), self.learning_rate
 
-    def _vault(self, context: RoundContext, ids: Sequence[Tensor], reference: ReferencePass) -> Vault:
+    def _vault(
+        self, context: RoundContext, ids: Sequence[Tensor], reference: ReferencePass, manner: tuple[Any, ...]
+    ) -> Vault:
         if self.directory is None:
             return MemoryVault()
         owner = hashlib.blake2b(digest_size=16)
-        owner.update(repr(sorted(self.settings.items())).encode())
+        owner.update(repr((sorted(self.settings.items()), manner)).encode())
         owner.update(f"{context.source.pool.fingerprint} {checksum(context.model, context.optimizer)}".encode())
         for tensor in (*ids, *(value for batch in reference.batches for value in batch.values())):
             owner.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -309,10 +317,12 @@ class PMPInfluence:
             raise ValueError(f"expected denominator_floor of at least 0, got {self.denominator_floor}")
         for name in ("steps", "score_every", "batch_size", "hessian_rows", "snapshot_every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"expected {name} of at least 1, got {value}")
+            if value is not None and (value != int(value) or value < 1):
+                raise ValueError(f"expected {name} to be a whole number of at least 1, got {value}")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ValueError(f"expected a positive learning_rate, got {self.learning_rate}")
+        if not all(0 <= factor < math.inf for factor in self.schedule):
+            raise ValueError(f"expected factors of at least 0 in the schedule, got {self.schedule}")
         if self.schedule and len(self.schedule) != self.steps:
             raise ValueError(
                 f"expected a schedule with one factor for each of the {self.steps} steps, got {len(self.schedule)}"
@@ -326,6 +336,16 @@ def _own_losses(loss_fn: LossFn) -> Callable[[nn.Module, tuple[Batch, bool]], Te
         return loss_fn(model, item[0])[: None if item[1] else 0]
 
     return losses
+
+
+def _clipping(dynamics: Dynamics) -> str:
+    limit = getattr(dynamics.clip, "limit", 0.0)
+    return f"{type(dynamics.clip).__name__} {limit:.4g}"
+
+
+def _loss(context: RoundContext, value: float) -> tuple[str, str]:
+    """Return what tells a loss function from others: it may be any callable, so its name and what it gives."""
+    return getattr(context.loss_fn, "__qualname__", type(context.loss_fn).__qualname__), f"{value:.4g}"
 
 
 def _full_precision(context: RoundContext) -> AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
 """Where large things of a computation wait: in memory, or on disk, from where an interrupted one goes on."""
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,6 +67,11 @@ class DiskVault:
     Args:
         folder: made if need be.
         owner: names the computation. Values that another one left in the folder are deleted.
+
+    Raises:
+        RuntimeError: by every use, once another computation has taken the folder.
+        OSError: a value could not be written; those that are there stay.
+        ValueError: a file is damaged.
     """
 
     durable = True
@@ -74,7 +80,9 @@ class DiskVault:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._owner = owner
-        if _OWNER not in self or self.get(_OWNER) != owner:
+        for unfinished in self._folder.glob("*.vault.*.tmp"):  # of a process that was killed
+            unfinished.unlink(missing_ok=True)
+        if _OWNER not in self or self._read(_OWNER) != owner:
             self.clear()
 
     def __contains__(self, name: object) -> bool:
@@ -82,6 +90,8 @@ class DiskVault:
 
     def put(self, name: str, value: Any) -> None:
         """Write a value."""
+        if name != _OWNER:
+            self._check_owner()
         file = self._file(name)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -89,12 +99,18 @@ class DiskVault:
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
             temporary.replace(file)
+        except (OSError, RuntimeError) as error:  # torch.save has no error of its own for a full disk
+            raise OSError(
+                f"cannot write {file} ({error}): make room, or choose another directory. What is there stays, and the "
+                "same fit goes on from it"
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
 
     def get(self, name: str) -> Any:
         """Return the value, its tensors read from the file when they are used."""
-        return torch.load(self._file(name), map_location="cpu", mmap=True, weights_only=True)
+        self._check_owner()
+        return self._read(name)
 
     def drop(self, name: str) -> None:
         """Delete the value."""
@@ -105,6 +121,20 @@ class DiskVault:
         for file in self._folder.glob(f"*{_SUFFIX}"):
             file.unlink()
         self.put(_OWNER, self._owner)
+
+    def _check_owner(self) -> None:
+        if _OWNER not in self or self._read(_OWNER) != self._owner:
+            raise RuntimeError(
+                f"what {self._folder} held was deleted by another fit (another run, model, data or settings): give "
+                "each run a directory of its own"
+            )
+
+    def _read(self, name: str) -> Any:
+        file = self._file(name)
+        try:
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{file} is damaged ({error}): delete {self._folder}, and fit again") from error
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}{_SUFFIX}"
