@@ -14,9 +14,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,10 @@ from torch import Tensor
 
 FORMAT, VERSION = "liveselect-scores", 1
 VALUES, MANIFEST = "scores.npy", "scores.json"
+_REMEDY = "copy the folder again from where it is whole, or delete it and score the pool again"
 
 _CHUNK = 1 << 22  # numbers looked at at once
+_IN_MEMORY = 1 << 30  # bytes: larger files are mapped, and must stay as they are while they are drawn from
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,12 @@ class Scores:
     """One score for every candidate of a pool.
 
     Attributes:
-        values: ``(n,)`` floating point, larger is better; -inf is never drawn. Mapped from the file where there is one.
+        values: ``(n,)`` floating point, larger is better; -inf is never drawn. Mapped from a NumPy file above 1 GiB.
         digest: BLAKE2b hash of the values.
         pool: fingerprint of the pool that they belong to, or None when the file does not say.
         about: what made them, as far as it is known.
         name: where they come from, for messages.
+        mapped: the file that the values are mapped from, its size and its time of change in ns, if they are.
     """
 
     values: Tensor
@@ -46,6 +50,7 @@ class Scores:
     pool: str | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     name: str = "an array"
+    mapped: tuple[Path, int, int] | None = None
 
     def check_fit(self, size: int, fingerprint: str) -> None:
         """Raise ValueError unless the scores belong to a pool of ``size`` candidates with this fingerprint."""
@@ -60,6 +65,14 @@ class Scores:
                 "would go to other texts. Point the run at that pool, or score this one with `liveselect score`"
             )
 
+    def check_unchanged(self) -> None:
+        """Raise ValueError when the file that the values are mapped from is not the one that was read."""
+        if self.mapped is not None and (not self.mapped[0].exists() or _stamp(self.mapped[0]) != self.mapped):
+            raise ValueError(
+                f"{self.mapped[0]} was changed while a run draws from it, so the numbers are no longer those that it "
+                "began with: put the file back and resume from the last checkpoint, and write others to another file"
+            )
+
 
 def read_scores(source: Any, column: str = "score") -> Scores:
     """Read scores from whatever holds them.
@@ -70,21 +83,22 @@ def read_scores(source: Any, column: str = "score") -> Scores:
         column: name of the Parquet column.
 
     Raises:
-        FileNotFoundError: there is no such file, or the folder is unfinished.
-        ValueError: the file is not what it should be, or there are NaN or +inf among the scores.
+        FileNotFoundError: there is no such file, or the folder is not whole.
+        ValueError: the file is not what it should be, or there are NaN or +inf among the scores, or integers that no
+            float64 holds.
     """
-    if isinstance(source, Tensor):
-        source = source.detach().to("cpu", torch.float32 if source.dtype == torch.bfloat16 else source.dtype).numpy()
     if not isinstance(source, (str, Path)):
-        return _checked(np.asarray(source), "an array")
-    path = Path(source)
+        return _checked(_array(source), "an array")
+    if not str(source):
+        raise ValueError("expected the path of scores, got an empty string: make them with `liveselect score`")
+    path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected scores at {path}, found nothing there: make them with `liveselect score`")
-    if path.suffix == ".npy":
-        return _checked(_mapped(path), str(path))
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".npy":
+        return _read_numpy(path)
+    if path.suffix.lower() == ".parquet":
         return _read_parquet(path, column)
     raise ValueError(f"expected scores in a folder made by `liveselect score`, a .npy or a .parquet file, got {path}")
 
@@ -93,32 +107,24 @@ def write_scores(folder: str | Path, values: npt.ArrayLike, pool: str, about: Ma
     """Write a score folder, whole or not at all, and return what it holds.
 
     Args:
-        folder: made if need be; may hold other files, but no finished scores.
+        folder: made if need be; may hold other files, but no finished scores and no other ``scores.npy``.
         values: ``(n,)``, possibly mapped from a file; read in pieces.
         pool: fingerprint of the pool.
         about: what made the scores: strings, numbers, lists and dicts.
 
     Raises:
-        FileExistsError: the folder holds finished scores.
-        ValueError: NaN or +inf among the values.
+        FileExistsError: the folder holds finished scores, or a ``scores.npy`` with other numbers.
+        OSError: the disk is full, or may not be written to.
+        ValueError: the values are not numbers ``(n,)``, or there are NaN, +inf or what float32 cannot hold among them.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
         raise FileExistsError(f"{folder} holds finished scores: choose another folder, or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
-    array = np.asarray(values)
-    _check_values(array, "the scores to write")
-    temporary = folder / f"{VALUES}.{os.getpid()}.tmp"
-    try:
-        mapped = np.lib.format.open_memmap(temporary, mode="w+", dtype="<f4", shape=array.shape)
-        for start in range(0, len(array), _CHUNK):
-            mapped[start : start + _CHUNK] = array[start : start + _CHUNK]
-        mapped.flush()
-        digest = _digest(mapped)
-        del mapped
-        _replace(temporary, folder / VALUES)
-    finally:
-        temporary.unlink(missing_ok=True)
+    array, name = _array(values), "the scores to write"
+    _check_form(array, name)
+    _check_values(array, name)
+    _check_float32(array, name)
+    digest = _digest(array, "<f4")
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -127,16 +133,52 @@ def write_scores(folder: str | Path, values: npt.ArrayLike, pool: str, about: Ma
         "blake2b": digest,
         "about": dict(about),
     }
-    temporary = folder / f"{MANIFEST}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1))
-    _replace(temporary, folder / MANIFEST)
+    text = json.dumps(manifest, indent=1)
+    _check_not_of_others(folder / VALUES, digest)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _replacing(folder / VALUES) as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": array.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in _parts(array):  # not by a mapping: that ends the process when the disk is full
+            file.write(part.astype("<f4").tobytes())
+    with _replacing(folder / MANIFEST) as file:
+        file.write(text.encode())
+    for left in (*folder.glob(f"{VALUES}.*.tmp"), *folder.glob(f"{MANIFEST}.*.tmp")):
+        if left.suffixes[-2][1:].isdigit():  # of a process that was killed
+            left.unlink(missing_ok=True)
     return read_scores(folder)
 
 
-def _replace(temporary: Path, final: Path) -> None:
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(final)
+@contextmanager
+def _replacing(final: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of ``final`` when it is whole, and is removed when it cannot be."""
+    temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(final)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write {final} ({error.strerror or error}): free space in {final.parent}, or see that it may be "
+            "written to, and repeat",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_not_of_others(file: Path, digest: str) -> None:
+    """Raise FileExistsError when the file holds other numbers; a job that was stopped may have left these."""
+    try:
+        if not file.exists() or _read_numpy(file).digest == digest:
+            return
+    except ValueError:
+        pass  # what cannot be read was not written here
+    raise FileExistsError(
+        f"{file} is there already, with other contents and without a {MANIFEST}: choose another folder, or move it away"
+    )
 
 
 def _read_folder(path: Path) -> Scores:
@@ -151,24 +193,41 @@ def _read_folder(path: Path) -> Scores:
         known = manifest["format"] == FORMAT and manifest["version"] == VERSION
         size, digest, pool, about = (manifest[key] for key in ("size", "blake2b", "pool", "about"))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} does not describe scores ({error!r}): score the pool again") from error
+        raise ValueError(f"{file} does not describe scores ({error!r}): {_REMEDY}") from error
     if not known:
-        raise ValueError(f"expected {file} to say format {FORMAT!r} version {VERSION}: score the pool again")
-    scores = _checked(_mapped(path / VALUES), str(path))
+        raise ValueError(f"expected {file} to say format {FORMAT!r} version {VERSION}: {_REMEDY}")
+    if not (path / VALUES).is_file():
+        raise FileNotFoundError(f"expected {VALUES} beside {MANIFEST} in {path}, found none: {_REMEDY}")
+    try:
+        scores = _read_numpy(path / VALUES)
+    except ValueError as error:
+        raise ValueError(f"{error}. As {MANIFEST} is there, it was whole once: {_REMEDY}") from error
     if len(scores.values) != size or scores.digest != digest:
-        raise ValueError(
-            f"the numbers in {path / VALUES} are not those that {MANIFEST} describes: copy the folder again, or score "
-            "the pool again"
-        )
-    return Scores(scores.values, digest, pool, about, str(path))
+        raise ValueError(f"the numbers in {path / VALUES} are not those that {MANIFEST} describes: {_REMEDY}")
+    return replace(scores, pool=pool, about=about, name=str(path))
 
 
-def _mapped(path: Path) -> npt.NDArray[Any]:
+def _read_numpy(path: Path) -> Scores:
+    stamp = _stamp(path)  # before the reading: what is changed meanwhile is noticed
+    array = _opened(path)
+    return replace(_checked(array, str(path)), mapped=stamp if isinstance(array, np.memmap) else None)
+
+
+def _opened(path: Path) -> npt.NDArray[Any]:
+    """Read a NumPy file into memory, so that nobody changes the numbers, or map it when it is large."""
     try:
         # "c": copy on write, because torch warns of arrays that cannot be written to
-        return np.load(path, mmap_mode="c", allow_pickle=False)
+        mapped = np.lib.format.open_memmap(path, mode="c")
+        if mapped.ndim != 1 or mapped.nbytes > _IN_MEMORY:
+            return mapped
+        return np.fromfile(path, mapped.dtype, mapped.size, offset=mapped.offset)
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"cannot read numbers from {path}: {error}") from error
+        raise ValueError(f"cannot read numbers from {path}, one array as numpy.save writes it: {error}") from error
+
+
+def _stamp(path: Path) -> tuple[Path, int, int]:
+    status = path.stat()
+    return path.absolute(), status.st_size, status.st_mtime_ns
 
 
 def _read_parquet(path: Path, column: str) -> Scores:
@@ -177,9 +236,14 @@ def _read_parquet(path: Path, column: str) -> Scores:
 
     try:
         names = pq.read_schema(path).names
-        table = pq.read_table(path, columns=[name for name in (column, "id") if name in names])
+        table = pq.read_table(path, columns=[name for name in dict.fromkeys((column, "id")) if name in names])
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"cannot read a Parquet file from {path}: {error}") from error
+    if column == "id" and "id" in names:
+        raise ValueError(
+            f"expected a column of scores, got 'id', which numbers the candidates in {path}: name the one that holds "
+            f"the scores, of {names}"
+        )
     if column not in names:
         raise ValueError(f"expected a column {column!r} in {path}, got {names}: name the one that holds the scores")
     values = table[column].to_numpy()
@@ -194,15 +258,65 @@ def _read_parquet(path: Path, column: str) -> Scores:
     return _checked(values, str(path))
 
 
+def _array(source: Any) -> npt.NDArray[Any]:
+    """Return tensors, lists and columns of datasets as an array."""
+    try:
+        if isinstance(source, Tensor):
+            known = (torch.float16, torch.float32, torch.float64)
+            narrow = source.is_floating_point() and source.dtype not in known  # to NumPy
+            source = source.detach().to("cpu", torch.float32 if narrow else source.dtype).numpy()
+        return np.asarray(source)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"expected numbers (n,), such as a dense tensor of float32, got a {type(source).__name__} that has none to "
+            f"give: {error}"
+        ) from error
+
+
 def _checked(array: npt.NDArray[Any], name: str) -> Scores:
-    if array.ndim != 1 or array.dtype.kind not in "fiu" or not len(array):
-        raise ValueError(f"expected {name} to hold numbers (n,), got shape {array.shape} of {array.dtype}")
-    if array.dtype.kind != "f" or array.dtype.byteorder == ">":
-        array = array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32)
+    _check_form(array, name)
+    bits = 8 * array.dtype.itemsize
+    if array.dtype.kind != "f":
+        if bits == 64:
+            _check_integers(array, name, np.float64)
+        array = array.astype(np.float64 if bits > 16 else np.float32)  # float32 holds 24 bits
+    elif array.dtype.byteorder == ">":
+        array = array.astype(np.float64 if bits > 32 else np.float32)
     _check_values(array, name)
     if not array.flags.writeable or not array.flags.c_contiguous:
         array = array.copy()
     return Scores(torch.from_numpy(array), _digest(array), name=name)
+
+
+def _check_form(array: npt.NDArray[Any], name: str) -> None:
+    if array.ndim != 1 or array.dtype.kind not in "fiu" or array.dtype.itemsize > 8 or not len(array):
+        raise ValueError(
+            f"expected {name} to hold numbers (n,) of at most 64 bits, got shape {array.shape} of {array.dtype}"
+        )
+
+
+def _check_integers(array: npt.NDArray[Any], name: str, kept_as: type[np.floating[Any]]) -> None:
+    """Raise ValueError when integers of different value would become the same float."""
+    most = 2 ** (np.finfo(kept_as).nmant + 1)
+    if any(int(part.max()) > most or int(part.min()) < -most for part in _parts(array)):
+        raise ValueError(
+            f"expected {name} to be integers of at most {most}, which {kept_as.__name__} holds exactly, got larger "
+            "ones, which would lose their order: give them as floating point numbers on a smaller scale"
+        )
+
+
+def _check_float32(array: npt.NDArray[Any], name: str) -> None:
+    """Raise ValueError when the values are beyond what a score file holds."""
+    if array.dtype.kind != "f":
+        _check_integers(array, name, np.float32)
+        return
+    largest = np.finfo(np.float32).max
+    beyond = sum(int((np.isfinite(part) & (np.abs(part) > largest)).sum()) for part in _parts(array))
+    if beyond:
+        raise ValueError(
+            f"{beyond} of {name} are beyond {largest:.4g}, the range of the float32 that a score file holds: give them "
+            "on a smaller scale"
+        )
 
 
 def _check_values(array: npt.NDArray[Any], name: str) -> None:
@@ -214,10 +328,11 @@ def _check_values(array: npt.NDArray[Any], name: str) -> None:
         )
 
 
-def _digest(array: npt.NDArray[Any]) -> str:
+def _digest(array: npt.NDArray[Any], dtype: str | None = None) -> str:
+    """Return the hash of the numbers, as numbers of ``dtype`` if one is given."""
     digest = hashlib.blake2b(digest_size=16)
     for part in _parts(array):
-        digest.update(np.ascontiguousarray(part).tobytes())
+        digest.update(part.astype(dtype or part.dtype).tobytes())
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from fakes import FakeSource, fake_context, random_source
@@ -134,6 +135,39 @@ def test_standardised_scores_do_not_depend_on_their_scale():
     )
     assert torch.equal(plain.ids, scaled.ids)
     assert scaled.metrics["scores/std"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("largest", [5e-324, 1.0, 1e200, 1.7e308])
+def test_standardised_scores_have_unit_variance_at_any_scale(largest):
+    scores, context = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64) * largest, context_of(4)
+    selection = ScoredSelector(scores, ratio=1.0, temperature=0.0, standardize=True).select(context, 2)
+    assert sorted(zip(selection.scored.tolist(), selection.scores.tolist(), strict=True)) == [
+        (0, 1.0),
+        (1, -1.0),
+        (2, -1.0),
+        (3, 1.0),
+    ]
+    half = ScoredSelector(scores, ratio=0.5, temperature=0.0, standardize=True).select(context, 2)
+    assert sorted(half.ids.tolist()) == [0, 3]
+
+
+@pytest.mark.parametrize("settings", [{}, {"standardize": True}])
+def test_a_file_that_is_changed_while_a_run_draws_from_its_mapping_ends_the_run_in_the_next_round(
+    tmp_path, monkeypatch, settings
+):
+    monkeypatch.setattr("liveselect.scores._IN_MEMORY", 0)
+    np.save(tmp_path / "s.npy", np.arange(6.0))
+    context, selector = context_of(6), ScoredSelector(tmp_path / "s.npy", **settings)
+    selector.select(context, 2)
+    selector.select(replace(context, round=1), 2)
+    np.save(tmp_path / "s.npy", np.arange(3.0))
+    with pytest.raises(ValueError, match="changed while a run draws from it"):
+        selector.select(replace(context, round=2), 2)
+
+
+def test_groups_are_a_list_of_names():
+    with pytest.raises(ValueError, match="expected a list of names of groups, got the string 'c0'"):
+        ScoredSelector(torch.zeros(4), groups="c0")
 
 
 def test_scores_of_another_pool_are_refused_when_they_are_first_used(tmp_path):

@@ -1,5 +1,6 @@
 """Scores of a pool, and the draw of its better part."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -42,6 +43,8 @@ class ScoreTable:
     def __init__(
         self, scores: Any, column: str = "score", groups: Sequence[str] | None = None, standardize: bool = False
     ) -> None:
+        if isinstance(groups, str):
+            raise ValueError(f"expected a list of names of groups, got the string {groups!r}: pass [{groups!r}]")
         self._source = scores
         self._column = column
         self.groups = None if groups is None else tuple(groups)
@@ -71,8 +74,9 @@ class ScoreTable:
         """Return the scores of the pool, ``(n,)``, -inf for what is in none of the groups.
 
         Raises:
-            ValueError: the scores or the groups are not of this pool, or nothing may be chosen.
+            ValueError: the scores or the groups are not of this pool, nothing may be chosen, or the file was changed.
         """
+        self.scores.check_unchanged()
         if self._values is None:
             self.scores.check_fit(pool.size, pool.fingerprint)
             if self.scores.pool is None:
@@ -89,7 +93,7 @@ class ScoreTable:
             if not self._count:
                 raise ValueError(f"no candidate in the groups {self.groups or 'of the pool'} has a score above -inf")
             if self.standardize:
-                values = values / (float(values[eligible].double().std(correction=0)) or 1.0)
+                values = values / (_deviation(values[eligible].double()) or 1.0)
             self._values = values
         return self._values
 
@@ -143,6 +147,13 @@ def restrict(context: RoundContext, eligible: Tensor | None, budget: int) -> Rou
     candidates = context.candidates[eligible[context.candidates]]
     _check_enough(context, budget, len(candidates))
     return replace(context, candidates=candidates)
+
+
+def _deviation(values: Tensor) -> float:
+    """Return the standard deviation of ``values (n,)`` float64, which may be as large as float64 goes."""
+    # near 1 the squares neither overflow nor vanish, and a power of two rounds nothing
+    scale = 2.0 ** (math.frexp(float(values.abs().max()))[1] - 1)
+    return float((values / scale).std(correction=0)) * scale
 
 
 def _check_enough(context: RoundContext, needed: int, found: int) -> None:
