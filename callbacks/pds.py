@@ -53,11 +53,12 @@ class PDS(DataSelection):
     backwards of training for each unrolled step, the reference set for each as well, and three forwards for each
     candidate and scored step, which is most of it.
 
-    **Where we differ.** The noise is drawn anew in every round, and from a seed. The released code unrolls plain SGD,
-    whatever the target is trained with; here the adjoint of momentum, Adam, AdamW, weight decay, clipping and schedules
-    is known too. The regressor keeps its best look by held-out rank correlation (the released tracker is never
-    updated, so the last epoch wins), and one that is no better than chance is not used. J is a mean over tokens;
-    ``reference_weighting="examples"`` gives the published mean over conversations.
+    **Where we differ.** The noise is drawn anew in every round, and from a seed. A run that is longer than the share
+    trains on it again. The released code unrolls plain SGD, whatever the target is trained with; here the adjoint of
+    momentum, Adam, AdamW, weight decay, clipping and schedules is known too. The regressor keeps its best look by
+    held-out rank correlation (the released tracker is never updated, so the last epoch wins), and one that is no better
+    than chance is not used. J is a mean over tokens; ``reference_weighting="examples"`` gives the published mean over
+    conversations.
 
     Gu, Dong, Wang, Hao, Dong, Wei and Huang, *Data Selection via Optimal Control for Language Models*, ICLR 2025,
     arXiv:2410.07064.
@@ -76,6 +77,7 @@ class PDS(DataSelection):
         random_share: with scores: share of each round that is drawn uniformly.
         standardize: whether scores or predictions are scaled to unit variance before the noise.
         column: with scores: the column of a Parquet file that holds them.
+        repeat: with scores: whether a share that was trained on is trained on again, rather than what is below it.
         probes: live: candidates measured in each round.
         estimator: live: measures influence.
         regressor: live: predicts influence; by default a BERT encoder.
@@ -99,6 +101,7 @@ class PDS(DataSelection):
         random_share: float = 0.0,
         standardize: bool = False,
         column: str = "score",
+        repeat: bool = True,
         probes: int = 4096,
         estimator: InfluenceEstimator | None = None,
         regressor: InfluenceRegressor | None = None,
@@ -134,7 +137,16 @@ class PDS(DataSelection):
                     "an estimator or a regressor is used with live=True only: with ready scores nothing is measured"
                 )
             selector = ScoredSelector(
-                scores, ratio, temperature, final_temperature, anneal_rounds, groups, random_share, standardize, column
+                scores,
+                ratio,
+                temperature,
+                final_temperature,
+                anneal_rounds,
+                groups,
+                random_share,
+                standardize,
+                column,
+                repeat,
             )
         super().__init__(
             selector=selector,

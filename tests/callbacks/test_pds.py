@@ -59,7 +59,7 @@ SOME = torch.where(torch.arange(POOL) < 20, torch.arange(POOL).float(), -torch.i
 @pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
 @pytest.mark.parametrize("settings", [{}, {"random_share": 0.25}, {"warmup_rounds": 1}], ids=str)
 def test_candidates_with_a_score_are_used_equally_often_and_others_never(tmp_path, settings):
-    selection = PDS(SOME, every_n_steps=4, dirpath=tmp_path / "s", **settings)
+    selection = PDS(SOME, every_n_steps=4, repeat=False, dirpath=tmp_path / "s", **settings)
     _, _, trained_on = fit(tmp_path, selection, max_steps=24)  # rounds of 8, of 20
     first = 8 if settings.get("warmup_rounds") else 0
     assert set(trained_on[first:]) == set(range(20))

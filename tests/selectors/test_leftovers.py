@@ -47,15 +47,15 @@ SELECTORS = {
     "regression": (regression, None),
     "the best by regression": (lambda: regression(temperature=0.0), None),
     "arms": (arms, None),
-    "scores": (lambda: ScoredSelector(SCORES), None),
-    "scores and a random share": (lambda: ScoredSelector(SCORES, random_share=0.5), None),
-    "some have scores": (lambda: ScoredSelector(SOME, random_share=0.25), KNOWN),
-    "a group": (lambda: ScoredSelector(SCORES, groups=["a"]), torch.arange(POOL) % 3 == 0),
-    "a prior": (lambda: PriorSelector(regression(), SCORES), None),
-    "a prior of arms": (lambda: PriorSelector(arms(), SCORES, ratio=0.4), None),
-    "a prior with a score for some": (lambda: PriorSelector(regression(), SOME), KNOWN),
+    "scores": (lambda: ScoredSelector(SCORES, repeat=False), None),
+    "scores and a random share": (lambda: ScoredSelector(SCORES, random_share=0.5, repeat=False), None),
+    "some have scores": (lambda: ScoredSelector(SOME, random_share=0.25, repeat=False), KNOWN),
+    "a group": (lambda: ScoredSelector(SCORES, groups=["a"], repeat=False), torch.arange(POOL) % 3 == 0),
+    "a prior": (lambda: PriorSelector(regression(), SCORES, repeat=False), None),
+    "a prior of arms": (lambda: PriorSelector(arms(), SCORES, ratio=0.4, repeat=False), None),
+    "a prior with a score for some": (lambda: PriorSelector(regression(), SOME, repeat=False), KNOWN),
     "a prior of scores": (
-        lambda: PriorSelector(ScoredSelector(SCORES, groups=["a", "b"]), SOME),
+        lambda: PriorSelector(ScoredSelector(SCORES, groups=["a", "b"], repeat=False), SOME, repeat=False),
         KNOWN & (torch.arange(POOL) % 3 < 2),
     ),
 }
@@ -82,7 +82,7 @@ def test_after_every_round_the_eligible_were_used_equally_often_or_once_more_and
 
 def test_the_first_round_after_a_warm_up_takes_what_the_warm_up_left_of_the_eligible():
     source = a_source()
-    run = SelectionRun(ScoredSelector(SOME), None, UniformSelector(), 3, source.pool)
+    run = SelectionRun(ScoredSelector(SOME, repeat=False), None, UniformSelector(), 3, source.pool)
     for index in range(6):
         run_round(run, fake_context(source, round_index=index, candidates=run.candidates(BUDGET)), BUDGET)
         uses = source.pool.uses[KNOWN]

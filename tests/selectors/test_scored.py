@@ -58,7 +58,7 @@ def test_a_budget_below_the_share_is_a_uniform_part_of_it():
 def test_without_noise_the_best_share_is_used_up_before_anything_else():
     context = context_of(20)
     scores = torch.arange(20.0)
-    selector = ScoredSelector(scores, ratio=0.4, temperature=0.0)
+    selector = ScoredSelector(scores, ratio=0.4, temperature=0.0, repeat=False)
     pool = context.source.pool
     drawn = []
     for index in range(3):

@@ -12,8 +12,10 @@ from liveselect.functional.sampling import Noise, uniform_subset
 from liveselect.pool import CandidatePool
 from liveselect.protocols import RoundContext, Selection, Selector
 from liveselect.selectors.leftovers import fill_up
-from liveselect.selectors.score_table import ScoreTable, restrict
+from liveselect.selectors.score_table import BetterPart, ScoreTable, restrict
 from liveselect.selectors.uniform import check_budget, training_order
+
+_REACH = 5.0  # so many temperatures below the threshold a candidate is drawn once in 150 times
 
 
 class ScoredSelector:
@@ -21,9 +23,10 @@ class ScoredSelector:
 
     In every round the share ``ratio`` of the pool is drawn with fresh noise, with weights ``exp(score / temperature)``
     and without replacement, and the round's budget is taken at random from what is left of it. Candidates that were
-    trained on do not come again before all that may be drawn were, so a run that consumes the share trains on it once,
-    as a pool that was filtered before training would be; what the noise decides near its edge is decided anew in each
-    round. A run that consumes more goes on with the next best, and says so.
+    trained on do not come again before the share was, so a run that consumes it trains on it once, as a pool that was
+    filtered before training would be; what the noise decides near its edge is decided anew in each round. A run that
+    consumes more trains on the same candidates again and again, and says so; with ``repeat=False`` it goes on with the
+    next best, down to the worst.
 
     Args:
         scores: a folder made by ``liveselect score``; a ``.npy`` or ``.parquet`` file with one number for each
@@ -37,6 +40,7 @@ class ScoredSelector:
         random_share: share of the budget that is drawn uniformly instead, 0..1, from the same groups.
         standardize: divide the scores by their standard deviation, for scores on scales of their own.
         column: name of the column of a Parquet file.
+        repeat: whether a share that was trained on is trained on again, rather than what is below it.
 
     The file is read when it is first needed.
 
@@ -55,6 +59,7 @@ class ScoredSelector:
         random_share: float = 0.0,
         standardize: bool = False,
         column: str = "score",
+        repeat: bool = True,
     ) -> None:
         self._table = ScoreTable(scores, column, groups, standardize)
         for value in (temperature, temperature if final_temperature is None else final_temperature):
@@ -71,6 +76,7 @@ class ScoredSelector:
         self.final_temperature = final_temperature
         self.anneal_rounds = anneal_rounds
         self.random_share = random_share
+        self.repeat = repeat
 
     def check_pool(self, pool: CandidatePool) -> None:
         """Read the scores, and see that they are of this pool.
@@ -82,8 +88,23 @@ class ScoredSelector:
         self._table.values(pool)
 
     def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
-        """Return which candidates may be drawn, ``(size,)`` bool: those of the groups with a score above -inf."""
-        return self._table.eligible(pool)
+        """Return which candidates may be drawn, ``(size,)`` bool: those of the groups with a score above -inf.
+
+        Once the share was trained on, only what was.
+        """
+        mine = self._table.eligible(pool)
+        used = self._used(pool, mine, budget)
+        return mine if used is None else used
+
+    def _used(self, pool: CandidatePool, eligible: Tensor | None, budget: int = 1) -> Tensor | None:
+        """Return the share that was trained on, ``(size,)`` bool; None as long as it was not all."""
+        if not self.repeat:
+            return None
+        if self.random_share:  # what was drawn uniformly belongs to it
+            taken = self.ratio / (1 - self.random_share + self.random_share * self.ratio)
+            return _used_up(pool, eligible, taken, budget)
+        noise = max(self.temperature, self.final_temperature or 0.0)
+        return _used_up(pool, eligible, self.ratio, budget, self._table.values(pool), noise)
 
     @property
     def uses_groups(self) -> bool:
@@ -115,7 +136,9 @@ class ScoredSelector:
         """Draw from candidates that may all be chosen and were used equally often."""
         temperature = self.temperature_in(context.round)
         by_score = budget - round(self.random_share * budget)
-        better = self._table.better_part(context, self.ratio, temperature, by_score)
+        pool = context.source.pool
+        again = _all_in(context, self._used(pool, self._table.eligible(pool)))
+        better = _all_of(context) if again else self._table.better_part(context, self.ratio, temperature, by_score)
         values = self._table.values(context.source.pool)
         drawn = better.ids[uniform_subset(len(better.ids), by_score, context.generator("select"))]
         scored = context.candidates
@@ -134,7 +157,7 @@ class ScoredSelector:
             scored,
             values[scored].float(),
             metrics,
-            _notes(self.ratio, better.beyond),
+            _notes(context, self.ratio, better.beyond, again),
             noise=lambda start, stop: _at(noise, scored[start:stop]),
             eligible=better.ids,
             reasons={"drawn uniformly": others, "the share that is drawn from is used up": better.from_below},
@@ -160,7 +183,8 @@ class PriorSelector:
     """Lets another selector choose from the better part of the pool, by scores that were made before training.
 
     A cheap quality score narrows the pool; a method that measures the live model, or arms, chooses from what is left.
-    Each round draws its part afresh, with noise, as :class:`ScoredSelector` does.
+    Each round draws its part afresh, with noise, as :class:`ScoredSelector` does, and a part that was trained on is
+    trained on again.
 
     Args:
         selector: sees only the candidates that the prior kept.
@@ -170,6 +194,7 @@ class PriorSelector:
         groups: names of the groups that may be chosen; all by default.
         standardize: divide the scores by their standard deviation.
         column: name of the column of a Parquet file.
+        repeat: as in :class:`ScoredSelector`.
     """
 
     def __init__(
@@ -181,12 +206,14 @@ class PriorSelector:
         groups: Sequence[str] | None = None,
         standardize: bool = False,
         column: str = "score",
+        repeat: bool = True,
     ) -> None:
         self._table = ScoreTable(scores, column, groups, standardize)
         self._table.check(ratio, temperature)
         self.selector = selector
         self.ratio = ratio
         self.temperature = temperature
+        self.repeat = repeat
 
     def check_pool(self, pool: CandidatePool) -> None:
         """See that the scores, and those of the selector if it has any, are of this pool; raise as they do."""
@@ -195,7 +222,20 @@ class PriorSelector:
             self.selector.check_pool(pool)
 
     def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
-        """Return which candidates may be chosen, ``(size,)`` bool: what prior and selector let through."""
+        """Return which candidates may be chosen, ``(size,)`` bool: what prior and selector let through.
+
+        Once the share of them was trained on, only what was.
+        """
+        both = self._let_through(pool, budget)
+        used = self._used(pool, both, budget)
+        return both if used is None else used
+
+    def _used(self, pool: CandidatePool, eligible: Tensor | None, budget: int) -> Tensor | None:
+        if not self.repeat:
+            return None
+        return _used_up(pool, eligible, self.ratio, budget, self._table.values(pool), self.temperature)
+
+    def _let_through(self, pool: CandidatePool, budget: int) -> Tensor | None:
         mine = self._table.eligible(pool)
         other = self.selector.eligible(pool, budget) if hasattr(self.selector, "eligible") else None
         return other if mine is None else mine if other is None else mine & other
@@ -239,10 +279,10 @@ class PriorSelector:
         return fill_up(context, budget, self._choose)
 
     def _choose(self, context: RoundContext, budget: int) -> Selection:
-        narrowed, beyond = self._narrowed(context, budget)
+        narrowed, beyond, again = self._narrowed(context, budget)
         selection = self.selector.select(narrowed, budget)
         metrics = {**selection.metrics, "prior/candidates": float(len(narrowed.candidates))}
-        return replace(selection, metrics=metrics, notes=selection.notes + _notes(self.ratio, beyond))
+        return replace(selection, metrics=metrics, notes=selection.notes + _notes(context, self.ratio, beyond, again))
 
     def state_dict(self) -> dict[str, Any]:
         """Return which scores are the prior, and the selector's state if it has one."""
@@ -266,9 +306,13 @@ class PriorSelector:
         if stateful:
             self.selector.load_state_dict(state["selector"])  # type: ignore[attr-defined]
 
-    def _narrowed(self, context: RoundContext, at_least: int) -> tuple[RoundContext, int]:
+    def _narrowed(self, context: RoundContext, at_least: int) -> tuple[RoundContext, int, bool]:
+        """Return the context of the kept candidates, how many of them are from below, and whether all come again."""
+        pool = context.source.pool
+        if _all_in(context, self._used(pool, self._let_through(pool, at_least), at_least)):
+            return context, 0, True
         better = self._table.better_part(context, self.ratio, self.temperature, at_least)
-        return replace(context, candidates=better.ids), better.beyond
+        return replace(context, candidates=better.ids), better.beyond, False
 
 
 def _at(noise: Noise, ids: Tensor) -> Tensor:
@@ -279,7 +323,39 @@ def _at(noise: Noise, ids: Tensor) -> Tensor:
     return noise(first, int(ids[-1]) + 1)[ids - first]
 
 
-def _notes(ratio: float, beyond: int) -> tuple[str, ...]:
+def _used_up(
+    pool: CandidatePool,
+    eligible: Tensor | None,
+    share: float,
+    budget: int,
+    values: Tensor | None = None,
+    temperature: float = 0.0,
+) -> Tensor | None:
+    """Return which of the ``eligible (size,)`` were trained on, ``(size,)`` bool, if these are the share; else None.
+
+    With ``values (size,)`` only those count that a draw at this temperature takes, which warm-up rounds do not look at.
+    """
+    used = pool.uses > 0 if eligible is None else (pool.uses > 0) & eligible
+    count = max(budget, round(share * (pool.size if eligible is None else int(eligible.sum()))))
+    if int(used.sum()) < count:
+        return None
+    if values is not None:
+        among = values if eligible is None else values[eligible]
+        used &= values >= float(among.topk(count).values[-1]) - _REACH * temperature
+    return used if int(used.sum()) >= count else None
+
+
+def _all_in(context: RoundContext, used: Tensor | None) -> bool:
+    return used is not None and bool(used[context.candidates].all())
+
+
+def _all_of(context: RoundContext) -> BetterPart:
+    return BetterPart(context.candidates, 0, context.candidates[:0])
+
+
+def _notes(context: RoundContext, ratio: float, beyond: int, again: bool) -> tuple[str, ...]:
+    if again and int(context.source.pool.uses.max()) == 1:  # said once
+        return (f"the best {ratio:.0%} of the pool were trained on: from now on they are trained on again",)
     if not beyond:
         return ()
     return (f"too few of the best {ratio:.0%} of the pool are left: {beyond} candidates come from below",)
