@@ -365,10 +365,12 @@ class DataSelection(Callback):
         ledger = self.run.ledger
         if not trainer.is_global_zero:
             return
+        before = sum(ledger.before_seconds.values())
         log.info(
-            "selection: %d rounds, %.1f s of selection beside %.1f s of training (%.1f%%)",
+            "selection: %d rounds, %.1f s of selection%s beside %.1f s of training (%.1f%%)",
             len(ledger.rounds),
             ledger.selection_seconds,
+            f" ({before:.1f} s of it before this run, on what it draws from)" if before else "",
             ledger.training_seconds,
             100 * ledger.selection_share,
         )

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from torch import Tensor
 
 from liveselect import distributed
@@ -38,7 +39,8 @@ its model section is the proxy, its data section the pool and the reference set.
 A command that was stopped goes on when it is repeated. Start it with torchrun to share the work out over processes.
 
   liveselect score --config run.yaml --ckpt_path proxy.ckpt --out scores/pds
-  liveselect score --config run.yaml --regressor liveselect.regressors.HashedRidgeRegressor --out scores/cheap
+  liveselect score --config run.yaml --ckpt_path proxy.ckpt --out scores/cheap \\
+      --regressor liveselect.regressors.HashedRidgeRegressor
   torchrun --nproc-per-node 8 --no-python liveselect score --config run.yaml --ckpt_path proxy.ckpt --out scores/pds
 
 Or take numbers that came with the documents (an educational value, a perplexity), averaged over the tokens of each
@@ -60,9 +62,13 @@ PUBLISHED: dict[str, Any] = {
 }
 
 
+class _Layout(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Help with the description's own line breaks."""
+
+
 def parser() -> ArgumentParser:
     """Return the parser of the command."""
-    result = ArgumentParser(prog="liveselect score", description=DESCRIPTION)
+    result = ArgumentParser(prog="liveselect score", description=DESCRIPTION, formatter_class=_Layout)
     add = result.add_argument
     add("--config", action="config", help="a file of `liveselect fit`; several are laid over one another")
     result.add_subclass_arguments(pl.LightningModule, "model", required=False, help="the proxy")
@@ -162,6 +168,8 @@ def _from_proxy(command: ArgumentParser, config: Namespace) -> Scores:
     device = _device(config.device)
     made = instantiated(command, config)
     checkpoint = load_proxy(made.model, config.ckpt_path)
+    if config.ckpt_path is None and distributed.rank() == 0:
+        log.warning("no --ckpt_path: the proxy is as its configuration builds it, untrained unless that loads weights")
     model = made.model.to(device)
     estimator = made.estimator or PMPInfluence(**PUBLISHED)
     made.data.setup("fit")

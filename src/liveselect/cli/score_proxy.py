@@ -35,6 +35,8 @@ def load_proxy(model: pl.LightningModule, path: Path | None) -> dict[str, Any]:
     model.configure_model()
     if path is None:
         return {}
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a checkpoint of the proxy at {path}, found no file there (--ckpt_path)")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
