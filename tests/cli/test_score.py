@@ -523,7 +523,7 @@ def test_checkpoints_and_devices_that_do_not_fit_are_told_in_a_sentence(run_file
         "other": "does not fit the model section",
         "objects": "only state_dict, optimizer_states and global_step are needed",
         "short": "cannot be read",
-        "absent": "No such file",
+        "absent": "expected a checkpoint of the proxy at",
     }.items():
         assert cli.main(arguments_for(path, tmp_path / "s", ckpt_path=tmp_path / f"{name}.ckpt")) == 1
         error = capsys.readouterr().err
