@@ -212,7 +212,12 @@ def test_files_that_no_job_made_stay_where_they_are(tmp_path):
     taken.write_text("mine")
     with pytest.raises(FileExistsError, match="files that no scoring job made"):
         small_job(tmp_path / "taken").run()
-    assert [file.read_text() for file in (*mine, taken)] == ["mine"] * 3
+    numbers = tmp_path / "elsewhere" / "scores.npy"
+    numbers.parent.mkdir()
+    numbers.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"scores.npy is there without scores.json"):
+        small_job(tmp_path / "elsewhere", estimator=Unsolvable()).run()
+    assert [file.read_text() for file in (*mine, taken, numbers)] == ["mine"] * 4
 
 
 def test_what_a_job_that_was_killed_at_its_very_end_left_goes_away(tmp_path, monkeypatch):

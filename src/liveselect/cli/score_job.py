@@ -27,7 +27,7 @@ from liveselect.functional.sampling import uniform_subset
 from liveselect.influence import PMPInfluence
 from liveselect.protocols import InfluenceEstimator, InfluenceRegressor, RoundContext
 from liveselect.rehearsal import SOME
-from liveselect.scores import MANIFEST, Scores, read_scores, write_scores
+from liveselect.scores import MANIFEST, VALUES, Scores, read_scores, write_scores
 from liveselect.selectors.trial import check_predictions, try_regressor
 from liveselect.snapshot import checksum, measuring
 
@@ -70,7 +70,7 @@ class ScoreJob:
         """Do what is not done yet, and return the scores.
 
         Raises:
-            FileExistsError: the folder holds finished scores of another job.
+            FileExistsError: the folder holds finished scores of another job, or files of somebody else.
             ValueError: the folder holds the unfinished work of another job, or is in use, or too little could be
                 measured.
         """
@@ -90,6 +90,11 @@ class ScoreJob:
             self.report(f"{self.folder} was scored in the same way before: nothing to do")
             self._clean_up()  # a job that was killed at its very end had not
             return scores
+        if _agreed((self.folder / VALUES).exists() and not (self.work / JOB).exists()):
+            raise FileExistsError(
+                f"{self.folder / VALUES} is there without {MANIFEST}, so it is not of a scoring job: choose another "
+                "folder, or move it"
+            )
         with alone_in(self.work, JOB):
             self._tried()
             self._open()
