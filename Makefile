@@ -19,7 +19,7 @@ test-slow: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	./tools/typecheck $(BIN)/python
+	$(BIN)/mypy
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "python 3.11 or newer is needed; call make PYTHON=/path/to/python3"; exit 1; }
