@@ -86,13 +86,6 @@ def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None], whol
     return LayerPlan(observers, parameters, {n: tuple(h) for n, h in holders.items()}, frozenset(opaque), model)
 
 
-def uncovered_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the trainable parameters for which :func:`example_dot` has no rule."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    owners = _owners(model, parameters)
-    return sorted({name for _, module, own in owners if rule_for(module) is None for name in own.values()})
-
-
 def central_difference_dot(
     model: nn.Module,
     loss_fn: LossFn,
