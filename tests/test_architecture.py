@@ -57,7 +57,18 @@ ALLOWED = {
     },
     "datamodules": {"protocols", "pool", "plan", "seeding", "distributed", "functional"},
 }
-ONLY_MATH = {"torch", "numpy", "math", "collections", "typing", "dataclasses", "functools", "inspect", "contextlib"}
+ONLY_MATH = {
+    "torch",
+    "torchmetrics",
+    "numpy",
+    "math",
+    "collections",
+    "typing",
+    "dataclasses",
+    "functools",
+    "inspect",
+    "contextlib",
+}
 
 
 def room_of(path: Path) -> str:

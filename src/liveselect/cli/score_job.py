@@ -26,13 +26,13 @@ from liveselect.cost import CostMeter, SilentProgress, added
 from liveselect.functional.sampling import uniform_subset
 from liveselect.influence import PMPInfluence
 from liveselect.protocols import InfluenceEstimator, InfluenceRegressor, RoundContext
+from liveselect.regressors.targets import MIN_MEASUREMENTS
 from liveselect.rehearsal import SOME
 from liveselect.scores import MANIFEST, VALUES, Scores, read_scores, write_scores
 from liveselect.selectors.trial import check_predictions, try_regressor
 from liveselect.snapshot import checksum, measuring
 
 WORK, JOB, REGRESSOR = ".liveselect-work", "job.json", "regressor.pt"
-FEWEST_MEASURED = 8
 Found = TypeVar("Found")
 
 DEARER = 64  # measuring a candidate costs more than predicting it: its shards are smaller by this factor
@@ -75,9 +75,9 @@ class ScoreJob:
                 measured.
         """
         probes = min(self.probes, self.context.source.pool.size)
-        if probes < FEWEST_MEASURED or self.shard_size < 1:
+        if probes < MIN_MEASUREMENTS or self.shard_size < 1:
             raise ValueError(
-                f"expected at least {FEWEST_MEASURED} probes for the scorer to learn from and shards of at least one, "
+                f"expected at least {MIN_MEASUREMENTS} probes for the scorer to learn from and shards of at least one, "
                 f"got {probes} (of a pool of {self.context.source.pool.size}) and shard_size={self.shard_size}"
             )
         if _agreed((self.folder / MANIFEST).exists()):
@@ -186,10 +186,10 @@ class ScoreJob:
         _wait_for_all()
         influence = torch.from_numpy(np.concatenate([_read_array(self._file("measured", shard)) for shard in shards]))
         finite = influence.isfinite()
-        if int(finite.sum()) < FEWEST_MEASURED:
+        if int(finite.sum()) < MIN_MEASUREMENTS:
             raise ValueError(
                 f"{int(finite.sum())} of {len(ids)} measured candidates have a finite influence, the scorer needs "
-                f"{FEWEST_MEASURED}: measure more (--probes), or look at the model's losses"
+                f"{MIN_MEASUREMENTS}: measure more (--probes), or look at the model's losses"
             )
         self.report(f"measured: {int(finite.sum())} of {len(ids)} candidates, std {float(influence[finite].std()):.4g}")
         return ids[finite], influence[finite].float()

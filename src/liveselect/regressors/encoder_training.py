@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from liveselect.distributed import gather_shards, shard, sum_over_ranks
+from liveselect.functional.correlation import spearman
 from liveselect.functional.flops import forward_flops
 from liveselect.protocols import RoundContext
 from liveselect.regressors.chunks import chunk, length_groups
 from liveselect.regressors.encoder_model import InfluenceNetwork
-from liveselect.regressors.targets import rank_correlation
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -111,8 +111,8 @@ def train(runner: Runner, schedule: Schedule, examples: Examples, held_out: Exam
                 optimizer.zero_grad()
                 step += 1
                 advance(1)
-                if step in looks and (spearman := _held_out_spearman(runner, held_out)) > best:
-                    best, best_step = spearman, step
+                if step in looks and (found := _held_out_spearman(runner, held_out)) > best:
+                    best, best_step = found, step
                     best_weights = {k: v.detach().to("cpu", copy=True) for k, v in network.state_dict().items()}
     if best_weights is None:
         return {"spearman": math.nan, "best_step": float(total)}
@@ -122,7 +122,7 @@ def train(runner: Runner, schedule: Schedule, examples: Examples, held_out: Exam
 
 def _held_out_spearman(runner: Runner, held_out: Examples) -> float:
     mine = runner.predict(held_out.texts[shard(len(held_out.texts))])
-    return rank_correlation(gather_shards(mine, len(held_out.texts)), held_out.targets)
+    return spearman(gather_shards(mine, len(held_out.texts)), held_out.targets)
 
 
 def _decayed_apart(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liveselect.functional.correlation import spearman
 from liveselect.functional.ngrams import hashed_ngrams
 from liveselect.functional.ridge import fit_ridge
 from liveselect.protocols import Batch, RoundContext
-from liveselect.regressors.targets import distinct_targets, rank_correlation, standardized
+from liveselect.regressors.targets import distinct_targets, standardized
 
 _MOST_FOLDS = 10
 _SMALLEST_FOLD = 4
@@ -70,7 +71,7 @@ class HashedRidgeRegressor:
             rank = min(m, self.buckets)
             context.meter.add_flops(2.0 * m * rank * self.buckets + 9.0 * rank**3)  # Gram matrix, eigendecomposition
         self._weights, self._intercept = found.weights, found.intercept
-        within = [rank_correlation(found.held_out[folds == f], targets[folds == f]) for f in range(count)]
+        within = [spearman(found.held_out[folds == f], targets[folds == f]) for f in range(count)]
         defined = [value for value in within if value == value]
         return {
             "spearman": sum(defined) / len(defined) if defined else float("nan"),

@@ -1,11 +1,11 @@
-"""What regressors share: targets of unit variance, and how well their order was guessed."""
+"""What regressors share: distinct targets of unit variance."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-FEWEST_MEASURED = 8
+MIN_MEASUREMENTS = 8
 """Fewer measurements than this cannot be split into a part to learn from and a part to check on."""
 
 
@@ -30,9 +30,9 @@ def distinct_targets(ids: Tensor, influence: Tensor) -> Targets:
             f"expected finite influence, got {broken} of {len(ids)} that are not: leave them out of the fit"
         )
     unique, place, repeats = torch.unique(ids.cpu(), return_inverse=True, return_counts=True)
-    if len(unique) < FEWEST_MEASURED:
+    if len(unique) < MIN_MEASUREMENTS:
         raise ValueError(
-            f"expected at least {FEWEST_MEASURED} distinct measured candidates to learn from, got {len(unique)}: "
+            f"expected at least {MIN_MEASUREMENTS} distinct measured candidates to learn from, got {len(unique)}: "
             "measure more (probes)"
         )
     sums = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, place, influence.double().cpu())
@@ -42,12 +42,3 @@ def distinct_targets(ids: Tensor, influence: Tensor) -> Targets:
 def standardized(values: Tensor, mean: float, std: float) -> Tensor:
     """Return ``(values - mean) / std``; zeros when nothing varies."""
     return (values - mean) / std if std > 0 else torch.zeros_like(values)
-
-
-def rank_correlation(predicted: Tensor, actual: Tensor) -> float:
-    """Return Spearman's correlation of two ``(m,)`` tensors; NaN below 3 values or when either is constant."""
-    if len(actual) < 3 or bool((predicted == predicted[0]).all()) or bool((actual == actual[0]).all()):
-        return float("nan")
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(predicted.numpy(), actual.numpy()).statistic)
