@@ -1,5 +1,6 @@
 import io
 import math
+import socket
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from tiny_encoder import TINY, save_pretrained, tiny_regressor
 
 from liveselect.functional.flops import matmul_parameters
 from liveselect.regressors import EncoderRegressor, encoder_training
-from liveselect.regressors.encoder_training import Runner
+from liveselect.regressors.encoder_model import InfluenceNetwork
+from liveselect.regressors.encoder_training import Examples, accumulate_gradients, held_out_spearman, predict
 
 torch.set_num_threads(1)
 
@@ -36,17 +38,13 @@ def test_the_reported_spearman_is_that_of_the_kept_weights_on_what_was_held_out(
     source, influence = learnable
     seen = []
     monkeypatch.setattr(
-        encoder_training, "_held_out_spearman", lambda runner, held: seen.append(held) or real(runner, held)
+        encoder_training, "held_out_spearman", lambda *looked: seen.append(looked) or held_out_spearman(*looked)
     )
     regressor, context = tiny_regressor(), fake_context(source)
     metrics = regressor.fit(context, torch.arange(160), influence)
     assert len(seen) == 8
     assert metrics["held_out"] == 32
-    runner = regressor._runner(context, regressor._network)
-    assert real(runner, seen[0]) == metrics["spearman"] > 0.3
-
-
-real = encoder_training._held_out_spearman
+    assert held_out_spearman(regressor._network, *seen[0][1:]) == metrics["spearman"] > 0.3
 
 
 @pytest.mark.parametrize(
@@ -63,11 +61,11 @@ def test_the_weights_of_the_best_look_are_restored(learnable, monkeypatch, looks
     source, influence = learnable
     weights = []
 
-    def scripted(runner, held):
-        weights.append({k: v.clone() for k, v in runner.network.state_dict().items()})
+    def scripted(network, *looked):
+        weights.append({k: v.clone() for k, v in network.state_dict().items()})
         return looks[len(weights) - 1]
 
-    monkeypatch.setattr(encoder_training, "_held_out_spearman", scripted)
+    monkeypatch.setattr(encoder_training, "held_out_spearman", scripted)
     regressor = tiny_regressor(epochs=4, evaluations=4)
     metrics = regressor.fit(fake_context(source), torch.arange(64), influence[:64])
     kept = regressor.state_dict()["weights"]
@@ -132,14 +130,14 @@ def test_dropout_is_on_while_fitting_and_off_while_predicting(learnable):
 
 def test_training_goes_on_in_training_mode_after_a_look(learnable, monkeypatch):
     source, influence = learnable
-    modes, forward = [], Runner._forward
+    modes, parts = [], InfluenceNetwork.parts
     monkeypatch.setattr(
-        Runner,
-        "_forward",
-        lambda self, texts, passes: modes.append((passes, self.network.training)) or forward(self, texts, passes),
+        InfluenceNetwork,
+        "parts",
+        lambda self, *arguments: modes.append((self.training, torch.is_grad_enabled())) or parts(self, *arguments),
     )
     tiny_regressor(epochs=2, evaluations=2).fit(fake_context(source), torch.arange(64), influence[:64])
-    assert modes == 2 * [(3, True), (3, True), (1, False)]
+    assert modes == 2 * [(True, True), (True, True), (False, False)]
 
 
 def test_a_restored_regressor_needs_the_pretrained_weights_no_more(learnable, tmp_path):
@@ -231,11 +229,8 @@ def test_short_and_empty_texts_have_finite_values_and_gradients(attention):
     with torch.no_grad():
         expected = [by_hand(network, row[keep], 16) for row, keep in zip(tokens[1:], mask[1:], strict=True)]
     assert found[1:].tolist() == pytest.approx(expected, abs=1e-5)
-    runner = regressor._runner(context, network)
-    examples, _ = regressor._split(
-        context, [row[keep] for row, keep in zip(tokens, mask, strict=True)], torch.randn(24)
-    )
-    runner.accumulate_gradients(examples, torch.arange(len(examples.texts)))
+    examples = Examples([row[keep] for row, keep in zip(tokens, mask, strict=True)], torch.randn(24))
+    accumulate_gradients(network, examples, torch.arange(24), context.meter.add_flops)
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
 
 
@@ -251,14 +246,13 @@ def test_the_size_of_a_forward_changes_neither_predictions_nor_gradients(learnab
         if hasattr(module, "dropout_prob"):
             module.dropout_prob = 0.0
     texts = [row[: 1 + i % 24] for i, row in enumerate(source.tokens[:40])]
-    examples, _ = regressor._split(context, texts, influence[:40].double())
+    examples = Examples(texts, influence[:40])
     found, gradients = [], []
-    for tokens in (16, 100_000):
-        runner = Runner(context, network, longest=16, tokens=tokens, precision="float32")
+    for network.tokens in (16, 100_000):
         network.zero_grad()
-        runner.accumulate_gradients(examples, torch.arange(len(examples.texts)))
+        accumulate_gradients(network, examples, torch.arange(40), context.meter.add_flops)
         gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
-        found.append(runner.predict(texts))
+        found.append(predict(network, texts, context.meter.add_flops))
     assert torch.allclose(*found, atol=1e-5)
     assert torch.allclose(*gradients, atol=1e-6)
 
@@ -285,9 +279,23 @@ def test_a_named_encoder_begins_with_its_pretrained_weights_in_training_mode(tmp
     pretrained = AutoModel.from_pretrained(name).state_dict()
     weights = regressor.state_dict()["weights"]
     assert all(torch.equal(weights[f"encoder.{name}"], value) for name, value in pretrained.items())
-    from liveselect.regressors.encoder_model import build_network, encoder_config
+    fresh = tiny_regressor(encoder=name)._built({}, torch.device("cpu"), seed=0)
+    assert all(module.training for module in fresh.modules())
 
-    assert all(module.training for module in build_network(name, encoder_config(name), 0.1, pretrained=True).modules())
+
+def test_a_local_folder_is_used_without_asking_the_hub(tmp_path, learnable, monkeypatch):
+    hosts = []
+
+    def unreachable(host, *_, **__):
+        hosts.append(host)
+        raise socket.gaierror(f"no way to {host}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    source, influence = learnable
+    regressor = tiny_regressor(encoder=save_pretrained(tmp_path, 60), epochs=1)
+    regressor.check(fake_context(source, candidates=torch.arange(4)))
+    regressor.fit(fake_context(source), torch.arange(16), influence[:16])
+    assert not hosts
 
 
 def test_only_the_first_tokens_of_a_text_are_read():
@@ -353,7 +361,7 @@ def test_bfloat16_computes_under_autocast_and_keeps_float32_weights(learnable):
     found = predictions(regressor, fake_context(source))
     assert found.dtype == torch.float32
     assert {p.dtype for p in regressor._network.parameters()} == {torch.float32}
-    regressor.precision = "float32"
+    regressor._network.precision = "float32"
     exact = predictions(regressor, fake_context(source))
     assert not torch.equal(found, exact)
     assert torch.allclose(found, exact, atol=0.1)
