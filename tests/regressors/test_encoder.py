@@ -128,6 +128,22 @@ def test_dropout_is_on_while_fitting_and_off_while_predicting(learnable):
     assert not torch.allclose(*found, atol=1e-4)
 
 
+def test_the_learning_rate_falls_linearly_to_zero_and_only_matrices_decay(learnable, monkeypatch):
+    source, influence = learnable
+    rates, decays, step = [], {}, torch.optim.AdamW.step
+
+    def recorded(optimizer, *arguments):
+        rates.append({group["lr"] for group in optimizer.param_groups})
+        decays.update({p.dim(): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]})
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    regressor = tiny_regressor(epochs=2, learning_rate=0.4, weight_decay=0.25)
+    regressor.fit(fake_context(source), torch.arange(64), influence[:64])
+    assert [rate for (rate,) in rates] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert decays == {2: 0.25, 1: 0.0}
+
+
 def test_training_goes_on_in_training_mode_after_a_look(learnable, monkeypatch):
     source, influence = learnable
     modes, parts = [], InfluenceNetwork.parts
