@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from liveselect.report import pictures
-from liveselect.report.page import build_page, style
+from liveselect.report.page import build_page
 from liveselect.report.runs import Run, load_runs
 
 __all__ = ["Run", "build_page", "is_report", "load_runs", "write_pictures", "write_report"]
@@ -41,6 +41,7 @@ def write_pictures(paths: Iterable[Path], folder: Path, metric: str | None = Non
         FileNotFoundError: a path does not exist or holds no ledger.
         ValueError: a file is not a ledger, or no run evaluated ``metric``.
     """
-    with pictures.written_to(folder, style()) as files:
-        build_page(load_runs(paths), metric)
-    return files.written
+    runs = load_runs(paths)
+    with pictures.written_to(folder) as written:
+        build_page(runs, metric)
+    return written

@@ -12,11 +12,10 @@ import numpy.typing as npt
 import yaml
 
 from liveselect.ledger import RoundRecord
-from liveselect.report import elements, pictures, words
-from liveselect.report.choices import spread
-from liveselect.report.runs import Run
+from liveselect.report import pictures, words
+from liveselect.report.runs import Run, Section, spread
 
-MOST_MAPS, NAMED = 4, 3
+MAPS_DRAWN, NAMED = 4, 3
 DEFAULT_CLUSTERS = "clusters"
 
 
@@ -65,40 +64,22 @@ def flattened(points: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
 
 
-def where_it_looked(run: Run) -> str:
-    """Return the section with maps of some rounds; empty when the pool has no clusters that can be found."""
+def map_section(run: Run) -> Section | None:
+    """Return the section with maps of some rounds; None when the pool has no clusters that can be found."""
     found = find_map(run.config, run.folder)
-    rounds = [
-        record for record in run.ledger.rounds if any(name in (found.names if found else ()) for name in record.groups)
-    ]
-    if found is None or not rounds:
-        return ""
+    if found is None:
+        return None
+    rounds = [record for record in run.ledger.rounds if any(name in found.names for name in record.groups)]
     # what arms are worth is not known while data are drawn, and two kinds of colour would be compared
     rounds = [record for record in rounds if _rewards(record)] or rounds
     figures, what = [], ""
-    for record in spread(rounds, MOST_MAPS):
+    for record in spread(rounds, MAPS_DRAWN):
         title = f"Round {record.round}, step {words.number(record.step)}"
         values, what = _values(record, found.names)
         sizes = [record.groups.get(name, {}).get("chosen", 0) / max(1, record.chosen) for name in found.names]
         chart = pictures.scatter(found.places.tolist(), values, sizes, f"{title}: clusters of {run.name}")
-        figures.append(elements.figure(chart, title, _most(record)))
-    return (
-        f"<section><h2>Where {words.escaped(run.name)} looked</h2>"
-        + elements.paragraph(
-            "Each dot is a cluster of the pool; clusters that lie near each other hold similar text (the first two "
-            "principal components of the centroids). The larger a dot, the more of the plan came from it; its colour "
-            f"tells {what}.",
-            "note",
-        )
-        + elements.legend(
-            {
-                "above average": elements.AREA_KEY.format(colour="var(--series-0)", opacity=0.9),
-                "below average": elements.AREA_KEY.format(colour="var(--series-1)", opacity=0.9),
-            }
-        )
-        + elements.grid(figures, small=True)
-        + "</section>"
-    )
+        figures.append((chart, title, _most(record)))
+    return Section(f"Where {run.name} looked", "map", {"figures": figures, "what": what}) if figures else None
 
 
 def _most(record: RoundRecord) -> str:

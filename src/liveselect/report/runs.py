@@ -2,11 +2,11 @@
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from liveselect.ledger import Evaluation, Ledger, RoundRecord
 from liveselect.run_paths import record_folder
@@ -16,10 +16,25 @@ CONFIG_NAME = "config.yaml"
 DEFAULT_FOLDER = "selection"
 """Where DataSelection puts the ledger inside of the run's folder; says nothing about the run."""
 PREFERRED_METRIC = "val_loss"
-RANDOM = "UniformSelector"
 
 Axis = Literal["step", "seconds", "flops"]
 Point = tuple[float, float]
+T = TypeVar("T")
+
+
+class Section(NamedTuple):
+    """A part of the page: its title, the name of its template, and what that shows as ``about``."""
+
+    title: str
+    template: str
+    about: Mapping[str, Any]
+
+
+def spread(items: Sequence[T], limit: int) -> list[T]:
+    """Return at most ``limit`` of the items, evenly spread, the first and the last among them."""
+    if len(items) <= limit:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (limit - 1))] for index in range(limit)]
 
 
 @dataclass(frozen=True)
@@ -41,15 +56,19 @@ class Run:
     @property
     def method(self) -> str:
         """How it chose: the preset, or else the selector that its ledger names."""
-        about = self.ledger.about
-        names = [str(about[key]) for key in ("preset", "selector") if about.get(key)]
-        return "random" if self.is_random else next((name for name in names if name != "DataSelection"), self.name)
+        names = [str(self.ledger.about[key]) for key in ("preset", "selector") if self.ledger.about.get(key)]
+        name = next((name for name in names if name != "DataSelection"), self.name)
+        return "random" if name == "UniformSelector" else name
 
     @property
     def is_random(self) -> bool:
-        """Whether it chose at random in all rounds, which makes it a baseline."""
-        chose = self.ledger.about.get("selector") or {record.selector for record in self.ledger.rounds}
-        return chose in (RANDOM, {RANDOM})
+        """Whether no round compared scores or measured anything, which makes it a baseline.
+
+        A warm-up is drawn by another selector than the run's own, and a replay follows what another run chose.
+        """
+        about, rounds = self.ledger.about, self.ledger.rounds
+        own = all(record.selector == about.get("selector", record.selector) for record in rounds)
+        return bool(rounds) and own and about.get("preset") != "Replay" and all(map(_is_drawn, rounds))
 
     @property
     def knows_its_cost(self) -> bool:
@@ -156,6 +175,15 @@ def reaches(curve: Sequence[Point], level: float) -> float | None:
         if y1 <= level:
             return x0 + (x1 - x0) * (y0 - level) / (y0 - y1)
     return None
+
+
+def has_arms(record: RoundRecord) -> bool:
+    """Return whether the round compared groups by their rewards."""
+    return any("reward" in row for row in record.groups.values())
+
+
+def _is_drawn(record: RoundRecord) -> bool:
+    return record.histogram is None and not (record.measured or record.overheard or has_arms(record))
 
 
 def _cost(record: RoundRecord, axis: Axis) -> float:

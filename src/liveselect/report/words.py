@@ -1,20 +1,21 @@
-"""Numbers and foreign text as a person reads them."""
+"""Numbers, and text of unknown origin, as a person reads them; the templates of the page use these as filters."""
 
-import html
 import math
+
+from markupsafe import Markup
 
 _FLOP_UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP", "YFLOP")
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 _VISIBLE |= dict.fromkeys([*range(0x80, 0xA0), 0x202D, 0x202E], 0xFFFD)  # the last two turn text around
 
-
 MINUS = "\u2212"
 
 
-def escaped(text: object) -> str:
-    """Return any text safe to stand in HTML: markup is escaped, control characters become visible signs."""
-    clean = str(text).encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n").translate(_VISIBLE)
-    return html.escape(clean, quote=True)
+def visible(value: object) -> object:
+    """Return a value that a page shows: control characters of text become visible signs; markup stays as it is."""
+    if isinstance(value, Markup):
+        return value
+    return str(value).encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n").translate(_VISIBLE)
 
 
 def number(value: float | int | None, digits: int = 4) -> str:
@@ -26,6 +27,19 @@ def number(value: float | int | None, digits: int = 4) -> str:
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}".replace(",", "\u202f").replace("-", MINUS)
     return f"{value:.{digits}g}".replace("-", MINUS)
+
+
+def decimals(value: float, places: int = 2) -> str:
+    """Return a number with a fixed count of decimals, so that those of a column align."""
+    if not math.isfinite(value):
+        return number(value)
+    text = f"{value:.{places}f}"
+    return text.replace("-", MINUS) if float(text) else text.replace("-", "")
+
+
+def plural(count: int, noun: str) -> str:
+    """Return how many of something there are, such as "3 rounds"."""
+    return f"{number(count)} {noun}{'' if count == 1 else 's'}"
 
 
 def loss(value: float | None) -> str:
