@@ -85,7 +85,7 @@ def build_workspace(entity: str, project: str) -> Any:
         for index, (title, panels) in enumerate(SECTIONS.items())
     ]
     view = ws.Workspace(entity=entity, project=project, name=TITLE, sections=sections, auto_generate_panels=True)
-    view._internal_name = NAME
+    view._internal_name = NAME  # without a name of our own, each run would save another view
     return view
 
 
@@ -102,11 +102,19 @@ def save_workspace(entity: str, project: str, replace: bool = False) -> str:
         Exception: what W&B raises without a network, a key or the right to write.
     """
     view = build_workspace(entity, project)
-    found = _saved(entity, project)
-    if found is None or replace:
-        view._internal_id = "" if found is None else found
+    url = str(view.url)
+    try:
+        saved = type(view).from_url(url)
+    except ValueError as error:
+        if "not found in project" not in str(error):
+            raise
         view.save()
-    return str(view.url)
+        return url
+    if replace:
+        for part in ("name", "sections", "settings", "runset_settings"):
+            setattr(saved, part, getattr(view, part))
+        saved.save()
+    return url
 
 
 def save_in_background(entity: str, project: str) -> threading.Thread | None:
@@ -129,19 +137,6 @@ def save_in_background(entity: str, project: str) -> threading.Thread | None:
     thread = threading.Thread(target=save, name="liveselect-workspace", daemon=True)
     thread.start()
     return thread
-
-
-def _saved(entity: str, project: str) -> str | None:
-    """Return the id of the view that is saved in the project, None when there is none."""
-    from wandb_workspaces.workspaces import internal
-
-    try:
-        found = internal.View.from_name(entity, project, NAME)
-    except ValueError as error:
-        if "not found in project" in str(error):
-            return None
-        raise
-    return str(found.id)
 
 
 def _panel(panel: Panel) -> Any:
