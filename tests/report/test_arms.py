@@ -9,7 +9,7 @@ from report.ledgers import ledger_of
 
 from liveselect.ledger import Example
 from liveselect.report import Run, build_page, words
-from liveselect.report.arms import ARMS_LISTED, Arm, Bound, arms_of, arms_section, strip
+from liveselect.report.arms import ARMS_LISTED, arms_of, arms_section
 
 TITLE = "What the arms of"
 
@@ -119,35 +119,37 @@ def test_names_and_texts_of_arms_are_escaped():
     assert "&lt;u&gt;arm" in page
 
 
-def test_a_strip_is_as_strong_as_its_values_and_tells_their_sign_and_gaps():
-    cells = [(0, "series-0", 1.0), (2, "series-1", 0.25), (3, "line", 0.6)]
-    assert strip([4.0, 0.0, -1.0, math.nan], 4.0) == cells
-    assert strip([4.0, 0.0, -1.0, math.nan], 4.0, stretched=True) == [cells[0], (2, "series-1", 0.5), cells[2]]
-
-
-def test_cells_of_a_strip_stand_at_their_places_in_the_colours_of_the_page():
-    page = section_of(a_bandit())  # arm 1: rewards 0, 1/8, 1/4, 3/8; the largest of all is 1.375
-    row = re.search(r"<tr><td>arm 1<.*?</tr>", page).group()
-    shares, rewards = re.findall(r'<svg class="strip".*?</svg>', row)
-    cells = re.findall(r'<rect x="(\d+)".*?fill="(.*?)" opacity="(.*?)"', rewards)
-    assert cells == [(str(10 * index), "var(--series-0)", f"{math.sqrt(index / 8 / 1.375):.2f}") for index in (1, 2, 3)]
-    cells = re.findall(r'<rect x="(\d+)".*?fill="(.*?)" opacity="(.*?)"', shares)
-    assert cells == [(str(10 * index), "var(--series-0)", "0.50") for index in range(4)]
+def test_cells_are_as_strong_as_their_values_in_the_colour_of_their_sign_and_gaps_have_their_own():
+    run = a_bandit()
+    del run.ledger.rounds[0].groups["arm 2"]  # its reward is not known before the second round
+    page, largest = section_of(run), 1.375  # arm 2, in the last round
+    expected = {
+        "arm 0": [("series-1", 1.0)] * 4,
+        "arm 1": [("", 0.0), *(("series-0", index / 8) for index in (1, 2, 3))],
+        "arm 2": [("line", math.nan), *(("series-0", 1 + index / 8) for index in (1, 2, 3))],
+    }
+    for name, cells in expected.items():
+        row = re.search(rf"<tr><td>{name}<.*?</tr>", page).group()
+        shares, rewards = re.findall(r'<svg class="strip".*?</svg>', row)
+        shown = re.findall(r'<rect x="(\d+)".*?fill="var\(--(.*?)\)" opacity="(.*?)"', rewards)
+        assert shown == [
+            (str(10 * place), colour, f"{0.6 if math.isnan(size) else math.sqrt(size / largest):.2f}")
+            for place, (colour, size) in enumerate(cells)
+            if size != 0
+        ]
+    shown = re.findall(r'<rect x="(\d+)".*?fill="(.*?)" opacity="(.*?)"', shares)  # of arm 2: none, then 20 of 30
+    assert shown == [(str(10 * place), "var(--series-0)", "1.00") for place in (1, 2, 3)]
 
 
 def test_a_bound_is_drawn_to_scale_and_an_infinite_one_to_the_edge():
-    def ends(reward, bonus):
-        arm = arm_of(reward, bonus)
-        bound = Bound.of(arm, [arm, arm_of(-1.0, 4.0)])
-        return [bound.zero, bound.reward, bound.end]
+    run = a_bandit()
+    run.ledger.rounds[-1].groups["arm 2"]["bonus"] = math.inf
+    page = section_of(run)
 
-    assert ends(-1.0, 4.0) == [32.5, 5.0, 115.0]  # the axis goes from -1 to 3
-    assert ends(1.0, 0.0) == [32.5, 60.0, 60.0]
-    assert ends(1.0, math.inf) == [32.5, 60.0, 120.0]
-    row = re.search(r"<tr><td>arm 2<.*?</tr>", section_of(a_bandit())).group()
-    line = re.search(r'x1="([\d.]+)" y1="7" x2="([\d.]+)"', row)
-    assert line.groups() == (f"{5 + 110 * 2.375 / 4.875:.1f}", "115.0")  # reward 1.375, bonus 2.5, the lowest reward -1
+    def at(value):  # the axis goes from the lowest reward to the largest finite bound
+        return f"{5 + 110 * (value + 1) / (1.875 + 1):.1f}"
 
-
-def arm_of(reward: float, bonus: float) -> Arm:
-    return Arm("an arm", reward, bonus, pulls=1.0, shares=[1.0], rewards=[reward], share=1.0, left=1)
+    for name, reward, end in (("arm 0", -1.0, at(-0.5)), ("arm 1", 0.375, "115.0"), ("arm 2", 1.375, "120.0")):
+        row = re.search(rf"<tr><td>{name}<.*?</tr>", page).group()
+        assert re.search(r'x1="([\d.]+)" y1="7" x2="([\d.]+)"', row).groups() == (at(reward), end)
+        assert re.search(r'x1="([\d.]+)" y1="0"', row).group(1) == at(0)

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from liveselect.ledger import RoundRecord
-from liveselect.report.runs import Run, Section, has_arms, spread
+from liveselect.report.runs import Run, Section, has_arms, share_of, spread
 
 ARMS_LISTED = 40
 ROUNDS_DRAWN = 48
@@ -51,12 +50,14 @@ def arms_section(run: Run) -> Section | None:
     texts = {example.group: example for record in rounds for example in record.examples}
     known = [arm for arm in arms if arm.name in texts]
     best, worst = known[:TEXTS_SHOWN], known[max(TEXTS_SHOWN, len(known) - TEXTS_SHOWN) :][::-1]
+    finite = [reward for arm in listed for reward in arm.rewards if math.isfinite(reward)]
     about = {
         "run": run,
-        "arms": [(arm, Bound.of(arm, listed)) for arm in listed],
+        "arms": listed,
+        "low": min(0.0, *(arm.reward for arm in listed)),
+        "high": max(0.0, *(arm.reward + (arm.bonus if math.isfinite(arm.bonus) else 0.0) for arm in listed)),
         "largest_share": max(max(arm.shares) for arm in listed) or 1.0,
-        "largest_reward": max((abs(r) for arm in listed for r in arm.rewards if math.isfinite(r)), default=0.0) or 1.0,
-        "strip": strip,
+        "largest_reward": max(map(abs, finite), default=0.0) or 1.0,
         "first": rounds[0].round,
         "last": rounds[-1].round,
         "all_drawn": len(drawn) == len(rounds),
@@ -80,7 +81,7 @@ def arms_of(rounds: Sequence[RoundRecord], drawn: Sequence[RoundRecord]) -> list
             reward=row["reward"],
             bonus=row.get("bonus", math.nan),
             pulls=row.get("pulls", math.nan),
-            shares=[record.groups.get(name, {}).get("chosen", 0) / max(1, record.chosen) for record in drawn],
+            shares=[share_of(record, name) for record in drawn],
             rewards=_carried([record.groups.get(name, {}).get("reward", math.nan) for record in drawn]),
             share=sum(record.groups.get(name, {}).get("chosen", 0) for record in rounds) / total,
             left=rounds[-1].groups.get(name, {}).get("available"),
@@ -97,50 +98,3 @@ def _carried(values: Sequence[float]) -> list[float]:
         known = known if math.isnan(value) else value
         carried.append(known)
     return carried
-
-
-@dataclass(frozen=True)
-class Bound:
-    """Where a dot stands for a reward, where the line to its bound ends, and where zero is, on one axis for all arms.
-
-    Attributes:
-        zero: in units of the picture, which is ``WIDTH`` wide.
-        reward: likewise.
-        end: likewise; the edge of the picture where the bound is infinite.
-    """
-
-    WIDTH: ClassVar[float] = 120.0
-    ROOM: ClassVar[float] = 5.0
-
-    zero: float
-    reward: float
-    end: float
-
-    @classmethod
-    def of(cls, arm: Arm, arms: Sequence[Arm]) -> "Bound":
-        """Return the bound of one of the ``arms``, to a scale that has room for all of them."""
-        low = min(0.0, *(each.reward for each in arms))
-        high = max(0.0, *(each.reward + (each.bonus if math.isfinite(each.bonus) else 0.0) for each in arms))
-
-        def at(value: float) -> float:
-            return cls.ROOM + (cls.WIDTH - 2 * cls.ROOM) * (value - low) / ((high - low) or 1.0)
-
-        return cls(at(0.0), at(arm.reward), at(arm.reward + arm.bonus) if math.isfinite(arm.bonus) else cls.WIDTH)
-
-
-def strip(values: Sequence[float], largest: float, stretched: bool = False) -> list[tuple[int, str, float]]:
-    """Return a row of cells, each a place, a colour and an opacity: as strong as its value is far from 0.
-
-    Args:
-        values: what is shown; 0 is no cell, and NaN has a colour of its own.
-        largest: the size that is shown in full.
-        stretched: show the square root of each size: beside one large value the others stay visible.
-    """
-    cells = []
-    for place, value in enumerate(values):
-        share = min(1.0, abs(value) / largest)
-        if math.isnan(value):
-            cells.append((place, "line", 0.6))
-        elif share:
-            cells.append((place, f"series-{0 if value > 0 else 1}", math.sqrt(share) if stretched else share))
-    return cells

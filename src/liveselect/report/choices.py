@@ -5,7 +5,7 @@ from typing import Any
 
 from liveselect.ledger import RoundRecord
 from liveselect.report import pictures, words
-from liveselect.report.runs import Run, Section, has_arms, spread
+from liveselect.report.runs import Run, Section, has_arms, share_of, spread
 
 ROUNDS_PICTURED = 12
 ROUNDS_LISTED = 200
@@ -84,8 +84,8 @@ def _sources(rounds: Sequence[RoundRecord]) -> dict[str, Any] | None:
     names = list(dict.fromkeys(name for record in rounds for name in record.groups))
     if len(names) < 2:
         return None
-    chosen = {name: [_share(record, name, "chosen") for record in rounds] for name in names}
-    available = {name: [_share(record, name, "available") for record in rounds] for name in names}
+    chosen = {name: [share_of(record, name, "chosen") for record in rounds] for name in names}
+    available = {name: [share_of(record, name, "available") for record in rounds] for name in names}
     names.sort(key=lambda name: -max(chosen[name] + available[name]))
     top = max(max(chosen[name] + available[name]) for name in names)
     places = spread(range(len(rounds)), POINTS)
@@ -108,9 +108,3 @@ def _sources(rounds: Sequence[RoundRecord]) -> dict[str, Any] | None:
         "known_keys": list(dict.fromkeys(key for row in known.values() for key in row if key not in COUNTED)),
         "known": [(name, known[name]) for name in listed if name in known],
     }
-
-
-def _share(record: RoundRecord, name: str, kind: str) -> float:
-    # of very many groups a record holds only those that the round touched, so their sum is no total
-    total = record.chosen if kind == "chosen" else record.candidates
-    return record.groups.get(name, {}).get(kind, 0) / total if total else 0.0

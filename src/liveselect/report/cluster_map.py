@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ import yaml
 
 from liveselect.ledger import RoundRecord
 from liveselect.report import pictures, words
-from liveselect.report.runs import Run, Section, spread
+from liveselect.report.runs import Run, Section, share_of, spread
 
 MAPS_DRAWN, NAMED = 4, 3
 DEFAULT_CLUSTERS = "clusters"
@@ -76,7 +75,7 @@ def map_section(run: Run) -> Section | None:
     for record in spread(rounds, MAPS_DRAWN):
         title = f"Round {record.round}, step {words.number(record.step)}"
         values, what = _values(record, found.names)
-        sizes = [record.groups.get(name, {}).get("chosen", 0) / max(1, record.chosen) for name in found.names]
+        sizes = [share_of(record, name) for name in found.names]
         chart = pictures.scatter(found.places.tolist(), values, sizes, f"{title}: clusters of {run.name}")
         figures.append((chart, title, _most(record)))
     return Section(f"Where {run.name} looked", "map", {"figures": figures, "what": what}) if figures else None
@@ -102,12 +101,11 @@ def _values(record: RoundRecord, names: Sequence[str]) -> tuple[list[float], str
         known = {name: value - middle for name, value in rewards.items()}
         what = "the mean reward of the cluster, against the average of all"
     else:
-        known = {name: _lift(row, record) for name, row in record.groups.items() if row.get("available")}
+        known = {name: _lift(record, name) for name, row in record.groups.items() if row.get("available")}
         what = "how much more of it was chosen than it is of the pool"
     largest = max((abs(value) for value in known.values()), default=0.0) or 1.0
     return [known.get(name, math.nan) / largest for name in names], what
 
 
-def _lift(row: dict[str, Any], record: RoundRecord) -> float:
-    chosen, available = row["chosen"] / max(1, record.chosen), row["available"] / max(1, record.candidates)
-    return math.log2((chosen + 1e-4) / (available + 1e-4))
+def _lift(record: RoundRecord, name: str) -> float:
+    return math.log2((share_of(record, name) + 1e-4) / (share_of(record, name, "available") + 1e-4))

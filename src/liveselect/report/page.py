@@ -1,6 +1,7 @@
 """The report: one page that shows what a run's data selection brought and what it cost."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -66,6 +67,7 @@ def build_page(runs: Sequence[Run], metric: str | None = None) -> str:
     templates.filters |= {each.__name__: each for each in (*filters, spread)}
     shown = [section for section in sections if section is not None]
     used = [section.template for section in shown]
+    templates.tests["finite"] = math.isfinite
     return templates.get_template("page.html").render(
         title=" and ".join(run.name for run in runs),
         summary=summary_of(runs, metric),

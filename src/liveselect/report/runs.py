@@ -182,6 +182,13 @@ def has_arms(record: RoundRecord) -> bool:
     return any("reward" in row for row in record.groups.values())
 
 
+def share_of(record: RoundRecord, name: str, kind: str = "chosen") -> float:
+    """Return a group's share of what the round chose, or of the candidates that were ``available``."""
+    # of very many groups a record holds only those that the round touched, so their sum is no total
+    total = record.chosen if kind == "chosen" else record.candidates
+    return record.groups.get(name, {}).get(kind, 0) / max(1, total)
+
+
 def _is_drawn(record: RoundRecord) -> bool:
     return record.histogram is None and not (record.measured or record.overheard or has_arms(record))
 

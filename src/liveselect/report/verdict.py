@@ -84,30 +84,23 @@ def caveats(runs: Sequence[Run], metric: str | None) -> list[str]:
     if len(runs) > 1 and len({run.method for run in runs}) == len(runs):
         said.append("There is one seed of each: how much of a difference is chance is not known.")
     baseline = baseline_of(runs)
-    said += [_slower(baseline, run) for run in runs if baseline is not None and not _same_speed(baseline, run)]
+    said += [text for run in runs if baseline is not None and (text := _speed_difference(baseline, run))]
     if metric is not None and any(_ends_above_its_best(run, metric) for run in runs):
         said.append("At least one run ends above its own best loss: its last value is not its best.")
     return said
 
 
-def _same_speed(baseline: Run, other: Run) -> bool:
-    """Return whether training, selection aside, took about the same time for the same FLOPs, as far as it is known."""
-    paces = [_pace(run) for run in (baseline, other)]
-    return not all(paces) or max(paces) <= ALIKE * min(paces)
-
-
-def _pace(run: Run) -> float:
-    """Return the seconds of training for one FLOP of it, 0 where they were not recorded."""
-    ledger = run.ledger
-    return ledger.training_seconds / ledger.training_flops if ledger.training_flops > 0 else 0.0
-
-
-def _slower(baseline: Run, other: Run) -> str:
-    slow, fast = sorted((baseline, other), key=_pace, reverse=True)
+def _speed_difference(*runs: Run) -> str:
+    """Say how much longer the same training, selection aside, took in one of two runs; nothing if about the same."""
+    if not all(run.ledger.training_flops > 0 and run.ledger.training_seconds > 0 for run in runs):
+        return ""
+    paces = sorted((run.ledger.training_seconds / run.ledger.training_flops, run.name) for run in runs)
+    (least, fast), (most, slow) = paces
+    if most <= ALIKE * least:
+        return ""
     return (
-        f"The same training, selection aside, took {_pace(slow) / _pace(fast):.1f} times as long in {slow.name} as in "
-        f"{fast.name}: the machine was slower or busier then, so their times cannot be compared. Compare at equal "
-        "FLOPs."
+        f"The same training, selection aside, took {most / least:.1f} times as long in {slow} as in {fast}: the "
+        "machine was slower or busier then, so their times cannot be compared. Compare at equal FLOPs."
     )
 
 
@@ -128,36 +121,32 @@ def _against(baseline: Run, other: Run, metric: str) -> str:
     by_step = compare(baseline, other, metric, "step")
     if by_step is None:
         return f"{other.name} and {baseline.name} were not evaluated over the same steps."
-    parts = [f"After {words.number(by_step.at)} steps, {other.name} {_outcome(by_step, baseline.name, metric)}"]
+    values = _values(by_step)
+    said = f"After {words.number(by_step.at)} steps, {other.name} "
+    if by_step.outcome == "equal":
+        said += f"and {baseline.name} have the same {metric}: {values}"
+    else:
+        said += f"has a {by_step.outcome} {metric} than {baseline.name}: {values}"
+    cost = f"; selection took {words.percent(other.ledger.selection_share)} of its time"
     by_time = compare(baseline, other, metric, "seconds")
-    cost = f"selection took {words.percent(other.ledger.selection_share)} of its time"
-    first, end = (run.curve(metric, "seconds") for run in (other, baseline))
-    if by_time is None and first and end and first[0][0] > end[-1][0] > 0:
-        parts.append(
-            f"{cost}, and {baseline.name} had ended ({words.duration(end[-1][0])}) before it was evaluated first "
-            f"({words.duration(first[0][0])})"
-        )
     if by_time is not None:
-        same = _same_direction(by_step, by_time)
-        joint = "and" if same else "but"
-        parts.append(f"{cost}, {joint} at equal total time ({words.duration(by_time.at)}) it {_short(by_time)}")
-    return "; ".join(parts) + "."
+        joint = "and" if by_step.outcome == by_time.outcome else "but"
+        outcome = "level" if by_time.outcome == "equal" else by_time.outcome
+        said += (
+            f"{cost}, {joint} at equal total time ({words.duration(by_time.at)}) it is {outcome}: {_values(by_time)}"
+        )
+    else:
+        first, end = (run.curve(metric, "seconds") for run in (other, baseline))
+        if first and end and first[0][0] > end[-1][0] > 0:
+            said += (
+                f"{cost}, and {baseline.name} had ended ({words.duration(end[-1][0])}) before it was evaluated first "
+                f"({words.duration(first[0][0])})"
+            )
+    return said + "."
 
 
-def _outcome(found: Comparison, baseline: str, metric: str) -> str:
-    values = f"{words.loss(found.other)} against {words.loss(found.baseline)}"
-    if found.outcome == "equal":
-        return f"and {baseline} have the same {metric}: {values}"
-    return f"has a {found.outcome} {metric} than {baseline}: {values}"
-
-
-def _short(found: Comparison) -> str:
-    values = f"{words.loss(found.other)} against {words.loss(found.baseline)}"
-    return f"is level: {values}" if found.outcome == "equal" else f"is {found.outcome}: {values}"
-
-
-def _same_direction(first: Comparison, second: Comparison) -> bool:
-    return first.outcome == second.outcome
+def _values(found: Comparison) -> str:
+    return f"{words.loss(found.other)} against {words.loss(found.baseline)}"
 
 
 def _ends_above_its_best(run: Run, metric: str) -> bool:
