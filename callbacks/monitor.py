@@ -41,11 +41,11 @@ class SelectionMonitor(Callback):
     logger that fails costs one warning, and after three failures in a row it is left alone.
 
     Args:
-        examples: rows of a table of texts: so many chosen and so many rejected candidates of a round.
+        examples: limit on the rows of a table of texts, for the chosen and for the rejected candidates of a round each.
         characters: of each text.
         groups: sources or arms that have curves of their own; the others are added up.
-        rich_rounds: so many rounds of a run, evenly spread, get tables, charts and artifacts beside the scalars and
-            histograms of all.
+        rich_rounds: number of rounds of a run, evenly spread, that get tables, charts and artifacts beside the scalars
+            and histograms of all.
         watch: bounds of the alarms; by default those of :class:`~liveselect.watch.Watch`.
         workspace: whether to save a view of selection in the W&B project, once, when a run begins online. It needs
             ``wandb-workspaces``; without it nothing is saved.
@@ -239,7 +239,7 @@ class SelectionMonitor(Callback):
 
 
 def _progress_line(trainer: pl.Trainer, selection: DataSelection) -> str:
-    """Return a line that tells where the run stands, for terminals that show no bar."""
+    """Return a line that says where the run stands, for terminals that show no bar."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "loss" in name}
     losses = "".join(f", {name} {value:.4f}" for name, value in sorted(metrics.items(), reverse=True))
     round_index = -1 if selection.plan is None else selection.plan.round

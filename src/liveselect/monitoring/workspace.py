@@ -49,7 +49,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     ),
     "How fast preferences move": (
         Panel("Rank correlation of scores with the round before", ("drift/rank_correlation",), "round"),
-        Panel("Share of the plan that was in the plan before", ("drift/overlap",), "round"),
+        Panel("Share of the plan that was also in the previous plan", ("drift/overlap",), "round"),
         Panel("Distance of the mixture from the round before", ("drift/mixture",), "round"),
         Panel("Influence of canaries", ("canary/*",)),
     ),

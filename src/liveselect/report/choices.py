@@ -18,9 +18,9 @@ TRUST = "regressor/spearman"
 COUNTED = {"available", "measured", "chosen"}
 
 DRIFT = {
-    "drift/rank_correlation": ("Scores", "rank correlation, 1 the same order, 0 none in common, −1 turned around"),
-    "drift/mixture": ("Mixture", "distance of the shares of the groups, 0 the same, 1 no group in common"),
-    "drift/overlap": ("Candidates", "share of the plan that was in the plan before too"),
+    "drift/rank_correlation": ("Scores", "rank correlation: 1 is the same order, 0 unrelated, −1 reversed"),
+    "drift/mixture": ("Mixture", "distance between the groups' shares: 0 is the same, 1 no group in common"),
+    "drift/overlap": ("Candidates", "share of the plan that was also in the previous plan"),
     TRUST: ("Regressor", "rank correlation of predicted and measured influence, held out"),
 }
 

@@ -94,7 +94,7 @@ def _rewards(record: RoundRecord) -> dict[str, float]:
 
 
 def _values(record: RoundRecord, names: Sequence[str]) -> tuple[list[float], str]:
-    """Return a number in -1..1 for each cluster, NaN where nothing is known, and what it tells."""
+    """Return a number in -1..1 for each cluster, NaN where nothing is known, and what it means."""
     rewards = _rewards(record)
     if rewards:
         middle = sum(rewards.values()) / len(rewards)

@@ -95,7 +95,7 @@ def _comparison(runs: Sequence[Run], baseline: Run | None, metric: str | None) -
         share = words.percent(run.ledger.selection_share) if run.knows_its_cost else "–"
         cost = [words.duration(run.total_seconds), share, words.flops(run.total_flops)]
         rows.append([run.name, run.method, *ends, *equal, *cost])
-    return {"columns": [*columns, "time", "of it selection", "FLOPs"], "rows": rows}
+    return {"columns": [*columns, "time", "selection's share", "FLOPs"], "rows": rows}
 
 
 def _at_equal(runs: Sequence[Run], run: Run, baseline: Run | None, metric: str | None, axis: Axis) -> str:
@@ -112,11 +112,11 @@ def _at_equal(runs: Sequence[Run], run: Run, baseline: Run | None, metric: str |
 
 
 def _saved(baseline: Run, run: Run, metric: str) -> str:
-    """Say how soon a run was as good as the baseline was at its end."""
+    """Say how soon a run reached the final loss of the baseline."""
     places = [
         f"{words.place(axis, there)} ({baseline.name}: {words.place(axis, end)})"
         for axis, end, there in verdict.savings(baseline, run, metric)
     ]
     if not places:
-        return f"{run.name} never was as good as {baseline.name} at its end."
-    return f"{run.name} was as good as {baseline.name} at its end after {', '.join(places)}."
+        return f"{run.name} never reached the final loss of {baseline.name}."
+    return f"{run.name} reached the final loss of {baseline.name} after {', '.join(places)}."

@@ -78,11 +78,11 @@ def caveats(runs: Sequence[Run], metric: str | None) -> list[str]:
     ]
     if len(runs) == 1:
         said.append(
-            "There is one run here. Train the same with random data (UniformSelector) and report both: without it, "
-            "nothing can be said about what selection brought."
+            "This report covers one run. Train the same with random data (UniformSelector) and report both: without "
+            "it, nothing can be said about what selection brought."
         )
     if len(runs) > 1 and len({run.method for run in runs}) == len(runs):
-        said.append("There is one seed of each: how much of a difference is chance is not known.")
+        said.append("There is one seed of each method, so how much of a difference is chance is not known.")
     baseline = baseline_of(runs)
     said += [text for run in runs if baseline is not None and (text := _speed_difference(baseline, run))]
     if metric is not None and any(_ends_above_its_best(run, metric) for run in runs):
