@@ -1,7 +1,7 @@
 """Metadata of documents: JSON objects, whose types are found in passing and settled when all were seen."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -17,11 +17,11 @@ def value_kinds(metadata: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
     return {name: sorted(seen) for name, seen in sorted(kinds.items())}
 
 
-def struct_type(facts: Sequence[dict[str, Any]]) -> pa.StructType | None:
+def struct_type(parts: Iterable[dict[str, list[str]]]) -> pa.StructType | None:
     """Return the type of the metadata of all parts: one type per column, text where the values have several."""
     seen: dict[str, set[str]] = {}
-    for entry in facts:
-        for name, kinds in entry["kinds"].items():
+    for part in parts:
+        for name, kinds in part.items():
             seen.setdefault(name, set()).update(kinds)
     types = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64()}
     fields = []

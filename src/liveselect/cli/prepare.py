@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from liveselect.datamodules.pools.prepare import Prepared
+    from liveselect.datamodules.pools.tokens import TokenStore
 
 DESCRIPTION = """\
 Turn sources of text into a pool: fixed-length blocks of token ids on disk, each traceable to its documents.
@@ -85,36 +85,37 @@ def main(argv: Sequence[str]) -> int:
 
         parse_form(arguments.embed)  # told now, and not when the pool is made
     try:
-        prepared = _prepare(arguments)
+        store = _prepare(arguments)
     except KeyboardInterrupt:
         sys.stderr.write("\nliveselect prepare: interrupted; the same command continues from here\n")
         return 130
     if not arguments.quiet:
-        say(summary(prepared))
+        say(summary(store))
     return 0 if arguments.clusters is None and arguments.embed is None else _cluster(arguments)
 
 
-def _prepare(arguments: argparse.Namespace) -> "Prepared":
-    from liveselect.datamodules.pools.corpus import Corpus, Recipe
-    from liveselect.datamodules.pools.display import PrepareDisplay
-    from liveselect.datamodules.pools.prepare import prepare_pool
-    from liveselect.datamodules.pools.sources import Source
+def _prepare(arguments: argparse.Namespace) -> "TokenStore":
+    from liveselect.datamodules.pools.prepare import prepare
 
-    sources = [Source.parse(source, arguments.include).require() for source in arguments.sources]
-    recipe = Recipe(
+    metadata = arguments.metadata
+    return prepare(
+        arguments.sources,
+        arguments.out,
         tokenizer=arguments.tokenizer,
         block_size=arguments.block_size,
+        include=arguments.include,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+        quiet=arguments.quiet,
         text_column=arguments.text_column,
         ids_column=arguments.ids_column,
         id_column=arguments.id_column,
-        metadata=None if arguments.metadata is None else tuple(filter(None, arguments.metadata.split(","))),
+        metadata=None if metadata is None else tuple(filter(None, metadata.split(","))),
         separate=not arguments.no_separator,
         eos_id=arguments.eos_id,
         vocab_size=arguments.vocab_size,
         on_undecodable=arguments.on_undecodable,
     )
-    display = PrepareDisplay(quiet=arguments.quiet)
-    return prepare_pool(Corpus(sources, recipe), arguments.out, display, arguments.workers, arguments.overwrite)
 
 
 def _cluster(arguments: argparse.Namespace) -> int:
@@ -126,12 +127,12 @@ def _cluster(arguments: argparse.Namespace) -> int:
     return cluster.main([str(arguments.out), *options])
 
 
-def summary(prepared: "Prepared") -> str:
+def summary(store: "TokenStore") -> str:
     """Return what a pool holds, as text for people."""
-    manifest = prepared.manifest
+    manifest = store.manifest
     tokens = manifest["rows"] * manifest["block_size"]
     lines = [
-        f"{prepared.path}",
+        f"{store.path}",
         f"  {manifest['rows']} blocks of {manifest['block_size']} tokens ({tokens / 1e6:.1f}M), vocabulary of "
         f"{manifest['vocab_size']}, fingerprint {manifest['fingerprint']}",
     ]
