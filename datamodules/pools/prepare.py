@@ -10,7 +10,6 @@ second time, loses an unfinished share of the corpus when it is interrupted, and
 
 import errno
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
@@ -198,6 +197,8 @@ def _write_parts(units: Iterable[Unit], folder: Path, encoding: Encoding, worker
     )
     try:
         yield from parallel(delayed(write_part)(folder, unit, encoding) for unit in units)
+    except DataError as error:
+        raise DataError(str(error)) from error  # a traceback of ours: the command shows the message alone
     except TerminatedWorkerError as error:
         raise DataError("a worker process died, perhaps for lack of memory: use fewer --workers") from error
     finally:
@@ -273,8 +274,7 @@ def _encoding(corpus: Corpus, partial: Path, display: PrepareDisplay) -> Encodin
 def _sensible_workers(workers: int | None, size: int, unit_bytes: int) -> int:
     """Return the number of processes; by default as many as there are cores and work for them."""
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cores, 1 + size // (4 * unit_bytes))  # starting one takes as long as encoding some units
+        return min(cpu_count(), 1 + size // (4 * unit_bytes))  # starting one takes as long as encoding some units
     if workers < 1:
         raise DataError(f"expected at least one worker, got workers={workers}")
     return workers

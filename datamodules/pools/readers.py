@@ -4,11 +4,8 @@ A record is one document with whatever columns came with it. Every reader stream
 a columnar file, at a time.
 """
 
-import gzip
 import io
-import itertools
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +14,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 OnUndecodable = Literal["error", "replace", "skip"]
 ON_UNDECODABLE: tuple[OnUndecodable, ...] = ("error", "replace", "skip")
 BATCH = 1024  # rows of a columnar file decoded at once
-COMPRESSIONS = {".zst": "zstd", ".bz2": "bz2"}  # besides .gz
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 BOM = b"\xef\xbb\xbf"
 
 
@@ -140,23 +138,16 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, io.BufferedIOBase]]:
     """Open a file; yields it as it is, which tells how much of it was consumed, and decompressed, which is read."""
     try:
         with path.open("rb") as raw:
-            yield raw, _decompressed(raw, path.suffix)
-    except (EOFError, zlib.error, pa.ArrowException, OSError) as error:
+            codec = COMPRESSIONS.get(path.suffix)
+            yield raw, raw if codec is None else io.BufferedReader(pa.input_stream(raw, compression=codec))
+    except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         raise DataError(f"{path}: cannot be decompressed ({error}): the file is damaged or incomplete") from None
-
-
-def _decompressed(raw: BinaryIO, suffix: str) -> Any:
-    if suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if suffix in COMPRESSIONS:
-        return io.BufferedReader(pa.input_stream(raw, compression=COMPRESSIONS[suffix]))
-    return raw
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
@@ -217,21 +208,11 @@ def _rows(
 
 def _column(column: pa.ChunkedArray) -> list[Any]:
     """Return the values of a column as Python objects; lists of integers as arrays, which is many times faster."""
-    values: list[Any] = []
-    for chunk in column.chunks:
-        if _is_plain_list(chunk):
-            flat = chunk.values.to_numpy()
-            values += [flat[begin:end] for begin, end in itertools.pairwise(chunk.offsets.to_pylist())]
-            continue
-        try:
-            values += chunk.to_pylist()
-        except UnicodeDecodeError:
-            values += chunk.cast(pa.large_binary()).to_pylist()
-    return values
-
-
-def _is_plain_list(array: pa.Array) -> bool:
-    is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
-    if not is_list or not pa.types.is_integer(array.type.value_type):
-        return False
-    return not array.null_count and not array.values.null_count
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if is_list and pa.types.is_integer(kind.value_type) and not pc.list_flatten(column).null_count:
+        return list(column.to_numpy())
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return column.cast(pa.large_binary()).to_pylist()

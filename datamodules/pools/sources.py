@@ -25,7 +25,6 @@ from liveselect.datamodules.pools.readers import (
 )
 
 HUB = "hub:"
-COMPRESSED = (".gz", *COMPRESSIONS)
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet", ".pq")
 TEXT_PATTERN = "*.txt"
@@ -130,11 +129,13 @@ def _default_name(location: str) -> str:
     if location.startswith(HUB):
         location = location.removeprefix(HUB).split(":")[0]
     name = Path(re.sub(r"[*?\[].*", "", location)).name or "data"
-    return re.sub(rf"({'|'.join(map(re.escape, JSON_LINES + PARQUET + COMPRESSED))}|\.txt)+$", "", name) or name
+    return (
+        re.sub(rf"({'|'.join(map(re.escape, JSON_LINES + PARQUET + tuple(COMPRESSIONS)))}|\.txt)+$", "", name) or name
+    )
 
 
 def _kind(path: Path) -> str:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
     suffix = suffixes[-1] if suffixes else ""
     return "json" if suffix in JSON_LINES else "parquet" if suffix in PARQUET else "text"
 

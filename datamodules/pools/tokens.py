@@ -1,8 +1,8 @@
 """The token store: a finished pool folder, opened for reading."""
 
 import shutil
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -145,16 +145,10 @@ class TokenStore:
         row = self._row_group(group).slice(position, 1).to_pylist()[0]
         return {"id": row["id"], "source": row["source"], "metadata": row.get("metadata") or {}}
 
-    def _row_group(self, group: int) -> pa.Table:
-        """Return one row group; the last one is kept, since neighbours are asked for together."""
-        kept = self._kept_group
-        if kept.get("group") != group:
-            kept.update(group=group, table=self._parquet.read_row_group(group))
-        return kept["table"]
-
     @cached_property
-    def _kept_group(self) -> dict[str, Any]:
-        return {}
+    def _row_group(self) -> Callable[[int], pa.Table]:
+        """Reads a row group; the last one is kept, since neighbours are asked for together."""
+        return lru_cache(maxsize=1)(self._parquet.read_row_group)
 
     def rows_of(self, document_id: str) -> range:
         """Return the blocks that hold tokens of a document.

@@ -49,8 +49,18 @@ def parser() -> argparse.ArgumentParser:
     add("--text-column", default="text", metavar="C", help="column with the text (default: %(default)s)")
     add("--ids-column", metavar="C", help="column with ready token ids, instead of text")
     add("--id-column", metavar="C", help="column that names each document (default: source, file and line)")
-    add("--metadata", metavar="C,C", help="other columns to keep for each document, separated by commas (default: all)")
-    add("--no-separator", action="store_true", help="put no end-of-text token after each document")
+    add(
+        "--metadata",
+        type=_names,
+        metavar="C,C",
+        help="other columns to keep for each document, separated by commas (default: all)",
+    )
+    add(
+        "--no-separator",
+        dest="separate",
+        action="store_false",
+        help="put no end-of-text token after each document",
+    )
     add("--eos-id", type=int, metavar="N", help="the end-of-text token (default: the tokenizer's)")
     add(
         "--vocab-size",
@@ -72,59 +82,41 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    arguments = parser().parse_args(argv)
+    settings = vars(parser().parse_args(argv))
+    clusters, embed = settings.pop("clusters"), settings.pop("embed")
 
     from liveselect.cli.output import say
 
-    if arguments.clusters is not None and arguments.clusters < 1:
-        raise ValueError(f"expected --clusters of at least 1, got {arguments.clusters}")
-    if arguments.embed is not None:
+    if clusters is not None and clusters < 1:
+        raise ValueError(f"expected --clusters of at least 1, got {clusters}")
+    if embed is not None:
         from liveselect.datamodules.clusters.embedding import parse_form
 
-        parse_form(arguments.embed)  # told now, and not when the pool is made
+        parse_form(embed)  # reported now, and not when the pool is made
+    from liveselect.datamodules.pools.prepare import prepare
+
     try:
-        store = _prepare(arguments)
+        store = prepare(**settings)
     except KeyboardInterrupt:
         sys.stderr.write("\nliveselect prepare: interrupted; the same command continues from here\n")
         return 130
-    if not arguments.quiet:
+    if not settings["quiet"]:
         say(summary(store))
-    return 0 if arguments.clusters is None and arguments.embed is None else _cluster(arguments)
+    if clusters is None and embed is None:
+        return 0
 
-
-def _prepare(arguments: argparse.Namespace) -> "TokenStore":
-    from liveselect.datamodules.pools.prepare import prepare
-
-    metadata = arguments.metadata
-    return prepare(
-        arguments.sources,
-        arguments.out,
-        tokenizer=arguments.tokenizer,
-        block_size=arguments.block_size,
-        include=arguments.include,
-        workers=arguments.workers,
-        overwrite=arguments.overwrite,
-        quiet=arguments.quiet,
-        text_column=arguments.text_column,
-        ids_column=arguments.ids_column,
-        id_column=arguments.id_column,
-        metadata=None if metadata is None else tuple(filter(None, metadata.split(","))),
-        separate=not arguments.no_separator,
-        eos_id=arguments.eos_id,
-        vocab_size=arguments.vocab_size,
-        on_undecodable=arguments.on_undecodable,
-    )
-
-
-def _cluster(arguments: argparse.Namespace) -> int:
     from liveselect.cli import cluster
 
-    options = [] if arguments.clusters is None else ["--clusters", str(arguments.clusters)]
-    options += [] if arguments.embed is None else ["--embed", arguments.embed]
-    options += [f"--{name}" for name in ("quiet", "overwrite") if getattr(arguments, name)]
-    return cluster.main([str(arguments.out), *options])
+    options = [] if clusters is None else ["--clusters", str(clusters)]
+    options += [] if embed is None else ["--embed", embed]
+    options += [f"--{name}" for name in ("quiet", "overwrite") if settings[name]]
+    return cluster.main([str(store.path), *options])
 
 
 def summary(store: "TokenStore") -> str:
