@@ -5,7 +5,7 @@ import sys
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
-LINE = "{desc}: {n_fmt}B of {total_fmt}B, {postfix}, about {remaining} left\n"
+LINE = "{desc}: {n_fmt}B of {total_fmt}B{postfix}, {rate_fmt}, about {remaining} left\n"
 
 
 class PrepareDisplay:

@@ -21,8 +21,8 @@ def struct_type(parts: Iterable[dict[str, list[str]]]) -> pa.StructType | None:
     """Return the type of the metadata of all parts: one type per column, text where the values have several."""
     seen: dict[str, set[str]] = {}
     for part in parts:
-        for name, kinds in part.items():
-            seen.setdefault(name, set()).update(kinds)
+        for name, found in part.items():
+            seen.setdefault(name, set()).update(found)
     types = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64()}
     fields = []
     for name, kinds in seen.items():

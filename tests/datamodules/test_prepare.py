@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
+from liveselect.datamodules.pools import display as display_module
 from liveselect.datamodules.pools import parts as parts_module
 from liveselect.datamodules.pools.display import PrepareDisplay
 from liveselect.datamodules.pools.pool_files import LOCK, TOKENS, hash_tokens
@@ -547,6 +548,21 @@ def test_an_interruption_keeps_the_finished_parts(tmp_path, ready_ids, monkeypat
     store = prepare_ids(source, tmp_path / "pool")
     assert len(encoded_units) == units
     assert store.rows > 0
+
+
+def test_progress_is_lines_where_there_is_no_terminal_and_nothing_when_quiet(monkeypatch, capsys):
+    monkeypatch.setattr(display_module, "SECONDS_BETWEEN_LINES", 0)
+    for quiet in (True, False):
+        display = PrepareDisplay(quiet)
+        display.say("hello")
+        display.start("encoding", 2000)
+        display.update(500, 3_000_000)
+        display.stop()
+        lines = capsys.readouterr().err.splitlines()
+        if quiet:
+            assert lines == []
+    assert lines[0] == "hello"
+    assert any(line.startswith("encoding: 500B of 2.00kB, 3.0M tokens, about ") for line in lines)
 
 
 def test_the_end_of_text_marks_nothing_but_ends_of_documents(tmp_path):
