@@ -4,7 +4,7 @@ A record is one document with whatever columns came with it. Every reader stream
 a columnar file, at a time.
 
 JSON Lines and text are not read by ``datasets.load_dataset``: it names no line of a file that is wrong, fills a column
-that a line lacks with None, stops at text that is not UTF-8 whatever it is told, and changes the ends of lines.
+that a line lacks with None, stops at text that is not UTF-8 even with ``encoding_errors``, and changes line ends.
 """
 
 import io
