@@ -12,16 +12,28 @@ if TYPE_CHECKING:
     from liveselect.datamodules.pools.tokens import TokenStore, write_store
     from liveselect.datamodules.reference import ReferenceSet
     from liveselect.datamodules.selection import SelectionDataModule
+    from liveselect.datamodules.settings import ServingSettings
+    from liveselect.datamodules.wrapping import WrappingDataModule
 
 _HOMES = {
     "PlanLoader": "loader",
     "ReferenceSet": "reference",
     "SelectionDataModule": "selection",
+    "ServingSettings": "settings",
     "TokenStore": "pools.tokens",
+    "WrappingDataModule": "wrapping",
     "write_store": "pools.tokens",
 }
 
-__all__ = ["PlanLoader", "ReferenceSet", "SelectionDataModule", "TokenStore", "write_store"]
+__all__ = [
+    "PlanLoader",
+    "ReferenceSet",
+    "SelectionDataModule",
+    "ServingSettings",
+    "TokenStore",
+    "WrappingDataModule",
+    "write_store",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ from liveselect.datamodules.pools.tokens import TokenStore
 from liveselect.datamodules.rows.collating import without_fill
 from liveselect.datamodules.rows.content import spread_ids
 from liveselect.datamodules.rows.rows import Rows
+from liveselect.datamodules.settings import Place
 from liveselect.protocols import SelectionWarning
 
 POSITIONS = re.compile(r"wpe|wpos|pos(itions?)?|(embed_|learned_)?pos(ition(s|al)?)?_?(emb\w*|enc\w*)?|embed_positions")
@@ -114,6 +115,17 @@ def check_same_on_all_ranks(what: str, fingerprint: str) -> None:
         )
 
 
+def check_pool_size(size: int, batch_size: int, place: Place) -> None:
+    """Raise ValueError when a pool of ``size`` candidates is smaller than what one optimizer step trains on."""
+    global_batch = batch_size * place.world_size * place.accumulate
+    if size < global_batch:
+        raise ValueError(
+            f"the pool holds {size} candidates, less than the {global_batch} of one optimizer step "
+            f"({batch_size} a batch, {place.world_size} ranks, accumulate_grad_batches={place.accumulate}): "
+            "enlarge the pool or lower the batch size"
+        )
+
+
 def check_vocabulary(module: nn.Module, largest: int, what: str) -> None:
     """Raise ValueError when ``what`` holds token ids up to ``largest`` that the model has no embedding for."""
     size = model_vocabulary(module)
@@ -130,9 +142,7 @@ def model_vocabulary(module: nn.Module) -> int | None:
     Asks the embeddings of Hugging Face models in ``module``, or else takes the largest ``nn.Embedding``, since
     which one embeds tokens cannot be told.
     """
-    models: list[Any] = [
-        part for part in module.modules() if hasattr(part, "get_input_embeddings") and hasattr(part, "config")
-    ]
+    models: list[Any] = [part for part in module.modules() if _is_transformer(part)]
     embeddings = [part.get_input_embeddings() for part in models] or list(module.modules())
     sizes = [part.num_embeddings for part in embeddings if isinstance(part, nn.Embedding)]
     return max(sizes, default=None)

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,10 +20,8 @@ from liveselect.datamodules.overlap import (
 )
 from liveselect.datamodules.reference import Loaded
 from liveselect.datamodules.rows.rows import Rows
+from liveselect.datamodules.settings import OnOverlap
 from liveselect.protocols import SelectionWarning
-
-OnOverlap = Literal["refuse", "drop", "allow"]
-ON_OVERLAP = ("refuse", "drop", "allow")
 
 LISTED = 20  # records that a message names
 SHOWN = 60  # characters of a passage that it shows

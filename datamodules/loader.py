@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from liveselect.datamodules.rows.draws import load_rows, training_seeds
-from liveselect.datamodules.rows.rows import Receive, Rows
+from liveselect.datamodules.rows.rows import Rows
 from liveselect.plan import Plan
 
 STARTING_PAYS = 8  # batches for each worker that make up for starting it
@@ -94,7 +94,6 @@ class PlanLoader:
         world_size: number of ranks.
         seed: seeds what the dataset draws.
         pin_memory: serve batches in pinned memory.
-        receive: makes the training batch of what the inner ``DataLoader`` yields.
         options: further arguments of the inner ``DataLoader``: ``num_workers``, ``collate_fn``, ...
         before_batch: called before each batch is fetched, in this process.
     """
@@ -108,21 +107,20 @@ class PlanLoader:
         world_size: int = 1,
         seed: int = 0,
         pin_memory: bool = False,
-        receive: Receive | None = None,
         options: Mapping[str, Any] | None = None,
         before_batch: Callable[[], None] | None = None,
     ) -> None:
-        self.before_batch = before_batch
         self.dataset = dataset
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
         self.pin_memory = pin_memory
-        self.receive = receive
         self.options = dict(options or {})
+        self.before_batch = before_batch
         self.plan: Plan | None = None
         self._length = length
+        self._receive = dataset.receive if isinstance(dataset, Rows) else None
         self._batches = PlanBatches(rank, world_size, batch_size)
         self._inner: DataLoader | None = None
         self._walk: Iterator[Any] | None = None  # None: the next batch begins a new walk at the plan's cursor
@@ -193,10 +191,9 @@ class PlanLoader:
                 "published later than in on_train_batch_end of its last batch"
             ) from None
         self._position += self.global_batch
-        return batch if self.receive is None else self._received(batch)
-
-    def _received(self, batch: Any) -> Any:
-        batch = self.receive(batch)  # type: ignore[misc]
+        if self._receive is None:
+            return batch
+        batch = self._receive(batch)
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
 
     def _start_walk(self, plan: Plan) -> Iterator[Any]:
@@ -208,23 +205,22 @@ class PlanLoader:
         return iter(self._inner)
 
     def _make_inner(self) -> DataLoader:
-        options = _introducing(getattr(self.dataset, "source", self.dataset), self.options)
-        workers = options.get("num_workers", 0)
-        collate_fn = options.pop("collate_fn", None)
+        options = dict(self.options)
+        collate_fn = options.pop("collate_fn", None) or default_collate
         if isinstance(self.dataset, Rows):
-            load, draws = self.dataset.load, self.dataset.draws
+            source, load, draws = self.dataset.source, self.dataset.load, self.dataset.draws
         else:
-            load, draws = partial(load_rows, self.dataset, collate_fn or default_collate), True
+            source, load, draws = self.dataset, partial(load_rows, self.dataset, collate_fn), True
         return DataLoader(
             SeededBatches(load, self.seed, draws),
             batch_size=None,
             sampler=self._batches,
             collate_fn=_as_it_is,
-            persistent_workers=workers > 0,
-            pin_memory=self.pin_memory and self.receive is None,
+            persistent_workers=options.get("num_workers", 0) > 0,
+            pin_memory=self.pin_memory and self._receive is None,
             # without a generator of its own, every new iterator would draw from the global random state
             generator=torch.Generator().manual_seed(self.seed + self.rank),
-            **options,
+            **_introducing(source, options),
         )
 
 
@@ -277,7 +273,7 @@ def candidate_batches(rows: Rows, ids: Tensor, batch_size: int, options: Mapping
         yield from (rows.candidates(part) for part in parts)
     else:
         generator = torch.Generator().manual_seed(0)
-        options = _introducing(getattr(rows, "source", rows), options)
+        options = _introducing(rows.source, options)
         yield from DataLoader(_Parts(rows, parts), batch_size=None, generator=generator, **options)
 
 

@@ -57,9 +57,9 @@ class ReferenceSet:
     def __post_init__(self) -> None:
         if self.answer not in ("all", "last_word"):
             raise ValueError(f"expected answer='all' or 'last_word', got {self.answer!r}")
-        for name in ("max_examples", "max_length"):
-            if (value := getattr(self, name)) is not None and value < (2 if name == "max_length" else 1):
-                raise ValueError(f"expected {name} of at least {2 if name == 'max_length' else 1}, got {value}")
+        for name, value, least in (("max_examples", self.max_examples, 1), ("max_length", self.max_length, 2)):
+            if value is not None and value < least:
+                raise ValueError(f"expected {name} of at least {least}, got {value}")
 
     @classmethod
     def of(cls, source: Any) -> "ReferenceSet":
@@ -131,7 +131,7 @@ def as_store(source: Any) -> TokenStore | None:
 
 def loader_batches(loader: DataLoader) -> list[Any]:
     """Return the batches of an existing ``DataLoader``, which must be the same ones whenever it is walked."""
-    sampler = getattr(loader, "sampler", None)
+    sampler = loader.sampler
     if isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)):
         raise ValueError(
             f"the reference DataLoader shuffles or shares out its rows ({type(sampler).__name__}): its batches would "

@@ -1,8 +1,7 @@
-"""What SelectionDataModule takes from a LightningDataModule that it wraps."""
+"""WrappingDataModule: selection from the training data of a LightningDataModule that is there already."""
 
 import sys
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,15 +14,20 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from liveselect.datamodules.datamodule import ServedDataModule
+from liveselect.datamodules.opening import OpenedRows, open_tokenizer
+from liveselect.datamodules.reference import ReferenceSet
+from liveselect.datamodules.rows.rows import CollatedRows
+from liveselect.datamodules.settings import ServingSettings
 from liveselect.protocols import SelectionWarning
 
-HOOKS = (
+ADOPTED = (
     *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"),
     *("test_dataloader", "predict_dataloader", "state_dict", "load_state_dict"),
+    *("prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"),
 )
-"""Methods of the wrapped module that are called in its place."""
+"""What Lightning finds of the wrapped module in place of the wrapper's own."""
 
-SETTINGS = ("prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices")
 LOADER_OPTIONS = (
     "num_workers",
     "collate_fn",
@@ -34,14 +38,81 @@ LOADER_OPTIONS = (
 )
 
 
-def adopt_hooks(module: pl.LightningDataModule, existing: pl.LightningDataModule, names: Sequence[str]) -> None:
-    """Let Lightning find the methods ``names`` of ``existing`` on ``module``.
+class WrappingDataModule(ServedDataModule):
+    """A datamodule that selects from the training data of another one, and leaves everything else to it.
 
-    Bound methods are taken, not forwarded to: Lightning compares a hook's code with its own to see whether a datamodule
-    overrides it, and asks the LightningModule where it does not. A method that merely forwards would hide those.
+    Made by :meth:`SelectionDataModule.wrap <liveselect.datamodules.SelectionDataModule.wrap>`.
+
+    Args:
+        existing: has a map-style training dataset whose batches hold ``input_ids``.
+        reference: what selection aims to improve, as in :class:`~liveselect.datamodules.ServingSettings`.
+        settings: further arguments of that class.
+
+    Attributes:
+        wrapped: the other datamodule.
     """
-    for name in (*names, *SETTINGS):
-        setattr(module, name, getattr(existing, name))
+
+    validates_on_reference = False
+
+    def __init__(self, existing: pl.LightningDataModule, reference: str | ReferenceSet | Any, **settings: Any) -> None:
+        super().__init__(ServingSettings(reference, **settings))
+        self.wrapped = existing
+        # bound methods are taken, not forwarded to: Lightning compares a hook's code with its own to see whether a
+        # datamodule overrides it, and asks the LightningModule where it does not; forwarding would hide those
+        for name in (*ADOPTED, *([] if self._serves_validation else ["val_dataloader"])):
+            setattr(self, name, getattr(existing, name))
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise AttributeError, which says where the attribute is if the wrapped module has it."""
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        wrapped = self.__dict__.get("wrapped")
+        if wrapped is not None and hasattr(wrapped, name):
+            message += f", but the {type(wrapped).__name__} that it wraps has: use datamodule.wrapped.{name}"
+        raise AttributeError(message, name=name, obj=self)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the wrapped module; raises AttributeError where that has none."""
+        return self.wrapped.tokenizer  # type: ignore[attr-defined]
+
+    def prepare_data(self) -> None:
+        """Prepare the wrapped module's data."""
+        self.wrapped.trainer = self.trainer
+        self.wrapped.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Set the wrapped module up, then open and check its training data and the reference set."""
+        self.wrapped.trainer = self.trainer
+        self.wrapped.setup(stage)
+        super().setup(stage)
+
+    def teardown(self, stage: str) -> None:
+        """End the workers, and let the wrapped module do what it does then."""
+        super().teardown(stage)
+        self.wrapped.teardown(stage)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the workers, and let the wrapped module do what it does then."""
+        super().on_exception(exception)
+        self.wrapped.on_exception(exception)
+
+    def open_rows(self) -> OpenedRows:
+        """Open the rows of the wrapped module's training dataset, read as its ``DataLoader`` reads them."""
+        loader = training_loader(self.wrapped)
+        name = type(self.wrapped).__name__
+        size = self.settings.batch_size or loader_batch_size(loader)
+        if size is None:
+            raise ValueError(
+                f"the batch sampler of {name} does not say how large its batches are: pass batch_size to "
+                "SelectionDataModule.wrap"
+            )
+        options = {option: getattr(loader, option) for option in LOADER_OPTIONS}
+        rows = CollatedRows(loader.dataset, options.pop("collate_fn"))
+        tokenizer = open_tokenizer(self.settings.tokenizer, rows)
+        if tokenizer is None:
+            own = getattr(self.wrapped, "tokenizer", None)
+            tokenizer = open_tokenizer(own, rows, f"the tokenizer of {name}")
+        return OpenedRows(rows, size, tokenizer, options)
 
 
 def training_loader(existing: pl.LightningDataModule) -> DataLoader:
@@ -97,8 +168,3 @@ def loader_batch_size(loader: DataLoader) -> int | None:
     """Return the rows of a batch, None where only a custom batch sampler knows."""
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     return size if isinstance(size, int) else None
-
-
-def loader_options(loader: DataLoader) -> dict[str, Any]:
-    """Return the settings of a ``DataLoader`` that another one over the same dataset should have."""
-    return {name: getattr(loader, name) for name in LOADER_OPTIONS}

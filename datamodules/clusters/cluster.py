@@ -28,11 +28,10 @@ from liveselect.datamodules.pools.display import PrepareDisplay
 from liveselect.datamodules.pools.pool_files import PARTIAL, sync_file, sync_folder, write_durably
 from liveselect.datamodules.pools.tokenizers import load_tokenizer
 from liveselect.datamodules.pools.tokens import TokenStore
-from liveselect.pool import CandidatePool, GroupGeometry
+from liveselect.datamodules.rows.groups import FORMAT, MANIFEST, VERSION, Clusters
 from liveselect.seeding import derive_seed
 
-FORMAT, VERSION = "liveselect-clusters", 1
-MANIFEST, PROGRESS = "clusters.json", "progress"
+PROGRESS = "progress"
 TYPICAL = 8
 ROWS = 4096  # rows embedded or assigned at once
 
@@ -58,69 +57,6 @@ class Clustering:
     epochs: int = 2
     engine: Engine = "sklearn"
     seed: int = 0
-
-
-class Clusters:
-    """The clusters of a pool, opened for reading.
-
-    Args:
-        store: the pool.
-        name: folder inside the pool.
-
-    Raises:
-        FileNotFoundError: the pool was not clustered.
-        ValueError: the clusters were made from other content.
-    """
-
-    def __init__(self, store: TokenStore, name: str = "clusters") -> None:
-        self.path = store.path / name
-        if not (self.path / MANIFEST).is_file():
-            raise FileNotFoundError(
-                f"expected the clusters of the pool at {self.path}, found none: run `liveselect cluster {store.path}"
-                + ("`" if name == "clusters" else f" --name {name}`")
-                + ", or leave groups out to group by source"
-            )
-        self.manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_bytes())
-        if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
-            raise ValueError(f"{self.path} does not hold clusters of this version: cluster the pool again")
-        if self.manifest["pool"] != store.fingerprint:
-            raise ValueError(
-                f"the clusters {self.path} were made from the pool {self.manifest['pool']}, and this is "
-                f"{store.fingerprint}: cluster it again (--overwrite)"
-            )
-        self.names: tuple[str, ...] = tuple(self.manifest["names"])
-
-    @property
-    def cost(self) -> dict[str, dict[str, float]]:
-        """The ``seconds`` by phase that making them took; empty where nobody has noted them."""
-        found: dict[str, float] = self.manifest.get("seconds", {})
-        return {"seconds": dict(found)} if found else {}
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def read(self, name: str) -> np.ndarray:
-        """Return one of the arrays, by its file name without the ending."""
-        return np.load(self.path / f"{name}.npy", mmap_mode="r")
-
-    def geometry(self) -> GroupGeometry:
-        """Return which clusters are near each other, and how typical each candidate is of its own."""
-        from scipy.sparse import load_npz
-
-        near = load_npz(self.path / "near.npz")
-        return GroupGeometry(
-            starts=torch.from_numpy(near.indptr.astype(np.int64)),
-            columns=torch.from_numpy(near.indices.astype(np.int64)),
-            distances=torch.from_numpy(near.data.astype(np.float32)),
-            typical=torch.from_numpy(np.array(self.read("typical")[:, 0])),
-            offsets=torch.from_numpy(np.array(self.read("offsets"))),
-            reach=self.manifest["settings"]["reach"],
-        )
-
-    def pool(self, fingerprint: str) -> CandidatePool:
-        """Return the candidates of the pool, with the clusters as their groups."""
-        groups = torch.from_numpy(np.array(self.read("assignment")))
-        return CandidatePool(len(groups), fingerprint, groups, self.names, self.geometry())
 
 
 def cluster_pool(
