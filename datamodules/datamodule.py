@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from liveselect.datamodules import checks
 from liveselect.datamodules.loader import PlanLoader, ShardedBatches
-from liveselect.datamodules.opening import OpenedRows, open_reference
-from liveselect.datamodules.served import ServedPool, check_batches
+from liveselect.datamodules.opening import OpenedRows, largest_id, most_positions, open_reference
+from liveselect.datamodules.served import ServedPool
 from liveselect.datamodules.settings import OnOverlap, Place, ServingSettings
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
@@ -28,7 +28,8 @@ class ServedDataModule(pl.LightningDataModule):
         batch_size: rows in the training batch of one rank; 0 while only the data that is to be opened knows.
         before_batch: called before each training batch is fetched; None for nothing.
         reference_fingerprint: a hash of the reference set, None before ``setup("fit")``.
-        setup_seconds: what the last ``setup("fit")`` took to open the data and check it.
+        setup_seconds: what the last ``setup("fit")`` took to open the data and check it, the setup of a wrapped module
+            aside.
     """
 
     validates_on_reference = True  # where no validation set is named
@@ -62,13 +63,13 @@ class ServedDataModule(pl.LightningDataModule):
                 began = time.perf_counter()
                 self._setup_fit()
                 self.setup_seconds = time.perf_counter() - began
-            elif stage == "validate" and self._serves_validation:
+            elif stage == "validate" and self._serves_validation and self._validation is None:
                 self._validation = self._open_validation(self.open_rows())
 
     def train_dataloader(self) -> PlanLoader:
         """Return the loader of the whole run, the same one at every call."""
         self._check_model()  # once more: it may be built as late as in configure_model
-        return self._open.loader
+        return self.served.loader
 
     def val_dataloader(self) -> ShardedBatches:
         """Return the validation set, by default the reference set."""
@@ -88,36 +89,48 @@ class ServedDataModule(pl.LightningDataModule):
     # ---- CandidateSource ---------------------------------------------------------------------------------------
 
     @property
+    def served(self) -> ServedPool:
+        """The pool and the reference set of the fit; raises RuntimeError before ``setup("fit")``."""
+        if self._served is None:
+            raise RuntimeError(f"pool and reference set are not open yet: {NOT_SET_UP}")
+        return self._served
+
+    @property
     def pool(self) -> CandidatePool:
-        """The candidates; raises RuntimeError before ``setup``."""
-        return self._open.pool
+        """The candidates; raises RuntimeError before ``setup("fit")``."""
+        return self.served.pool
 
     def cost_before_training(self) -> Mapping[str, Mapping[str, float]]:
         """Return the ``seconds`` by phase that making the groups took, where they are clusters; else nothing."""
-        return self._open.cost_of_groups
+        return {} if self._served is None else self._served.cost_of_groups
 
     def candidates(self, ids: Tensor) -> Iterator[Batch]:
         """Yield batches of the candidates ``ids (n,)``, in their order."""
-        return self._open.candidates(ids)
+        return self.served.candidates(ids)
 
     def reference(self) -> Iterable[Batch]:
         """Return the batches of the reference set, the same ones in the same order at each call."""
-        return iter(self._open.reference)
+        return iter(self.served.reference)
 
     def decode(self, input_ids: Tensor) -> list[str]:
         """Return the text of the token rows ``input_ids (B, T)``; without a tokenizer, the ids."""
-        return self._open.opened.decode(input_ids)
+        return self.served.opened.decode(input_ids)
 
     def follow(self, plan: Plan) -> None:
         """Serve training batches from ``plan``, starting at its cursor."""
-        self._open.loader.follow(plan)
+        self.served.loader.follow(plan)
 
     # ---- opening and checking ----------------------------------------------------------------------------------
 
     def check_model(self, module: nn.Module) -> None:
         """Raise ValueError when the data holds token ids or lengths that the model does not know."""
-        self._open.check_model(module)
-        check_batches(module, self._validation or [], "the validation set")
+        rows = self.served.opened.rows
+        checks.check_vocabulary(module, rows.vocab_size - 1, "the pool")
+        checks.check_positions(module, rows.longest, "the pool", "make the rows shorter (`prepare --block-size`)")
+        for what, batches in {"reference": self.served.reference, "validation": self._validation or []}.items():
+            checks.check_vocabulary(module, largest_id(batches), f"the {what} set")
+            longest = most_positions(batches)
+            checks.check_positions(module, longest, f"the {what} set", "shorten it (ReferenceSet(max_length=...))")
         if self.settings.pack_reference:
             checks.check_packing(module)
 
@@ -144,14 +157,6 @@ class ServedDataModule(pl.LightningDataModule):
         module = self.trainer.lightning_module if self.trainer else None
         if module is not None and any(True for _ in module.parameters()):
             self.check_model(module)
-
-    # ---- small things ------------------------------------------------------------------------------------------
-
-    @property
-    def _open(self) -> ServedPool:
-        if self._served is None:
-            raise RuntimeError(f"pool and reference set are not open yet: {NOT_SET_UP}")
-        return self._served
 
     @property
     def _serves_validation(self) -> bool:

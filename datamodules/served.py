@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from liveselect.datamodules import checks
 from liveselect.datamodules.loader import PlanLoader, candidate_batches, epoch_length
-from liveselect.datamodules.opening import OpenedRows, fingerprint_of, largest_id, most_positions, open_reference
+from liveselect.datamodules.opening import OpenedRows, fingerprint_of, open_reference
 from liveselect.datamodules.rows.groups import cost_of_groups, open_pool
 from liveselect.datamodules.settings import Place, ServingSettings
 from liveselect.pool import CandidatePool
@@ -78,20 +78,7 @@ class ServedPool:
         rows = self.opened.rows
         return candidate_batches(rows, ids, self._probe_batch_size, self.opened.options if rows.worth_workers else {})
 
-    def check_model(self, module: nn.Module) -> None:
-        """Raise ValueError when pool or reference set holds token ids or lengths that a model does not know."""
-        rows = self.opened.rows
-        checks.check_vocabulary(module, rows.vocab_size - 1, "the pool")
-        checks.check_positions(module, rows.longest, "the pool", "make the rows shorter (`prepare --block-size`)")
-        check_batches(module, self.reference, "the reference set")
-
     def close(self) -> None:
         """End the workers, and forget the plan."""
         self.loader.shutdown()
         self.loader.plan = None
-
-
-def check_batches(module: nn.Module, batches: list[Batch], what: str) -> None:
-    """Raise ValueError when ``what`` holds token ids or lengths that a model does not know."""
-    checks.check_vocabulary(module, largest_id(batches), what)
-    checks.check_positions(module, most_positions(batches), what, "shorten it (ReferenceSet(max_length=...))")

@@ -45,8 +45,8 @@ class WrappingDataModule(ServedDataModule):
 
     Args:
         existing: has a map-style training dataset whose batches hold ``input_ids``.
-        reference: what selection aims to improve, as in :class:`~liveselect.datamodules.ServingSettings`.
-        settings: further arguments of that class.
+        reference: what selection aims to improve.
+        settings: further arguments of :class:`~liveselect.datamodules.ServingSettings`.
 
     Attributes:
         wrapped: the other datamodule.
