@@ -19,9 +19,8 @@ ALLOWED = {
     "cost": set(),
     "json_lines": set(),
     "ledger": {"json_lines"},
-    "run_paths": set(),
     "scores": set(),
-    "decisions": {"protocols", "pool", "plan", "ledger", "run_paths"},
+    "decisions": {"protocols", "pool", "plan", "ledger"},
     "protocols": {"pool", "plan", "seeding", "cost"},
     "losses": {"protocols"},
     "distributed": {"protocols", "functional"},
@@ -39,7 +38,7 @@ ALLOWED = {
     "bits": {"attributes", "functional"},
     "watch": {"protocols", "pool", "plan", "ledger", "decisions", "distributed", "snapshot"},
     "monitoring": {"decisions", "ledger"},
-    "report": {"ledger", "run_paths"},
+    "report": {"ledger"},
     "callbacks": {
         *("protocols", "pool", "plan", "cost", "ledger", "losses", "distributed", "functional", "seeding"),
         *(

@@ -1,5 +1,6 @@
 """The ledger: what every round measured, chose and cost, and what training cost beside it."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from liveselect.json_lines import add, json_line, read_lines, write_whole
+
+_WANDB_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(\w+)")
 
 
 @dataclass(frozen=True)
@@ -290,6 +293,19 @@ class Ledger:
             raise ValueError(
                 f"{path} is not a ledger that this version of liveselect can read ({error!r}): did another write it?"
             ) from error
+
+
+def record_folder(path: Path) -> Path:
+    """Return the folder to look into for the records of a run.
+
+    That is ``path`` itself, but for the folder in which W&B keeps what it sends (``wandb/run-DATE-ID``, or the link
+    ``wandb/latest-run``): the records of that run lie in ``PROJECT/ID`` beside ``wandb``.
+    """
+    found = _WANDB_RUN.fullmatch(path.resolve().name)
+    if found is None or not path.is_dir():
+        return path
+    beside = sorted(path.resolve().parent.parent.glob(f"*/{found[1]}"))
+    return beside[0] if len(beside) == 1 else path
 
 
 class _LedgerFile:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from fakes import fake_context, planted_source, random_source
 
-from liveselect.decisions import DecisionLedger, read_about, read_plan, read_round, rounds_in, table
+from liveselect.decisions import DecisionLedger, files, read_about, read_plan, read_round, rounds_in
 from liveselect.decisions.table import BELOW, BY_SCORE, BY_SELECTOR, GROUP_BELOW, GROUP_PASSED, ONLY_MEASURED, PASSED
 from liveselect.functional.sampling import Noise, gumbel_topk, released_bottomk
 from liveselect.protocols import Selection, SelectionWarning
@@ -100,7 +100,7 @@ def test_the_cost_of_a_round_and_of_the_run_before_it_stands_in_every_row(tmp_pa
 
 def test_pieces_of_any_size_hold_the_same_rows(tmp_path, monkeypatch):
     _, whole = one_round(tmp_path / "whole", regression(), estimator=TokenCount())
-    monkeypatch.setattr(table, "PIECE", 7)
+    monkeypatch.setattr(files, "PIECE", 7)
     _, pieces = one_round(tmp_path / "pieces", regression(), estimator=TokenCount())
     for name in whole:
         assert np.array_equal(whole[name], pieces[name], equal_nan=whole[name].dtype.kind == "f"), name
@@ -175,6 +175,7 @@ def test_a_selector_without_noise_and_with_choices_beyond_its_scores_is_told_as_
     reasons = dict(zip(rows["id"].tolist(), rows["reason"], strict=True))
     assert [reasons[index] for index in (0, 5, 9, 20)] == [BELOW, BY_SCORE, BY_SELECTOR, BY_SELECTOR]
     assert rows["rank"][:9].tolist() == list(range(8, -1, -1))
+    assert np.isnan(rows["rank"][9:]).all()  # without a score there is none
     assert rows["threshold"][0] == 5.0
 
 

@@ -2,12 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from liveselect.decisions.files import FOLDER, DecisionLedger, read_about, rounds_in
+from liveselect.decisions.files import FOLDER, DecisionLedger, read_about, replacing, rounds_in
 from liveselect.ledger import Ledger, RoundRecord
 
 
@@ -55,7 +55,9 @@ def carry_decisions(decisions: DecisionLedger, ledger: Ledger, pool: str) -> Non
         decisions.keep_older()
         found = {}
     lacking = {index: record for index, record in records.items() if index not in found}
-    for place in _places(earlier, decisions.folder) if lacking else ():
+    # the latest folder first, then what was kept beside the run's own
+    kept = sorted(decisions.folder.parent.glob(f"{decisions.folder.name}-*"), reverse=True)
+    for place in [*(Path(folder) for folder in reversed(earlier)), *kept]:
         for index, path in rounds_in(place).items():
             if index in lacking and _is_of(path, lacking[index], pool):
                 _take(path, decisions.folder / path.name)
@@ -81,22 +83,16 @@ def lacking_rounds(folder: Path) -> Lacking:
 def told_rounds(rounds: Iterable[int]) -> str:
     """Return ascending rounds as text, such as ``rounds 0-2, 5``."""
     ordered = list(rounds)
-    starts = [ordered[0], *(after for before, after in pairwise(ordered) if after > before + 1)] if ordered else []
-    ends = [*(before for before, after in pairwise(ordered) if after > before + 1), *ordered[-1:]]
-    spans = [f"{start}" if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True)]
+    # what follows one another keeps its distance from its place in the list
+    runs = [[index for _, index in run] for _, run in groupby(enumerate(ordered), lambda pair: pair[1] - pair[0])]
+    spans = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
     return f"round{'' if len(ordered) == 1 else 's'} {', '.join(spans) or 'none'}"
-
-
-def _places(earlier: Sequence[str], folder: Path) -> Iterator[Path]:
-    """Yield where rounds may lie, the latest folder first, then what was kept beside the run's own."""
-    yield from (Path(place) for place in reversed(earlier))
-    yield from sorted(folder.parent.glob(f"{folder.name}-*"), reverse=True)
 
 
 def _is_of(path: Path, record: RoundRecord, pool: str) -> bool:
     try:
         about = read_about(path)
-    except (OSError, ValueError):
+    except ValueError:
         return False
     expected = {"step": record.step, "selector": record.selector, "plan": record.plan, "pool": pool}
     return all(about.get(name) == str(value) for name, value in expected.items())
@@ -104,13 +100,8 @@ def _is_of(path: Path, record: RoundRecord, pool: str) -> bool:
 
 def _take(source: Path, target: Path) -> None:
     """Link or copy a file; files of rounds are replaced as a whole and never changed, so a link is as good."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(target) as temporary:
         try:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,8 +8,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
-from liveselect.ledger import Evaluation, Ledger, RoundRecord
-from liveselect.run_paths import record_folder
+from liveselect.ledger import Evaluation, Ledger, RoundRecord, record_folder
 
 LEDGER_NAME = "ledger.jsonl"
 CONFIG_NAME = "config.yaml"
