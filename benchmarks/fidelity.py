@@ -1,7 +1,7 @@
 """How well cheap estimators rank candidates like the exact one-step probe, at three moments of one training run.
 
-A small language model is trained from scratch with AdamW on the mixed pool that ``liveselect demo`` finds on this
-machine: the interpreter's library, headers, tables, licences, documents. At an early, a middle and a late step of it,
+A small language model is trained from scratch with AdamW on the mixed pool of ``liveselect demo``: the code,
+docstrings, comments and tables of Python's library. At an early, a middle and a late step of it,
 with the moments warm and at the run's learning rate, the same candidates are measured by OneStepInfluence, in its
 ``published`` and its ``in_batch`` form, and by the estimators that cost about three forwards. Printed are Spearman
 correlations with either form.
@@ -11,7 +11,7 @@ of the probe against one half of the reference sequences with the probe against 
 halves, and *Spearman-Brown* extrapolates it to the whole set, 2 r / (1 + r). An estimator that looks at the very same
 reference sequences may come out above it, because it shares their noise.
 
-Run ``python benchmarks/fidelity.py``; numbers depend on the texts of the machine. Checkpoints and what the probe
+Run ``python benchmarks/fidelity.py``; numbers depend on the version of Python. Checkpoints and what the probe
 measured are kept in ``--folder``, so that a second run only repeats the cheap part.
 """
 
@@ -71,9 +71,9 @@ class Source:
 
 
 def make_source(options: argparse.Namespace) -> Source:
-    """Tokenize the texts of this machine and cut them into rows."""
+    """Tokenize the texts of the demo and cut them into rows."""
     corpus = find_corpus()
-    documents = [document.text for found in corpus.pool.values() for document in found]
+    documents = [text for texts in corpus.pool.values() for text in texts]
     tokenizer = train_bpe(documents, options.vocabulary)
     generator = torch.Generator().manual_seed(0)
 
@@ -83,7 +83,7 @@ def make_source(options: argparse.Namespace) -> Source:
         found = torch.cat(cut)
         return found[torch.randperm(len(found), generator=generator)]
 
-    references = rows([document.text for document in (*corpus.reference, *corpus.validation)])
+    references = rows([*corpus.reference, *corpus.validation])
     return Source(rows(documents), references[: options.references])
 
 

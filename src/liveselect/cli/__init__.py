@@ -9,7 +9,7 @@ from collections.abc import Sequence
 TRACEBACK_FLAG = "LIVESELECT_TRACEBACK"
 
 COMMANDS = {
-    "demo": "train a small model twice on this machine's own texts, at random and with live selection",
+    "demo": "train a small model twice on the texts of Python's library, at random and with live selection",
     "prepare": "turn texts into a pool of training sequences on disk",
     "cluster": "sort the sequences of a pool into clusters of similar text",
     "fit": "train a model while its data is selected, from a YAML file (LightningCLI)",

@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from liveselect.cli import corpus, score
-from liveselect.cli.demo_estimate import demo_seconds, told
 from liveselect.cli.demo_verdict import METRIC, show_verdict
 from liveselect.cli.fit import SelectionCLI
 from liveselect.cli.output import say, show_progress_lines
@@ -64,7 +63,7 @@ class Demo:
         self._claim_folder(resume)
         show_progress_lines()
         stages: list[tuple[str, Callable[[], None]]] = [
-            (f"Texts of this machine, and a pool of them in {self.folder}", lambda: self._make_pool(resume)),
+            (f"Texts of Python's library, and a pool of them in {self.folder}", lambda: self._make_pool(resume)),
             ("Training on random data", lambda: self._train(BASELINE)),
             (f"Training on data selected live by {self.method}", lambda: self._train(self.method)),
             ("Report", self._report),
@@ -74,9 +73,6 @@ class Demo:
         if self.method == "pds":
             stages.insert(2, ("Training a small proxy on random data", lambda: self._train(PROXY)))
             stages.insert(3, ("Scoring the pool on the proxy", self._score))
-        if not resume:
-            expected = told(demo_seconds(_settings("demo.yaml"), self.method, self.steps))
-            say(f"This takes {expected} here if nothing else runs, to judge by a few training steps made just now.")
         for number, (title, stage) in enumerate(stages, 1):
             say(f"[{number}/{len(stages)}] {title}")
             stage()
@@ -182,7 +178,7 @@ class Demo:
             return
         found = corpus.find_corpus()
         files = corpus.write_corpus(found, self.folder / "texts")
-        say(corpus.describe(found))
+        say(str(found))
         model = _settings("demo.yaml")["model"]["init_args"]["config"]
         prepare(
             [f"{source}={path}" for source, path in files.items()],
