@@ -1,4 +1,8 @@
-"""What liveselect says while a model trains: lines that people see without setting up any logging."""
+"""What liveselect says while a model trains: lines that people see without setting up any logging.
+
+The logger is not a child of Lightning's: lines of that one appear twice where logging was set up before Lightning was
+imported, and never reach what was set up after it.
+"""
 
 import logging
 import sys
@@ -12,14 +16,10 @@ LOGGER = "liveselect"
 class StderrHandler(logging.StreamHandler[TextIO]):
     """Writes to what standard error is at that moment, since live displays put themselves in its place."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-        self.setFormatter(logging.Formatter("%(message)s"))
-
-    @property
-    def stream(self) -> TextIO:  # type: ignore[override]
-        """Where the lines go."""
-        return sys.stderr
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def show_lines() -> None:

@@ -14,10 +14,11 @@ from typing import Any
 
 import yaml
 
+from liveselect.callbacks.lines import show_lines
 from liveselect.cli import corpus, score
 from liveselect.cli.demo_verdict import METRIC, show_verdict
 from liveselect.cli.fit import SelectionCLI
-from liveselect.cli.output import say, show_progress_lines
+from liveselect.cli.output import say
 from liveselect.datamodules.clusters.cluster import Clustering, cluster_pool
 from liveselect.datamodules.pools.pool_files import MANIFEST
 from liveselect.datamodules.pools.prepare import prepare
@@ -61,7 +62,7 @@ class Demo:
         """
         started = time.monotonic()
         self._claim_folder(resume)
-        show_progress_lines()
+        show_lines()
         stages: list[tuple[str, Callable[[], None]]] = [
             (f"Texts of Python's library, and a pool of them in {self.folder}", lambda: self._make_pool(resume)),
             ("Training on random data", lambda: self._train(BASELINE)),

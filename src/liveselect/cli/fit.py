@@ -5,21 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from rich.console import Console
-from rich.progress import BarColumn
 
 from liveselect.callbacks import DataSelection, SelectionMonitor
 from liveselect.callbacks.compatibility import check_setup, run_folder
-from liveselect.cli.output import show_progress_lines
-from liveselect.cli.plain_bar import PlainProgress
+from liveselect.callbacks.lines import show_lines
+from liveselect.cli.bars import bar_for
 
 USAGE = "liveselect fit --config FILE [--config FILE ...] [--SECTION.NAME VALUE ...]"
 """What stands above an error; the generated one fills screens and hides it."""
-
-BAR_WIDTH = 16
 
 
 class RunConfig(SaveConfigCallback):
@@ -86,57 +81,7 @@ class SelectionCLI(LightningCLI):
         callbacks = [] if select is None else [select]
         if select is not None and not any(isinstance(each, SelectionMonitor) for each in given):
             callbacks.append(SelectionMonitor())
-        return self._instantiate_trainer(settings, [*callbacks, *_bar(settings)])
-
-
-class StepsProgressBar(RichProgressBar):
-    """Lightning's bar for a run that is measured in steps: without its count of epochs, with the round of selection and
-    the share of the time that selection takes.
-    """
-
-    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
-        """Return what a line consists of; the bar is short, so that it stays one line with what stands beside it."""
-        columns: list[Any] = super().configure_columns(trainer)
-        for column in columns:
-            if isinstance(column, BarColumn):
-                column.bar_width = BAR_WIDTH
-        return columns
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "Training"
-
-    @property
-    def total_train_batches(self) -> int | float:
-        """Batches of this epoch; those from before a resume count, and all that an optimizer step accumulates over."""
-        trainer = self.trainer
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-        return min(trainer.num_training_batches, done + left)
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Return what stands beside the bar."""
-        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        selection = next((each for each in callbacks if isinstance(each, DataSelection)), None)
-        if selection is not None and selection.plan is not None:
-            about = {"round": str(selection.plan.round), "selection": f"{selection.time_share():.1%}"}
-            metrics = {**about, **metrics}
-        return metrics
-
-
-def _bar(settings: dict[str, Any]) -> list[ProgressBar]:
-    """Return what shows progress, unless the settings say: lines without a terminal, a bar of steps where there are no
-    epochs, and else Lightning's.
-    """
-    wanted = settings.get("enable_progress_bar") is not False and not settings.get("barebones")
-    chosen = settings.get("callbacks") or []
-    if not wanted or any(isinstance(each, ProgressBar) for each in chosen):
-        return []
-    console = Console()
-    if not (console.is_terminal or console.is_jupyter):
-        return [PlainProgress()]
-    return [StepsProgressBar()] if settings.get("max_epochs") == -1 else []
+        return self._instantiate_trainer(settings, [*callbacks, *bar_for(settings)])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -144,6 +89,6 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault(
         "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
     )  # they are about Lightning's calls, not the user's
-    show_progress_lines()
+    show_lines()
     SelectionCLI(["fit", *argv])
     return 0

@@ -17,8 +17,9 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from torch import Tensor
 
 from liveselect import distributed
+from liveselect.callbacks.lines import show_lines
 from liveselect.callbacks.progress import RoundProgress
-from liveselect.cli.output import say, show_progress_lines
+from liveselect.cli.output import say
 from liveselect.cli.score_column import column_scores
 from liveselect.cli.score_job import WORK, ScoreJob
 from liveselect.cli.score_proxy import clipping_of, load_proxy, proxy_optimizer, training_cost
@@ -93,7 +94,7 @@ def parser() -> ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    show_progress_lines()
+    show_lines()
     command = parser()
     config = command.parse_args(list(argv))
     if config.column is not None or config.pool is not None:

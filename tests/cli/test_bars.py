@@ -12,16 +12,15 @@ from small_run import SIMPLE, SmallLM, rows, small_data, small_trainer
 from torch.utils.data import DataLoader
 
 from liveselect.callbacks import DataSelection
-from liveselect.cli import fit, plain_bar
-from liveselect.cli.fit import StepsProgressBar
-from liveselect.cli.plain_bar import PlainProgress
+from liveselect.cli import bars
+from liveselect.cli.bars import PlainProgress, StepsProgressBar
 from liveselect.selectors import UniformSelector
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 
 
 def test_lines_say_how_far_a_run_is_and_nothing_is_drawn(tmp_path, monkeypatch, caplog, capsys):
-    monkeypatch.setattr(plain_bar, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", 0.0)
     caplog.set_level(logging.INFO, "liveselect")
     selection = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path / "s")
     settings = {**SIMPLE, "max_steps": 6, "enable_progress_bar": True}
@@ -49,12 +48,12 @@ def test_lines_say_how_far_a_run_is_and_nothing_is_drawn(tmp_path, monkeypatch, 
 )
 def test_a_bar_is_drawn_in_terminals_only(monkeypatch, terminal, settings, kind):
     console = Console(file=io.StringIO(), force_terminal=terminal)
-    monkeypatch.setattr(fit, "Console", lambda: console)
-    assert [type(each) for each in fit._bar(settings)] == ([] if kind is None else [kind])
+    monkeypatch.setattr(bars, "Console", lambda: console)
+    assert [type(each) for each in bars.bar_for(settings)] == ([] if kind is None else [kind])
 
 
 def test_only_the_first_rank_speaks(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(plain_bar, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", 0.0)
     caplog.set_level(logging.INFO, "liveselect")
     monkeypatch.setattr(pl.Trainer, "is_global_zero", False)
     labelled = [{**row, "labels": row["input_ids"]} for row in rows(6, 0)]
