@@ -22,18 +22,19 @@ class StderrHandler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
-def show_lines() -> None:
+def show_lines(always: bool = False) -> None:
     """Let what liveselect logs from INFO on appear on standard error, unless logging was set up, as Lightning does.
 
-    Whoever set up logging, of the root or of ``liveselect``, decides what is shown and where.
+    Whoever set up logging, of the root or of ``liveselect``, decides what is shown and where. Commands, which own their
+    process, show the lines ``always``.
     """
-    logger = logging.getLogger(LOGGER)
-    if logging.getLogger().hasHandlers() or logger.handlers:
+    logger, set_up = logging.getLogger(LOGGER), logging.getLogger().hasHandlers()
+    if logger.handlers or (set_up and not always):
         return
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
     logger.addHandler(StderrHandler())
-    logger.propagate = False  # a root that is set up later would say everything twice
+    logger.propagate = set_up  # a root that is set up later would say everything twice
 
 
 def round_line(record: RoundRecord, share: float | None) -> str:

@@ -62,7 +62,7 @@ class Demo:
         """
         started = time.monotonic()
         self._claim_folder(resume)
-        show_lines()
+        show_lines(always=True)
         stages: list[tuple[str, Callable[[], None]]] = [
             (f"Texts of Python's library, and a pool of them in {self.folder}", lambda: self._make_pool(resume)),
             ("Training on random data", lambda: self._train(BASELINE)),

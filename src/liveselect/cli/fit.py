@@ -89,6 +89,6 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault(
         "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
     )  # they are about Lightning's calls, not the user's
-    show_lines()
+    show_lines(always=True)
     SelectionCLI(["fit", *argv])
     return 0

@@ -94,7 +94,7 @@ def parser() -> ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    show_lines()
+    show_lines(always=True)
     command = parser()
     config = command.parse_args(list(argv))
     if config.column is not None or config.pool is not None:
