@@ -150,15 +150,7 @@ class Attributes:
             array[...] = values
         for generator, state in zip(self._generators, self._states, strict=True):
             _set_state(generator, state)
-        changed = [path for path, value, was in self._large if _version(value) != was]
-        if changed:
-            warnings.warn(
-                f"the model changes {', '.join(changed)} in its forward or in its hooks, also while influence is "
-                f"measured, and this is not put back: tensors of modules are, up to {COPIED} entries together, and "
-                f"lists up to {LONG}. Register the tensor as a buffer, or change it in training mode only",
-                SelectionWarning,
-                stacklevel=2,
-            )
+        self._warn_of_changes()
 
     def fingerprint(self) -> int:
         """Return a hash of all but the contents of ``tensors``; it means something in this process only."""
@@ -169,6 +161,17 @@ class Attributes:
         states = [repr(_plain(_state(generator))) for generator in self._generators]
         large = [version for _, _, version in self._large]
         return hash((tuple(names), tuple(held), tuple(arrays), tuple(states), tuple(large)))
+
+    def _warn_of_changes(self) -> None:
+        changed = [path for path, value, was in self._large if _version(value) != was]
+        if changed:
+            warnings.warn(
+                f"the model changes {', '.join(changed)} in its forward or in its hooks, also while influence is "
+                f"measured, and this is not put back: tensors of modules are, up to {COPIED} entries together, and "
+                f"lists up to {LONG}. Register the tensor as a buffer, or change it in training mode only",
+                SelectionWarning,
+                stacklevel=3,
+            )
 
 
 @contextmanager

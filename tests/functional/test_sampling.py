@@ -64,6 +64,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", [gumbel_topk, released_bottomk])
 @pytest.mark.parametrize(("scores", "k", "temperature"), CASES)
 def test_inclusion_frequencies_are_those_of_enumerated_plackett_luce(form, scores, k, temperature):
@@ -240,6 +241,7 @@ def test_draws_depend_on_the_generator_alone_and_advance_it():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.long
 def test_the_number_of_threads_does_not_change_a_draw():
     code = (
         "import torch, hashlib; from liveselect.functional.sampling import gumbel_topk\n"
@@ -276,6 +278,7 @@ print((peak() - before) / (4 * n))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("temperature", [0.5, 0.0])
 @pytest.mark.parametrize("n", [20_000_000, pytest.param(100_000_000, marks=pytest.mark.slow)])
 def test_scores_and_draw_together_take_less_than_two_and_a_half_times_the_scores(n, temperature):

@@ -501,6 +501,7 @@ def measure_on_ranks(variant):
     return estimator.score(context, candidate_batch(context)).tolist(), metrics, held, estimator.state_dict()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_ranks_measure_what_one_does_and_share_the_layers_out(variant):
     context = small_context()

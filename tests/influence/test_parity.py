@@ -14,6 +14,8 @@ from torch.utils.data import TensorDataset
 from liveselect.functional.kronecker import eigen, ekfac, kfac, rotated_squares, solve
 from liveselect.influence import KFACInfluence
 
+pytestmark = pytest.mark.long
+
 VOCAB = 40
 REFERENCES, CANDIDATES, LENGTH = 6, 24, 12
 

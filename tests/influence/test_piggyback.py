@@ -329,6 +329,7 @@ def parallel(scored):
     return [parameter.tolist() for parameter in model.parameters()], found
 
 
+@pytest.mark.long
 def test_under_data_parallel_training_is_the_same_and_each_rank_scores_its_own():
     plain, watched = on_ranks(parallel, 2, False), on_ranks(parallel, 2, True)
     assert plain[0][0] == plain[1][0] == watched[0][0] == watched[1][0]

@@ -190,6 +190,7 @@ def _influence_on_this_rank(batch_size):
     return influence(warm_context(), batch_size=batch_size)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("batch_size", [BATCH, 1])
 def test_ranks_that_share_the_unroll_find_what_one_finds(ranks, batch_size):

@@ -131,6 +131,7 @@ def _resumed_on_this_rank(folder):
     return estimator.score_ids(context, IDS)
 
 
+@pytest.mark.long
 def test_ranks_that_were_stopped_at_different_places_begin_again_together(tmp_path):
     found = on_ranks(_resumed_on_this_rank, 2, tmp_path)
     expected = solved(warm_context())

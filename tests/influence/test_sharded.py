@@ -21,6 +21,8 @@ from liveselect.influence.piggyback import TrainingStepScores, mean_weights
 from liveselect.losses import causal_lm_loss
 from liveselect.snapshot import measuring
 
+pytestmark = pytest.mark.long
+
 RANKS = 3
 BAD = 6  # a candidate without a finite loss; no reference example has this id
 ESTIMATORS = {

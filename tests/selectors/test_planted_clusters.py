@@ -10,6 +10,8 @@ from liveselect.rounds import SelectionRun, run_round
 from liveselect.selectors import UCBSelector, UniformSelector
 from liveselect.snapshot import measuring
 
+pytestmark = pytest.mark.long
+
 torch.set_num_threads(1)
 CLUSTERS, WANTED, TRAINED = 8, (2, 5), 1280
 

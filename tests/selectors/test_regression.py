@@ -351,6 +351,7 @@ NO_DROPOUT = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["hashed", "encoder", "opinionated"])
 def test_two_ranks_share_the_work_and_choose_what_one_rank_chooses(kind):
     alone, (first, second) = _round_on_a_rank(kind), on_ranks(_round_on_a_rank, 2, kind)
