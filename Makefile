@@ -1,25 +1,52 @@
-# Everything a newcomer needs: `make demo` and `make test` set up their own environment in .venv.
+# Everything a newcomer needs: every target that needs it sets up the environment in .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # The environment of this checkout, whatever shell it is called from
 export PYTHONNOUSERSITE := 1
 
-.PHONY: demo test test-slow lint bench clean
+NAME ?=
+ARGS ?=
 
-demo: $(VENV)/ready
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-quick test-slow lint typecheck public-names bench build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/ready ## pretrain a small model twice on this machine's texts, and open a report to compare
 	$(BIN)/liveselect demo
 
-test: $(VENV)/ready
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test: $(VENV)/ready ## run the tests
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
-test-slow: $(VENV)/ready
+test-quick: $(VENV)/ready ## run the tests of mathematics, selectors and estimators that need neither several processes nor long fits
+	$(BIN)/python -m pytest -n auto --dist loadscope -m 'not slow and not gpu and not long' tests/functional tests/selectors tests/influence
+
+test-slow: $(VENV)/ready ## run the long tests, which `make test` leaves out
 	$(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/ready
+lint: $(VENV)/ready ## check style, layout and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+typecheck: $(VENV)/ready ## check types only
+	$(BIN)/mypy
+
+public-names: $(VENV)/ready ## write tests/public_names.txt anew, after a deliberate change of public names
+	$(BIN)/python tests/public_names.py
+
+bench: ## list the benchmarks; make bench NAME=gumbel ARGS=... runs one
+ifeq ($(NAME),)
+	@for file in benchmarks/*.py; do printf '  %-12s %s\n' "$$(basename $$file .py)" "$$(sed -n '1s/^"""//p' $$file)"; done
+else
+	@$(MAKE) --no-print-directory $(VENV)/ready
+	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
+endif
+
+build: $(VENV)/ready ## build dist/*.tar.gz and dist/*.whl
+	$(BIN)/python -c "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "python 3.11 or newer is needed; call make PYTHON=/path/to/python3"; exit 1; }
@@ -35,5 +62,5 @@ $(VENV)/ready: pyproject.toml constraints.txt
 		kronfluence curvlinops-for-pytorch backpack-for-pytorch
 	@touch $@
 
-clean:
-	rm -rf $(VENV) build *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove the environment, builds and caches
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,14 +18,19 @@ root mean square of outcomes.
 import argparse
 import math
 import statistics
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from liveselect.functional.bandit import pull_regret, simulate_pulls, top_arms
+from liveselect.functional.bandit import top_arms
 from liveselect.selectors.rewards import CONTROL, Rewards
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from bandit_play import pull_regret, simulate_pulls
 
 ARMS, PULLS, ROUNDS, PROBES, CONTROLS = 200, 10, 400, 8, 16
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 1.0, 2.0, 3.0)

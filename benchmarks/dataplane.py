@@ -50,7 +50,7 @@ class PlanTurns:
 
     def __init__(self, rows: StoreRows, batch_size: int, workers: int, steps: int) -> None:
         self.size, self.count, self.round = len(rows), steps * batch_size, 0
-        self.loader = PlanLoader(rows, batch_size, steps, receive=rows.receive, options={"num_workers": workers})
+        self.loader = PlanLoader(rows, batch_size, steps, options={"num_workers": workers})
 
     def publish(self) -> None:
         """Follow a new plan of random rows."""

@@ -1,7 +1,7 @@
 """How well cheap estimators rank candidates like the exact one-step probe, at three moments of one training run.
 
-A small language model is trained from scratch with AdamW on the mixed pool that ``liveselect demo`` finds on this
-machine: the interpreter's library, headers, tables, licences, documents. At an early, a middle and a late step of it,
+A small language model is trained from scratch with AdamW on the mixed pool of ``liveselect demo``: the code,
+docstrings, comments and tables of Python's library. At an early, a middle and a late step of it,
 with the moments warm and at the run's learning rate, the same candidates are measured by OneStepInfluence, in its
 ``published`` and its ``in_batch`` form, and by the estimators that cost about three forwards. Printed are Spearman
 correlations with either form.
@@ -11,7 +11,7 @@ of the probe against one half of the reference sequences with the probe against 
 halves, and *Spearman-Brown* extrapolates it to the whole set, 2 r / (1 + r). An estimator that looks at the very same
 reference sequences may come out above it, because it shares their noise.
 
-Run ``python benchmarks/fidelity.py``; numbers depend on the texts of the machine. Checkpoints and what the probe
+Run ``python benchmarks/fidelity.py``; numbers depend on the version of Python. Checkpoints and what the probe
 measured are kept in ``--folder``, so that a second run only repeats the cheap part.
 """
 
@@ -24,25 +24,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from live_round import LiveRound, live_round
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from liveselect.cli.corpus import find_corpus
 from liveselect.datamodules.pools.tokenizers import train_bpe
+from liveselect.grammar import Batch, CandidateSource, InfluenceEstimator
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence
 from liveselect.influence.one_step import StepSize
 from liveselect.losses import causal_lm_loss
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
-from liveselect.protocols import Batch, InfluenceEstimator, RoundContext
 
 BATCH = 16
 SPLITS = 20
 FORMS: tuple[StepSize, ...] = ("published", "in_batch")
 
 
-class Source:
+class Source(CandidateSource):
     """Sequences of equal length cut out of texts, and a reference set of them."""
 
     batch_size = BATCH
@@ -71,9 +72,9 @@ class Source:
 
 
 def make_source(options: argparse.Namespace) -> Source:
-    """Tokenize the texts of this machine and cut them into rows."""
+    """Tokenize the texts of the demo and cut them into rows."""
     corpus = find_corpus()
-    documents = [document.text for found in corpus.pool.values() for document in found]
+    documents = [text for texts in corpus.pool.values() for text in texts]
     tokenizer = train_bpe(documents, options.vocabulary)
     generator = torch.Generator().manual_seed(0)
 
@@ -83,7 +84,7 @@ def make_source(options: argparse.Namespace) -> Source:
         found = torch.cat(cut)
         return found[torch.randperm(len(found), generator=generator)]
 
-    references = rows([document.text for document in (*corpus.reference, *corpus.validation)])
+    references = rows([*corpus.reference, *corpus.validation])
     return Source(rows(documents), references[: options.references])
 
 
@@ -124,7 +125,7 @@ def train(source: Source, options: argparse.Namespace, folder: Path) -> None:
             print(f"step {step}: training loss {loss.item():.2f}", flush=True)
 
 
-def context_at(step: int, source: Source, options: argparse.Namespace, folder: Path) -> RoundContext:
+def context_at(step: int, source: Source, options: argparse.Namespace, folder: Path) -> LiveRound:
     """Return a round at one step of the run, with model and moments as they were then."""
     model, optimizer = new_model(options)
     state = torch.load(folder / f"step-{step}.pt")
@@ -134,24 +135,15 @@ def context_at(step: int, source: Source, options: argparse.Namespace, folder: P
     def clip(parameters: list[nn.Parameter]) -> None:
         nn.utils.clip_grad_norm_(parameters, options.clip)
 
-    return RoundContext(
-        round=0,
-        step=step,
-        seed=0,
-        model=model,
-        optimizer=optimizer,
-        loss_fn=causal_lm_loss,
-        source=source,
-        candidates=torch.arange(options.candidates),
-        global_batch=BATCH,
-        clip_gradients=clip,
-    )
+    found = live_round(model, optimizer, source, clip_gradients=clip)
+    return replace(found, round=replace(found.round, step=step, candidates=torch.arange(options.candidates)))
 
 
-def estimators(context: RoundContext) -> dict[str, tuple[InfluenceEstimator, RoundContext]]:
+def estimators(context: LiveRound) -> dict[str, tuple[InfluenceEstimator, LiveRound]]:
     """Return what is compared, by the name that the table prints, each with the round that it measures."""
     rate = context.optimizer.param_groups[0]["lr"]
-    plain = replace(context, optimizer=torch.optim.SGD(context.model.parameters(), lr=rate))
+    sgd = torch.optim.SGD(context.model.parameters(), lr=rate)
+    plain = replace(context, live=replace(context.live, optimizer=sgd))
     below = ["*.embed_in.*", *(f"*.layers.{index}.*" for index in range(context.model.config.num_hidden_layers - 1))]
     return {
         "plain dot, at theta": (FirstOrderInfluence(gradient_at="current", slope_over="zero"), plain),
@@ -186,7 +178,7 @@ class Exact:
         return sum(found) / len(found)
 
 
-def exact_influence(context: RoundContext, form: StepSize, file: Path) -> Exact:
+def exact_influence(context: LiveRound, form: StepSize, file: Path) -> Exact:
     """Return what the exact probe measures, from the file if it is there."""
     if file.exists():
         return Exact(**torch.load(file))
@@ -199,12 +191,13 @@ def exact_influence(context: RoundContext, form: StepSize, file: Path) -> Exact:
         return found
 
     started = time.process_time()
-    estimator, watching = OneStepInfluence(step=form), replace(context, loss_fn=watched)
-    rate = estimator.fit(watching)["probe_learning_rate"]
-    parts = [estimator.score(watching, batch) for batch in context.candidate_batches(context.candidates)]
-    seconds = (time.process_time() - started) / len(context.candidates)
-    passes = torch.cat(losses).double().view(len(context.candidates) + 2, -1)  # before, zero step, candidates
-    weight = context.global_batch if form == "in_batch" else 1
+    estimator, watching = OneStepInfluence(step=form), replace(context, live=replace(context.live, loss_fn=watched))
+    rate = watching.fit(estimator)["probe_learning_rate"]
+    candidates = context.round.candidates
+    parts = [watching.score(estimator, batch) for batch in context.round.batches(candidates)]
+    seconds = (time.process_time() - started) / len(candidates)
+    passes = torch.cat(losses).double().view(len(candidates) + 2, -1)  # before, zero step, candidates
+    weight = context.live.global_batch if form == "in_batch" else 1
     exact = Exact(torch.cat(parts), weight * (passes[1] - passes[2:]) / rate, seconds)
     torch.save(vars(exact), file)
     return exact
@@ -231,9 +224,10 @@ def compare(step: int, source: Source, options: argparse.Namespace, folder: Path
     spent = 1e3 * sum(each.seconds for each in exact.values()) / len(exact)
     print(f"{'probe: one form, the other':<28}{between:>14.3f}{between:>14.3f}{spent:>16.1f}")
     for name, (estimator, measured) in estimators(context).items():
-        estimator.fit(measured)
+        measured.fit(estimator)
         started = time.process_time()
-        found = torch.cat([estimator.score(measured, batch) for batch in context.candidate_batches(context.candidates)])
+        batches = context.round.batches(context.round.candidates)
+        found = torch.cat([measured.score(estimator, batch) for batch in batches])
         spent = 1e3 * (time.process_time() - started) / len(found)
         row = "".join(f"{rank_correlation(found, each.influence):>14.3f}" for each in exact.values())
         print(f"{name:<28}{row}{spent:>16.1f}", flush=True)

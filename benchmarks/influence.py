@@ -27,23 +27,24 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from live_round import LiveRound, live_round
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from liveselect.functional.gradients import central_difference_dot, example_dot, forward_mode_dot
+from liveselect.functional.differences import central_difference_dot
+from liveselect.functional.gradients import example_dot, forward_mode_dot
+from liveselect.grammar import Batch, CandidateSource
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence
-from liveselect.influence.piggyback import TrainingStepScores, mean_weights
+from liveselect.influence.training_step import TrainingStepScores, mean_weights
 from liveselect.losses import causal_lm_loss
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
-from liveselect.protocols import Batch, RoundContext
 
 ROWS = 8  # of a batch
 OVERHEARD = "in a training step"
@@ -59,7 +60,7 @@ SAME_NUMBERS = (  # engines that meet one direction
 Run = Callable[[], Any]
 
 
-class Source:
+class Source(CandidateSource):
     """Random token sequences: candidates, and a reference set of the same length."""
 
     batch_size = ROWS
@@ -99,7 +100,7 @@ def language_model(hidden: int, layers: int, vocab: int, device: str) -> nn.Modu
     return model.to(device)
 
 
-def make_context(options: argparse.Namespace) -> RoundContext:
+def make_context(options: argparse.Namespace) -> LiveRound:
     """Return a model with warm AdamW moments, as a round would see it."""
     model = language_model(options.hidden, options.layers, options.vocab, options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -110,15 +111,11 @@ def make_context(options: argparse.Namespace) -> RoundContext:
         causal_lm_loss(model, {"input_ids": draw((ROWS, options.length)).to(options.device)}).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return RoundContext(
-        round=1,
-        step=3,
-        seed=0,
-        model=model.eval(),
-        optimizer=optimizer,
-        loss_fn=causal_lm_loss,
-        source=source,
-        candidates=torch.arange(options.candidates),
+    return live_round(
+        model.eval(),
+        optimizer,
+        source,
+        index=1,
         global_batch=64,
         clip_gradients=lambda parameters: nn.utils.clip_grad_norm_(parameters, 1.0) and None,
     )
@@ -174,7 +171,7 @@ def peak_megabytes(run: Run, device: str) -> float:
 # ---- 1. engines --------------------------------------------------------------------------------------------------
 
 
-def gradients_one_by_one(context: RoundContext, batch: Batch, direction: dict[str, Tensor]) -> Tensor:
+def gradients_one_by_one(context: LiveRound, batch: Batch, direction: dict[str, Tensor]) -> Tensor:
     """Return the products of whole gradients, one example after the other."""
     parameters = [dict(context.model.named_parameters())[name] for name in direction]
     products = []
@@ -185,7 +182,7 @@ def gradients_one_by_one(context: RoundContext, batch: Batch, direction: dict[st
     return torch.stack(products)
 
 
-def vectorised_gradients(context: RoundContext, batch: Batch, direction: dict[str, Tensor]) -> Tensor:
+def vectorised_gradients(context: LiveRound, batch: Batch, direction: dict[str, Tensor]) -> Tensor:
     """Return the products of whole gradients that ``vmap(grad)`` forms for all examples at once."""
     parameters = {name: parameter.detach() for name, parameter in context.model.named_parameters()}
     moving = {name: parameters[name] for name in direction}
@@ -211,31 +208,31 @@ def displacement(model: nn.Module, direction: Mapping[str, Tensor], gradient: Ma
     return 0.01 / slope * lengths[0] / lengths[1]
 
 
-def probe(context: RoundContext, references: int) -> tuple[RoundContext, OneStepInfluence]:
+def probe(context: LiveRound, references: int) -> tuple[LiveRound, OneStepInfluence]:
     """Return an exact probe with the first ``references`` reference sequences, prepared for a round."""
-    source = context.source
-    part = replace(context, source=Source(source.tokens, source.references[:references], rows=32))
+    source = context.round.source
+    part = context.with_source(Source(source.tokens, source.references[:references], rows=32))
     estimator = OneStepInfluence()
-    estimator.fit(part)
+    part.fit(estimator)
     return part, estimator
 
 
 def engines(options: argparse.Namespace) -> None:
     context = make_context(options)
-    few = replace(context, source=Source(context.source.tokens, context.source.references[:128]))
+    few = context.with_source(Source(context.round.source.tokens, context.round.source.references[:128]))
     estimator = KFACInfluence(factor_examples=128)
-    peaks = {"kfac, prepare": peak_megabytes(lambda: KFACInfluence(factor_examples=128).fit(few), options.device)}
+    peaks = {"kfac, prepare": peak_megabytes(lambda: few.fit(KFACInfluence(factor_examples=128)), options.device)}
     identity = KFACInfluence("identity")
     preparation = {
-        "reference gradient, 128 sequences": seconds(lambda: identity.fit(few), options.device),
-        "kfac, 128 examples and 128 reference sequences": seconds(lambda: estimator.fit(few), options.device),
+        "reference gradient, 128 sequences": seconds(lambda: few.fit(identity), options.device),
+        "kfac, 128 examples and 128 reference sequences": seconds(lambda: few.fit(estimator), options.device),
     }
-    direction = dict(estimator.direction)
-    share = displacement(context.model, direction, identity.direction)
+    direction = dict(estimator.direction())
+    share = displacement(context.model, direction, identity.direction())
     first_order = {name: FirstOrderInfluence(engine=name) for name in ("hooks", "optimizer_step")}
     for each in first_order.values():
-        each.fit(few)
-    batch = next(iter(context.candidate_batches(torch.arange(ROWS))))
+        few.fit(each)
+    batch = next(iter(context.round.batches(torch.arange(ROWS))))
 
     @torch.no_grad()
     def forward() -> Tensor:
@@ -261,9 +258,9 @@ def engines(options: argparse.Namespace) -> None:
         "forward mode": lambda: forward_mode_dot(context.model, causal_lm_loss, batch, direction),
         "central difference": lambda: central_difference_dot(context.model, causal_lm_loss, batch, direction, share),
         "hooks (example_dot)": lambda: example_dot(context.model, causal_lm_loss, batch, direction),
-        "KFACInfluence": lambda: estimator.score(context, batch),
-        "FirstOrderInfluence": lambda: first_order["hooks"].score(context, batch),
-        "the same, optimizer_step": lambda: first_order["optimizer_step"].score(context, batch),
+        "KFACInfluence": lambda: context.score(estimator, batch),
+        "FirstOrderInfluence": lambda: context.score(first_order["hooks"], batch),
+        "the same, optimizer_step": lambda: context.score(first_order["optimizer_step"], batch),
         OVERHEARD: training_with_scores,
     }
     if options.device == "cpu":  # forks come first: what is measured later would leave them memory to reuse
@@ -279,7 +276,7 @@ def engines(options: argparse.Namespace) -> None:
     for references, rows in ((128, 2), (1024, 1)):
         part, one_step = probe(context, references)
         candidate = {name: value[:rows] for name, value in batch.items()}
-        measure = partial(one_step.score, part, candidate)
+        measure = partial(part.score, one_step, candidate)
         probes[references] = seconds(measure, options.device) / rows
         if references == 128:
             peaks["exact probe"] = peak_megabytes(measure, options.device)
@@ -390,12 +387,12 @@ def end_to_end(options: argparse.Namespace) -> None:
     candidates, references = draw((128, 64)), draw((16, 64))
     source = Source(candidates, references, rows=16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    context = RoundContext(0, 0, 0, model, optimizer, causal_lm_loss, source, torch.arange(128), 64)
+    context = live_round(model, optimizer, source, global_batch=64)
 
     def ours(strategy: Any) -> Tensor:
         estimator = KFACInfluence(strategy, factor_examples=128)
-        estimator.fit(context)
-        return torch.cat([estimator.score(context, batch) for batch in context.candidate_batches(torch.arange(128))])
+        context.fit(estimator)
+        return torch.cat([context.score(estimator, batch) for batch in context.round.batches(torch.arange(128))])
 
     print("\n2. From end to end: width 128, 4 layers, 64 tokens; 128 candidates, 16 references, batches of 16")
     try:

@@ -17,10 +17,10 @@ import torch
 
 from liveselect.decisions import DecisionLedger, RoundDecisions
 from liveselect.functional.sampling import Noise, gumbel_topk
+from liveselect.grammar import Selection
 from liveselect.ledger import Example, Histogram, Ledger, RoundRecord
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
-from liveselect.protocols import Selection
 
 SEED = 0
 

@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from live_round import LiveRound, live_round
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
@@ -43,12 +44,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from liveselect.functional.adjoint import State, Transition
 from liveselect.functional.differences import Reach
 from liveselect.functional.updates import Vector
-from liveselect.influence import PMPInfluence, pmp
-from liveselect.influence.unroll import Unroll, unrolled_ids
-from liveselect.losses import causal_lm_loss
+from liveselect.grammar import Batch, CandidateSource
+from liveselect.influence import PMPInfluence
+from liveselect.influence.pmp import estimator as pmp
+from liveselect.influence.pmp.unroll import Unroll, unrolled_ids
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
-from liveselect.protocols import Batch, RoundContext
+from liveselect.preserve import measuring
 
 RATE = 0.008
 RECIPES = ("published", "exact", "differences", "bf16")
@@ -60,7 +62,7 @@ PUBLISHED_COUNTS = {  # sequences of each kind of work in the published run
 }
 
 
-class Source:
+class Source(CandidateSource):
     """Random candidates, and references of uneven length, as conversations are."""
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -118,7 +120,7 @@ class Clock:
         return time.perf_counter()
 
 
-def make_context(options: argparse.Namespace, attention: str, short: bool = False) -> RoundContext:
+def make_context(options: argparse.Namespace, attention: str, short: bool = False) -> LiveRound:
     """Return a small decoder as a round would see it."""
     torch.random.default_generator.manual_seed(0)
     model = LlamaForCausalLM(
@@ -132,17 +134,12 @@ def make_context(options: argparse.Namespace, attention: str, short: bool = Fals
             attn_implementation=attention,
         )
     ).to(options.device)
-    return RoundContext(
-        round=0,
-        step=0,
-        seed=0,
-        model=model.eval(),
-        optimizer=torch.optim.SGD(model.parameters(), lr=RATE),
-        loss_fn=causal_lm_loss,
-        source=Source(options),
-        candidates=torch.arange(options.candidates),
+    return live_round(
+        model.eval(),
+        torch.optim.SGD(model.parameters(), lr=RATE),
+        Source(options),
         global_batch=options.batch,
-        forward_context=lambda: torch.autocast(options.device, torch.bfloat16, enabled=short),
+        autocast=lambda: torch.autocast(options.device, torch.bfloat16, enabled=short),
     )
 
 
@@ -181,17 +178,18 @@ def liveselect(options: argparse.Namespace, clock: Clock, recipe: str) -> Tensor
         product_precision="training" if recipe == "bf16" else "float32",
         reference_weighting="examples",
     )
-    estimator.fit(context)
-    with clock.work("product", options.scored * len(estimator.scored_steps)):
-        return estimator.score_ids(context, torch.arange(options.scored))
+    context.fit(estimator)
+    sequences = options.scored * len(estimator.scored_steps)
+    with clock.work("product", sequences), measuring(context.model, context.optimizer):
+        return estimator.score_ids(context.live, context.round, torch.arange(options.scored))
 
 
 def published(options: argparse.Namespace, clock: Clock) -> Tensor:
     """Score the candidates by the published recipe; returns (candidates,)."""
     context = make_context(options, "eager")
-    model, source = context.model, context.source
-    ids = unrolled_ids(context, options.steps, options.batch)
-    device = context.device
+    model, source = context.model, context.round.source
+    ids = unrolled_ids(context.round, options.steps, options.batch)
+    device = context.live.device
     theta = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     references = list(source.reference())
 

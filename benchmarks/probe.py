@@ -31,15 +31,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from live_round import LiveRound, live_round
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from liveselect.grammar import Batch, CandidateSource
 from liveselect.influence import OneStepInfluence
 from liveselect.influence.reference import ReferencePass
 from liveselect.losses import causal_lm_loss
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
-from liveselect.protocols import Batch, RoundContext
 
 SIZES = {  # name: (hidden size, layers, vocabulary)
     "2M": (128, 6, 4096),
@@ -49,7 +50,7 @@ SIZES = {  # name: (hidden size, layers, vocabulary)
 REFERENCE_BATCH = 32  # rows, as released
 
 
-class Source:
+class Source(CandidateSource):
     """Random candidates, and a reference set with the lengths of LAMBADA: about 90 tokens, the last word counts."""
 
     batch_size = 8
@@ -84,7 +85,7 @@ class Source:
         raise NotImplementedError("the benchmark does not train on a plan")
 
 
-def make_context(size: str, options: argparse.Namespace) -> RoundContext:
+def make_context(size: str, options: argparse.Namespace) -> LiveRound:
     """Return a model of the given size with warm AdamW moments, as a round would see it."""
     hidden, layers, vocab = SIZES[size]
     model = GPTNeoXForCausalLM(
@@ -102,15 +103,11 @@ def make_context(size: str, options: argparse.Namespace) -> RoundContext:
         causal_lm_loss(model, {"input_ids": batch.to(options.device)}).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return RoundContext(
-        round=1,
-        step=3,
-        seed=0,
-        model=model,
-        optimizer=optimizer,
-        loss_fn=causal_lm_loss,
-        source=source,
-        candidates=torch.arange(options.candidates),
+    return live_round(
+        model,
+        optimizer,
+        source,
+        index=1,
         global_batch=64,
         clip_gradients=lambda parameters: nn.utils.clip_grad_norm_(parameters, 1.0) and None,
     )
@@ -119,7 +116,7 @@ def make_context(size: str, options: argparse.Namespace) -> RoundContext:
 class ReloadProbe:
     """Loads the checkpoint, takes one step on the candidate, evaluates the reference; for each candidate again."""
 
-    def __init__(self, context: RoundContext, path: Path, reference_loss: Callable[[], float]) -> None:
+    def __init__(self, context: LiveRound, path: Path, reference_loss: Callable[[], float]) -> None:
         self.context, self.path, self.reference_loss = context, path, reference_loss
 
     def score(self, batch: Batch) -> list[float]:
@@ -127,19 +124,19 @@ class ReloadProbe:
         return [self._one(row[None]) for row in batch["input_ids"]]
 
     def _one(self, tokens: Tensor) -> float:
-        model, optimizer, meter = self.context.model, self.context.optimizer, self.context.meter
+        model, optimizer, meter = self.context.model, self.context.optimizer, self.context.live.meter
         with meter.phase("reload"):
             _load(self.context, self.path)
         with meter.phase("probe step"):
             optimizer.zero_grad()
             causal_lm_loss(model, {"input_ids": tokens}).mean().backward()
-            self.context.clip_gradients(list(model.parameters()))
+            self.context.live.clip_gradients(list(model.parameters()))
             optimizer.step()
         with meter.phase("reference pass"):
             return self.reference_loss()
 
 
-def released_reference_loss(context: RoundContext, batches: list[Batch]) -> Callable[[], float]:
+def released_reference_loss(context: LiveRound, batches: list[Batch]) -> Callable[[], float]:
     """Return the reference pass as released: padded batches, all logits, the mean of the batches' means."""
 
     @torch.no_grad()
@@ -157,17 +154,17 @@ def run(size: str, options: argparse.Namespace) -> None:
     """Measure one size and print its table."""
     context = make_context(size, options)
     parameters = sum(parameter.numel() for parameter in context.model.parameters())
-    padded = [context.to_device(batch) for batch in context.source.reference()]
+    padded = [context.live.to_device(batch) for batch in context.round.source.reference()]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.pt"
         torch.save({"model": context.model.state_dict(), "optimizer": context.optimizer.state_dict()}, path)
         megabytes = path.stat().st_size / 1e6
         estimator = OneStepInfluence()
-        fitted = estimator.fit(context)
-        ours = ReferencePass.load(context)
+        fitted = context.fit(estimator)
+        ours = ReferencePass.load(context.live, context.round)
         probes = {
-            "liveselect": lambda batch: estimator.score(context, batch),
-            "reload": ReloadProbe(context, path, lambda: ours.loss(context)).score,
+            "liveselect": lambda batch: context.score(estimator, batch),
+            "reload": ReloadProbe(context, path, lambda: ours.loss(context.live)).score,
             "released": ReloadProbe(context, path, released_reference_loss(context, padded)).score,
         }
         turns, scores = take_turns(context, path, probes, options.rows)
@@ -202,23 +199,23 @@ class Turn:
 
 
 def take_turns(
-    context: RoundContext, path: Path, probes: Mapping[str, Callable[[Batch], Any]], rows: int
+    context: LiveRound, path: Path, probes: Mapping[str, Callable[[Batch], Any]], rows: int
 ) -> tuple[dict[str, list[Turn]], dict[str, list[float]]]:
     """Let every probe measure every batch of candidates, another one first each time."""
     turns: dict[str, list[Turn]] = {name: [] for name in probes}
     scores: dict[str, list[float]] = {name: [] for name in probes}
     names = list(probes)
-    on_cpu = context.device.type == "cpu"
-    for turn, ids in enumerate(context.candidates.split(rows)):
-        batch = next(iter(context.candidate_batches(ids)))
+    on_cpu = context.live.device.type == "cpu"
+    for turn, ids in enumerate(context.round.candidates.split(rows)):
+        batch = next(iter(context.round.batches(ids)))
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             _load(context, path)  # the reloading probes leave the model where the last candidate put it
-            context.meter.seconds.clear()
+            context.live.meter.seconds.clear()
             busy = time.process_time()
-            with context.meter.phase("other"):
+            with context.live.meter.phase("other"):
                 scores[name] += torch.as_tensor(probes[name](batch)).tolist()
             busy = time.process_time() - busy
-            phases = {phase: spent / len(ids) for phase, spent in context.meter.seconds.items()}
+            phases = {phase: spent / len(ids) for phase, spent in context.live.meter.seconds.items()}
             wall = sum(phases.values())
             turns[name].append(Turn(wall, busy / len(ids) if on_cpu else wall, phases))
     return turns, scores
@@ -238,8 +235,8 @@ def print_table(turns: Mapping[str, list[Turn]]) -> None:
         )
 
 
-def _load(context: RoundContext, path: Path) -> None:
-    state = torch.load(path, map_location=context.device)
+def _load(context: LiveRound, path: Path) -> None:
+    state = torch.load(path, map_location=context.live.device)
     context.model.load_state_dict(state["model"])
     context.optimizer.load_state_dict(state["optimizer"])
 

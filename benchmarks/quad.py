@@ -30,11 +30,11 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from liveselect.callbacks import Quad
 from liveselect.datamodules import SelectionDataModule
+from liveselect.grammar import Batch, CandidateSource, InfluenceEstimator, LiveModel, Round
 from liveselect.influence import KFACInfluence, OneStepInfluence
 from liveselect.ledger import RoundRecord
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
-from liveselect.protocols import Batch, InfluenceEstimator, RoundContext
 from liveselect.rounds import SelectionRun, run_round
 from liveselect.selectors import UCBSelector, UniformSelector
 
@@ -68,15 +68,15 @@ class TimedQuad(Quad):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the clock of a batch."""
-        listened = self.overhearing.direction(self.run, self._global_batch(trainer)) is not None
+        listened = self.overhearing.direction(self.run, self.session.global_batch(trainer)) is not None
         self.batch_seconds[listened].append(time.process_time() - self.begun)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def _select(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _select(self, trainer: pl.Trainer) -> None:
         started = time.process_time(), time.perf_counter()
         if self.round_seconds:
             self.step_seconds.append(started[0] - self.ended)
-        super()._select(trainer, pl_module)
+        super()._select(trainer)
         self.ended = time.process_time()  # on one thread the same as the wall clock's, but for other programs
         self.round_seconds.append(self.ended - started[0])
         self.wall_seconds.append(time.perf_counter() - started[1])
@@ -171,7 +171,7 @@ def tell(name: str, selection: TimedQuad, step: int, reference: int) -> None:
         )
 
 
-class NoData:
+class NoData(CandidateSource):
     """A source whose candidates are never read."""
 
     batch_size = 32
@@ -196,31 +196,30 @@ class NoData:
         """Train on nothing."""
 
 
-class Noise:
+class Noise(InfluenceEstimator):
     """An estimator that measures nothing."""
 
-    def fit(self, context: RoundContext) -> Mapping[str, float]:
-        """Prepare nothing."""
+    def fit(self, model: LiveModel, round: Round) -> Mapping[str, float]:
+        """Prepare to draw."""
+        self.generator = round.generator("noise")
         return {}
 
-    def score(self, context: RoundContext, batch: Batch) -> Tensor:
+    def score(self, model: LiveModel, batch: Batch) -> Tensor:
         """Return random numbers."""
-        return torch.randn(len(batch["id"]), generator=context.generator(f"noise {len(batch['id'])}"))
+        return torch.randn(len(batch["id"]), generator=self.generator)
 
 
 def bandit_alone(size: int, arms: int, rounds: int, budget: int = 5120) -> None:
     source = NoData(size, arms)
-    run = SelectionRun(UCBSelector(), Noise(), UniformSelector(), 0, source.pool)
+    run = SelectionRun(UCBSelector(), Noise(), UniformSelector(), 0, source)
     model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    live = LiveModel(model, torch.optim.SGD(model.parameters(), lr=1.0), lambda *_: torch.empty(0), budget)
     seconds = []
-    for index in range(rounds):
+    for _ in range(rounds):
         started = time.perf_counter()
-        context = RoundContext(
-            index, 0, 0, model, optimizer, lambda *_: None, source, source.pool.available(budget), budget
-        )
+        opened = run.open_round(0, budget)
         available = time.perf_counter() - started
-        run_round(run, context, budget)
+        run_round(run, live, opened, budget)
         seconds.append((time.perf_counter() - started, available))
     later = seconds[1:]
     print(

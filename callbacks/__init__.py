@@ -3,7 +3,7 @@
 from liveselect.callbacks.loggers import OfflineFallbackWandbLogger
 from liveselect.callbacks.mates import MATES
 from liveselect.callbacks.monitor import SelectionMonitor
-from liveselect.callbacks.pds import PDS
+from liveselect.callbacks.pds import PDS, LivePDS
 from liveselect.callbacks.quad import Quad
 from liveselect.callbacks.replay import Replay
 from liveselect.callbacks.selection import DataSelection
@@ -12,6 +12,7 @@ __all__ = [
     "MATES",
     "PDS",
     "DataSelection",
+    "LivePDS",
     "OfflineFallbackWandbLogger",
     "Quad",
     "Replay",

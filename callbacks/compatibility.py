@@ -1,7 +1,6 @@
 """What a run must look like for selection to be exact; everything else is refused before training starts."""
 
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -12,13 +11,20 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from liveselect.functional.sharding import ThroughRoot, is_flat
+from liveselect.grammar import CandidateSource, LossFn, SelectionWarning, State
 from liveselect.plan import Plan
-from liveselect.protocols import CandidateSource, LossFn, SelectionWarning
 
 
 def find_source(trainer: pl.Trainer) -> CandidateSource:
@@ -60,7 +66,7 @@ def check_setup(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             )
 
 
-def _check_strategy(strategy: Any) -> None:
+def _check_strategy(strategy: Strategy) -> None:
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)):
         raise MisconfigurationException(
             "DataSelection works with a single device, DDPStrategy, ModelParallelStrategy (FSDP2) and FSDPStrategy, "
@@ -100,11 +106,11 @@ def check_intervals(trainer: pl.Trainer) -> None:
 
     Lightning saves no gradient buffers, so such a checkpoint never resumes exactly. Call it once the loaders exist.
     """
-    _tell_of_late_schedulers(trainer)
+    _warn_of_late_schedulers(trainer)
     window = trainer.accumulate_grad_batches
     if window == 1:
         return
-    intervals: dict[str, Any] = {
+    intervals: dict[str, int | float | None] = {
         "the number of batches in an epoch (limit_train_batches)": trainer.num_training_batches
     }
     if trainer.enable_validation:
@@ -128,7 +134,7 @@ def check_intervals(trainer: pl.Trainer) -> None:
             )
 
 
-def _tell_of_late_schedulers(trainer: pl.Trainer) -> None:
+def _warn_of_late_schedulers(trainer: pl.Trainer) -> None:
     if any(config.reduce_on_plateau and config.interval == "step" for config in trainer.lr_scheduler_configs):
         rank_zero_warn(
             "Lightning updates ReduceLROnPlateau of interval='step' after the checkpoints of a step are written, so a "
@@ -173,9 +179,39 @@ def keep_checkpoints_out_of_windows(trainer: pl.Trainer) -> None:
             callback._last_global_step_saved = trainer.global_step
 
 
-def is_inside_window(trainer: pl.Trainer) -> bool:
-    """Return whether some batches of an optimizer step are done and others are not."""
-    return trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches != 0
+def warn_inside_window(trainer: pl.Trainer) -> None:
+    """Warn when some batches of an optimizer step are done and others are not, at which a checkpoint is written."""
+    if trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
+        rank_zero_warn(
+            f"a checkpoint of step {trainer.global_step} is written inside an accumulation window of "
+            f"{trainer.accumulate_grad_batches} batches. Lightning saves no gradients, so a resume from it could "
+            "not be exact and is refused: save after an optimizer step",
+            category=SelectionWarning,
+        )
+
+
+def requeue_signals(trainer: pl.Trainer) -> list[int]:
+    """Return the signals on which SLURM asks the job to save and be requeued, if it runs there."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.requeue_signal is not None:
+        return [int(environment.requeue_signal)]
+    return []
+
+
+def count_finished_epoch(checkpoint: State) -> None:
+    """Count the epoch as complete in a checkpoint that was written at its very end.
+
+    Lightning counts such an epoch only after the checkpoint. With ``max_steps`` it would then train one more batch of
+    it and force an optimizer step after it, in the middle of an accumulation window.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    current = epochs["current"]
+    if current["processed"] == current["ready"] == current["completed"] + 1:
+        current["completed"] += 1
+        epochs["total"]["completed"] += 1
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
 
 
 def run_folder(trainer: pl.Trainer) -> Path:

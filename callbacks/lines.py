@@ -1,4 +1,8 @@
-"""What liveselect says while a model trains: lines that people see without setting up any logging."""
+"""What liveselect says while a model trains: lines that people see without setting up any logging.
+
+The logger is not a child of Lightning's: lines of that one appear twice where logging was set up before Lightning was
+imported, and never reach what was set up after it.
+"""
 
 import logging
 import sys
@@ -12,28 +16,25 @@ LOGGER = "liveselect"
 class StderrHandler(logging.StreamHandler[TextIO]):
     """Writes to what standard error is at that moment, since live displays put themselves in its place."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-        self.setFormatter(logging.Formatter("%(message)s"))
-
-    @property
-    def stream(self) -> TextIO:  # type: ignore[override]
-        """Where the lines go."""
-        return sys.stderr
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        self.stream = sys.stderr
+        super().emit(record)
 
 
-def show_lines() -> None:
+def show_lines(always: bool = False) -> None:
     """Let what liveselect logs from INFO on appear on standard error, unless logging was set up, as Lightning does.
 
-    Whoever set up logging, of the root or of ``liveselect``, decides what is shown and where.
+    Whoever set up logging, of the root or of ``liveselect``, decides what is shown and where. Commands, which own their
+    process, show the lines ``always``.
     """
-    logger = logging.getLogger(LOGGER)
-    if logging.getLogger().hasHandlers() or logger.handlers:
+    logger, set_up = logging.getLogger(LOGGER), logging.getLogger().hasHandlers()
+    if logger.handlers or (set_up and not always):
         return
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
     logger.addHandler(StderrHandler())
-    logger.propagate = False  # a root that is set up later would say everything twice
+    logger.propagate = set_up  # a root that is set up later would say everything twice
 
 
 def round_line(record: RoundRecord, share: float | None) -> str:

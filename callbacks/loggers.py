@@ -6,7 +6,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_warn
 
-from liveselect.protocols import SelectionWarning
+from liveselect.grammar import SelectionWarning
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -25,28 +25,27 @@ class OfflineFallbackWandbLogger(WandbLogger):
     """
 
     def __init__(self, *, patience: float = 30.0, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._patience = patience
+        import wandb
+
+        given = arguments.get("settings")
+        settings = wandb.Settings(**given) if isinstance(given, dict) else given or wandb.Settings()
+        settings.init_timeout = min(settings.init_timeout, patience)
+        self._arguments = {**arguments, "settings": settings}
+        super().__init__(**self._arguments)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Union["Run", "RunDisabled"]:
         """The W&B run, opened when it is first asked for."""
-        if self._experiment is not None:
-            return self._experiment
         import wandb
 
-        given = self._wandb_init.get("settings")
-        settings = wandb.Settings(**given) if isinstance(given, dict) else given or wandb.Settings()
-        settings.init_timeout = min(settings.init_timeout, self._patience)
-        self._wandb_init["settings"] = settings
         try:
             return super().experiment
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
             rank_zero_warn(
                 f"W&B cannot be reached, the run is written to the disk instead ({error}). Send it later with "
-                f"`wandb sync {self._save_dir or '.'}/wandb/offline-run-*`",
+                f"`wandb sync {self.save_dir or '.'}/wandb/offline-run-*`",
                 category=SelectionWarning,
             )
-            self._offline, self._wandb_init["mode"] = True, "offline"
+            super().__init__(**{**self._arguments, "mode": "offline"})
             return super().experiment

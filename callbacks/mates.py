@@ -1,11 +1,11 @@
 """MATES: a regressor of locally probed influence, refreshed as the model changes."""
 
-from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
+from liveselect.callbacks.arguments import SpreadRunArguments, only
 from liveselect.callbacks.selection import DataSelection
+from liveselect.grammar import InfluenceRegressor
 from liveselect.influence import OneStepInfluence
-from liveselect.protocols import InfluenceRegressor, LossFn
 from liveselect.regressors import EncoderRegressor
 from liveselect.selectors import RegressionSelector
 
@@ -68,12 +68,7 @@ class MATES(DataSelection):
         step: size of the probe step.
         regressor: predicts influence; by default the BERT encoder of the paper.
         warmup_rounds: rounds of uniform data at the beginning.
-        loss_fn: per-example loss, see :class:`~liveselect.callbacks.DataSelection`.
-        seed: seed of every draw that selection makes.
-        dirpath: where the ledger is written.
-        probes_between_steps: candidates measured after every optimizer step, see
-            :class:`~liveselect.callbacks.DataSelection`.
-        max_overhead: share of the training time that measuring between steps may take.
+        run: arguments of every run, see :class:`~liveselect.callbacks.DataSelection`.
     """
 
     def __init__(
@@ -88,15 +83,11 @@ class MATES(DataSelection):
         step: Literal["published", "in_batch"] = "published",
         regressor: InfluenceRegressor | None = None,
         warmup_rounds: int = 1,
-        loss_fn: LossFn | None = None,
-        seed: int = 0,
-        dirpath: str | Path | None = None,
-        probes_between_steps: int | None = None,
-        max_overhead: float | None = None,
+        **run: Unpack[SpreadRunArguments],
     ) -> None:
         super().__init__(
             selector=RegressionSelector(
-                regressor=regressor or EncoderRegressor("bert-base-uncased"),
+                regressor=EncoderRegressor("bert-base-uncased") if regressor is None else regressor,
                 probes=probes,
                 ratio=ratio,
                 temperature=temperature,
@@ -107,9 +98,5 @@ class MATES(DataSelection):
             estimator=OneStepInfluence(step=step),
             every_n_steps=every_n_steps,
             warmup_rounds=warmup_rounds,
-            loss_fn=loss_fn,
-            seed=seed,
-            dirpath=dirpath,
-            probes_between_steps=probes_between_steps,
-            max_overhead=max_overhead,
+            **only(run, SpreadRunArguments),
         )

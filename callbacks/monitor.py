@@ -2,23 +2,22 @@
 
 import logging
 import shlex
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from liveselect.callbacks.records import LogsRounds
 from liveselect.callbacks.selection import DataSelection
 from liveselect.decisions import rounds_in
+from liveselect.grammar import SelectionWarning, State
 from liveselect.ledger import Evaluation, RoundRecord
 from liveselect.monitoring.tensorboard_sink import TensorBoardSink
 from liveselect.monitoring.view import RoundView, evaluation_scalars, names_to_show, round_scalars, shortened
 from liveselect.monitoring.wandb_sink import WandbSink
-from liveselect.protocols import SelectionWarning
 from liveselect.rounds import SelectionRun
 from liveselect.watch import Watch
 
@@ -27,7 +26,7 @@ log = logging.getLogger("liveselect")
 FAILURES_BORNE = 3
 
 
-class SelectionMonitor(Callback):
+class SelectionMonitor(Callback, LogsRounds):
     """Shows what selection measures, chooses and costs, while training runs.
 
     Scalars go to every logger of the Trainer as ``selection/*``: the round's cost, the regressor's rank correlation,
@@ -41,17 +40,15 @@ class SelectionMonitor(Callback):
     logger that fails costs one warning, and after three failures in a row it is left alone.
 
     Args:
-        examples: rows of a table of texts: so many chosen and so many rejected candidates of a round.
+        examples: limit on the rows of a table of texts, for the chosen and for the rejected candidates of a round each.
         characters: of each text.
         groups: sources or arms that have curves of their own; the others are added up.
-        rich_rounds: so many rounds of a run, evenly spread, get tables, charts and artifacts beside the scalars and
-            histograms of all.
+        rich_rounds: number of rounds of a run, evenly spread, that get tables, charts and artifacts beside the scalars
+            and histograms of all.
         watch: bounds of the alarms; by default those of :class:`~liveselect.watch.Watch`.
         workspace: whether to save a view of selection in the W&B project, once, when a run begins online. It needs
             ``wandb-workspaces``; without it nothing is saved.
     """
-
-    logs_rounds = True  # DataSelection leaves the loggers to a callback that says so
 
     def __init__(
         self,
@@ -74,16 +71,16 @@ class SelectionMonitor(Callback):
         self.watch = watch
         self.workspace = workspace
         self._selection: DataSelection | None = None
-        self._sinks: dict[int, Any] = {}
+        self._sinks: dict[int, WandbSink | TensorBoardSink] = {}
         self._failures: dict[int, int] = {}
         self._names: list[str] = []
         self._rounds_shown = self._evaluations_shown = 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Return how much was shown."""
         return {"rounds": self._rounds_shown, "evaluations": self._evaluations_shown, "names": list(self._names)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._rounds_shown, self._evaluations_shown = state_dict["rounds"], state_dict["evaluations"]
         self._names = list(state_dict["names"])
@@ -116,7 +113,7 @@ class SelectionMonitor(Callback):
         self._show(trainer)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Show a round that was made after this batch."""
         self._show(trainer)
@@ -142,7 +139,7 @@ class SelectionMonitor(Callback):
             if isinstance(sink, WandbSink):
                 self._try(logger, sink.end, Path(found) if found else None, plan)
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self) -> State:
         """Return the settings of selection, and where its records lie."""
         if self._selection is None:
             return {}
@@ -166,9 +163,8 @@ class SelectionMonitor(Callback):
         """Show rounds and evaluations that were not shown yet, and count the time to selection."""
         if self._selection is None:
             return
-        began = time.perf_counter()
-        self._show_new(trainer, self._selection)
-        self._selection.charge("monitor", time.perf_counter() - began)
+        with self._selection.session.charged("monitor"):
+            self._show_new(trainer, self._selection)
 
     def _show_new(self, trainer: pl.Trainer, selection: DataSelection) -> None:
         ledger = selection.run.ledger
@@ -220,7 +216,7 @@ class SelectionMonitor(Callback):
         total = steps / self._selection.every_n_steps if steps != float("inf") else 10_000
         return index % max(1, -(-int(total) // self.rich_rounds)) == 0
 
-    def _try(self, logger: Logger, action: Callable[..., None], *arguments: Any) -> None:
+    def _try(self, logger: Logger, action: Callable[..., None], *arguments: object) -> None:
         """Run ``action``; a logger that fails is warned of once, and left alone when it goes on failing."""
         failures = self._failures.get(id(logger), 0)
         if failures >= FAILURES_BORNE:
@@ -229,7 +225,7 @@ class SelectionMonitor(Callback):
             action(*arguments)
             if failures:
                 self._failures[id(logger)] = 1  # it was warned of already
-        except Exception as error:  # whatever a third-party logger raises: training matters more
+        except Exception as error:  # third-party loggers raise anything; training matters more
             self._failures[id(logger)] = failures + 1
             if not failures:
                 rank_zero_warn(
@@ -239,7 +235,7 @@ class SelectionMonitor(Callback):
 
 
 def _progress_line(trainer: pl.Trainer, selection: DataSelection) -> str:
-    """Return a line that tells where the run stands, for terminals that show no bar."""
+    """Return a line that says where the run stands, for terminals that show no bar."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "loss" in name}
     losses = "".join(f", {name} {value:.4f}" for name, value in sorted(metrics.items(), reverse=True))
     round_index = -1 if selection.plan is None else selection.plan.round

@@ -1,9 +1,8 @@
-"""Hears the influence of what is being trained on out of the training step's own backward."""
+"""Captures the influence of what is being trained on out of the training step's own backward."""
 
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -11,144 +10,128 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from liveselect import distributed
-from liveselect.callbacks.records import record_heard
+from liveselect.callbacks.records import record_captured
 from liveselect.cost import CostMeter
 from liveselect.functional.flops import forward_flops
 from liveselect.functional.sharding import is_sharded
-from liveselect.influence.piggyback import LossMean, TrainingStepScores, find_loss_mean, mean_weights
+from liveselect.grammar import Batch, InfluenceEstimator, LossFn, SelectionWarning, State
+from liveselect.influence.training_step import LossMean, TrainingStepScores, find_loss_mean, mean_weights
 from liveselect.losses import target_counts
-from liveselect.protocols import LossFn, SelectionWarning
+from liveselect.preserve import measuring
 from liveselect.rounds import SelectionRun
-from liveselect.snapshot import measuring
 
 PHASE = "overhearing"
-"""What the cost of listening is called in the ledger."""
+"""The name of its cost in the ledger."""
 
 
-def direction_of(estimator: Any) -> Mapping[str, Tensor] | None:
-    """Return what an estimator compares gradients with, None where it has not been fitted yet."""
-    try:
-        found: Mapping[str, Tensor] | None = getattr(estimator, "direction", None)
-    except RuntimeError:  # nothing could be measured yet
-        return None
-    return found
-
-
-def can_be_heard(estimator: Any) -> bool:
-    """Return whether an estimator measures by the product of gradients with one direction."""
-    return hasattr(type(estimator), "direction") and getattr(estimator, "engine", None) != "optimizer_step"
-
-
-def check_overhear(overhear: int, estimator: Any, is_spread: bool) -> None:
-    """Raise ValueError when so many steps of a round, which may be spread over training steps, cannot be heard."""
+def check_overhear(overhear: int, estimator: InfluenceEstimator | None, is_spread: bool) -> None:
+    """Raise ValueError when that many steps of a round, which may be spread over training steps, cannot be captured."""
     if not isinstance(overhear, int) or overhear < 0:
         raise ValueError(f"expected overhear of zero or more optimizer steps of each round, got {overhear}")
-    if overhear and not can_be_heard(estimator):
+    if overhear and (estimator is None or not estimator.has_direction):
         raise ValueError(
-            f"{type(estimator).__name__} compares gradients with no direction, so training steps cannot tell influence "
+            f"{type(estimator).__name__} compares gradients with no direction, so training steps cannot show influence "
             "as it measures it: leave out overhear, or take FirstOrderInfluence (with another engine than "
             "optimizer_step) or KFACInfluence"
         )
     if overhear > 1 and is_spread:
         raise ValueError(
-            f"with overhear={overhear} steps tell influence while the round to come is being measured: expected at "
+            f"with overhear={overhear} steps show influence while the round to come is being measured: expected at "
             "most 1 together with probes_between_steps or max_overhead"
         )
 
 
 class Overhearing:
-    """Listens to the first optimizer steps of each round; ledger and selector are told what they show.
+    """Captures the first optimizer steps of each round; ledger and selector get what they show.
 
     Args:
-        steps: how many; 0 listens to none.
+        steps: how many; 0 captures none.
         loss_fn: per-example loss.
         examples: how many examples of a step are scored, over all ranks; None is all.
     """
 
     def __init__(self, steps: int, loss_fn: LossFn, examples: int | None = None) -> None:
         self.steps = steps
-        self.listener = StepListener(loss_fn, examples)
-        self._kept: Mapping[str, Tensor] | None = None  # the direction of a checkpoint, until the next round
+        self.capture = StepCapture(loss_fn, examples)
 
     def forget(self) -> None:
-        """Begin anew, as for another fit."""
-        self.listener, self._kept = StepListener(self.listener.loss_fn, self.listener.examples), None
+        """Begin from the start, as for another fit."""
+        self.capture = StepCapture(self.capture.loss_fn, self.capture.examples)
 
     def direction(self, run: SelectionRun, global_batch: int) -> Mapping[str, Tensor] | None:
-        """Return what the examples of the present optimizer step are compared with, None where nobody listens."""
+        """Return what the examples of the present optimizer step are compared with, None where it is not captured."""
         plan = run.plan
         if plan is None or plan.cursor >= self.steps * global_batch or run.selector_for(plan.round) is run.warmup:
             return None
-        return direction_of(run.estimator) or self._kept
+        return None if run.estimator is None else run.estimator.direction()
 
     def begin(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, run: SelectionRun, global_batch: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, run: SelectionRun, global_batch: int
     ) -> None:
-        """Listen to a micro-batch, if it belongs to one of the steps."""
+        """Capture a micro-batch, if it belongs to one of the steps."""
         direction = self.direction(run, global_batch)
         if direction is not None:
-            self.listener.begin(trainer, pl_module, batch, direction)
+            self.capture.begin(trainer, pl_module, batch, direction)
 
     def end(self, trainer: pl.Trainer, run: SelectionRun, examples: int, global_batch: int) -> None:
-        """After a micro-batch of ``examples`` over all ranks that the plan has not counted yet: tell, if it was a
-        step's last.
+        """Report a captured step after its last micro-batch.
+
+        Args:
+            trainer: the Trainer.
+            run: of selection.
+            examples: of the micro-batch over all ranks, which the plan has not counted yet.
+            global_batch: examples of an optimizer step.
         """
         if run.plan is None or (run.plan.cursor + examples) % global_batch:
             return
         if self.direction(run, global_batch) is None:
             return
         record = run.ledger.rounds[-1]
-        ids, influence, flops = self.listener.collect()
+        ids, influence, flops = self.capture.collect()
         if flops:
             record.flops[PHASE] = record.flops.get(PHASE, 0.0) + flops
-        if not len(ids):
-            return
-        record_heard(trainer, record, ids, influence)
-        if hasattr(run.selector, "overhear"):
-            run.selector.overhear(ids, influence)
+        finite = influence.isfinite()
+        if finite.any():
+            record_captured(trainer, record, ids[finite], influence[finite])
+            run.selector.observe_step(ids[finite], influence[finite])
 
     def take_seconds(self) -> float:
-        """Return the seconds of this rank that listening took since the last call."""
-        return self.listener.meter.seconds.pop(PHASE, 0.0)
+        """Return the seconds of this rank that capturing took since the last call."""
+        return self.capture.meter.seconds.pop(PHASE, 0.0)
 
-    def state_dict(self, run: SelectionRun) -> dict[str, Any]:
-        """Return what a run that is resumed in this round needs to listen, where the estimator does not keep it.
+    def state_dict(self, run: SelectionRun) -> State:
+        """Return what a run that is resumed in this round needs; a collective."""
+        fitted = None
+        if self.steps and run.plan is not None and run.estimator is not None:
+            fitted = run.estimator.fitted_state()
+        return {"fitted": fitted, "loss": distributed.gather_objects(self.capture.loss_findings())}
 
-        A collective.
-        """
-        direction = None
-        if self.steps and run.plan is not None and not hasattr(run.estimator, "state_dict"):
-            direction = direction_of(run.estimator) or self._kept
-        return {
-            "direction": None if direction is None else {name: value.cpu() for name, value in direction.items()},
-            "loss": distributed.gather_objects(self.listener.known_of_loss()),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State, estimator: InfluenceEstimator | None) -> None:
         """Restore the state."""
-        self._kept = state["direction"]
-        known = state.get("loss", [])
-        if known:
-            self.listener.know_of_loss(known[min(distributed.rank(), len(known) - 1)])
+        if state["fitted"] is not None and estimator is not None:
+            estimator.load_fitted_state(state["fitted"])
+        findings = state["loss"]
+        if findings:
+            self.capture.use_loss_findings(findings[min(distributed.rank(), len(findings) - 1)])
 
 
-class StepListener:
+class StepCapture:
     """Scores the examples of an optimizer step while they are trained on; training does not notice.
 
-    Where a step cannot be heard (compiled layers; a training loss that is no known mean of the examples' losses) it
-    says so once and is deaf from then on.
+    Where a step cannot be captured (compiled layers; a training loss that is no known mean of the examples' losses) it
+    says so once and is disabled from then on.
 
     Args:
         loss_fn: per-example loss; the training loss is a mean of it.
         examples: how many examples of a step are scored, over all ranks; None is all.
 
     Attributes:
-        deaf: whether it has given up.
-        meter: seconds and FLOPs of this rank that were not told yet.
+        disabled: whether it has given up.
+        meter: seconds and FLOPs of this rank that were not reported yet.
     """
 
     def __init__(self, loss_fn: LossFn, examples: int | None = None) -> None:
-        self.deaf = False
+        self.disabled = False
         self.meter = CostMeter()
         self.loss_fn = loss_fn
         self.examples = examples
@@ -159,25 +142,25 @@ class StepListener:
         self._mean: LossMean | None = None
         self._same = False  # whether both means are one, because all examples are equally long
         self._compared = False  # whether the training loss was found to be one of them
-        self._heard: list[tuple[Tensor, Tensor]] = []
+        self._captured: list[tuple[Tensor, Tensor]] = []
 
-    def known_of_loss(self) -> list[Any]:
+    def loss_findings(self) -> tuple[LossMean | None, bool]:
         """Return what was found out about the training loss, so that a resumed run does not pay for it again."""
-        return [self._mean, self._compared]
+        return self._mean, self._compared
 
-    def know_of_loss(self, found: list[Any]) -> None:
-        """Take over what :meth:`known_of_loss` returned."""
+    def use_loss_findings(self, found: tuple[LossMean | None, bool]) -> None:
+        """Take over what :meth:`loss_findings` returned."""
         self._mean, self._compared = found
 
     def begin(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, direction: Mapping[str, Tensor]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, direction: Mapping[str, Tensor]
     ) -> None:
-        """Listen to one micro-batch; call before its forward."""
+        """Capture one micro-batch; call before its forward."""
         self._stop()
         self._agree(pl_module)
-        if self.deaf:
+        if self.disabled:
             return
-        with self.meter.phase(PHASE), self._deaf_after_errors():
+        with self.meter.phase(PHASE), self._disabled_after_errors():
             if self._mean is None:
                 counts = target_counts(batch)
                 self._same = bool((counts == counts[0]).all())
@@ -191,7 +174,7 @@ class StepListener:
             if self.examples is not None:
                 share = math.ceil(self.examples / trainer.accumulate_grad_batches)
                 mine = min(max(share - trainer.global_rank * mine, 0), mine)
-            self._wanted, mine = mine, max(mine, is_sharded(pl_module))  # to a sharded model all ranks listen, or none
+            self._wanted, mine = mine, max(mine, is_sharded(pl_module))  # of a sharded model all ranks capture, or none
             if not mine:
                 return
             self._batch = batch
@@ -200,7 +183,7 @@ class StepListener:
             self._scores.attach(batch)
 
     def before_backward(self, trainer: pl.Trainer, loss: Tensor) -> None:
-        """Check, once, that the step is one that can be heard."""
+        """Check, once, that the step can be captured."""
         if self._losses is None:
             return
         with self.meter.phase(PHASE):
@@ -210,7 +193,7 @@ class StepListener:
     def _check(self, trainer: pl.Trainer, loss: Tensor) -> None:
         if self._scores is None or self._losses is None:
             return
-        with self._deaf_after_errors():
+        with self._disabled_after_errors():
             self._scores.check(loss)
             whole = float(loss.detach()) * trainer.accumulate_grad_batches
             self._mean = find_loss_mean(self._losses, target_counts(self._batch), whole)
@@ -221,18 +204,18 @@ class StepListener:
         scores = self._scores
         if scores is None:
             return
-        with self.meter.phase(PHASE), self._deaf_after_errors():
+        with self.meter.phase(PHASE), self._disabled_after_errors():
             weights = mean_weights(self._batch, self._mean or "tokens", trainer.accumulate_grad_batches)
             influence = scores.collect(weights)
             influence[self._wanted :] = math.nan
             if self._mean is not None or self._same:  # else the weights of the examples are not known yet
-                self._heard.append((self._batch["id"].cpu(), influence))
+                self._captured.append((self._batch["id"].cpu(), influence))
         self.meter.seconds[PHASE] += scores.watch.read()  # spent in the forward and backward of training
         self.meter.flops[PHASE] += scores.flops
         self._stop()
 
     def collect(self) -> tuple[Tensor, Tensor, float]:
-        """Return what all ranks have heard since the last call, and the FLOPs it took; a collective.
+        """Return what all ranks have captured since the last call, and the FLOPs it took; a collective.
 
         Returns:
             ids and influence, ``(m,)`` each, and the FLOPs of all ranks.
@@ -242,18 +225,18 @@ class StepListener:
 
     def _collect(self) -> tuple[Tensor, Tensor, float]:
         self._stop()
-        ranks = distributed.gather_objects((self._heard, self.meter.flops.pop(PHASE, 0.0)))
-        heard, flops = [pair for pairs, _ in ranks for pair in pairs], sum(amount for _, amount in ranks)
-        self._heard = []
-        if not heard:
+        ranks = distributed.gather_objects((self._captured, self.meter.flops.pop(PHASE, 0.0)))
+        captured, flops = [pair for pairs, _ in ranks for pair in pairs], sum(amount for _, amount in ranks)
+        self._captured = []
+        if not captured:
             return torch.empty(0, dtype=torch.int64), torch.empty(0), flops
-        ids, influence = (torch.cat(parts) for parts in zip(*heard, strict=True))
+        ids, influence = (torch.cat(parts) for parts in zip(*captured, strict=True))
         return ids, influence, flops
 
     def _agree(self, model: nn.Module) -> None:
-        """Be deaf when another rank is: with a sharded model, listening is a collective."""
-        if is_sharded(model) and distributed.any_rank(self.deaf):
-            self.deaf, self._losses = True, None
+        """Give up when another rank has: with a sharded model, capturing is a collective."""
+        if is_sharded(model) and distributed.any_rank(self.disabled):
+            self.disabled, self._losses = True, None
             self._stop()
 
     def _stop(self) -> None:
@@ -262,13 +245,13 @@ class StepListener:
         self._scores = None
 
     @contextmanager
-    def _deaf_after_errors(self) -> Iterator[None]:
+    def _disabled_after_errors(self) -> Iterator[None]:
         try:
             yield
         except (RuntimeError, ValueError, TypeError, KeyError) as error:  # training matters more
-            self.deaf = True
+            self.disabled = True
             self._stop()
             rank_zero_warn(
-                f"the influence of what is trained on cannot be heard, only what is probed is known: {error}",
+                f"the influence of what is trained on cannot be captured, only what is probed is known: {error}",
                 category=SelectionWarning,
             )

@@ -1,11 +1,13 @@
 """Quad: clusters of the pool as arms of a bandit, pulled by the influence that the live model shows."""
 
-from pathlib import Path
+from typing import Unpack
 
-from liveselect.callbacks.overhearing import Overhearing, can_be_heard
+from liveselect.callbacks.arguments import RunArguments, only
+from liveselect.callbacks.overhearing import Overhearing
 from liveselect.callbacks.selection import DataSelection
+from liveselect.grammar import InfluenceEstimator
 from liveselect.influence import KFACInfluence
-from liveselect.protocols import InfluenceEstimator, LossFn
+from liveselect.parts import check_part
 from liveselect.selectors import UCBSelector
 
 
@@ -35,7 +37,7 @@ class Quad(DataSelection):
                                                    units of what chance does to an outcome
     pulls          50, of 10,000     8             arms pulled in a round
     probes         10                8             candidates measured in a pull
-    controls       none              16            random candidates that rewards are told against
+    controls       none              16            random candidates that rewards are compared with
     arms           all above tau     8             how many arms share a round
     gamma          20,000 documents  1.0           the largest share of an arm that a round may take
     tau            0.002             0.0           reward below which an arm is left out; published of a mean
@@ -43,16 +45,16 @@ class Quad(DataSelection):
     cutoff         0.2                             cosine distance up to which clusters share outcomes
     discount       1.0                             below 1, old outcomes fade: it follows change and explores more
     released       True              False         the bound and the neighbour counts of the released code
-    overhear       none              True          the first step of a round tells what it trains on
+    overhear       none              True          the first step of a round scores what it trains on
     =============  ================  ============  ===============================================================
 
     **Cost.** A round measures ``pulls * probes + controls`` candidates and prepares the estimator on the reference set.
     Keep both below the examples of an optimizer step, and a round every 20 steps costs about 5% of training or less.
-    Arms that are being trained on need no probes: the first step of a round tells their influence out of its own
+    Arms that are being trained on need no probes: the first step of a round shows their influence out of its own
     backward (``overhear``), so the pulls of the next round are spent on the others.
 
     **Where we differ.** The paper chooses once, by one checkpoint; here arms are pulled by the live model and the
-    mixture follows it. Rewards are told against random candidates of the same round, in units of their spread, so
+    mixture follows it. Rewards are relative to random candidates of the same round, in units of their spread, so
     alpha and tau mean the same throughout training and for every model. Unknown arms have an infinite bound. A
     neighbour's outcome counts as much as it is weighted. Probes are drawn from the front of what training takes next.
 
@@ -72,14 +74,12 @@ class Quad(DataSelection):
         discount: what remains of old rewards and pulls in each round.
         cutoff: cosine distance up to which clusters share outcomes; None for no sharing.
         released: the bound and the neighbour counts of the released code.
-        overhear: let the first step of every round tell the influence of what it trains on, where the estimator has a
+        overhear: let the first step of every round show the influence of what it trains on, where the estimator has a
             direction to compare gradients with.
         estimator: measures influence; by default :class:`~liveselect.influence.KFACInfluence` with the curvature of all
             candidates: that of the mixture alone makes too much of what the mixture leaves out.
         warmup_rounds: rounds of uniform data at the beginning.
-        loss_fn: per-example loss, see :class:`~liveselect.callbacks.DataSelection`.
-        seed: seed of every draw that selection makes.
-        dirpath: where the ledger is written.
+        run: arguments of every run, see :class:`~liveselect.callbacks.DataSelection`.
     """
 
     def __init__(
@@ -99,9 +99,7 @@ class Quad(DataSelection):
         overhear: bool = True,
         estimator: InfluenceEstimator | None = None,
         warmup_rounds: int = 5,
-        loss_fn: LossFn | None = None,
-        seed: int = 0,
-        dirpath: str | Path | None = None,
+        **run: Unpack[RunArguments],
     ) -> None:
         selector = UCBSelector(
             alpha=alpha,
@@ -117,16 +115,15 @@ class Quad(DataSelection):
             released=released,
         )
         # the mixture leaves arms out: what only they need would have no curvature there, and look better than it is
-        estimator = estimator or KFACInfluence(factors_of="candidates")
+        estimator = KFACInfluence(factors_of="candidates") if estimator is None else estimator
+        check_part(estimator, InfluenceEstimator, "estimator")
         super().__init__(
             selector=selector,
             estimator=estimator,
             every_n_steps=every_n_steps,
             warmup_rounds=warmup_rounds,
-            loss_fn=loss_fn,
-            seed=seed,
-            dirpath=dirpath,
-            overhear=int(overhear and can_be_heard(estimator)),
+            overhear=int(overhear and estimator.has_direction),
+            **only(run, RunArguments),
         )
         # of each arm that is trained on, as many examples as a pull would measure
         self.overhearing = Overhearing(self.overhearing.steps, self.loss_fn, examples=arms * probes)

@@ -8,10 +8,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from liveselect import distributed
-from liveselect.protocols import SelectionWarning
+from liveselect.grammar import SelectionWarning
+
+RandomState = dict[str, Any]
+"""The random states of one process, as tensors and builtins."""
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> RandomState:
     """Return the random states of this process as tensors and builtins (checkpoints load with weights_only)."""
     kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the state of the user's draws
     version, words, gauss = random.getstate()
@@ -23,7 +26,7 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: RandomState) -> None:
     """Put back what :func:`random_state` returned."""
     kind, keys, position, has_gauss, cached = state["numpy"]
     version, words, gauss = state["python"]
@@ -43,8 +46,8 @@ class RandomStates:
     """
 
     def __init__(self) -> None:
-        self._next: dict[str, Any] | None = None  # with which the batch begins that comes next, or is under way
-        self._loaded: list[dict[str, Any]] | None = None
+        self._next: RandomState | None = None  # with which the batch begins that comes next, or is under way
+        self._loaded: list[RandomState] | None = None
         self._begun = self._saved = self._warned = False
 
     def begin_run(self) -> None:
@@ -75,7 +78,7 @@ class RandomStates:
         if self._next is not None and self._loaded is None:
             set_random_state(self._next)
 
-    def state_dict(self) -> list[dict[str, Any]]:
+    def state_dict(self) -> list[RandomState]:
         """Return the states of all ranks with which the batch begins that a resumed run trains first; a collective."""
         self._saved = True
         loaded = self._loaded or []
@@ -86,7 +89,7 @@ class RandomStates:
             self._next = own
         return distributed.gather_objects(own)
 
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+    def load_state_dict(self, states: list[RandomState]) -> None:
         """Put these back when the next batch begins."""
         self._loaded = states
 
@@ -104,11 +107,11 @@ class RandomStates:
             )
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return torch.equal(one, other)
-    if isinstance(one, dict):
+    if isinstance(one, dict) and isinstance(other, dict):
         return all(_equal(one[name], other[name]) for name in one)
-    if isinstance(one, list) and any(isinstance(each, torch.Tensor) for each in one):
+    if isinstance(one, list) and isinstance(other, list) and any(isinstance(each, torch.Tensor) for each in one):
         return len(one) == len(other) and all(map(_equal, one, other))
     return bool(one == other)

@@ -12,18 +12,21 @@ from torch import Tensor
 from liveselect import distributed
 from liveselect.callbacks.lines import round_line
 from liveselect.decisions import carry_decisions
+from liveselect.grammar import SelectionWarning
 from liveselect.ledger import Ledger, RoundRecord
-from liveselect.protocols import SelectionWarning
 from liveselect.rounds import SelectionRun
 
 log = logging.getLogger("liveselect")
 
 
+class LogsRounds:
+    """Marks a callback that sends the numbers of rounds to the loggers itself."""
+
+
 def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:
     """Send the numbers of the last round to every logger and say what it did; a failing logger costs a warning."""
     record = ledger.rounds[-1]
-    shown = any(getattr(each, "logs_rounds", False) for each in trainer.callbacks)  # type: ignore[attr-defined]
-    if not shown:  # a SelectionMonitor shows them, and more
+    if not any(isinstance(each, LogsRounds) for each in trainer.callbacks):  # type: ignore[attr-defined]
         _log(trainer, {**record.scalars(), "time_share": ledger.selection_share})
     for note in record.notes:
         rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
@@ -34,20 +37,33 @@ def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:
         log.warning("ALARM (%s) in round %d, step %d: %s", alarm.kind, alarm.round, alarm.step, alarm.text)
 
 
-def record_heard(trainer: pl.Trainer, record: RoundRecord, ids: Tensor, influence: Tensor) -> None:
-    """Note what a training step told of the influence ``(m,)`` of its examples ``ids (m,)``; NaN is left out."""
-    finite = influence.isfinite()
-    record.overheard.extend(ids[finite].tolist())
-    record.overheard_influence.extend(influence[finite].tolist())
-    if finite.any():
-        _log(trainer, {"overheard_influence": float(influence[finite].double().mean())})
+def log_end(trainer: pl.Trainer, ledger: Ledger) -> None:
+    """Say what selection has cost."""
+    if not trainer.is_global_zero:
+        return
+    before = sum(ledger.before_seconds.values())
+    log.info(
+        "selection: %d rounds, %.1f s of selection%s beside %.1f s of training (%.1f%%)",
+        len(ledger.rounds),
+        ledger.selection_seconds,
+        f" ({before:.1f} s of it before this run, on what it draws from)" if before else "",
+        ledger.training_seconds,
+        100 * ledger.selection_share,
+    )
+
+
+def record_captured(trainer: pl.Trainer, record: RoundRecord, ids: Tensor, influence: Tensor) -> None:
+    """Note the finite influence ``(m,)`` of examples ``ids (m,)`` that a training step has shown."""
+    record.overheard.extend(ids.tolist())
+    record.overheard_influence.extend(influence.tolist())
+    _log(trainer, {"overheard_influence": float(influence.double().mean())})
 
 
 def _log(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
     for logger in trainer.loggers:
         try:
             logger.log_metrics({f"selection/{key}": value for key, value in scalars.items()}, step=trainer.global_step)
-        except Exception as error:  # whatever a third-party logger raises: training matters more
+        except Exception as error:  # third-party loggers raise anything; training matters more
             rank_zero_warn(f"{type(logger).__name__} failed on selection metrics: {error}", category=SelectionWarning)
 
 

@@ -31,7 +31,7 @@ class Replay(DataSelection):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or raise ValueError when fewer candidates were recorded than this run will train on."""
         super().on_train_start(trainer, pl_module)
-        plan, global_batch = self._current_plan(), self._global_batch(trainer)
+        plan, global_batch = self.session.plan, self.session.global_batch(trainer)
         planned = (len(plan.ids) - plan.cursor) // global_batch
         steps = trainer.estimated_stepping_batches - trainer.global_step - planned
         if isinstance(self.selector, ReplaySelector) and 0 < steps < float("inf"):

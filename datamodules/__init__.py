@@ -1,30 +1,42 @@
 """The data plane: pools on disk, and the datamodule that serves them.
 
-Names are imported when they are first asked for: the worker processes of ``liveselect prepare`` need a few modules of
-this package and must not wait for Lightning.
+Names are imported at their first use: the worker processes of ``liveselect prepare`` need a few modules of this package
+and must not wait for Lightning.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from liveselect.datamodules.loader import PlanLoader
     from liveselect.datamodules.pools.tokens import TokenStore, write_store
     from liveselect.datamodules.reference import ReferenceSet
     from liveselect.datamodules.selection import SelectionDataModule
+    from liveselect.datamodules.settings import ServingSettings
+    from liveselect.datamodules.wrapping import WrappingDataModule
 
 _HOMES = {
     "PlanLoader": "loader",
     "ReferenceSet": "reference",
     "SelectionDataModule": "selection",
+    "ServingSettings": "settings",
     "TokenStore": "pools.tokens",
+    "WrappingDataModule": "wrapping",
     "write_store": "pools.tokens",
 }
 
-__all__ = ["PlanLoader", "ReferenceSet", "SelectionDataModule", "TokenStore", "write_store"]
+__all__ = [
+    "PlanLoader",
+    "ReferenceSet",
+    "SelectionDataModule",
+    "ServingSettings",
+    "TokenStore",
+    "WrappingDataModule",
+    "write_store",
+]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOMES:
         return getattr(importlib.import_module(f"liveselect.datamodules.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

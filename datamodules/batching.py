@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from liveselect.datamodules.rows.token_rows import pad_rows
-from liveselect.protocols import IGNORE_INDEX
+from liveselect.grammar import IGNORE_INDEX
 
-SHORTEST = 7 / 8  # a row shorter than this share of the longest begins a new batch, which bounds the padding
+MIN_LENGTH_SHARE = 7 / 8  # a row shorter than this share of the longest begins a new batch: padding stays below 1/8
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Item:
     Attributes:
         input_ids: ``(T,)`` int64.
         labels: ``(T,)`` int64, -100 where no loss is taken.
-        record: position of the record that it was made of.
+        record: position of its record.
     """
 
     input_ids: np.ndarray
@@ -32,23 +32,23 @@ class Item:
 
     @property
     def targets(self) -> int:
-        """How many tokens carry loss; the first never does, because nothing stands before it."""
+        """The number of tokens that carry loss; the first never does, because no token precedes it."""
         return int((self.labels[1:] != IGNORE_INDEX).sum())
 
 
 def bucket(items: Sequence[Item], tokens: int, pad_id: int = 0) -> list[dict[str, Tensor]]:
     """Return batches of at most ``tokens`` tokens, padding included, longest rows first.
 
-    Rows of one batch have nearly the same length, so little is computed for nothing; where only the last tokens count
-    (an answer, a last word), they stand in nearly the same columns. The longest come first, so that a budget that does
-    not fit in memory shows at once. An item longer than the budget is a batch by itself. ``id (B,)`` is the position in
+    Rows of one batch have nearly the same length, so little padding is computed; where only the last tokens count (an
+    answer, a last word), they are in nearly the same columns. The longest come first, so that a budget that does not
+    fit in memory fails at once. An item longer than the budget is a batch by itself. ``id (B,)`` is the position in
     ``items``; the other keys are ``input_ids (B, T)`` and ``labels (B, T)``.
     """
     order = sorted(range(len(items)), key=lambda i: (-len(items[i]), items[i].targets, i))
     batches: list[list[int]] = []
     for i in order:
         width = len(items[batches[-1][0]]) if batches else 0
-        if not batches or (len(batches[-1]) + 1) * width > tokens or len(items[i]) < SHORTEST * width:
+        if not batches or (len(batches[-1]) + 1) * width > tokens or len(items[i]) < MIN_LENGTH_SHARE * width:
             batches.append([])
         batches[-1].append(i)
     return [pad_rows([(items[i].input_ids, items[i].labels) for i in rows], rows, pad_id) for rows in batches]
@@ -57,8 +57,8 @@ def bucket(items: Sequence[Item], tokens: int, pad_id: int = 0) -> list[dict[str
 def pack(items: Sequence[Item], width: int, tokens: int, pad_id: int = 0) -> list[dict[str, Tensor]]:
     """Return batches of rows of ``width`` tokens that hold several items each, with ``position_ids (B, T)``.
 
-    Positions begin at 0 in every item: models that build their attention mask from positions keep items apart, all
-    others let each item see those before it. An item's first token is no target, since another item stands before it.
+    Positions begin at 0 in every item: models that build their attention mask from positions keep items apart; in all
+    others, each item sees the items before it. An item's first token is no target, since another item precedes it.
     ``id (B,)`` counts the rows.
     """
     rows = _fill(items, width)
@@ -98,5 +98,5 @@ def _join(items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _positions(lengths: Sequence[int], columns: int) -> Tensor:
-    parts = [*lengths, columns - sum(lengths)]  # what pads the row is one more item
+    parts = [*lengths, columns - sum(lengths)]  # the padding is one more item
     return torch.cat([torch.arange(length) for length in parts])

@@ -1,11 +1,11 @@
-"""What is wrong with pool, reference set and model together, said before hours are spent."""
+"""Checks before training that pool, reference set, model and ranks fit each other."""
 
 import inspect
 import itertools
 import re
 import warnings
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -19,14 +19,18 @@ from liveselect.datamodules.pools.tokens import TokenStore
 from liveselect.datamodules.rows.collating import without_fill
 from liveselect.datamodules.rows.content import spread_ids
 from liveselect.datamodules.rows.rows import Rows
-from liveselect.protocols import SelectionWarning
+from liveselect.datamodules.settings import Place
+from liveselect.grammar import SelectionWarning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 POSITIONS = re.compile(r"wpe|wpos|pos(itions?)?|(embed_|learned_)?pos(ition(s|al)?)?_?(emb\w*|enc\w*)?|embed_positions")
 """Names that models give to the table of their learned positions."""
 
-MADE_AGAIN = 0.95  # with the tokenizer that made some ids, nearly all come back; with another, 85% and less
+MIN_ROUND_TRIP_SHARE = 0.95  # with the tokenizer that made some ids, nearly all come back; with another, 85% and less
 
-PACKABLE = ("gpt2", "gpt_neox", "llama")
+PACKABLE_MODEL_TYPES = ("gpt2", "gpt_neox", "llama")
 """Hugging Face model types that keep packed items apart; a test compares each with items run one by one."""
 
 
@@ -44,17 +48,17 @@ def check_same_tokenizer(pool: TokenStore | None, reference: TokenStore | None) 
         )
 
 
-def check_tokenizer(tokenizer: Any, rows: Rows, what: str) -> None:
-    """Raise where ``tokenizer`` cannot be the one that made the pool; warn where it hardly is.
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: Rows, what: str) -> None:
+    """Raise where ``tokenizer`` cannot be the one that made the pool; warn where that is unlikely.
 
-    A reference set in other ids than the pool's is noise to the model, and nothing would fail. Ids beyond the
-    tokenizer's are a sign. So is text of the pool, decoded, that does not become the same ids again: with the right
-    tokenizer nearly all do.
+    A reference set of other ids than the pool's is noise to the model, and causes no error. Two signs are ids beyond
+    the tokenizer's, and rows of the pool that do not become the same ids again after decoding and encoding: with the
+    right tokenizer nearly all do.
 
     Args:
-        tokenizer: the one that will be used.
+        tokenizer: tokenizer of the reference set.
         rows: the pool.
-        what: where the tokenizer comes from.
+        what: origin of the tokenizer, for messages.
 
     Raises:
         TypeError: it is no Hugging Face tokenizer.
@@ -73,19 +77,19 @@ def check_tokenizer(tokenizer: Any, rows: Rows, what: str) -> None:
             )
         return
     known = len(tokenizer)
-    again = _made_again(tokenizer, rows)
-    if rows.vocab_size > known or again < MADE_AGAIN:
+    again = _round_trip_share(tokenizer, rows)
+    if rows.vocab_size > known or again < MIN_ROUND_TRIP_SHARE:
         warnings.warn(
-            f"{what} does not look like the one that made the pool: it knows {known} tokens, ids of the pool reach to "
-            f"{rows.vocab_size - 1}, and of some decoded rows {again:.0%} of the ids came back. If it is another one, "
-            "the reference set means nothing to the model",
+            f"{what} does not look like the one that made the pool: it knows {known} tokens, ids of the pool go up to "
+            f"{rows.vocab_size - 1}, and {again:.0%} of the ids in some rows came back after decoding and encoding. If "
+            "it is another one, the reference set means nothing to the model",
             SelectionWarning,
             stacklevel=2,
         )
 
 
-def _made_again(tokenizer: Any, rows: Rows) -> float:
-    """Return the share of the ids of some rows that are there again after decoding and encoding."""
+def _round_trip_share(tokenizer: "PreTrainedTokenizerBase", rows: Rows) -> float:
+    """Return the share of the ids of some rows that come back after decoding and encoding."""
     special = {*tokenizer.all_special_ids}
     kept = total = 0
     for i in spread_ids(len(rows), 8):
@@ -93,10 +97,10 @@ def _made_again(tokenizer: Any, rows: Rows) -> float:
         for is_text, part in itertools.groupby(
             without_fill(row[:256]).tolist(), lambda token: token < len(tokenizer) and token not in special
         ):
-            if not is_text:  # documents that it separates were encoded one by one
+            if not is_text:  # a special token separates documents, which were encoded one by one
                 continue
             ids = list(part)
-            text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
             encoded = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             kept += sum((Counter(ids) & Counter(encoded)).values())
             total += len(ids)
@@ -110,7 +114,18 @@ def check_same_on_all_ranks(what: str, fingerprint: str) -> None:
         raise ValueError(
             f"{what} differs between the ranks ({', '.join(found)}): every rank must open all of it, since an id must "
             "mean the same row everywhere. Do not shard data by rank (dataset.shard, split_dataset_by_node), and give "
-            "every random split a seed; the plan is shared out over the ranks by itself"
+            "every random split a seed: the loader gives each rank its share of the plan"
+        )
+
+
+def check_pool_size(size: int, batch_size: int, place: Place) -> None:
+    """Raise ValueError when a pool of ``size`` candidates is smaller than the examples of one optimizer step."""
+    global_batch = batch_size * place.world_size * place.accumulate
+    if size < global_batch:
+        raise ValueError(
+            f"the pool holds {size} candidates, less than the {global_batch} of one optimizer step "
+            f"({batch_size} a batch, {place.world_size} ranks, accumulate_grad_batches={place.accumulate}): "
+            "enlarge the pool or lower the batch size"
         )
 
 
@@ -125,15 +140,13 @@ def check_vocabulary(module: nn.Module, largest: int, what: str) -> None:
 
 
 def model_vocabulary(module: nn.Module) -> int | None:
-    """Return how many tokens a model knows, None when it does not say.
+    """Return the number of tokens that a model knows, None when it cannot be found.
 
-    Asks the embeddings of Hugging Face models in ``module``, or else takes the largest ``nn.Embedding``, since
-    which one embeds tokens cannot be told.
+    It is the size of the input embeddings of Hugging Face models in ``module``; without such models, of the largest
+    ``nn.Embedding``, since nothing marks the one that embeds tokens.
     """
-    models: list[Any] = [
-        part for part in module.modules() if hasattr(part, "get_input_embeddings") and hasattr(part, "config")
-    ]
-    embeddings = [part.get_input_embeddings() for part in models] or list(module.modules())
+    models = [part for part in module.modules() if _is_transformer(part)]
+    embeddings: list[nn.Module] = [part.get_input_embeddings() for part in models] or list(module.modules())
     sizes = [part.num_embeddings for part in embeddings if isinstance(part, nn.Embedding)]
     return max(sizes, default=None)
 
@@ -151,8 +164,8 @@ def check_positions(module: nn.Module, longest: int, what: str, remedy: str) -> 
 def model_positions(module: nn.Module) -> int | None:
     """Return the longest row that a model has positions for, None where positions are not learned or not found.
 
-    Rotary and other computed positions reach as far as one likes. Tables are told by their names; some models keep a
-    few more entries in them than positions, so the configuration of a Hugging Face model counts too.
+    Rotary and other computed positions have no limit. Tables of positions are recognised by their names; some models
+    keep a few more entries in them than positions, so the configuration of a Hugging Face model counts too.
     """
     sizes = [
         part.num_embeddings
@@ -179,7 +192,7 @@ def check_packing(module: nn.Module) -> None:
         and is_overridden("forward", module)
         and "position_ids" not in inspect.signature(type(module).forward).parameters
     )
-    if kinds and kinds <= set(PACKABLE) and not hides:
+    if kinds and kinds <= set(PACKABLE_MODEL_TYPES) and not hides:
         return
     reason = (
         f"{type(module).__name__}.forward takes no position_ids"
@@ -188,10 +201,10 @@ def check_packing(module: nn.Module) -> None:
     )
     raise ValueError(
         f"pack_reference=True needs a model that keeps packed examples apart by their position_ids ("
-        f"{', '.join(PACKABLE)} do), but {reason}: examples would see each other and the reference loss would be "
-        "wrong. Pass pack_reference=False, which wastes few tokens on padding"
+        f"{', '.join(PACKABLE_MODEL_TYPES)} do), but {reason}: examples would see each other and the reference loss "
+        "would be wrong. Pass pack_reference=False, which needs little padding"
     )
 
 
-def _is_transformer(module: nn.Module) -> bool:
+def _is_transformer(module: nn.Module) -> "TypeGuard[PreTrainedModel]":
     return hasattr(module, "get_input_embeddings") and hasattr(module, "config")

@@ -1,9 +1,8 @@
-"""Is the reference set apart from the pool? Records that both hold are refused, left out, or let through."""
+"""A check that reference set and pool are disjoint: records in both are refused, left out, or let through."""
 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,13 +20,11 @@ from liveselect.datamodules.overlap import (
 )
 from liveselect.datamodules.reference import Loaded
 from liveselect.datamodules.rows.rows import Rows
-from liveselect.protocols import SelectionWarning
+from liveselect.datamodules.settings import OnOverlap
+from liveselect.grammar import SelectionWarning
 
-OnOverlap = Literal["refuse", "drop", "allow"]
-ON_OVERLAP = ("refuse", "drop", "allow")
-
-LISTED = 20  # records that a message names
-SHOWN = 60  # characters of a passage that it shows
+MAX_RECORDS_NAMED = 20  # in a message
+MAX_PASSAGE_CHARACTERS = 60  # shown in a message
 
 Decode = Callable[[Tensor], list[str]]
 
@@ -39,21 +36,21 @@ REMEDY = (
 
 
 def set_apart(rows: Rows, reference: Loaded, on_overlap: OnOverlap, decode: Decode, can_drop: bool = True) -> Loaded:
-    """Return the reference set, without the records that stand in the pool where these are to be dropped.
+    """Return the reference set, under ``drop`` without the records that are in the pool.
 
     Whole documents of prepared pools are compared by their hashes. In pools up to
     :func:`~liveselect.datamodules.overlap.scan_limit` tokens, passages from all over every example are looked for at
-    every position, and short examples are compared with the rows of a dataset. A warning says where that was not done.
+    every position, and short examples are compared with the rows of a dataset. For larger pools a warning says so.
 
     Args:
         rows: the pool.
-        reference: what was read.
-        on_overlap: ``refuse``, ``drop``, or ``allow``, which looks for nothing.
-        decode: shows tokens.
-        can_drop: whether to offer that records are dropped.
+        reference: the reference set.
+        on_overlap: ``refuse``, ``drop``, or ``allow``, which compares nothing.
+        decode: maps tokens to text, for messages.
+        can_drop: whether the message should offer to drop records.
 
     Raises:
-        ValueError: records are in the pool and are not to be dropped, or none would be left.
+        ValueError: records are in the pool and must not be dropped, or none would remain.
     """
     if on_overlap == "allow":
         return reference
@@ -79,7 +76,7 @@ def set_apart(rows: Rows, reference: Loaded, on_overlap: OnOverlap, decode: Deco
 
 
 def find_overlaps(rows: Rows, reference: Loaded) -> list[Overlap]:
-    """Return one overlap for every reference record that is in the pool; warn where not everything was looked at."""
+    """Return one overlap for every reference record that is in the pool; warn where not everything was compared."""
     found: dict[int, Overlap] = {}
     if rows.store is not None:
         kept = {item.record for item in reference.items}
@@ -95,18 +92,17 @@ def find_overlaps(rows: Rows, reference: Loaded) -> list[Overlap]:
             stacklevel=3,
         )
         return list(found.values())
-    for overlap in shared_passages(rows, reference.items):
-        found.setdefault(overlap.record, overlap)
-    for overlap in shared_rows(rows, reference.items) if rows.store is None else []:
+    equal_rows = shared_rows(rows, reference.items) if rows.store is None else []
+    for overlap in (*shared_passages(rows, reference.items), *equal_rows):
         found.setdefault(overlap.record, overlap)
     return [found[record] for record in sorted(found)]
 
 
 def describe(found: Sequence[Overlap], reference: Loaded, rows: Rows, decode: Decode) -> str:
-    """Return which records share what with the pool, and by which rule."""
-    names = [f"record {_place(overlap, reference)} {_what(overlap, decode)}" for overlap in found[:LISTED]]
-    more = f"; and {len(found) - LISTED} more" if len(found) > LISTED else ""
-    rules = [f"{passage_length(rows)} tokens in a row of an example stand in the pool"]
+    """Return a message that names the records, the text that each shares with the pool, and the rules applied."""
+    names = [f"record {_place(overlap, reference)} {_what(overlap, decode)}" for overlap in found[:MAX_RECORDS_NAMED]]
+    more = f"; and {len(found) - MAX_RECORDS_NAMED} more" if len(found) > MAX_RECORDS_NAMED else ""
+    rules = [f"{passage_length(rows)} tokens in a row of an example are in the pool"]
     if rows.store is not None:
         rules.insert(0, "the whole record is one of its documents")
     else:
@@ -118,9 +114,10 @@ def describe(found: Sequence[Overlap], reference: Loaded, rows: Rows, decode: De
 
 
 def describe_dropped(found: Sequence[Overlap], reference: Loaded, left: int, decode: Decode) -> str:
-    """Return which records are left out, shortly, and that ``left`` remain."""
+    """Return a short message that names the records left out; ``left`` of them remain."""
     places = sorted(_place(overlap, reference) for overlap in found)
-    named = ", ".join(map(str, places[:LISTED])) + (f" and {len(places) - LISTED} more" if len(places) > LISTED else "")
+    more = f" and {len(places) - MAX_RECORDS_NAMED} more" if len(places) > MAX_RECORDS_NAMED else ""
+    named = ", ".join(map(str, places[:MAX_RECORDS_NAMED])) + more
     first = min(found, key=lambda overlap: _place(overlap, reference))
     return (
         f"{len(found)} of {len(reference.documents)} reference records share text with the pool and are left out, "
@@ -136,6 +133,6 @@ def _what(overlap: Overlap, decode: Decode) -> str:
     if overlap.candidate is None:
         return "is one of the pool's documents"
     (text,) = decode(torch.from_numpy(overlap.tokens[np.newaxis]))
-    shown = text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    shown = text if len(text) <= MAX_PASSAGE_CHARACTERS else text[:MAX_PASSAGE_CHARACTERS] + "..."
     several = f"{overlap.found} of {overlap.looked_for} passages, such as " if overlap.looked_for > 1 else ""
     return f"shares {several}{shown!r} with candidate {overlap.candidate}"

@@ -1,18 +1,24 @@
-"""PlanLoader: serves the training batches of the plan in hand."""
+"""PlanLoader: serves the training batches of the current plan."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from liveselect.datamodules.rows.draws import load_rows, training_seeds
-from liveselect.datamodules.rows.rows import Receive, Rows
+from liveselect.datamodules.rows.draws import MapStyle, load_rows, training_seeds
+from liveselect.datamodules.rows.rows import Rows
+from liveselect.grammar import Batch, State
 from liveselect.plan import Plan
 
-STARTING_PAYS = 8  # batches for each worker that make up for starting it
+MIN_BATCHES_PER_WORKER = 8  # starting a worker takes longer than reading fewer
+
+LoaderOptions = Mapping[str, Any]
+"""Arguments of a ``DataLoader``."""
+
+WorkerInit = Callable[[int], object]
 
 
 class Part(NamedTuple):
@@ -33,52 +39,49 @@ class PlanBatches:
     """The sampler of the inner DataLoader: yields one rank's batches, as :class:`Part`.
 
     Attributes:
-        plan: what the next iterator will walk, from its cursor on.
+        plan: the plan that the next iterator will walk, from its cursor on.
     """
 
     def __init__(self, rank: int, world_size: int, batch_size: int) -> None:
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
         self.plan: Plan | None = None
 
-    def rows(self, plan: Plan) -> Tensor:
-        """Return the ids that remain for this rank, ``(steps, B)``; raise ValueError when they do not come out even."""
-        return plan.remaining(self.rank, self.world_size, self.batch_size)
-
     def __iter__(self) -> Iterator[Part]:
         if self.plan is None:
             return iter(())
-        rows = self.rows(self.plan)  # bound to the plan and the cursor of this moment
+        # fixed here, because the cursor moves while this iterator is used
+        rows = self.plan.remaining(self.rank, self.world_size, self.batch_size)
         index, first = self.plan.round, self.plan.cursor + self.rank * self.batch_size
         step = self.world_size * self.batch_size
         return (Part(index, first + n * step, row.tolist()) for n, row in enumerate(rows))
 
 
 class SeededBatches(Dataset):
-    """A dataset whose batches draw what the place of each row in its plan says, in whichever process they are made.
+    """A dataset of batches whose random draws depend on the place of each row in its plan, not on the process.
 
     Args:
-        load: makes the batch of some ids and the seeds of these.
+        load: makes the batch of some ids and their seeds.
         seed: seed of the run's data.
         draws: whether anything is drawn at all.
     """
 
-    def __init__(self, load: Callable[[Sequence[int], Sequence[int]], Any], seed: int, draws: bool = True) -> None:
+    def __init__(self, load: Callable[[Sequence[int], Sequence[int]], object], seed: int, draws: bool = True) -> None:
         self.load, self.seed, self.draws = load, seed, draws
 
-    def __getitem__(self, part: Part) -> Any:
+    def __getitem__(self, part: Part) -> object:
         seeds = training_seeds(self.seed, part.round, part.start, len(part.ids)) if self.draws else []
         return self.load(part.ids, seeds)
 
 
 class PlanLoader:
-    """One loader for a whole run: walks whatever plan was published last.
+    """One loader for a whole run: walks the plan that was published last.
 
     It is not a ``torch.utils.data.DataLoader``, so Lightning leaves it alone: no sampler is injected, and slicing by
     rank happens here. It has a length, so Lightning fetches no batch ahead of the one that it trains on. Iterating is
-    lazy: nothing is looked at before the first batch is asked for, because Lightning builds the iterator before
+    lazy: nothing is read before the first batch is requested, because Lightning builds the iterator before
     ``on_train_start``, where the first plan is made.
 
-    ``plan.cursor`` belongs to whoever trains (the DataSelection callback advances it in ``on_train_batch_end``). The
+    ``plan.cursor`` belongs to the training loop (the DataSelection callback advances it in ``on_train_batch_end``). The
     loader reads it when an iterator begins and when a plan is published; in between it keeps its own position.
 
     Random numbers that the dataset or the collate function draw from the global generators depend on the seed, the
@@ -92,40 +95,38 @@ class PlanLoader:
         length: batches of one epoch of this rank.
         rank: index of this rank.
         world_size: number of ranks.
-        seed: seeds what the dataset draws.
+        seed: seed of the dataset's random draws.
         pin_memory: serve batches in pinned memory.
-        receive: makes the training batch of what the inner ``DataLoader`` yields.
         options: further arguments of the inner ``DataLoader``: ``num_workers``, ``collate_fn``, ...
         before_batch: called before each batch is fetched, in this process.
     """
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: MapStyle | Rows,
         batch_size: int,
         length: int,
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
         pin_memory: bool = False,
-        receive: Receive | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: LoaderOptions | None = None,
         before_batch: Callable[[], None] | None = None,
     ) -> None:
-        self.before_batch = before_batch
         self.dataset = dataset
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
         self.pin_memory = pin_memory
-        self.receive = receive
         self.options = dict(options or {})
+        self.before_batch = before_batch
         self.plan: Plan | None = None
         self._length = length
+        self._receive = dataset.receive if isinstance(dataset, Rows) else None
         self._batches = PlanBatches(rank, world_size, batch_size)
         self._inner: DataLoader | None = None
-        self._walk: Iterator[Any] | None = None  # None: the next batch begins a new walk at the plan's cursor
+        self._walk: Iterator[object] | None = None  # None: the next batch begins a new walk at the plan's cursor
         self._position = 0
 
     @property
@@ -139,14 +140,14 @@ class PlanLoader:
         Raises:
             ValueError: the ranks cannot share what remains of the plan evenly.
         """
-        self._batches.rows(plan)
+        plan.remaining(self.rank, self.world_size, self.batch_size)  # raises now rather than at the next batch
         self.plan = plan
         self._walk = None
 
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         if self.plan is not None and self.plan.cursor != self._position:
             self._walk = None  # batches that were fetched but not trained on are served again
         for _ in range(self._length):
@@ -154,7 +155,7 @@ class PlanLoader:
                 self.before_batch()
             yield self._next_batch()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return nothing: the cursor in the DataSelection callback's checkpoint entry is the only truth.
 
         The method exists because Lightning calls a loader without it "not resumable". A state of its own would be a
@@ -162,7 +163,7 @@ class PlanLoader:
         """
         return {}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Do nothing: see :meth:`state_dict`."""
 
     def shutdown(self) -> None:
@@ -170,7 +171,7 @@ class PlanLoader:
         self._walk = None
         self._inner = None  # the DataLoader ends its workers when the last reference to it is gone
 
-    def _next_batch(self) -> Any:
+    def _next_batch(self) -> object:
         plan = self.plan
         if plan is None:
             raise RuntimeError(
@@ -193,14 +194,13 @@ class PlanLoader:
                 "published later than in on_train_batch_end of its last batch"
             ) from None
         self._position += self.global_batch
-        return batch if self.receive is None else self._received(batch)
+        if self._receive is None:
+            return batch
+        received = self._receive(batch)
+        return {name: tensor.pin_memory() for name, tensor in received.items()} if self.pin_memory else received
 
-    def _received(self, batch: Any) -> Any:
-        batch = self.receive(batch)  # type: ignore[misc]
-        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
-
-    def _start_walk(self, plan: Plan) -> Iterator[Any]:
-        """Point the inner DataLoader at what remains of the plan; its workers live on and drop what they fetched."""
+    def _start_walk(self, plan: Plan) -> Iterator[object]:
+        """Point the inner DataLoader at the rest of the plan; its workers live on and drop prefetched batches."""
         if self._inner is None:
             self._inner = self._make_inner()
         self._batches.plan = plan
@@ -208,90 +208,77 @@ class PlanLoader:
         return iter(self._inner)
 
     def _make_inner(self) -> DataLoader:
-        options = _introducing(getattr(self.dataset, "source", self.dataset), self.options)
-        workers = options.get("num_workers", 0)
-        collate_fn = options.pop("collate_fn", None)
+        options = dict(self.options)
+        collate_fn = options.pop("collate_fn", None) or default_collate
         if isinstance(self.dataset, Rows):
-            load, draws = self.dataset.load, self.dataset.draws
+            source, batches = self.dataset.source, SeededBatches(self.dataset.load, self.seed, self.dataset.draws)
         else:
-            load, draws = partial(load_rows, self.dataset, collate_fn or default_collate), True
+            source, batches = self.dataset, SeededBatches(partial(load_rows, self.dataset, collate_fn), self.seed)
         return DataLoader(
-            SeededBatches(load, self.seed, draws),
+            batches,
             batch_size=None,
             sampler=self._batches,
-            collate_fn=_as_it_is,
-            persistent_workers=workers > 0,
-            pin_memory=self.pin_memory and self.receive is None,
+            collate_fn=_unchanged,  # by default it would make tensors of arrays
+            persistent_workers=options.get("num_workers", 0) > 0,
+            pin_memory=self.pin_memory and self._receive is None,
             # without a generator of its own, every new iterator would draw from the global random state
             generator=torch.Generator().manual_seed(self.seed + self.rank),
-            **options,
+            **_introducing(source, options),
         )
 
 
-def _introducing(dataset: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def _introducing(dataset: MapStyle, options: LoaderOptions) -> LoaderOptions:
     """Return options under which a ``worker_init_fn`` finds the user's dataset in ``get_worker_info()``, as it expects.
 
-    What the workers are given is a dataset around it.
+    Without them, it would find the dataset of batches that the workers get.
     """
     function = options.get("worker_init_fn")
-    return dict(options) if function is None else {**options, "worker_init_fn": partial(_introduce, dataset, function)}
+    return options if function is None else {**options, "worker_init_fn": partial(_introduce, dataset, function)}
 
 
-def _introduce(dataset: Any, function: Callable[[int], Any], worker: int) -> None:
+def _introduce(dataset: MapStyle, function: WorkerInit, worker: int) -> None:
     object.__setattr__(get_worker_info(), "dataset", dataset)  # it is frozen
     function(worker)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: object) -> object:
     return batch
 
 
 class ShardedBatches:
     """Ready batches, shared out over the ranks: one rank's share is every R-th batch.
 
-    Shares are equally long, because ranks that validate together must take equally many steps: where the batches do not
-    come out even, the last ranks repeat the first batches, as a ``DistributedSampler`` does. Like :class:`PlanLoader`
-    it is no ``DataLoader``: walking it draws nothing from the global random state.
+    Shares are equally long, because ranks that validate together must take the same number of steps: where the batches
+    cannot be shared evenly, the last ranks repeat the first batches, as a ``DistributedSampler`` does. Like
+    :class:`PlanLoader` it is no ``DataLoader``: walking it draws nothing from the global random state.
     """
 
-    def __init__(self, batches: Sequence[Any], rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, batches: Sequence[Batch], rank: int = 0, world_size: int = 1) -> None:
         self.batches, self.rank, self.world_size = batches, rank, world_size
 
     def __len__(self) -> int:
         return -(-len(self.batches) // self.world_size)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         for step in range(len(self)):
             yield self.batches[(step * self.world_size + self.rank) % len(self.batches)]
 
 
-def candidate_batches(rows: Rows, ids: Tensor, batch_size: int, options: Mapping[str, Any]) -> Iterator[Any]:
+def candidate_batches(rows: Rows, ids: Tensor, batch_size: int, options: LoaderOptions) -> Iterator[Batch]:
     """Yield the candidates ``ids (n,)`` in batches, in their order.
 
-    ``options`` are those of a ``DataLoader``. Its workers take part only where there are enough batches to pay for
-    starting them.
+    ``options`` are those of a ``DataLoader``. Its workers are used only for a number of batches that is worth starting
+    them.
     """
     parts = [part.tolist() for part in ids.split(batch_size)]
     workers = options.get("num_workers", 0)
-    if workers == 0 or len(parts) < STARTING_PAYS * workers:
-        yield from (rows.candidates(part) for part in parts)
+    if workers == 0 or len(parts) < MIN_BATCHES_PER_WORKER * workers:
+        yield from map(rows.candidates, parts)
     else:
-        generator = torch.Generator().manual_seed(0)
-        options = _introducing(getattr(rows, "source", rows), options)
-        yield from DataLoader(_Parts(rows, parts), batch_size=None, generator=generator, **options)
-
-
-class _Parts(Dataset):
-    """A dataset whose examples are whole batches of candidates."""
-
-    def __init__(self, rows: Rows, parts: Sequence[Sequence[int]]) -> None:
-        self.rows, self.parts = rows, parts
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows.candidates(self.parts[index])
+        # without a generator of its own, the DataLoader would draw from the global random state
+        options = {**_introducing(rows.source, options), "generator": torch.Generator().manual_seed(0)}
+        parts_of_ids = cast("Dataset[list[int]]", parts)
+        yield from DataLoader(parts_of_ids, batch_size=None, collate_fn=rows.candidates, **options)
 
 
 def epoch_length(examples: int, global_batch: int, accumulate: int) -> int:

@@ -1,34 +1,65 @@
-"""From what a user names to what training reads: rows of a pool, batches of a reference set."""
+"""Opening the sources that a user passes: rows of a pool, batches of a reference set."""
 
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from liveselect.datamodules import checks, wrapping
+from liveselect.datamodules import checks
 from liveselect.datamodules.batching import Item, bucket, pack
-from liveselect.datamodules.disjoint import Decode, OnOverlap, set_apart
+from liveselect.datamodules.disjoint import set_apart
+from liveselect.datamodules.loader import LoaderOptions
 from liveselect.datamodules.pools.pool_files import hash_tokens
 from liveselect.datamodules.pools.tokenizers import load_tokenizer
 from liveselect.datamodules.reference import Loaded, ReferenceSet, as_store, load_reference, loader_batches
 from liveselect.datamodules.rows.collating import unpadded, without_fill
-from liveselect.datamodules.rows.rows import Collate, CollatedRows, DatasetRows, Rows, StoreRows
+from liveselect.datamodules.rows.draws import Collate
+from liveselect.datamodules.rows.rows import CollatedRows, DatasetRows, Rows, StoreRows
 from liveselect.datamodules.rows.token_rows import complete_batch
-from liveselect.protocols import IGNORE_INDEX, Batch, SelectionWarning
+from liveselect.datamodules.settings import OnOverlap, ServingSettings
+from liveselect.grammar import IGNORE_INDEX, Batch, SelectionWarning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def open_source(source: Any, collate_fn: Collate | None) -> Rows:
+@dataclass(frozen=True)
+class OpenedRows:
+    """The rows of a pool, and how they are read.
+
+    Attributes:
+        rows: the rows.
+        batch_size: rows in the training batch of one rank.
+        tokenizer: the Hugging Face tokenizer that made their ids, or None.
+        options: further arguments of a ``DataLoader`` that reads them, such as ``num_workers``.
+    """
+
+    rows: Rows
+    batch_size: int
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+    options: LoaderOptions = field(default_factory=dict)
+
+    def decode(self, input_ids: Tensor) -> list[str]:
+        """Return the text of the token rows ``input_ids (B, T)``; without a tokenizer, the ids."""
+        rows = input_ids.tolist()
+        if self.tokenizer is None:
+            return [" ".join(map(str, row)) for row in rows]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def open_source(source: object, collate_fn: Collate | None) -> Rows:
     """Return the rows of a prepared pool, given by its path or opened, or of a map-style dataset.
 
     Raises:
         FileNotFoundError: ``source`` is a path without a pool.
-        TypeError: it is a dataset that cannot be asked for rows.
+        TypeError: it is a dataset whose rows cannot be read by position.
     """
     store = as_store(source)
     if store is None and isinstance(source, (str, Path)):
@@ -41,28 +72,19 @@ def open_source(source: Any, collate_fn: Collate | None) -> Rows:
     return StoreRows(store) if store is not None else DatasetRows(source)
 
 
-def open_existing(existing: pl.LightningDataModule, batch_size: int | None) -> tuple[Rows, int, dict[str, Any]]:
-    """Return the rows, the batch size and the loader options of a datamodule that has been set up."""
-    loader = wrapping.training_loader(existing)
-    size = batch_size or wrapping.loader_batch_size(loader)
-    if size is None:
-        raise ValueError(
-            f"the batch sampler of {type(existing).__name__} does not say how large its batches are: pass batch_size "
-            "to SelectionDataModule.wrap"
-        )
-    options = wrapping.loader_options(loader)
-    return CollatedRows(loader.dataset, options.pop("collate_fn")), size, options
+def open_tokenizer(
+    spec: "str | Path | PreTrainedTokenizerBase | None", rows: Rows, what: str = "tokenizer="
+) -> "PreTrainedTokenizerBase | None":
+    """Return the tokenizer that made the ids of a pool: ``spec``, else the pool's, else None.
 
-
-def open_tokenizer(spec: Any, rows: Rows, existing: pl.LightningDataModule | None) -> Any:
-    """Return the tokenizer that ``spec`` is or names, else the pool's, else the wrapped module's, else None."""
-    if spec is None and rows.store is not None and rows.store.tokenizer_path is not None:
-        return load_tokenizer(rows.store.tokenizer_path)
-    what = "tokenizer="
+    Args:
+        spec: a Hugging Face tokenizer, its name or path, or None.
+        rows: the pool.
+        what: origin of ``spec``, for messages.
+    """
     if spec is None:
-        spec, what = getattr(existing, "tokenizer", None), f"the tokenizer of {type(existing).__name__}"
-    if spec is None:
-        return None
+        kept = rows.store.tokenizer_path if rows.store is not None else None
+        return None if kept is None else load_tokenizer(kept)
     tokenizer = load_tokenizer(spec) if isinstance(spec, (str, Path)) else spec
     checks.check_tokenizer(tokenizer, rows, what)
     return tokenizer
@@ -78,37 +100,27 @@ def fingerprint_of(batches: Iterable[Batch]) -> str:
     return digest.hexdigest()
 
 
-def open_reference(
-    source: Any,
-    rows: Rows,
-    tokenizer: Any,
-    tokens: int,
-    packed: bool,
-    on_overlap: OnOverlap,
-    decode: Decode,
-) -> list[Batch]:
+def open_reference(source: object, opened: OpenedRows, settings: ServingSettings, on_overlap: OnOverlap) -> list[Batch]:
     """Return the batches of a reference set.
 
     Args:
-        source: a :class:`ReferenceSet` or what one can be made of.
-        rows: the pool.
-        tokenizer: for text.
-        tokens: tokens of a batch, padding included.
-        packed: put several examples into one row.
-        on_overlap: what to do with records that stand in the pool: ``refuse``, ``drop`` or ``allow``.
-        decode: shows what pool and reference set share.
+        source: a :class:`ReferenceSet`, or a source for one.
+        opened: the pool.
+        settings: the size of batches, and whether several examples share a row.
+        on_overlap: what to do with records that are in the pool: ``refuse``, ``drop`` or ``allow``.
 
     Raises:
         ValueError: the reference set is empty, inside the pool, or prepared with another tokenizer.
     """
+    rows = opened.rows
     reference = ReferenceSet.of(source)
     if isinstance(reference.source, DataLoader):
         batches = _completed(loader_batches(reference.source))
         if on_overlap != "allow":
-            _check_batches_apart(rows, batches, decode)
+            _check_batches_apart(opened, batches)
         return batches
     checks.check_same_tokenizer(rows.store, as_store(reference.source))
-    loaded = load_reference(reference, tokenizer, rows.block_size)
+    loaded = load_reference(reference, opened.tokenizer, rows.block_size)
     if loaded.left_out:
         warnings.warn(
             f"{loaded.left_out} of {len(loaded.documents)} reference records have no token that could count (a text "
@@ -116,14 +128,15 @@ def open_reference(
             SelectionWarning,
             stacklevel=2,
         )
-    loaded = set_apart(rows, loaded, on_overlap, decode)
+    loaded = set_apart(rows, loaded, on_overlap, opened.decode)
     pad_id = (rows.store.eos_id or 0) if rows.store is not None else 0
-    if packed:
-        return list(pack(loaded.items, rows.block_size or max(map(len, loaded.items)), tokens, pad_id))
+    if settings.pack_reference:
+        width = rows.block_size or max(map(len, loaded.items))
+        return list(pack(loaded.items, width, settings.reference_tokens, pad_id))
     found: list[Batch] = []
-    for batch in bucket(loaded.items, tokens, pad_id):
+    for batch in bucket(loaded.items, settings.reference_tokens, pad_id):
         records = [int(loaded.positions[loaded.items[i].record]) for i in batch["id"].tolist()]
-        found.append({**batch, "record": torch.tensor(records)})  # for messages: where in its source a row comes from
+        found.append({**batch, "record": torch.tensor(records)})  # for messages: the place of a row in its source
     return found
 
 
@@ -133,7 +146,7 @@ def largest_id(batches: Iterable[Batch]) -> int:
 
 
 def most_positions(batches: Iterable[Batch]) -> int:
-    """Return how many positions a model needs for some batches; packed examples begin anew."""
+    """Return the number of positions that a model needs for some batches; each packed example begins at position 0."""
     return max(
         (
             int(batch["position_ids"].max()) + 1 if "position_ids" in batch else batch["input_ids"].shape[1]
@@ -147,24 +160,25 @@ def _completed(batches: Iterable[Any]) -> list[Batch]:
     complete: list[Batch] = []
     start = 0
     for batch in batches:
-        tokens = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else batch
-        batch = complete_batch(batch, range(start, start + len(tokens)), "the reference DataLoader")
-        if batch["input_ids"].numel() == 0 or int(batch["input_ids"].min()) < 0:
+        rows = len(batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else batch)
+        completed = complete_batch(batch, range(start, start + rows), "the reference DataLoader")
+        tokens = completed["input_ids"]
+        smallest = int(tokens.min()) if tokens.numel() else None
+        if smallest is None or smallest < 0:
             raise ValueError(
                 f"expected input_ids of the reference DataLoader as token ids of 0 or more, got a batch of shape "
-                f"{tuple(batch['input_ids'].shape)} with the smallest id "
-                f"{int(batch['input_ids'].min()) if batch['input_ids'].numel() else None}: mask tokens in labels, by "
-                f"{IGNORE_INDEX}, and leave empty examples out"
+                f"{tuple(tokens.shape)} with the smallest id {smallest}: mask tokens in labels, by {IGNORE_INDEX}, and "
+                "leave empty examples out"
             )
-        complete.append(batch)
-        start += len(tokens)
+        complete.append(completed)
+        start += rows
     return complete
 
 
-def _check_batches_apart(rows: Rows, batches: Iterable[Batch], decode: Decode) -> None:
-    """Raise ValueError when rows of ready batches stand in the pool."""
+def _check_batches_apart(opened: OpenedRows, batches: Iterable[Batch]) -> None:
+    """Raise ValueError when rows of ready batches are in the pool."""
     seen = [tokens for batch in batches for tokens in unpadded(batch)]
     items = [Item(tokens, tokens, record) for record, tokens in enumerate(map(without_fill, seen))]
     documents = np.array([hash_tokens(item.input_ids) for item in items], np.uint64)
     loaded = Loaded([item for item in items if len(item)], documents, list(range(len(items))))
-    set_apart(rows, loaded, "refuse", decode, can_drop=False)
+    set_apart(opened.rows, loaded, "refuse", opened.decode, can_drop=False)

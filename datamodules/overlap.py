@@ -1,7 +1,7 @@
-"""Is the reference set inside the pool? Exact answers, fast enough to ask before every run."""
+"""A search for the reference set inside the pool: exact, and fast enough for the start of every run."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,26 +9,26 @@ import numpy as np
 from liveselect.datamodules.batching import Item
 from liveselect.datamodules.rows.collating import unpadded
 from liveselect.datamodules.rows.rows import Rows
-from liveselect.protocols import IGNORE_INDEX, Batch
+from liveselect.grammar import IGNORE_INDEX, Batch
 
 PASSAGE = 32  # tokens of a passage; long enough not to be shared by chance or by idiom
-FEWEST_DISTINCT = 8  # tokens of a passage that differ: rows of dashes and numbers are shared by texts of all kinds
-PIECE_TOKENS = 1 << 16  # what is hashed at once stays in cache
+MIN_DISTINCT_TOKENS = 8  # in a passage: rows of dashes and numbers are shared by texts of all kinds
+PIECE_TOKENS = 1 << 16  # hashed at once, so that they stay in cache
 STORE_TOKENS, DATASET_TOKENS = 1 << 28, 1 << 24  # larger pools are not scanned: it would take minutes
 
 _BASE = 0x9E3779B97F4A7C15  # odd, so that no token is forgotten; hashes are polynomials in it, modulo 2^64
-_TABLE_BITS = 20
+_TABLE_BITS = 20  # a table of one megabyte, which fits in cache
 
 
 class Overlap(NamedTuple):
-    """Something that pool and reference set share.
+    """Text that pool and reference set share.
 
     Attributes:
         record: position of the reference record.
         candidate: the candidate that holds the passage, None for a document of the pool.
-        tokens: the first that they share, empty for a document.
-        found: how many passages of the record the pool holds.
-        looked_for: of how many.
+        tokens: the first shared passage, empty for a document.
+        found: number of passages of the record that are in the pool.
+        looked_for: number of passages of the record that were looked for.
     """
 
     record: int
@@ -45,61 +45,62 @@ def shared_documents(pool: np.ndarray, reference: np.ndarray) -> list[Overlap]:
 
 
 def shared_passages(rows: Rows, items: Sequence[Item]) -> list[Overlap]:
-    """Return one overlap for every reference record of which a passage occurs in the pool.
+    """Return one overlap for every reference record with a passage that occurs in the pool.
 
-    Each item is represented by ``PASSAGE`` tokens in its middle, since at the edges of a text tokens depend on what was
-    cut there, and by those before and after them, one beside the other: whatever an item shares with the pool is found
-    if it is twice as long as a passage. A prepared pool is read as the one stream that it was cut from; rows of a
-    dataset stand for themselves, and passages are no longer than these. Every match is compared token by token. Items
-    shorter than a passage are not looked for, nor are passages of a few tokens that repeat.
+    Each item is cut into passages of ``PASSAGE`` tokens, one of them exactly in its middle, because the tokens at the
+    edges of a text depend on where it was cut. So every shared text is found that is twice as long as a passage. A
+    prepared pool is searched as one stream; rows of a dataset are searched one by one, with passages no longer than
+    the rows. Every match is compared token by token. Items shorter than a passage are not looked for, nor are passages
+    of a few tokens that repeat.
     """
     length = passage_length(rows)
-    passages: dict[bytes, set[int]] = {}
-    for item in items:
-        for start in _starts(len(item), length):
-            key = _key(item.input_ids[start : start + length])
-            if _varies(key, length):
-                passages.setdefault(key, set()).add(item.record)
-    if not passages:
-        return []
+    passages = _passages(items, length)
     looked_for = Counter(record for records in passages.values() for record in records)
-    hashes = {key: _hashes(np.frombuffer(key, np.int64), length)[0] for key in passages}
+    found: Counter[int] = Counter()
     first: dict[int, tuple[int, np.ndarray]] = {}
-    matched: set[bytes] = set()
-    wanted = np.array([])
-    for piece in _pieces(rows, length):
-        if len(wanted) != len(hashes) - len(matched):  # what was found may stand in the pool a million times
-            wanted = np.array([value for key, value in hashes.items() if key not in matched], np.uint64)
-        for position in _matches(_hashes(piece.tokens, length), wanted).tolist():
-            if rows.store is None and not piece.within_a_row(position, length):
-                continue
-            tokens = piece.tokens[position : position + length]
-            if (key := _key(tokens)) in passages and key not in matched:
-                matched.add(key)
-                for record in passages[key]:
-                    first.setdefault(record, (piece.candidate_at(position), tokens.copy()))
-    found = Counter(record for key in matched for record in passages[key])
+    for key, candidate in _passages_in_pool(rows, passages, length):
+        for record in passages[key]:
+            found[record] += 1
+            first.setdefault(record, (candidate, np.frombuffer(key, np.int64).copy()))
     return [Overlap(record, *first[record], found[record], looked_for[record]) for record in sorted(first)]
 
 
-def _starts(size: int, length: int) -> range:
-    """Return where the passages of an item of ``size`` tokens begin: one in its middle, the others beside it."""
-    return range((size - length) // 2 % length, size - length + 1, length) if size >= length else range(0)
+def _passages(items: Sequence[Item], length: int) -> dict[bytes, set[int]]:
+    """Return the passages of all items, each with the records that hold it."""
+    passages: dict[bytes, set[int]] = {}
+    for item in items:
+        size = len(item)
+        starts = range((size - length) // 2 % length, size - length + 1, length) if size >= length else range(0)
+        for start in starts:
+            tokens = item.input_ids[start : start + length]
+            if len(np.unique(tokens)) >= min(MIN_DISTINCT_TOKENS, length // 4):
+                passages.setdefault(_key(tokens), set()).add(item.record)
+    return passages
 
 
-def _varies(key: bytes, length: int) -> bool:
-    return len(set(np.frombuffer(key, np.int64).tolist())) >= min(FEWEST_DISTINCT, length // 4)
+def _passages_in_pool(rows: Rows, passages: Iterable[bytes], length: int) -> Iterator[tuple[bytes, int]]:
+    """Yield each of the passages that is in the pool, once, with the first candidate that holds its beginning."""
+    hash_of = {key: _hashes(np.frombuffer(key, np.int64), length)[0] for key in passages}
+    wanted = np.empty(0, np.uint64)
+    for piece in _pieces(rows, length) if hash_of else ():
+        if len(wanted) != len(hash_of):
+            wanted = np.array(list(hash_of.values()), np.uint64)
+        for position in _matches(_hashes(piece.tokens, length), wanted).tolist():
+            key = _key(piece.tokens[position : position + length])
+            if key in hash_of and (rows.store is not None or piece.within_a_row(position, length)):
+                del hash_of[key]  # no longer looked for: it may be in the pool a million times
+                yield key, piece.candidate_at(position)
 
 
 def passage_length(rows: Rows) -> int:
-    """Return how many tokens are looked for; rows of a dataset may be shorter than a passage."""
+    """Return the number of tokens of a passage; rows of a dataset may be shorter than ``PASSAGE``."""
     return PASSAGE if rows.store else min(PASSAGE, rows.block_size or PASSAGE)
 
 
 def shared_rows(rows: Rows, items: Sequence[Item]) -> list[Overlap]:
-    """Return one overlap for every reference record that has an item equal to a whole row of a dataset.
+    """Return one overlap for every reference record with a short item that equals a whole row of a dataset.
 
-    This finds the short ones, which :func:`shared_passages` does not look for. Padding does not count.
+    :func:`shared_passages` does not look for items shorter than a passage. Padding does not count.
     """
     wanted: dict[bytes, list[int]] = {}
     for item in items:
@@ -115,7 +116,7 @@ def shared_rows(rows: Rows, items: Sequence[Item]) -> list[Overlap]:
 
 
 def visible_rows(batch: Batch) -> list[np.ndarray]:
-    """Return the rows of a batch without padding; without an attention mask, what follows the last label is padding."""
+    """Return the rows of a batch without padding: without an attention mask, the tokens after the last label."""
     rows = unpadded(batch)
     if "attention_mask" in batch or batch["labels"].shape != batch["input_ids"].shape:
         return rows
@@ -127,12 +128,12 @@ def visible_rows(batch: Batch) -> list[np.ndarray]:
 
 
 def scan_limit(rows: Rows) -> int:
-    """Return how many tokens of such a pool are worth scanning."""
+    """Return the size in tokens up to which a pool is searched for passages."""
     return DATASET_TOKENS if rows.store is None else STORE_TOKENS
 
 
 def pool_tokens(rows: Rows) -> int:
-    """Return how many tokens a pool holds, estimated where rows differ."""
+    """Return the number of tokens of a pool, estimated where rows differ."""
     if rows.block_size is not None:
         return len(rows) * rows.block_size
     sample = rows.candidates(range(min(len(rows), 64)))["input_ids"]
@@ -172,7 +173,7 @@ def _power(exponent: int) -> np.uint64:
 def _matches(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Return the positions of ``hashes (n,)`` that are among ``wanted (w,)``."""
     shift = np.uint64(64 - _TABLE_BITS)
-    table = np.zeros(1 << _TABLE_BITS, bool)  # most windows are turned away by one look into a table that fits in cache
+    table = np.zeros(1 << _TABLE_BITS, bool)  # excludes most windows by a single look-up
     table[wanted >> shift] = True
     likely = np.flatnonzero(table[hashes >> shift])
     return likely[np.isin(hashes[likely], wanted)]

@@ -1,9 +1,8 @@
-"""What SelectionDataModule takes from a LightningDataModule that it wraps."""
+"""WrappingDataModule: selection from the training data of an existing LightningDataModule."""
 
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Never
 
 import lightning.pytorch as pl
 from torch.utils.data import (
@@ -15,15 +14,23 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from liveselect.protocols import SelectionWarning
+from liveselect.datamodules.datamodule import ServedDataModule
+from liveselect.datamodules.opening import OpenedRows, open_tokenizer
+from liveselect.datamodules.reference import ReferenceSet
+from liveselect.datamodules.rows.rows import CollatedRows
+from liveselect.datamodules.settings import ServingSettings
+from liveselect.grammar import SelectionWarning
 
-HOOKS = (
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ADOPTED_ATTRIBUTES = (
     *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"),
     *("test_dataloader", "predict_dataloader", "state_dict", "load_state_dict"),
+    *("prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"),
 )
-"""Methods of the wrapped module that are called in its place."""
+"""Attributes of the wrapped module that Lightning finds in place of the wrapper's own."""
 
-SETTINGS = ("prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices")
 LOADER_OPTIONS = (
     "num_workers",
     "collate_fn",
@@ -34,14 +41,81 @@ LOADER_OPTIONS = (
 )
 
 
-def adopt_hooks(module: pl.LightningDataModule, existing: pl.LightningDataModule, names: Sequence[str]) -> None:
-    """Let Lightning find the methods ``names`` of ``existing`` on ``module``.
+class WrappingDataModule(ServedDataModule):
+    """A datamodule that selects from the training data of another one, and leaves everything else to it.
 
-    Bound methods are taken, not forwarded to: Lightning compares a hook's code with its own to see whether a datamodule
-    overrides it, and asks the LightningModule where it does not. A method that merely forwards would hide those.
+    Made by :meth:`SelectionDataModule.wrap <liveselect.datamodules.SelectionDataModule.wrap>`.
+
+    Args:
+        existing: has a map-style training dataset whose batches hold ``input_ids``.
+        reference: what selection aims to improve.
+        settings: further arguments of :class:`~liveselect.datamodules.ServingSettings`.
+
+    Attributes:
+        wrapped: the other datamodule.
     """
-    for name in (*names, *SETTINGS):
-        setattr(module, name, getattr(existing, name))
+
+    validates_on_reference = False
+
+    def __init__(self, existing: pl.LightningDataModule, reference: str | ReferenceSet | Any, **settings: Any) -> None:
+        super().__init__(ServingSettings(reference, **settings))
+        self.wrapped = existing
+        # bound methods are copied rather than called by methods here: Lightning compares a hook's code with its own to
+        # see whether a datamodule overrides it, and calls the LightningModule's hook where it does not
+        for name in (*ADOPTED_ATTRIBUTES, *([] if self._serves_validation else ["val_dataloader"])):
+            setattr(self, name, getattr(existing, name))
+
+    def __getattr__(self, name: str) -> Never:
+        """Raise AttributeError, with a hint if the wrapped module has the attribute."""
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        wrapped = self.__dict__.get("wrapped")
+        if wrapped is not None and hasattr(wrapped, name):
+            message += f", but the {type(wrapped).__name__} that it wraps has: use datamodule.wrapped.{name}"
+        raise AttributeError(message, name=name, obj=self)
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer of the wrapped module; raises AttributeError where that has none."""
+        return self.wrapped.tokenizer  # type: ignore[attr-defined]
+
+    def prepare_data(self) -> None:
+        """Prepare the wrapped module's data."""
+        self.wrapped.trainer = self.trainer
+        self.wrapped.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Set the wrapped module up, then open and check its training data and the reference set."""
+        self.wrapped.trainer = self.trainer
+        self.wrapped.setup(stage)
+        super().setup(stage)
+
+    def teardown(self, stage: str) -> None:
+        """End the workers, and tear the wrapped module down."""
+        super().teardown(stage)
+        self.wrapped.teardown(stage)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the workers, and call the wrapped module's hook."""
+        super().on_exception(exception)
+        self.wrapped.on_exception(exception)
+
+    def open_rows(self) -> OpenedRows:
+        """Open the rows of the wrapped module's training dataset, read as its ``DataLoader`` reads them."""
+        loader = training_loader(self.wrapped)
+        name = type(self.wrapped).__name__
+        size = self.settings.batch_size or loader_batch_size(loader)
+        if size is None:
+            raise ValueError(
+                f"the batch sampler of {name} does not say how large its batches are: pass batch_size to "
+                "SelectionDataModule.wrap"
+            )
+        options = {option: getattr(loader, option) for option in LOADER_OPTIONS}
+        rows = CollatedRows(loader.dataset, options.pop("collate_fn"))
+        tokenizer = open_tokenizer(self.settings.tokenizer, rows)
+        if tokenizer is None:
+            own = getattr(self.wrapped, "tokenizer", None)
+            tokenizer = open_tokenizer(own, rows, f"the tokenizer of {name}")
+        return OpenedRows(rows, size, tokenizer, options)
 
 
 def training_loader(existing: pl.LightningDataModule) -> DataLoader:
@@ -59,9 +133,9 @@ def training_loader(existing: pl.LightningDataModule) -> DataLoader:
         )
     if isinstance(loader.dataset, IterableDataset):
         raise TypeError(
-            f"{name} trains on an iterable dataset ({type(loader.dataset).__name__}): selection asks for rows by "
-            "their position, which a stream cannot give. Write it to disk with `liveselect prepare`, or use a "
-            "map-style dataset"
+            f"{name} trains on an iterable dataset ({type(loader.dataset).__name__}): selection reads rows by their "
+            "position, which a stream does not allow. Write it to disk with `liveselect prepare`, or use a map-style "
+            "dataset"
         )
     if loader.batch_sampler is None:
         raise TypeError(
@@ -73,15 +147,15 @@ def training_loader(existing: pl.LightningDataModule) -> DataLoader:
         if not isinstance(sampler, known) and type(sampler) is not BatchSampler:
             warnings.warn(
                 f"the {type(sampler).__name__} of {name} is not used: every row of its dataset is a candidate, and the "
-                "plan says which rows make a batch. If rows were left out on purpose, wrap a torch.utils.data.Subset",
+                "plan sets the rows of each batch. If rows were left out on purpose, wrap a torch.utils.data.Subset",
                 SelectionWarning,
                 stacklevel=2,
             )
     if type(loader).__iter__ not in (DataLoader.__iter__, getattr(_stateful_loader(), "__iter__", None)):
         warnings.warn(
-            f"{type(loader).__name__} iterates in a way of its own, which is not used: batches are what its collate "
-            f"function makes of the rows of its dataset. If {name} changes batches after that, do it in the collate "
-            "function or in on_after_batch_transfer",
+            f"the __iter__ of {type(loader).__name__} is not used: its collate function makes the batches of the rows "
+            f"of its dataset. If {name} changes batches after that, do it in the collate function or in "
+            "on_after_batch_transfer",
             SelectionWarning,
             stacklevel=2,
         )
@@ -89,7 +163,7 @@ def training_loader(existing: pl.LightningDataModule) -> DataLoader:
 
 
 def _stateful_loader() -> type | None:
-    """Return the ``StatefulDataLoader`` of torchdata, where that was imported; it makes the same batches."""
+    """Return the ``StatefulDataLoader`` of torchdata if that was imported; it makes the same batches."""
     return getattr(sys.modules.get("torchdata.stateful_dataloader"), "StatefulDataLoader", None)
 
 
@@ -97,8 +171,3 @@ def loader_batch_size(loader: DataLoader) -> int | None:
     """Return the rows of a batch, None where only a custom batch sampler knows."""
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     return size if isinstance(size, int) else None
-
-
-def loader_options(loader: DataLoader) -> dict[str, Any]:
-    """Return the settings of a ``DataLoader`` that another one over the same dataset should have."""
-    return {name: getattr(loader, name) for name in LOADER_OPTIONS}

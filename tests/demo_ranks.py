@@ -34,9 +34,8 @@ from liveselect.cli.fit import SelectionCLI
 
 LIVE_PDS = {
     "select": {
-        "class_path": "liveselect.callbacks.PDS",
+        "class_path": "liveselect.callbacks.LivePDS",
         "init_args": {
-            "live": True,
             "every_n_steps": 80,
             "warmup_rounds": 1,
             "probes": 64,

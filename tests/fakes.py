@@ -1,34 +1,21 @@
 """In-memory stand-ins for the data plane, shared by tests."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from liveselect.cost import CostMeter
+from liveselect.grammar import Batch, CandidateSource, LiveModel, LossFn, Round
 from liveselect.losses import causal_lm_loss
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
-from liveselect.protocols import Batch, LossFn, RoundContext
-
-VOCABULARY = 50
-
-
-class Bigrams(nn.Module):
-    """The smallest language model that learns something; ``settings`` go to its embedding."""
-
-    def __init__(self, **settings) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # noqa: TID251 - the initial weights
-            self.embed = nn.Embedding(VOCABULARY, 8, **settings)
-            self.hidden = nn.Linear(8, 8)
-            self.head = nn.Linear(8, VOCABULARY)
-
-    def forward(self, input_ids):
-        return self.head(self.hidden(self.embed(input_ids)).tanh())
+from liveselect.preserve import measuring
+from liveselect.rounds import SelectionRun, run_round
 
 
-class FakeSource:
+class FakeSource(CandidateSource):
     """A CandidateSource over token matrices: ``tokens (n, T)``, ``reference (r, T)``; text is space-joined ids.
 
     ``labels`` and ``reference_labels`` default to the tokens. ``mask (n, T)`` is served as ``attention_mask``, and
@@ -103,31 +90,113 @@ def planted_source(
     return FakeSource(tokens, like_reference(8), **kwargs), planted
 
 
-def fake_context(
+@dataclass(frozen=True)
+class Context:
+    """A live model and a round of it, with the engine's part in measuring: what tests hand to parts."""
+
+    live: LiveModel
+    round: Round
+
+    @property
+    def model(self) -> nn.Module:
+        return self.live.module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.live.optimizer
+
+    @property
+    def loss_fn(self) -> LossFn:
+        return self.live.loss_fn
+
+    @property
+    def source(self) -> CandidateSource:
+        return self.round.source
+
+    @property
+    def candidates(self) -> Tensor:
+        return self.round.candidates
+
+    @property
+    def meter(self) -> CostMeter:
+        return self.round.meter
+
+    def but(self, **changes) -> "Context":
+        """Return the context with other fields of the round or of the live model; ``model`` is the module."""
+        if "model" in changes:
+            changes["module"] = changes.pop("model")
+        live = {name: value for name, value in changes.items() if name in LiveModel.__dataclass_fields__}
+        of_round = {name: value for name, value in changes.items() if name in Round.__dataclass_fields__}
+        unknown = changes.keys() - live.keys() - of_round.keys()
+        if unknown:
+            raise TypeError(f"neither the round nor the live model has {sorted(unknown)}")
+        return Context(replace(self.live, **live), replace(self.round, **of_round))
+
+    def fit(self, estimator):
+        """Fit an estimator as the engine does; returns its metrics."""
+        with measuring(self.model, self.optimizer):
+            return estimator.fit(self.live, self.round)
+
+    def score(self, estimator, batch) -> Tensor:
+        """Let a fitted estimator score a batch as the engine does."""
+        with measuring(self.model, self.optimizer):
+            return estimator.score(self.live, self.live.to_device(batch)).float().cpu()
+
+    def score_ids(self, estimator, ids) -> Tensor:
+        """Let a fitted estimator score candidates as the engine does."""
+        with measuring(self.model, self.optimizer):
+            return estimator.score_ids(self.live, self.round, ids)
+
+    def check(self, estimator) -> None:
+        """Let an estimator check as the engine does."""
+        with measuring(self.model, self.optimizer):
+            estimator.check(self.live, self.round)
+
+
+def fake_context(  # noqa: PLR0913 - a test names what it needs
     source: FakeSource,
     *,
-    round_index: int = 0,
+    index: int = 0,
+    step: int = 0,
     seed: int = 0,
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     loss_fn: LossFn = causal_lm_loss,
     candidates: Tensor | None = None,
-    **kwargs,
-) -> RoundContext:
-    """A round's context over ``source`` with, unless one is given, a model of one weight."""
+    leftovers: Tensor | None = None,
+    trained: Tensor | None = None,
+    meter: CostMeter | None = None,
+    **of_the_model,
+) -> Context:
+    """A round over ``source`` with, unless one is given, a model of one weight."""
     if model is None:
         model = nn.utils.skip_init(nn.Linear, 1, 1)  # draws nothing from the global stream
         nn.init.zeros_(model.weight)
         nn.init.zeros_(model.bias)
-    return RoundContext(
-        round=round_index,
-        step=0,
-        seed=seed,
-        model=model,
+    meter = meter or CostMeter()
+    live = LiveModel(
+        module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer,
         loss_fn=loss_fn,
-        source=source,
-        candidates=torch.arange(source.pool.size) if candidates is None else candidates,
-        global_batch=source.batch_size,
-        **kwargs,
+        global_batch=of_the_model.pop("global_batch", source.batch_size),
+        meter=meter,
+        **of_the_model,
     )
+    round_ = Round(
+        index=index,
+        step=step,
+        seed=seed,
+        candidates=torch.arange(source.pool.size) if candidates is None else candidates,
+        source=source,
+        leftovers=torch.empty(0, dtype=torch.int64) if leftovers is None else leftovers,
+        trained=trained,
+        device=live.device,
+        meter=meter,
+    )
+    return Context(live, round_)
+
+
+def play(run: SelectionRun, budget: int, context: Context | None = None, step: int = 0) -> Plan:
+    """Run the next round of ``budget`` candidates with the model of a context, and return its plan."""
+    live = (context or fake_context(run.source)).live
+    return run_round(run, live, run.open_round(step, budget, meter=live.meter), budget)

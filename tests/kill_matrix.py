@@ -208,14 +208,14 @@ def attempt(case: Case, folder: Path, whole: Path, seconds: float, draw: random.
     return kills, ""
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=120, help="stop after so many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ranks", nargs="+", default=[f"{a}{b}" for a, b in RANKS], help="such as 11 22 21")
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     draw = random.Random(options.seed)
     ranks = [(int(pair[0]), int(pair[1])) for pair in options.ranks]

@@ -5,8 +5,8 @@ import signal
 
 from torch import Tensor
 
+from liveselect.grammar import Batch, LiveModel, Round
 from liveselect.influence import PMPInfluence
-from liveselect.protocols import Batch, RoundContext
 from liveselect.regressors import HashedRidgeRegressor
 
 
@@ -18,16 +18,16 @@ def _die_at(variable: str, count: int) -> None:
 class KilledRegressor(HashedRidgeRegressor):
     predictions = 0
 
-    def predict(self, context: RoundContext, batch: Batch) -> Tensor:
+    def predict(self, round: Round, batch: Batch) -> Tensor:
         KilledRegressor.predictions += 1
         _die_at("DIES_AT_PREDICTION", KilledRegressor.predictions)
-        return super().predict(context, batch)
+        return super().predict(round, batch)
 
 
 class KilledInfluence(PMPInfluence):
     measurements = 0
 
-    def score_ids(self, context: RoundContext, ids: Tensor) -> Tensor:
+    def score_ids(self, model: LiveModel, round: Round, ids: Tensor) -> Tensor:
         KilledInfluence.measurements += 1
         _die_at("DIES_AT_MEASUREMENT", KilledInfluence.measurements)
-        return super().score_ids(context, ids)
+        return super().score_ids(model, round, ids)

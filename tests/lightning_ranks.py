@@ -6,11 +6,10 @@ import os
 
 import lightning.pytorch as pl
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from ranks import free_port
+from ranks import forked, free_port
 from small_run import BATCH, POOL, SIMPLE, SmallLM, rows, small_trainer
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -166,17 +165,10 @@ def batches(parts) -> list:
 
 def on_lightning_ranks(function, ranks: int, *arguments) -> list:
     """Run ``function(*arguments)`` on forked ranks for Trainers; return what each returned, by way of JSON."""
-    with mp.get_context("fork").Manager() as manager:
-        results = manager.dict()
-        mp.start_processes(
-            _worker, (function, ranks, free_port(), results, arguments), nprocs=ranks, start_method="fork"
-        )
-        return [json.loads(results[rank]) for rank in range(ranks)]
+    return forked(_for_a_trainer, ranks, free_port(), function, arguments)
 
 
-def _worker(rank, function, ranks, port, results, arguments):
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(ranks)
-    )
-    results[rank] = json.dumps(function(*arguments))
+def _for_a_trainer(rank, ranks, folder, port, function, arguments):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(ranks))
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")
+    return json.loads(json.dumps(function(*arguments)))

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+from cases import tiny_neox
 from fakes import FakeSource
-from torch import Tensor
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from torch import Tensor, nn
 
 from liveselect.losses import causal_lm_loss
 
@@ -45,19 +45,8 @@ def planted_clusters(
     return FakeSource(tokens[order], reference, groups=groups.int(), group_names=names, **kwargs), matrices
 
 
-def small_lm(seed: int = 0, width: int = 32, inner: int = 64) -> GPTNeoXForCausalLM:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # noqa: TID251 - the initial weights, not selection
-        return GPTNeoXForCausalLM(
-            GPTNeoXConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=width,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=inner,
-                max_position_embeddings=64,
-            )
-        )
+def small_lm(seed: int = 0, width: int = 32, inner: int = 64) -> nn.Module:
+    return tiny_neox(seed, vocabulary=VOCABULARY, width=width, inner=inner, max_position_embeddings=64)
 
 
 def train(model, optimizer, source: FakeSource, ids: Tensor, batch_size: int = 16) -> None:

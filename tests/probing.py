@@ -4,13 +4,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from cases import VOCABULARY as VOCAB
+from cases import Restless, tiny_neox
 from fakes import FakeSource, fake_context, random_source
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from liveselect.influence import OneStepInfluence
 
-VOCAB = 50
 CLIP = 0.5
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.05),
@@ -26,19 +26,7 @@ OPTIMIZERS = {
 
 
 def tiny_model(dtype=torch.float64, **settings):
-    config = GPTNeoXConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-        **settings,
-    )
-    with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(0)
-        return GPTNeoXForCausalLM(config).to(dtype)
+    return tiny_neox(initializer_range=0.2, **settings).to(dtype)
 
 
 def clip(parameters):
@@ -64,14 +52,14 @@ def warm_context(optimizer="adamw", model=None, source=None, **kwargs):
 
 
 def candidate_batch(context, count=4):
-    return next(iter(context.candidate_batches(torch.arange(count))))
+    return next(iter(context.round.batches(torch.arange(count))))
 
 
 def measure(context, batch, step="published", **kwargs):
     """The one-step influence of the rows of a batch."""
     estimator = OneStepInfluence(step=step, **kwargs)
-    estimator.fit(context)
-    return estimator.score(context, batch)
+    context.fit(estimator)
+    return context.score(estimator, batch)
 
 
 def mean_loss(model, tokens):
@@ -113,30 +101,6 @@ def regression_context(weights, x, y, reference_x, reference_y, optimizer):
     model = Regression(torch.tensor(weights, dtype=torch.float64))
     source = RegressionSource(*(torch.as_tensor(v, dtype=torch.float64) for v in (x, y, reference_x, reference_y)))
     return fake_context(source, model=model, optimizer=optimizer(model.parameters()), loss_fn=squared_error)
-
-
-class Restless(nn.Module):
-    """Tied embeddings, dropout, batch norm, a submodule put into eval mode, a frozen parameter and an unused one."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(VOCAB, 16)
-        self.norm = nn.BatchNorm1d(16)
-        self.dropout = nn.Dropout(0.3)
-        self.body = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Dropout(0.3)).eval()
-        self.head = nn.Linear(16, VOCAB, bias=False)
-        self.head.weight = self.embedding.weight
-        self.frozen = nn.Parameter(torch.ones(16), requires_grad=False)
-        self.unused = nn.Parameter(torch.ones(3))
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.body.eval()
-        return self
-
-    def forward(self, input_ids):
-        hidden = self.norm(self.embedding(input_ids).transpose(1, 2)).transpose(1, 2)
-        return self.head(self.body(self.dropout(hidden)) * self.frozen + hidden.cumsum(1))
 
 
 def restless_context(**kwargs):

@@ -1,7 +1,9 @@
 """Functions on several real processes, over gloo."""
 
-import os
+import pickle
 import socket
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,22 +16,32 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def forked(worker, ranks: int, *arguments) -> list:
+    """Run ``worker(rank, ranks, folder, *arguments)`` in forked processes; return what each rank returned.
+
+    They come up in a fraction of a second, because everything is imported already.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        mp.start_processes(_saved, (worker, ranks, folder, arguments), nprocs=ranks, start_method="fork")
+        return [pickle.loads((folder / f"{rank}").read_bytes()) for rank in range(ranks)]
+
+
+def _saved(rank, worker, ranks, folder, arguments):
+    torch.set_num_threads(1)
+    (folder / f"{rank}").write_bytes(pickle.dumps(worker(rank, ranks, folder, *arguments)))
+
+
 def on_ranks(function, ranks: int, *arguments) -> list:
     """Run ``function(*arguments)`` in a group of forked processes; return what each rank returned, or raised."""
-    with mp.get_context("fork").Manager() as manager:
-        results = manager.dict()
-        mp.start_processes(
-            _worker, (function, ranks, free_port(), results, arguments), nprocs=ranks, start_method="fork"
-        )
-        return [results[rank] for rank in range(ranks)]
+    return forked(_in_a_group, ranks, function, arguments)
 
 
-def _worker(rank, function, ranks, port, results, arguments):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+def _in_a_group(rank, ranks, folder, function, arguments):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
     try:
-        results[rank] = function(*arguments)
+        return function(*arguments)
     except Exception as error:
-        results[rank] = error
-    dist.destroy_process_group()
+        return error
+    finally:
+        dist.destroy_process_group()

@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from liveselect import distributed
-from liveselect.functional.sharding import is_sharded, local
-from liveselect.snapshot import checksum
+from liveselect.functional.sharding import local
+from liveselect.preserve import checksum
 
 CANDIDATES = 7  # shares of two and three ranks are uneven
 
@@ -60,15 +60,13 @@ def clip(parameters):
 def measured(estimator, context):
     """The influence of the first candidates, as a round measures it; and whether nothing of the model moved."""
     before = checksum(context.model, context.optimizer)
-    metrics = dict(estimator.fit(context))
+    metrics = dict(context.fit(estimator))
     ids = torch.arange(CANDIDATES)
     mine = ids[distributed.shard(CANDIDATES)]
-    batches = distributed.in_step(
-        context.candidate_batches(mine), lambda: next(context.candidate_batches(ids[:1])), is_sharded(context.model)
-    )
+    batches = context.live.view.in_step(context.round.batches(mine), lambda: next(context.round.batches(ids[:1])))
     scores = [torch.empty(0)]
     for batch, counts in batches:
-        influence = estimator.score(context, batch)
+        influence = context.score(estimator, batch)
         scores += [influence] if counts else []
     found = distributed.gather_shards(torch.cat(scores), CANDIDATES)
     return found, metrics, checksum(context.model, context.optimizer) == before

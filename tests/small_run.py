@@ -1,4 +1,4 @@
-"""One small run with everything that a resume must restore, and a way to kill it. Executed by test_resume.py.
+"""One small run with everything that a resume must restore, and a way to kill it.
 
 Dropout, warm AdamW moments, a learning-rate schedule, accumulation over three batches, bf16-mixed, clipping, an epoch
 that ends between two rounds, validation, and a selection that depends on the live weights; for Quad, on what its last
@@ -15,18 +15,18 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from cases import VOCABULARY, tiny_neox
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from torch import Tensor
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from liveselect.callbacks import PDS, DataSelection, Quad
 from liveselect.datamodules import SelectionDataModule
+from liveselect.grammar import NO_IDS, Batch, InfluenceEstimator, LiveModel, Round
 from liveselect.influence import KFACInfluence, OneStepInfluence
-from liveselect.protocols import Batch, InfluenceEstimator, RoundContext
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import RegressionSelector, UniformSelector
 
-VOCABULARY, TOKENS = 50, 12
+TOKENS = 12
 STEPS, ROUND, ACCUMULATE, BATCH = 14, 4, 3, 2
 SIMPLE = {
     "accumulate_grad_batches": 1,
@@ -40,20 +40,7 @@ POOL = 60  # 30 batches, 10 optimizer steps: the epoch ends inside the third rou
 class SmallLM(pl.LightningModule):
     def __init__(self, dropout: float = 0.1) -> None:
         super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # noqa: TID251 - the initial weights, not selection
-            self.model = GPTNeoXForCausalLM(
-                GPTNeoXConfig(
-                    vocab_size=VOCABULARY,
-                    hidden_size=16,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    intermediate_size=32,
-                    max_position_embeddings=TOKENS,
-                    hidden_dropout=dropout,
-                    attention_dropout=dropout,
-                )
-            )
+        self.model = tiny_neox(max_position_embeddings=TOKENS, hidden_dropout=dropout, attention_dropout=dropout)
 
     def training_step(self, batch: Batch, batch_index: int) -> torch.Tensor:
         return self.model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
@@ -88,9 +75,9 @@ class ProbingUniform(UniformSelector):
         self.asked = False
         self.influence: list[Tensor] = []
 
-    def propose(self, context: RoundContext) -> Tensor:
+    def propose(self, round: Round) -> Tensor:
         self.asked = not self.asked
-        return context.candidates[:6] if self.asked else torch.empty(0, dtype=torch.int64)
+        return round.candidates[:6] if self.asked else NO_IDS
 
     def observe(self, ids: Tensor, influence: Tensor) -> None:
         self.influence.append(influence)
@@ -142,16 +129,20 @@ def dying(estimator: InfluenceEstimator, round_index: int) -> InfluenceEstimator
     """Let it die while it measures the second batch of a round, with a foreign model in place of the live one."""
 
     class Dying(type(estimator)):
-        batches = 0
+        batches = round = 0
 
-        def score(self, context: RoundContext, batch: Batch) -> Tensor:
-            self.batches += context.round == round_index
+        def fit(self, model: LiveModel, round: Round):
+            self.round = round.index
+            return super().fit(model, round)
+
+        def score(self, model: LiveModel, batch: Batch) -> Tensor:
+            self.batches += self.round == round_index
             if self.batches == 2:
                 with torch.no_grad():
-                    for parameter in context.model.parameters():
+                    for parameter in model.module.parameters():
                         parameter.zero_()
                 die()
-            return super().score(context, batch)
+            return super().score(model, batch)
 
     Dying.__name__ = type(estimator).__name__  # checkpoints name the class
     estimator.__class__ = Dying
@@ -273,17 +264,17 @@ def die_inside_the_checkpoint_of_step_8() -> None:
     torch.save = half_a_save
 
 
-def main(folder: Path) -> None:
-    """Run every case in a forked child, so that the imports are paid once; write exit codes to ``codes.json``."""
+def share_of_cases(rank: int, ranks: int, _, folder: Path) -> dict[str, list[int]]:
+    """Run a share of the cases, each run in a forked child; returns the exit codes of each by its folder."""
     codes = {}
     whole = dict.fromkeys((method, workers, None) for method, workers, _ in CASES)
-    for method, workers, kill in [*whole, *CASES]:
+    for method, workers, kill in [*whole, *CASES][rank::ranks]:
         place = case(folder, method, workers, kill)
         place.mkdir(parents=True)
         codes[str(place.relative_to(folder))] = [forked(run, place, method, workers, kill)]
         if kill is not None:
             codes[str(place.relative_to(folder))].append(forked(run, place, method, workers))
-    (folder / "codes.json").write_text(json.dumps(codes))
+    return codes
 
 
 def case(folder: Path, method: str, workers: int, kill: str | None) -> Path:
@@ -307,8 +298,3 @@ def forked(function, *arguments) -> int:
         sys.stderr.flush()
         os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))

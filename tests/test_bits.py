@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from liveselect.bits import bit_sum
+from liveselect.preserve import bit_sum
 
 
 class Holder(nn.Module):

@@ -17,10 +17,11 @@ from torch import nn
 
 import liveselect.cli.model
 from liveselect.callbacks import MATES, DataSelection, SelectionMonitor
-from liveselect.cli import fit
+from liveselect.cli import bars
+from liveselect.cli.bars import StepsProgressBar
 from liveselect.cli.demo import METHODS
 from liveselect.cli.demo_runs import Demo
-from liveselect.cli.fit import SelectionCLI, StepsProgressBar
+from liveselect.cli.fit import SelectionCLI
 from liveselect.cli.model import CausalLM
 from liveselect.datamodules import ReferenceSet, SelectionDataModule
 from liveselect.regressors import EncoderRegressor, HashedRidgeRegressor
@@ -64,7 +65,7 @@ def without_a_network(monkeypatch, tmp_path):
 @pytest.fixture(autouse=True)
 def in_a_terminal(monkeypatch):
     """Elsewhere lines take the place of bars."""
-    monkeypatch.setattr(fit, "Console", lambda: Console(file=io.StringIO(), force_terminal=True))
+    monkeypatch.setattr(bars, "Console", lambda: Console(file=io.StringIO(), force_terminal=True))
 
 
 def from_yaml(*names: str, options: tuple[str, ...] = ()) -> SelectionCLI:

@@ -45,7 +45,8 @@ def test_the_demo_of_quad_differs_from_that_of_mates_in_selection_and_groups_alo
     quad, mates = from_yaml("demo.yaml", "demo_quad.yaml"), from_yaml("demo.yaml")
     assert told(quad.model) == told(mates.model)
     data, expected = told(quad.datamodule), told(mates.datamodule)
-    assert {key for key in data if data[key] != expected[key]} == {"_groups"}
+    assert {key for key in data if data[key] != expected[key]} == {"settings"}
+    assert data["settings"] == {**expected["settings"], "groups": "clusters"} != expected["settings"]
     select = callback_of(quad)
     assert isinstance(select, Quad)
     # every arm is pulled several times in the run, and long before it is forgotten

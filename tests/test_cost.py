@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from liveselect.cost import CostMeter, SilentProgress, Stopwatch, tracked_phase
+from liveselect.cost import CostMeter, SilentProgress, Stopwatch
 
 
 def test_nested_phases_are_charged_once(monkeypatch):
@@ -23,8 +23,9 @@ def test_a_phase_that_fails_is_closed_and_its_display_stopped():
         def stop(self):
             self.stopped = True
 
-    meter, display = CostMeter(), Display()
-    with pytest.raises(KeyError), tracked_phase(meter, display, "probe", 1, "candidates"):
+    display = Display()
+    meter = CostMeter(display)
+    with pytest.raises(KeyError), meter.tracked("probe", 1, "candidates"):
         raise KeyError
     assert display.stopped
     with meter.phase("next"):

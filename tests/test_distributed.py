@@ -42,13 +42,11 @@ def test_ranks_that_agree_go_on_and_ranks_that_differ_all_fail_naming_the_odd_on
 
 
 def _a_round() -> tuple:
-    from fakes import fake_context
+    from fakes import play
     from test_rounds import TokenSum, a_run
 
-    from liveselect.rounds import run_round
-
     run, source = a_run(estimator=TokenSum())
-    plan = run_round(run, fake_context(source), budget=5)
+    plan = play(run, 5)
     record = run.ledger.rounds[0]
     return plan.ids.tolist(), record.measured, record.influence, source.read
 

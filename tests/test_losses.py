@@ -125,7 +125,7 @@ def test_positions_without_loss_are_left_out_without_changing_losses_or_gradient
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("elements", [1, 7 * VOCAB, 2**19])
 def test_without_gradients_losses_are_the_same_bits_however_much_is_computed_at_once(monkeypatch, elements, dtype):
-    monkeypatch.setattr(losses_module, "_SOFTMAX_ELEMENTS", {"cpu": elements})
+    monkeypatch.setattr(losses_module, "_MAX_SOFTMAX_ENTRIES", {"cpu": elements})
     network = build(dtype=dtype)
     for batch in batches().values():
         whole = causal_lm_loss(network, batch)

@@ -1,18 +1,16 @@
 """Any estimator drives any selector that measures, made in Python or from YAML."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import yaml
-from fakes import FakeSource, random_source
+from fakes import FakeSource, play, random_source
 from probing import VOCAB, warm_context
 
 from liveselect.callbacks import DataSelection
 from liveselect.cli.fit import SelectionCLI
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence, PMPInfluence
 from liveselect.regressors import HashedRidgeRegressor
-from liveselect.rounds import SelectionRun, run_round
+from liveselect.rounds import SelectionRun
 from liveselect.selectors import PriorSelector, RegressionSelector, UCBSelector, UniformSelector
 
 torch.set_num_threads(1)
@@ -55,11 +53,10 @@ def choices(selector, estimator, rounds=2):
     tokens = random_source(CANDIDATES, 10, VOCAB).tokens
     source = FakeSource(tokens, tokens[:3], groups=torch.arange(CANDIDATES) % 4, group_names=tuple("abcd"))
     context = warm_context(source=source)
-    run = SelectionRun(selector, estimator, UniformSelector(), 0, source.pool)
+    run = SelectionRun(selector, estimator, UniformSelector(), 0, source)
     found = []
-    for index in range(rounds):
-        now = replace(context, round=index, candidates=source.pool.available(BUDGET))
-        plan = run_round(run, now, BUDGET)
+    for _ in range(rounds):
+        plan = play(run, BUDGET, context)
         record = run.ledger.rounds[-1]
         found.append((plan.ids.tolist(), record.measured, record.influence))
     return found

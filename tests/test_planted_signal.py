@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from fakes import fake_context, planted_source
+from fakes import fake_context, planted_source, play
 from tiny_encoder import tiny_regressor
 from torch import nn
 
 from liveselect.influence import OneStepInfluence
 from liveselect.regressors import HashedRidgeRegressor
-from liveselect.rounds import SelectionRun, run_round
+from liveselect.rounds import SelectionRun
 from liveselect.selectors import RegressionSelector, UniformSelector
 
 VOCABULARY, SHARE = 60, 0.1
@@ -39,8 +39,8 @@ def enrichment(selector, step="in_batch") -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    run = SelectionRun(selector, OneStepInfluence(step=step), UniformSelector(), 0, source.pool)
-    plan = run_round(run, fake_context(source, model=model, optimizer=optimizer), budget=100)
+    run = SelectionRun(selector, OneStepInfluence(step=step), UniformSelector(), 0, source)
+    plan = play(run, 100, fake_context(source, model=model, optimizer=optimizer))
     return float(planted[plan.ids].float().mean()) / SHARE
 
 

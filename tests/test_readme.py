@@ -163,6 +163,30 @@ def test_the_selector_that_one_writes_oneself_runs(names):
     assert [len(record.measured) for record in records] == [0, 8, 8]
 
 
+def test_the_selector_that_one_writes_oneself_is_named_in_a_configuration_file(tmp_path, monkeypatch):
+    from liveselect.callbacks import DataSelection
+    from liveselect.cli.fit import SelectionCLI
+
+    (tmp_path / "better_half.py").write_text(block("class BetterHalf"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "run.yaml").write_text(
+        """
+        model: {class_path: small_run.SmallLM}
+        data:
+          class_path: liveselect.datamodules.SelectionDataModule
+          init_args: {pool: p, reference: r, batch_size: 4}
+        select:
+          class_path: liveselect.callbacks.DataSelection
+          init_args:
+            selector: {class_path: better_half.BetterHalf, init_args: {probes: 9}}
+            estimator: liveselect.influence.OneStepInfluence
+        """
+    )
+    callbacks = SelectionCLI([f"--config={tmp_path / 'run.yaml'}"], run=False).trainer.callbacks
+    (selection,) = [each for each in callbacks if isinstance(each, DataSelection)]
+    assert selection.selector.probes == 9
+
+
 def test_the_trainer_for_many_gpus_is_accepted(names):
     exec(
         block("SelectionDataModule.wrap")

@@ -1,21 +1,23 @@
-"""What would fail in the first measuring round is told before training starts, and telling it changes nothing."""
+"""What would fail in the first measuring round is reported before training starts, and reporting it changes nothing."""
 
 import copy
 
 import pytest
 import torch
-from fakes import VOCABULARY, Bigrams, fake_context, random_source
+from cases import VOCABULARY, Bigrams
+from fakes import fake_context, random_source
 from tiny_encoder import TINY, tiny_regressor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence, PMPInfluence
 from liveselect.losses import causal_lm_loss
+from liveselect.preserve import checksum
 from liveselect.regressors import EncoderRegressor, HashedRidgeRegressor
 from liveselect.rehearsal import rehearse
-from liveselect.rounds import SelectionRun
 from liveselect.selectors import RegressionSelector, UniformSelector
-from liveselect.snapshot import checksum
+
+BUDGET = 4
 
 
 class Checkpointed(Bigrams):
@@ -37,8 +39,12 @@ def a_rehearsal(model=None, estimator=None, optimizer=None, regressor=None, sour
     model = model or Bigrams()
     optimizer = optimizer(model.parameters()) if optimizer else torch.optim.AdamW(model.parameters(), lr=1e-3)
     selector = RegressionSelector(regressor or HashedRidgeRegressor(), probes=8)
-    run = SelectionRun(selector, estimator or OneStepInfluence(), UniformSelector(), 1, source.pool)
-    return run, fake_context(source, model=model, optimizer=optimizer, **arguments)
+    context = fake_context(source, model=model, optimizer=optimizer, **arguments)
+    return selector, estimator or OneStepInfluence(), context
+
+
+def rehearse_in(context, selector, estimator):
+    rehearse(selector, estimator, context.live, context.round, BUDGET)
 
 
 def summed(model, batch):
@@ -71,11 +77,11 @@ def per_token(model, batch):
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else None,
 )
-def test_what_cannot_work_is_told_at_the_start(arguments, message, monkeypatch):
+def test_what_cannot_work_is_reported_at_the_start(arguments, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    run, context = a_rehearsal(**arguments)
+    selector, estimator, context = a_rehearsal(**arguments)
     with pytest.raises((ValueError, TypeError, RuntimeError, OSError), match=message) as caught:
-        rehearse(run, context)
+        rehearse_in(context, selector, estimator)
     assert "RegressionSelector" in caught.value.__notes__[0]
     assert "before training starts" in caught.value.__notes__[0]
 
@@ -84,32 +90,35 @@ def test_what_cannot_work_is_told_at_the_start(arguments, message, monkeypatch):
     "estimator", [OneStepInfluence, FirstOrderInfluence, KFACInfluence, PMPInfluence], ids=lambda each: each.__name__
 )
 def test_a_rehearsal_leaves_the_run_as_it_was(estimator):
-    run, context = a_rehearsal(estimator=estimator())
-    before = checksum(context.model, context.optimizer), torch.get_rng_state(), dict(vars(run.estimator))
-    rehearse(run, context)
+    selector, estimator, context = a_rehearsal(estimator=estimator())
+    before = checksum(context.model, context.optimizer), torch.get_rng_state(), dict(vars(estimator))
+    of_the_selector = selector.state_dict()
+    rehearse_in(context, selector, estimator)
     assert checksum(context.model, context.optimizer) == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
-    assert vars(run.estimator) == before[2]
+    assert vars(estimator) == before[2]
+    assert str(selector.state_dict()) == str(of_the_selector)
     assert context.meter.flops == {}
     assert all(parameter.grad is None for parameter in context.model.parameters())
-    assert run.plan is None
+    assert not context.source.pool.uses.any()
+    assert context.source.plan is None
 
 
 class Column(HashedRidgeRegressor):
     """Returns a column, as a linear head does."""
 
-    def predict(self, context, batch):
-        return super().predict(context, batch).unsqueeze(1)
+    def predict(self, round, batch):
+        return super().predict(round, batch).unsqueeze(1)
 
 
 class Numbers(HashedRidgeRegressor):
-    def predict(self, context, batch):
-        return super().predict(context, batch).tolist()
+    def predict(self, round, batch):
+        return super().predict(round, batch).tolist()
 
 
 class Mute(HashedRidgeRegressor):
-    def fit(self, context, ids, influence):
-        super().fit(context, ids, influence)
+    def fit(self, round, ids, influence):
+        super().fit(round, ids, influence)
 
 
 @pytest.mark.parametrize(
@@ -123,27 +132,29 @@ class Mute(HashedRidgeRegressor):
     ids=lambda value: type(value).__name__,
 )
 def test_a_regressor_of_ones_own_is_tried_before_anything_is_measured(regressor, message):
-    run, context = a_rehearsal(source=random_source(candidates=20, length=30), regressor=regressor)
+    selector, estimator, context = a_rehearsal(source=random_source(candidates=20, length=30), regressor=regressor)
     with pytest.raises((ValueError, TypeError, RuntimeError, IndexError), match=message):
-        rehearse(run, context)
+        rehearse_in(context, selector, estimator)
 
 
 def test_a_token_that_the_encoder_does_not_know_is_found_anywhere_in_a_small_pool():
     source = random_source(candidates=20, vocab=VOCABULARY)
     source.tokens.clamp_(max=40)[13, -1] = VOCABULARY - 1
-    run, context = a_rehearsal(source=source, regressor=tiny_regressor(encoder={**TINY, "vocab_size": 41}))
+    selector, estimator, context = a_rehearsal(
+        source=source, regressor=tiny_regressor(encoder={**TINY, "vocab_size": 41})
+    )
     with pytest.raises(ValueError, match="below the encoder's vocab_size 41"):
-        rehearse(run, context)
+        rehearse_in(context, selector, estimator)
 
 
 @pytest.mark.parametrize("fitted", [False, True])
 def test_a_trial_leaves_the_regressor_as_it_was(fitted):
     for regressor in (HashedRidgeRegressor(), tiny_regressor(epochs=1)):
-        run, context = a_rehearsal(regressor=regressor)
+        selector, estimator, context = a_rehearsal(regressor=regressor)
         if fitted:
-            regressor.fit(context, context.candidates, torch.arange(20.0))
+            regressor.fit(context.round, context.candidates, torch.arange(20.0))
         before = copy.deepcopy(regressor.state_dict())
-        rehearse(run, context)
+        rehearse_in(context, selector, estimator)
         assert all(torch.equal(a, b) for a, b in zip(tensors(before), tensors(regressor.state_dict()), strict=True))
 
 
@@ -161,28 +172,97 @@ def test_a_regressor_that_cannot_be_copied_is_left_alone():
         def __deepcopy__(self, memo):
             raise TypeError("cannot pickle a connection")
 
-        def fit(self, context, ids, influence):
+        def fit(self, round, ids, influence):
             raise RuntimeError("the original was fitted")
 
-    run, context = a_rehearsal(regressor=Connected())
-    rehearse(run, context)
+    selector, estimator, context = a_rehearsal(regressor=Connected())
+    rehearse_in(context, selector, estimator)
 
 
 def test_a_learning_rate_that_is_still_zero_is_no_reason_to_stop():
-    run, context = a_rehearsal(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
-    rehearse(run, context)
+    selector, estimator, context = a_rehearsal(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    rehearse_in(context, selector, estimator)
+
+
+@pytest.mark.parametrize("estimator", [OneStepInfluence, PMPInfluence, KFACInfluence], ids=lambda each: each.__name__)
+def test_where_nothing_can_be_measured_yet_the_selector_is_checked_all_the_same(estimator):
+    def still(parameters):
+        return torch.optim.SGD(parameters, lr=0.0)
+
+    selector, estimator, context = a_rehearsal(optimizer=still, estimator=estimator(), regressor=Column())
+    with pytest.raises(ValueError, match="squeeze the last dimension") as caught:
+        rehearse_in(context, selector, estimator)
+    assert "before training starts" in caught.value.__notes__[0]
 
 
 def test_an_optimizer_without_any_learning_rate_is_refused():
-    run, context = a_rehearsal()
+    selector, estimator, context = a_rehearsal()
     for group in context.optimizer.param_groups:
         group["lr"] = None
     with pytest.raises(ValueError, match="AdamW has none"):
-        rehearse(run, context)
+        rehearse_in(context, selector, estimator)
 
 
-def test_nothing_is_asked_of_a_run_that_measures_nothing():
-    run, context = a_rehearsal(loss_fn=lambda model, batch: 1.0)
-    run.estimator = None
-    rehearse(run, context)
+def test_of_a_run_that_measures_nothing_only_the_selector_is_checked():
+    class Checked(UniformSelector):
+        def check(self, round, budget):
+            raise KeyError(len(round.candidates), budget)
+
+    context = a_rehearsal(loss_fn=lambda model, batch: 1.0, source=random_source(candidates=50, vocab=VOCABULARY))[-1]
+    rehearse_in(context, UniformSelector(), None)
     assert context.source.read == 0
+    with pytest.raises(KeyError, match=f"32, {BUDGET}"):  # a few candidates, and what a round trains on
+        rehearse_in(context, Checked(), None)
+
+
+def test_an_estimator_is_measured_with_unless_it_says_that_this_costs_too_much():
+    class Costly(OneStepInfluence):
+        rehearsed = False
+
+        def check(self, model, round):
+            checked.append(len(round.candidates))
+
+        def fit(self, model, round):
+            raise KeyError("fitted")
+
+    class Cheap(Costly):
+        rehearsed = True
+
+    checked: list[int] = []
+    selector, _, context = a_rehearsal()
+    rehearse_in(context, selector, Costly())
+    assert checked == [20]
+    with pytest.raises(KeyError, match="fitted"):
+        rehearse_in(context, selector, Cheap())
+    assert checked == [20, 20]
+
+
+def test_a_regressor_is_tried_unless_it_says_that_this_costs_too_much():
+    class Costly(HashedRidgeRegressor):
+        rehearsed = False
+
+        def check(self, round):
+            checked.append(len(round.candidates))
+
+        def fit(self, round, ids, influence):
+            raise KeyError("fitted")
+
+    class Cheap(Costly):
+        rehearsed = True
+
+    checked: list[int] = []
+    rehearse_in(a_rehearsal()[-1], *a_rehearsal(regressor=Costly())[:2])
+    assert checked == [20]
+    with pytest.raises(KeyError, match="fitted"):
+        rehearse_in(a_rehearsal()[-1], *a_rehearsal(regressor=Cheap())[:2])
+    assert checked == [20, 20]
+
+
+def test_influence_that_is_not_one_number_for_each_candidate_is_refused():
+    class Column(OneStepInfluence):
+        def score(self, model, batch):
+            return super().score(model, batch).unsqueeze(1)
+
+    selector, estimator, context = a_rehearsal(estimator=Column())
+    with pytest.raises(ValueError, match=r"Column.score to return one influence for each of 2 .*\(2, 1\)"):
+        rehearse_in(context, selector, estimator)

@@ -37,7 +37,7 @@ def test_what_was_written_is_read(tmp_path):
 
 def test_writing_takes_pieces_so_that_their_number_does_not_matter(tmp_path, monkeypatch):
     whole = write(tmp_path / "a", np.arange(11.0)).digest
-    monkeypatch.setattr(scores, "_CHUNK", 4)
+    monkeypatch.setattr(scores, "_NUMBERS_PER_CHUNK", 4)
     assert write(tmp_path / "b", np.arange(11.0)).digest == whole
 
 
@@ -64,7 +64,7 @@ def test_numpy_files_of_any_kind_of_number_are_read(tmp_path, dtype):
 
 @pytest.mark.parametrize("in_memory", [0, 1 << 30])
 def test_what_is_done_to_the_values_leaves_a_numpy_file_unchanged(tmp_path, monkeypatch, in_memory):
-    monkeypatch.setattr(scores, "_IN_MEMORY", in_memory)
+    monkeypatch.setattr(scores, "_MAX_BYTES_IN_MEMORY", in_memory)
     np.save(tmp_path / "s.npy", VALUES)
     found = read_scores(tmp_path / "s.npy")
     assert (found.mapped is None) == (in_memory > 0)
@@ -86,7 +86,7 @@ def test_what_is_done_to_a_numpy_file_leaves_the_values_unchanged(tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "file"])
 @pytest.mark.parametrize("change", ["other numbers", "cut short", "removed"])
 def test_a_change_of_a_mapped_file_is_noticed(tmp_path, monkeypatch, kind, change):
-    monkeypatch.setattr(scores, "_IN_MEMORY", 0)
+    monkeypatch.setattr(scores, "_MAX_BYTES_IN_MEMORY", 0)
     write(tmp_path / "s")
     file = tmp_path / "s" / "scores.npy"
     found = read_scores(file.parent if kind == "folder" else file)

@@ -7,15 +7,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fakes import VOCABULARY, Bigrams, fake_context, random_source
+from cases import VOCABULARY, Bigrams
+from fakes import fake_context, random_source
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from liveselect.attributes import COPIED, Attributes
-from liveselect.bits import bit_sum
+from liveselect.grammar import SelectionWarning
 from liveselect.influence import FirstOrderInfluence, OneStepInfluence
-from liveselect.protocols import SelectionWarning
-from liveselect.snapshot import Snapshot, checksum, measuring
+from liveselect.preserve import Snapshot, bit_sum, checksum, measuring
+from liveselect.preserve.attributes import MAX_COPIED_ENTRIES, Attributes
 
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.1),
@@ -458,11 +458,11 @@ def test_measuring_puts_back_what_a_forward_changes(keep, change, estimator, as_
     model = Remembering(keep, change)
     source = random_source(candidates=8, vocab=VOCABULARY)
     context = fake_context(source, model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3))
-    batch = next(context.candidate_batches(context.candidates))
+    batch = next(context.round.batches(context.candidates))
     before, bits = kept_by(model), bit_sum(model, context.optimizer)
     measure = estimator()
-    measure.fit(context)
-    assert measure.score(context, batch).isfinite().all()
+    context.fit(measure)
+    assert context.score(measure, batch).isfinite().all()
     assert kept_by(model) == before
     assert bit_sum(model, context.optimizer) == bits
     model(batch["input_ids"])
@@ -470,9 +470,9 @@ def test_measuring_puts_back_what_a_forward_changes(keep, change, estimator, as_
     assert bit_sum(model, context.optimizer) != bits or (change is with_a_hook and not before[2])
 
 
-def test_what_is_too_large_to_copy_is_told_and_seen_by_the_sum():
+def test_what_is_too_large_to_copy_is_warned_of_and_seen_by_the_sum():
     model, optimizer = setting()
-    model.history = torch.zeros(COPIED + 1)
+    model.history = torch.zeros(MAX_COPIED_ENTRIES + 1)
     before = bit_sum(model, optimizer)
     with (
         pytest.warns(SelectionWarning, match=r"the model changes Net.history in its forward"),

@@ -3,8 +3,7 @@
 ``POOL/clusters/`` holds ``clusters.json`` (settings, names, sizes, the pool's fingerprint, the seconds that it took),
 ``assignment.npy`` (rows,) int32, ``offsets.npy`` (rows,) float32 distances to the own centroid, ``centroids.npy``
 (K, D), ``near.npz`` the cosine distances of near centroids as a sparse matrix, ``typical.npy`` (K, 8) the ids nearest
-to each centroid, and ``vectors.npy`` (rows, D) float16, from which other clusterings can be made without embedding
-again.
+to each centroid, and ``vectors.npy`` (rows, D) float16, from which other clusterings are made without a new embedding.
 """
 
 import json
@@ -14,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,13 +26,15 @@ from liveselect.datamodules.pools.display import PrepareDisplay
 from liveselect.datamodules.pools.pool_files import PARTIAL, sync_file, sync_folder, write_durably
 from liveselect.datamodules.pools.tokenizers import load_tokenizer
 from liveselect.datamodules.pools.tokens import TokenStore
-from liveselect.pool import CandidatePool, GroupGeometry
+from liveselect.datamodules.rows.groups import FORMAT, MANIFEST, VERSION, Clusters
 from liveselect.seeding import derive_seed
 
-FORMAT, VERSION = "liveselect-clusters", 1
-MANIFEST, PROGRESS = "clusters.json", "progress"
-TYPICAL = 8
-ROWS = 4096  # rows embedded or assigned at once
+PROGRESS = "progress"
+TYPICAL_IDS = 8  # of each cluster: enough to name it and to show what it holds
+ROWS_PER_CHUNK = 4096  # rows embedded or assigned at once
+
+Decode = Callable[[torch.Tensor], list[str]]
+Settings = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Clustering:
         embed: ``hashed``, ``encoder:NAME``, ``static:NAME`` or ``vectors:FILE.npy``.
         dimensions: D of the hashed embedding.
         reach: cosine distance up to which clusters are listed as near each other.
-        epochs: how often k-means walks through all rows.
+        epochs: passes of k-means over all rows.
         engine: ``sklearn`` or ``faiss``.
-        seed: of everything drawn.
+        seed: seed of all random draws.
     """
 
     clusters: int
@@ -60,69 +60,6 @@ class Clustering:
     seed: int = 0
 
 
-class Clusters:
-    """The clusters of a pool, opened for reading.
-
-    Args:
-        store: the pool.
-        name: folder inside the pool.
-
-    Raises:
-        FileNotFoundError: the pool was not clustered.
-        ValueError: the clusters were made from other content.
-    """
-
-    def __init__(self, store: TokenStore, name: str = "clusters") -> None:
-        self.path = store.path / name
-        if not (self.path / MANIFEST).is_file():
-            raise FileNotFoundError(
-                f"expected the clusters of the pool at {self.path}, found none: run `liveselect cluster {store.path}"
-                + ("`" if name == "clusters" else f" --name {name}`")
-                + ", or leave groups out to group by source"
-            )
-        self.manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_bytes())
-        if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
-            raise ValueError(f"{self.path} does not hold clusters of this version: cluster the pool again")
-        if self.manifest["pool"] != store.fingerprint:
-            raise ValueError(
-                f"the clusters {self.path} were made from the pool {self.manifest['pool']}, and this is "
-                f"{store.fingerprint}: cluster it again (--overwrite)"
-            )
-        self.names: tuple[str, ...] = tuple(self.manifest["names"])
-
-    @property
-    def cost(self) -> dict[str, dict[str, float]]:
-        """The ``seconds`` by phase that making them took; empty where nobody has noted them."""
-        found: dict[str, float] = self.manifest.get("seconds", {})
-        return {"seconds": dict(found)} if found else {}
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def read(self, name: str) -> np.ndarray:
-        """Return one of the arrays, by its file name without the ending."""
-        return np.load(self.path / f"{name}.npy", mmap_mode="r")
-
-    def geometry(self) -> GroupGeometry:
-        """Return which clusters are near each other, and how typical each candidate is of its own."""
-        from scipy.sparse import load_npz
-
-        near = load_npz(self.path / "near.npz")
-        return GroupGeometry(
-            starts=torch.from_numpy(near.indptr.astype(np.int64)),
-            columns=torch.from_numpy(near.indices.astype(np.int64)),
-            distances=torch.from_numpy(near.data.astype(np.float32)),
-            typical=torch.from_numpy(np.array(self.read("typical")[:, 0])),
-            offsets=torch.from_numpy(np.array(self.read("offsets"))),
-            reach=self.manifest["settings"]["reach"],
-        )
-
-    def pool(self, fingerprint: str) -> CandidatePool:
-        """Return the candidates of the pool, with the clusters as their groups."""
-        groups = torch.from_numpy(np.array(self.read("assignment")))
-        return CandidatePool(len(groups), fingerprint, groups, self.names, self.geometry())
-
-
 def cluster_pool(
     pool: str | Path | TokenStore,
     clustering: Clustering,
@@ -132,26 +69,26 @@ def cluster_pool(
     quiet: bool = False,
     embedder: Embedder | None = None,
 ) -> Clusters:
-    """Cluster the blocks of a pool and keep the result beside it; return what is there when it was made alike before.
+    """Cluster the blocks of a pool and keep the result beside it; return clusters made with the same settings before.
 
     Everything is streamed: memory is bounded by a sample, the centroids and a few bytes a row. An interrupted call
     continues to embed where it stopped. Under ``torchrun`` every rank embeds its share of the rows.
 
     Args:
         pool: a finished pool.
-        clustering: what to do.
+        clustering: the settings.
         name: folder inside the pool.
-        overwrite: replace clusters that were made in another way.
+        overwrite: replace clusters made with other settings.
         quiet: show nothing.
-        embedder: in place of the one that ``clustering.embed`` names.
+        embedder: used in place of the one that ``clustering.embed`` names.
 
     Raises:
-        ValueError: clusters made in another way are there, or the settings do not fit the pool.
+        ValueError: the folder holds clusters made with other settings, or the settings do not fit the pool.
         ImportError: an optional library is missing.
     """
     store = pool if isinstance(pool, TokenStore) else TokenStore(pool)
     _check(store, clustering, name)
-    settings = {**vars(clustering), "pool": store.fingerprint}
+    settings: Settings = {**vars(clustering), "pool": store.fingerprint}
     path = store.path / name
     if (path / MANIFEST).exists() and not overwrite:
         before = Clusters(store, name).manifest["settings"]
@@ -167,7 +104,7 @@ def cluster_pool(
     began = time.perf_counter()
     decode = _decoder(store)
     embedder = embedder or make_embedder(clustering.embed, store.rows, decode, clustering.dimensions, clustering.seed)
-    before = _embed(store, embedder, partial, settings, display)
+    before = _embed(store, embedder, partial, clustering, display)
     seconds = {"embed": before + time.perf_counter() - began}
     if distributed.rank() == 0:
         _build(store, clustering, settings, partial, display, decode, seconds)
@@ -177,10 +114,10 @@ def cluster_pool(
 
 
 def _check(store: TokenStore, clustering: Clustering, name: str) -> None:
-    """Raise what would otherwise come up when all rows are embedded, and refuse to replace what is not clusters."""
+    """Raise errors that would otherwise come after the embedding; refuse to replace a folder of something else."""
     check_fit(store.rows, clustering.clusters, clustering.engine)
     if clustering.epochs < 1:
-        raise ValueError(f"expected at least one walk through the pool (epochs), got {clustering.epochs}")
+        raise ValueError(f"expected at least one pass over the pool (epochs), got {clustering.epochs}")
     if not 0.0 <= clustering.reach <= 2.0:
         raise ValueError(f"expected a reach in 0..2, a cosine distance, got {clustering.reach}")
     path = store.path / name
@@ -200,18 +137,16 @@ def default_clusters(rows: int) -> int:
 
 
 def _embed(
-    store: TokenStore, embedder: Embedder, folder: Path, settings: dict[str, Any], display: PrepareDisplay
+    store: TokenStore, embedder: Embedder, folder: Path, clustering: Clustering, display: PrepareDisplay
 ) -> float:
-    """Write ``vectors.npy``, each rank its share; go on from where an interrupted call with these settings stopped.
-
-    Returns the seconds that interrupted calls have spent on it.
-    """
+    """Write ``vectors.npy``, each rank its share, continuing an interrupted call; return the seconds of that call."""
     began = time.perf_counter()
-    embedder.fit(_sample(store, embedder.sample_tokens, settings["seed"]))
+    embedder.fit(_sample(store, embedder.sample_tokens, clustering.seed))
     file, shape = folder / "vectors.npy", (store.rows, embedder.dimensions)
     mine = distributed.shard(store.rows)
     progress = folder / f"{PROGRESS}-{distributed.rank()}-of-{distributed.world_size()}.json"
-    wanted = {key: settings[key] for key in ("pool", "embed", "dimensions", "seed")} | {"shape": list(shape)}
+    wanted: Settings = {"pool": store.fingerprint, "embed": clustering.embed, "seed": clustering.seed}
+    wanted |= {"dimensions": clustering.dimensions, "shape": list(shape)}
     is_there = _fits(file, shape)
     start, before = (_rows_done(progress, wanted) if is_there else None) or (mine.start, 0.0)
     distributed.gather_objects("looked")
@@ -219,20 +154,17 @@ def _embed(
         _reserve(file, shape)
     distributed.gather_objects("made")
     vectors = np.load(file, mmap_mode="r+")
-    display.start(f"embedding {store.rows} blocks", _bytes(store, mine.stop - mine.start))
-    try:
-        for first in range(start, mine.stop, ROWS):
-            ids = np.arange(first, min(first + ROWS, mine.stop))
+    with display.phase(f"embedding {store.rows} blocks", _bytes(store, mine.stop - mine.start)):
+        for first in range(start, mine.stop, ROWS_PER_CHUNK):
+            ids = np.arange(first, min(first + ROWS_PER_CHUNK, mine.stop))
             found = embedder.embed(ids, store.read(torch.from_numpy(ids)))
-            _check_finite(ids, found, settings["embed"])
+            _check_finite(ids, found, clustering.embed)
             vectors[ids[0] : ids[-1] + 1] = unit(found)
             vectors.flush()
             stand = {**wanted, "done": int(ids[-1]) + 1, "seconds": before + time.perf_counter() - began}
             write_durably(progress, json.dumps(stand).encode())
             done = int(ids[-1]) + 1 - mine.start
             display.update(_bytes(store, done), done * store.block_size)
-    finally:
-        display.stop()
     distributed.gather_objects("embedded")
     return before
 
@@ -251,12 +183,12 @@ def _check_finite(ids: np.ndarray, vectors: np.ndarray, embed: str) -> None:
         raise ValueError(
             f"expected vectors of finite numbers, got NaN or infinity from {embed} for {len(wrong)} of the blocks "
             f"{ids[0]}..{ids[-1]}, block {ids[wrong[0]]} first: mend or replace these vectors, or take another "
-            "embedding; the same command goes on from there"
+            "embedding; the same command continues from there"
         )
 
 
-def _rows_done(progress: Path, wanted: dict[str, Any]) -> tuple[int, float] | None:
-    """Return the row up to which an earlier call came, and its seconds; None where there was no such call."""
+def _rows_done(progress: Path, wanted: Settings) -> tuple[int, float] | None:
+    """Return the number of the row to continue with, and the seconds of the interrupted call; None without one."""
     try:
         found = json.loads(progress.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -273,7 +205,7 @@ def _fits(file: Path, shape: tuple[int, int]) -> bool:
 
 
 def _sample(store: TokenStore, tokens: int, seed: int) -> torch.Tensor:
-    """Return random blocks in random order, as many as hold ``tokens``; at least two where there are two."""
+    """Return random blocks of about ``tokens`` tokens in all; at least two of them where the pool has two."""
     rows = min(store.rows, max(2, tokens // store.block_size))
     draws = np.random.default_rng(derive_seed(seed, 0, "sample to fit an embedding on"))
     return store.read(torch.from_numpy(draws.choice(store.rows, rows, replace=False)))
@@ -283,7 +215,7 @@ def _bytes(store: TokenStore, rows: int) -> int:
     return rows * store.block_size * np.dtype(store.manifest["dtype"]).itemsize
 
 
-def _decoder(store: TokenStore) -> Callable[[torch.Tensor], list[str]] | None:
+def _decoder(store: TokenStore) -> Decode | None:
     if store.tokenizer_path is None:
         return None
     tokenizer = load_tokenizer(store.tokenizer_path)
@@ -296,13 +228,13 @@ def _decoder(store: TokenStore) -> Callable[[torch.Tensor], list[str]] | None:
 def _build(
     store: TokenStore,
     clustering: Clustering,
-    settings: dict[str, Any],
+    settings: Settings,
     folder: Path,
     display: PrepareDisplay,
-    decode: Callable[[torch.Tensor], list[str]] | None,
+    decode: Decode | None,
     seconds: dict[str, float],
 ) -> None:
-    """Write all files but the vectors into ``folder``, with the ``seconds`` spent until now."""
+    """Write all files but the vectors into ``folder``; the manifest gets the ``seconds`` spent so far, and these."""
     began = time.perf_counter()
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     seed = derive_seed(clustering.seed, 0, "k-means") % 2**32  # what scikit-learn accepts
@@ -313,11 +245,8 @@ def _build(
         used += rows
         display.update(_bytes(store, used), used * store.block_size)
 
-    display.start(f"finding {clustering.clusters} clusters", _bytes(store, clustering.epochs * store.rows))
-    try:
+    with display.phase(f"finding {clustering.clusters} clusters", _bytes(store, clustering.epochs * store.rows)):
         centroids = fit_centroids(vectors, clustering.clusters, seed, clustering.epochs, clustering.engine, advance)
-    finally:
-        display.stop()
     assignment, offsets = _assign(vectors, centroids)
     assignment, centroids, sizes = _largest_first(assignment, centroids)
     typical = _typical(assignment, offsets, len(centroids))
@@ -346,8 +275,8 @@ def _assign(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.
     """Return the nearest centroid of each row ``(rows,)`` int32 and the distance to it ``(rows,)`` float32."""
     assignment = np.empty(len(vectors), np.int32)
     offsets = np.empty(len(vectors), np.float32)
-    for start in range(0, len(vectors), ROWS):
-        part = slice(start, start + ROWS)
+    for start in range(0, len(vectors), ROWS_PER_CHUNK):
+        part = slice(start, start + ROWS_PER_CHUNK)
         assignment[part], offsets[part] = nearest(np.asarray(vectors[part], dtype=np.float32), centroids)
     return assignment, offsets
 
@@ -366,12 +295,12 @@ def _typical(assignment: np.ndarray, offsets: np.ndarray, clusters: int) -> np.n
     order = np.lexsort((offsets, assignment))
     starts = np.searchsorted(assignment[order], np.arange(clusters))
     ends = np.append(starts[1:], len(order))
-    places = np.minimum(starts[:, None] + np.arange(TYPICAL), ends[:, None] - 1)
+    places = np.minimum(starts[:, None] + np.arange(TYPICAL_IDS), ends[:, None] - 1)
     return order[places]
 
 
 def _put_in_place(partial: Path, path: Path) -> None:
-    """Rename the finished folder; clusters that it replaces go away."""
+    """Rename the finished folder, and remove clusters that it replaces."""
     for file in partial.glob(f"{PROGRESS}-*"):
         file.unlink()
     replaced = path.with_name(path.name + ".replaced")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -10,9 +10,16 @@ from torch import Tensor
 
 from liveselect.functional.ngrams import hashed_ngrams
 
+if TYPE_CHECKING:
+    from model2vec import StaticModel
+    from scipy.sparse import csr_matrix
+
 SAMPLE_TOKENS = 1 << 23  # tokens that a basis is fitted on: 200 MB of counts
 COUNTERS = 1 << 21  # counters of the rows hashed at once: more than a core's cache holds is three times as slow
 FORMS = "hashed, encoder:NAME, static:NAME or vectors:FILE.npy"
+
+Encode = Callable[[list[str]], np.ndarray]
+"""Maps n texts to vectors ``(n, D)``."""
 
 
 class Embedder(Protocol):
@@ -20,14 +27,14 @@ class Embedder(Protocol):
 
     Attributes:
         dimensions: D, length of a vector; known after ``fit``.
-        sample_tokens: how many tokens ``fit`` wants to see, at the most.
+        sample_tokens: tokens of the sample that ``fit`` gets, at the most.
     """
 
     dimensions: int
     sample_tokens: int
 
     def fit(self, blocks: Tensor) -> None:
-        """Learn what there is to learn from a random sample of blocks, ``(m, T)``."""
+        """Fit the embedding to a random sample of blocks, ``(m, T)``."""
 
     def embed(self, ids: np.ndarray, blocks: Tensor) -> np.ndarray:
         """Return ``(n, D)`` float32 vectors of the candidates ``ids (n,)``, whose tokens are ``blocks (n, T)``."""
@@ -42,7 +49,7 @@ class HashedEmbedder:
     Args:
         dimensions: D; fewer when the sample has fewer rows.
         buckets: a power of two.
-        seed: of the randomized decomposition.
+        seed: seed of the randomized decomposition.
     """
 
     def __init__(self, dimensions: int = 128, buckets: int = 1 << 15, seed: int = 0) -> None:
@@ -65,7 +72,7 @@ class HashedEmbedder:
         from sklearn.utils.extmath import randomized_svd
 
         if len(blocks) < 2:
-            raise ValueError(f"expected at least two blocks to find what sets them apart, got {len(blocks)}")
+            raise ValueError(f"expected at least two blocks to find how they differ, got {len(blocks)}")
         sample = self._counts(blocks)
         sample.sum_duplicates()
         frequency = np.bincount(sample.indices, minlength=self.buckets)
@@ -81,8 +88,8 @@ class HashedEmbedder:
         parts = [self._counts(part) @ self._basis for part in blocks.split(self._rows)]
         return np.concatenate(parts) - self._mean
 
-    def _counts(self, blocks: Tensor) -> Any:
-        """Return a sparse matrix ``(n, buckets)``; an n-gram that occurs twice has two entries, which add up."""
+    def _counts(self, blocks: Tensor) -> "csr_matrix":
+        """Return the counts ``(n, buckets)``, sparse; an n-gram that occurs twice has two entries, which add up."""
         from scipy.sparse import csr_matrix
 
         parts = [hashed_ngrams(part, self.buckets) for part in blocks.split(self._rows)]
@@ -94,7 +101,7 @@ class HashedEmbedder:
 
 
 class TextEmbedder:
-    """Any function from texts to vectors.
+    """The vectors that any function makes of the texts of blocks.
 
     Args:
         encode: maps a list of n texts to ``(n, D)``.
@@ -103,13 +110,13 @@ class TextEmbedder:
 
     sample_tokens = 1
 
-    def __init__(self, encode: Callable[[list[str]], Any], decode: Callable[[Tensor], list[str]]) -> None:
+    def __init__(self, encode: Encode, decode: Callable[[Tensor], list[str]]) -> None:
         self._encode = encode
         self._decode = decode
         self.dimensions = 0
 
     def fit(self, blocks: Tensor) -> None:
-        """Look how long the vectors are."""
+        """Find the length of the vectors."""
         self.dimensions = self.embed(np.zeros(1), blocks[:1]).shape[1]
 
     def embed(self, ids: np.ndarray, blocks: Tensor) -> np.ndarray:
@@ -118,7 +125,7 @@ class TextEmbedder:
 
 
 class ReadyVectors:
-    """Vectors that exist already.
+    """Vectors that the user has made.
 
     Args:
         vectors: ``(rows, D)``, one for each candidate, or the ``.npy`` file that holds them.
@@ -141,7 +148,7 @@ class ReadyVectors:
         self.dimensions = self._vectors.shape[1]
 
     def fit(self, blocks: Tensor) -> None:
-        """Learn nothing."""
+        """Do nothing: the vectors are made."""
 
     def embed(self, ids: np.ndarray, blocks: Tensor) -> np.ndarray:
         """Return the vectors of the candidates ``ids (n,)``."""
@@ -159,7 +166,7 @@ def parse_form(spec: str) -> tuple[str, str]:
     if kind not in ("hashed", "vectors", "encoder", "static") or bool(name) is (kind == "hashed"):
         raise ValueError(f"expected an embedding of the form {FORMS}, got {spec!r}")
     if kind == "static":
-        _load_model2vec()
+        _static_model()
     return kind, name
 
 
@@ -169,11 +176,11 @@ def make_embedder(
     """Return the embedder that ``spec`` names: hashed, encoder:NAME, static:NAME or vectors:FILE.npy.
 
     Args:
-        spec: as above; a name is one of the Hugging Face hub, or a path.
+        spec: as above; NAME is a name on the Hugging Face hub, or a path.
         rows: number of blocks of the pool.
         decode: maps tokens ``(n, T)`` to n texts, or None where the pool has no tokenizer.
-        dimensions: of the hashed embedding; the others have their own.
-        seed: of the hashed embedding.
+        dimensions: D of the hashed embedding; the others have their own.
+        seed: seed of the hashed embedding.
 
     Raises:
         ValueError: the form is unknown, or it needs text and there is no tokenizer.
@@ -189,7 +196,7 @@ def make_embedder(
             f"{spec} reads text, and this pool was made from token ids without a tokenizer: use hashed, or bring "
             "vectors:FILE.npy"
         )
-    return TextEmbedder(_encoder(name) if kind == "encoder" else _static_vectors(name), decode)
+    return TextEmbedder(_encoder(name) if kind == "encoder" else _static_model().from_pretrained(name).encode, decode)
 
 
 def _load_array(path: Path) -> np.ndarray:
@@ -202,11 +209,7 @@ def _load_array(path: Path) -> np.ndarray:
     return found
 
 
-def _static_vectors(name: str) -> Callable[[list[str]], Any]:
-    return _load_model2vec().from_pretrained(name).encode
-
-
-def _load_model2vec() -> Any:
+def _static_model() -> "type[StaticModel]":
     try:
         from model2vec import StaticModel
     except ImportError as error:
@@ -214,7 +217,7 @@ def _load_model2vec() -> Any:
     return StaticModel
 
 
-def _encoder(name: str) -> Callable[[list[str]], Any]:
+def _encoder(name: str) -> Encode:
     """Return the sentence-transformers model of that name, or without this library the encoder's mean token state."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -225,7 +228,8 @@ def _encoder(name: str) -> Callable[[list[str]], Any]:
     return lambda texts: model.encode(texts, convert_to_numpy=True, show_progress_bar=False)
 
 
-def _mean_state(name: str, device: str, rows: int = 32, longest: int = 512) -> Callable[[list[str]], Any]:
+def _mean_state(name: str, device: str, rows: int = 32, longest: int = 512) -> Encode:
+    # pipeline("feature-extraction") leaves padding in its batches, or runs text by text, which takes many times longer
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name)

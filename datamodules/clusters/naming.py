@@ -1,12 +1,12 @@
-"""Names of clusters: the words that set their typical texts apart."""
+"""Names of clusters: the words that distinguish their typical texts."""
 
 from collections.abc import Callable
 
 import numpy as np
 
-WORDS = 3
-TEXTS = 8  # of each cluster
-CHARACTERS = 2000  # of each text
+WORDS_PER_NAME = 3
+TEXTS_PER_CLUSTER = 8
+CHARACTERS_PER_TEXT = 2000  # some hundred words: the vocabulary of thousands of clusters stays small
 
 
 def cluster_names(typical: np.ndarray, read: Callable[[np.ndarray], list[str]] | None) -> list[str]:
@@ -24,7 +24,9 @@ def cluster_names(typical: np.ndarray, read: Callable[[np.ndarray], list[str]] |
         return [f"cluster {number}" for number in numbers]
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    documents = [" ".join(text[:CHARACTERS] for text in read(np.unique(ids[:TEXTS]))) for ids in typical]
+    documents = [
+        " ".join(text[:CHARACTERS_PER_TEXT] for text in read(np.unique(ids[:TEXTS_PER_CLUSTER]))) for ids in typical
+    ]
     vectorizer = TfidfVectorizer(token_pattern=r"(?u)[^\W\d_]{3,}", sublinear_tf=True, max_features=200_000)
     try:
         weights = vectorizer.fit_transform(documents)
@@ -33,6 +35,6 @@ def cluster_names(typical: np.ndarray, read: Callable[[np.ndarray], list[str]] |
     vocabulary = vectorizer.get_feature_names_out()
     names = []
     for number, row in zip(numbers, weights, strict=True):
-        best = row.indices[np.lexsort((row.indices, -row.data))][:WORDS]
+        best = row.indices[np.lexsort((row.indices, -row.data))][:WORDS_PER_NAME]
         names.append(" ".join([number, *vocabulary[best]]))
     return names

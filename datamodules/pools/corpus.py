@@ -5,11 +5,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from liveselect.datamodules.pools.parts import Document
+from liveselect.datamodules.pools.parts import Content, Document
 from liveselect.datamodules.pools.pool_files import hash_file
 from liveselect.datamodules.pools.readers import ON_UNDECODABLE, DataError, OnUndecodable, Reading, Record
 from liveselect.datamodules.pools.sources import Source, describe_source, parts_of
@@ -18,19 +17,19 @@ from liveselect.datamodules.pools.tokenizers import bpe_size
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the content of a pool, besides the sources.
+    """Everything that determines the content of a pool, besides the sources.
 
     Attributes:
         tokenizer: name or path of a Hugging Face tokenizer, or ``bpe:N`` to train one on the sources;
             it may be None with ready ids.
         block_size: T, tokens of a block.
         text_column: the column with the text.
-        ids_column: a column with ready token ids; the text is then not looked at.
+        ids_column: a column with ready token ids; the text is then ignored.
         id_column: a column that identifies each document. By default documents are named by source, file and line.
         metadata: the other columns to keep. None keeps all, but beside ready ids neither the text nor other lists.
         separate: whether to put the end-of-text token after each document.
-        eos_id: that token, where the tokenizer names none or another is wanted.
-        vocab_size: every id is below it; needed with ready ids that come without a tokenizer.
+        eos_id: that token, where the tokenizer has none or another is wanted.
+        vocab_size: every id is below it; required for ready ids without a tokenizer.
         on_undecodable: what to do with text that is not UTF-8: ``error``, ``replace`` or ``skip``.
     """
 
@@ -66,11 +65,11 @@ class Recipe:
 
     @property
     def content_column(self) -> str:
-        """The column that becomes the tokens."""
+        """The column with the text or the ready ids."""
         return self.ids_column or self.text_column
 
     def reading(self) -> Reading:
-        """Return what to read of every record."""
+        """Return which columns of the records to read, and how."""
         required = [self.content_column, *([self.id_column] if self.id_column else [])]
         keep = None if self.metadata is None else [*required, *self.metadata]
         return Reading(required=required, keep=keep, on_undecodable=self.on_undecodable)
@@ -81,20 +80,20 @@ class Corpus:
 
     Args:
         sources: in the order of their documents in the pool.
-        recipe: what to read and what to make of it.
+        recipe: which columns to read, and how they become a pool.
 
     Attributes:
         size: bytes of all sources.
-        settings: what identifies sources and recipe, for comparing two runs.
-        tally: how many documents were left out or mended, after :meth:`documents` was read to its end.
+        settings: an identification of sources and recipe, for comparing two runs.
+        tally: numbers of documents left out or repaired, complete once :meth:`documents` was read to its end.
     """
 
     def __init__(self, sources: Sequence[Source], recipe: Recipe) -> None:
         if not sources:
             raise DataError("expected at least one source: a file, a folder, a pattern, or hub:NAME")
         names = Counter(source.name for source in sources)
-        if twice := [name for name, count in names.items() if count > 1]:
-            raise DataError(f"several sources are called {twice[0]!r}: give each its own name with name=location")
+        if repeated := [name for name, count in names.items() if count > 1]:
+            raise DataError(f"several sources are called {repeated[0]!r}: give each its own name with name=location")
         self.sources, self.recipe = list(sources), recipe
         self._parts = [(source, parts_of(source)) for source in sources]
         self.size = sum(part.size for _, parts in self._parts for part in parts)
@@ -124,25 +123,26 @@ class Corpus:
                 before += part.size
 
     def sample(self, characters: int) -> list[str]:
-        """Return the beginnings of all sources and their files, shared out evenly, ``characters`` at the most."""
+        """Return the beginnings of all sources and their files, in equal shares of at most ``characters`` in all.
+
+        Sources and files shorter than their share leave the rest of it to the later ones.
+        """
         texts: list[str] = []
-        left = characters
         for index, (_, parts) in enumerate(self._parts):
-            for_source = left // (len(self._parts) - index)
-            left -= for_source
+            for_source = characters // (len(self._parts) - index)
             for position, part in enumerate(parts):
                 for_part = for_source // (len(parts) - position)
                 for record in part.read(self.recipe.reading()):
                     if for_part <= 0:
                         break
-                    text = (self._content(record) or "")[:for_part]
+                    text = str(self._content(record) or "")[:for_part]
                     texts.append(text)
                     for_part -= len(text)
                     for_source -= len(text)
-            left += for_source
+                    characters -= len(text)
         return texts
 
-    def _content(self, record: Record) -> Any:
+    def _content(self, record: Record) -> Content | None:
         """Return the text or ids of a record, or None when it is empty."""
         column = self.recipe.content_column
         content = record.values[column]
@@ -160,7 +160,7 @@ class Corpus:
             )
         return content if content and not content.isspace() else None
 
-    def _metadata(self, record: Record) -> dict[str, Any]:
+    def _metadata(self, record: Record) -> dict[str, object]:
         recipe = self.recipe
         used = {recipe.content_column, recipe.id_column}
         values = {name: value for name, value in record.values.items() if name not in used}
@@ -178,8 +178,8 @@ class Corpus:
         return str(record.values[column])
 
 
-def _plain(value: Any) -> Any:
-    """Return what JSON can say of a metadata value; binary data (images, sound) is dropped."""
+def _plain(value: object) -> object:
+    """Return a metadata value in a form that JSON has; binary data (images, sound) is dropped."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     return None if isinstance(value, (bytes, bytearray)) else str(value)

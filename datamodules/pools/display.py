@@ -1,65 +1,43 @@
-"""Shows how far a long preparation is: a bar in a terminal, plain lines elsewhere."""
+"""Progress of a long preparation: a bar in a terminal, a line every ten seconds elsewhere."""
 
-import time
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
+LINE = "{desc}: {n_fmt}B of {total_fmt}B{postfix}, {rate_fmt}, about {remaining} left\n"
 
 
 class PrepareDisplay:
-    """Bytes read of all, tokens made, tokens per second, and the time left.
+    """Shows bytes read, tokens made, and the time left, on standard error.
 
     Args:
-        console: where to write; standard error by default.
         quiet: show nothing.
     """
 
-    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
-        self.console = console or Console(stderr=True, quiet=quiet)
-        self._bar: Progress | None = None
-        self._phase, self._total = "", 0
-        self._started = self._last_line = 0.0
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._bar: tqdm | None = None
 
     def say(self, message: str) -> None:
         """Write a line."""
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        if not self.quiet:
+            tqdm.write(message, file=sys.stderr)
 
-    def start(self, phase: str, total: int) -> None:
-        """Begin a phase over ``total`` bytes."""
-        self._phase, self._total = phase, total
-        self._started = self._last_line = time.monotonic()
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TextColumn("{task.fields[tokens]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-            )
-            self._bar.add_task(phase, total=total, tokens="")
-            self._bar.start()
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[None]:
+        """Show the progress of a phase over ``total`` bytes."""
+        lines = not sys.stderr.isatty()
+        settings = {"delay": SECONDS_BETWEEN_LINES, "mininterval": SECONDS_BETWEEN_LINES, "bar_format": LINE}
+        shared = {"desc": name, "total": total, "unit": "B", "unit_scale": True, "leave": lines, "disable": self.quiet}
+        with tqdm(**shared, **(settings if lines else {})) as self._bar:
+            yield
+        self._bar = None
 
     def update(self, done: int, tokens: int) -> None:
         """Report that ``done`` bytes became ``tokens`` tokens since the start."""
-        now = time.monotonic()
-        elapsed = max(now - self._started, 1e-9)
-        text = f"{tokens / 1e6:.1f}M tokens, {tokens / 1e6 / elapsed:.2f}M/s"
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, tokens=text)
-        elif now - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            left = elapsed * (self._total - done) / max(done, 1)
-            self.say(f"{self._phase}: {decimal(done)} of {decimal(self._total)}, {text}, about {left:.0f} s left")
-
-    def stop(self) -> None:
-        """End the phase."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+            self._bar.set_postfix_str(f"{tokens / 1e6:.1f}M tokens", refresh=False)
+            self._bar.update(done - self._bar.n)

@@ -1,12 +1,15 @@
-"""Text to tokens of which only some count."""
+"""Texts of the reference set to tokens, with a mask of those that carry loss."""
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from liveselect.protocols import SelectionWarning
+from liveselect.grammar import SelectionWarning
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
 class Encoded(NamedTuple):
@@ -21,7 +24,7 @@ class Encoded(NamedTuple):
     counts: np.ndarray
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
+def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[Encoded]:
     """Return the tokens of each text; every token counts."""
     if not texts:
         return []
@@ -29,12 +32,12 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
     return [Encoded(ids, np.ones(len(ids), bool)) for ids in encoded]
 
 
-def encode_answers(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+def encode_answers(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
     """Return the tokens of each ``(prompt, answer)``, joined as they are; only the answer's tokens count.
 
-    The two are tokenised as one text, as the model would meet them, and character offsets tell which tokens reach into
+    The two are tokenised as one text, as the model would meet them, and character offsets show which tokens reach into
     the answer: white space at the border goes into the answer's first token, as it does in running text. Where a
-    token would hold letters of both, or the tokenizer knows no offsets, the two are tokenised one by one.
+    token would hold letters of both, or the tokenizer has no offsets, the two are tokenised one by one.
     """
     if not pairs:
         return []
@@ -53,7 +56,7 @@ def encode_answers(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Enc
     return found
 
 
-def _one_by_one(tokenizer: Any, prompt: str, answer: str) -> Encoded:
+def _one_by_one(tokenizer: "PreTrainedTokenizerBase", prompt: str, answer: str) -> Encoded:
     context = prompt.rstrip()
     answer = prompt[len(context) :] + answer  # tokenizers join white space to the word that follows
     before, after = _call(tokenizer, [context, answer])["input_ids"]
@@ -66,14 +69,14 @@ def _warn_of_glued_words(pairs: Sequence[tuple[str, str]]) -> None:
     if len(glued) > len(pairs) // 2:
         prompt, answer = glued[0]
         warnings.warn(
-            f"prompts and answers join without a space, as in {prompt[-12:] + answer[:12]!r}: if that is not meant, "
+            f"prompts and answers join without a space, as in {prompt[-12:] + answer[:12]!r}: if that is a mistake, "
             "begin the answers with a space or pass ReferenceSet(separator=' ')",
             SelectionWarning,
             stacklevel=2,
         )
 
 
-def _call(tokenizer: Any, texts: Sequence[str], **settings: Any) -> Any:
+def _call(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], **settings: bool) -> "BatchEncoding":
     # special tokens are neither added nor recognised, as in the pool
     return tokenizer(
         list(texts), add_special_tokens=False, split_special_tokens=True, truncation=False, verbose=False, **settings

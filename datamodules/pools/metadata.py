@@ -1,13 +1,12 @@
-"""Metadata of documents: JSON objects, whose types are found in passing and settled when all were seen."""
+"""Metadata of documents: JSON objects. Their types are collected part by part, and settled once all were seen."""
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import pyarrow as pa
 
 
-def value_kinds(metadata: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+def value_kinds(metadata: Iterable[dict[str, object]]) -> dict[str, list[str]]:
     """Return the types of the values seen in each column."""
     kinds: dict[str, set[str]] = {}
     for entry in metadata:
@@ -17,12 +16,12 @@ def value_kinds(metadata: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
     return {name: sorted(seen) for name, seen in sorted(kinds.items())}
 
 
-def struct_type(facts: Sequence[dict[str, Any]]) -> pa.StructType | None:
+def struct_type(parts: Iterable[dict[str, list[str]]]) -> pa.StructType | None:
     """Return the type of the metadata of all parts: one type per column, text where the values have several."""
     seen: dict[str, set[str]] = {}
-    for entry in facts:
-        for name, kinds in entry["kinds"].items():
-            seen.setdefault(name, set()).update(kinds)
+    for part in parts:
+        for name, found in part.items():
+            seen.setdefault(name, set()).update(found)
     types = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64()}
     fields = []
     for name, kinds in seen.items():
@@ -33,7 +32,7 @@ def struct_type(facts: Sequence[dict[str, Any]]) -> pa.StructType | None:
 
 
 def metadata_array(column: pa.ChunkedArray, kind: pa.StructType) -> pa.Array:
-    """Return JSON objects as values of a struct type; what is no plain value becomes JSON text."""
+    """Return JSON objects as values of a struct type; lists and objects inside them become JSON text."""
     text_fields = [field.name for field in kind if pa.types.is_string(field.type)]
     rows = [json.loads(value) for value in column.to_pylist()]
     for row in rows:

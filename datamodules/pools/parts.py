@@ -1,27 +1,34 @@
-"""Parts: some documents in, one file of token ids out.
+"""Parts: the files of token ids that the documents of a unit become.
 
-A part is named by the content of its unit, so a part that is there is right: after an interruption, and also after the
-sources were mended, whatever did not change is not encoded again.
+A part is named by the content of its unit, so an existing part is always right: after an interruption, and also after
+the sources were repaired, unchanged units are not encoded again.
 """
 
 import hashlib
-import io
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 
-from liveselect.datamodules.pools.metadata import value_kinds
+from liveselect.datamodules.pools.metadata import metadata_array, value_kinds
 from liveselect.datamodules.pools.pool_files import hash_tokens, token_dtype, write_durably
 from liveselect.datamodules.pools.readers import DataError
 from liveselect.datamodules.pools.tokenizers import Encoder
 
-UNIT_BYTES = 1 << 20
-UNIT_DOCUMENTS = 4096
+UNIT_BYTES = 1 << 20  # an interruption loses the work on this much for each worker
+UNIT_DOCUMENTS = 4096  # short documents have overheads of their own
+
+Content = str | list[int] | np.ndarray
+"""Text, or token ids ``(n,)``."""
 
 
 class Document(NamedTuple):
@@ -30,7 +37,7 @@ class Document(NamedTuple):
     source: str
     id: str
     where: str
-    content: Any  # text, or token ids (n,)
+    content: Content
     metadata: str  # JSON object
     done: int
 
@@ -44,7 +51,7 @@ class Unit:
     size: int = 0
 
     def digest(self) -> str:
-        """Return a hash of everything that enters the part."""
+        """Return a hash of everything that the part is made of."""
         digest = hashlib.blake2b(self.source.encode(), digest_size=12)
         for document in self.documents:
             data = _content_bytes(document.content)
@@ -53,12 +60,12 @@ class Unit:
         return digest.hexdigest()
 
 
-def _content_bytes(content: Any) -> bytes:
+def _content_bytes(content: Content) -> bytes:
     if isinstance(content, str):
         return content.encode()
     try:
         return np.asarray(content, dtype=np.int64).tobytes()
-    except (ValueError, TypeError, OverflowError):  # not ids; the encoding says so
+    except (ValueError, TypeError, OverflowError):  # not ids: encode_unit raises an error that names the document
         return repr(content).encode()
 
 
@@ -84,46 +91,117 @@ class Encoding:
     """How documents become tokens.
 
     Attributes:
-        tokenizer: folder of the tokenizer, or None when the documents are token ids.
+        tokenizer_folder: folder of the tokenizer, or None without one.
         vocab_size: every id is below it.
         separator: the id after each document, or None.
+        ready: whether the documents are token ids already.
+        key: hash of everything that determines the tokens.
     """
 
-    tokenizer: Path | None
+    tokenizer_folder: Path | None
     vocab_size: int
     separator: int | None
-
-    def key(self) -> str:
-        """Return a hash of everything that decides which tokens come out."""
-        files = sorted(self.tokenizer.iterdir()) if self.tokenizer else []
-        files = [file for file in files if file.name == "tokenizer.json"] or files
-        content = [hashlib.blake2b(file.read_bytes()).hexdigest() for file in files if file.is_file()]
-        text = json.dumps([content, self.vocab_size, self.separator])
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    ready: bool
+    key: str
 
 
-def encode_unit(unit: Unit, encoding: Encoding, encoder: Encoder | None) -> pa.Table:
+def encoding_of(tokenizer_folder: Path | None, vocab_size: int, separator: int | None, ready: bool) -> Encoding:
+    """Return an encoding with its key."""
+    files = [] if tokenizer_folder is None or ready else sorted(tokenizer_folder.iterdir())
+    files = [file for file in files if file.name == "tokenizer.json"] or files
+    content = [hashlib.blake2b(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    text = json.dumps([content, vocab_size, separator])
+    key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return Encoding(tokenizer_folder, vocab_size, separator, ready, key)
+
+
+class WrittenPart(NamedTuple):
+    """A part file.
+
+    Attributes:
+        path: the file.
+        size: its bytes.
+        done: bytes of all sources read up to its end.
+        existed: whether an earlier run wrote it.
+        tokens: tokens of the part, separators included.
+        empty: number of documents without tokens.
+        kinds: the types of the metadata, as :func:`value_kinds` finds them.
+    """
+
+    path: Path
+    size: int
+    done: int
+    existed: bool
+    tokens: int
+    empty: int
+    kinds: dict[str, list[str]]
+
+
+def write_part(folder: Path, unit: Unit, encoding: Encoding) -> WrittenPart:
+    """Encode a unit and write its part durably, unless the part exists."""
+    path = folder / f"{unit.digest()}.arrow"
+    existed = path.exists()
+    if not existed:
+        table = encode_unit(unit, encoding)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as file:
+            file.write_table(table)
+        write_durably(path, sink.getvalue())
+    with pa.memory_map(str(path)) as source:
+        facts = json.loads(pa.ipc.open_file(source).schema.metadata[b"facts"])
+    size, done = path.stat().st_size, unit.documents[-1].done
+    return WrittenPart(path, size, done, existed, facts["tokens"], facts["empty"], facts["kinds"])
+
+
+def start_worker() -> None:
+    """Make this process a worker: it leaves Ctrl-C to its parent, and ends when the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_after(parent: int) -> None:
+    while os.getppid() == parent:  # joblib's workers would wait five more minutes for work
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def read_part(path: Path, kind: pa.StructType | None) -> tuple[np.ndarray, pa.Table]:
+    """Return the stream ``(n,)`` of a part, from a memory map, and its documents with metadata of type ``kind``."""
+    part = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    ids = part["ids"].combine_chunks()
+    starts = pa.array(ids.offsets.to_numpy()[:-1])
+    documents = part.select(["id", "source", "tokens", "hash"]).append_column("start", starts)
+    if kind is not None:
+        documents = documents.append_column("metadata", metadata_array(part["metadata"], kind))
+    return ids.flatten().to_numpy(), documents
+
+
+@lru_cache(maxsize=1)
+def _encoder(encoding: Encoding) -> Encoder | None:
+    return None if encoding.tokenizer_folder is None or encoding.ready else Encoder(encoding.tokenizer_folder)
+
+
+def encode_unit(unit: Unit, encoding: Encoding) -> pa.Table:
     """Return the part of a unit: a row for each document that is not empty, and its facts in the schema.
 
     The columns are ``id``, ``source``, ``tokens``, ``hash``, ``metadata`` (JSON), and ``ids`` with the separator.
     """
+    encoder = _encoder(encoding)
+    tail = [] if encoding.separator is None else [encoding.separator]
     if encoder is not None:
-        arrays = encoder([document.content for document in unit.documents])
+        arrays = encoder([cast("str", document.content) for document in unit.documents])
     else:
         arrays = [_checked_ids(document, encoding.vocab_size) for document in unit.documents]
-    tail = [] if encoding.separator is None else [encoding.separator]
-    if tail and encoder is None:  # ready ids may come with their separator
-        arrays = [array[:-1] if len(array) and array[-1] == tail[0] else array for array in arrays]
+        # ready ids may come with their separator
+        arrays = [array[:-1] if tail and len(array) and array[-1] == tail[0] else array for array in arrays]
     kept = [(document, array) for document, array in zip(unit.documents, arrays, strict=True) if len(array)]
-    metadata = [json.loads(document.metadata) for document, _ in kept]
     lengths = np.array([len(array) + len(tail) for _, array in kept], dtype=np.int64)
     stream = np.concatenate([part for _, array in kept for part in (array, tail)] or [[]])
     flat = pa.array(stream.astype(token_dtype(encoding.vocab_size)))
     facts = {
         "tokens": int(lengths.sum()),
-        "documents": len(kept),
         "empty": len(unit.documents) - len(kept),
-        "kinds": value_kinds(metadata),
+        "kinds": value_kinds(json.loads(document.metadata) for document, _ in kept),
     }
     columns = {
         "id": [document.id for document, _ in kept],
@@ -152,23 +230,3 @@ def _checked_ids(document: Document, vocab_size: int) -> np.ndarray:
             "made them (--tokenizer), or pass a larger --vocab-size"
         )
     return ids.astype(np.int64)
-
-
-def read_part(path: Path) -> pa.Table:
-    """Return a part file as a table that lies in a memory map."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
-def part_facts(path: Path) -> dict[str, Any]:
-    """Return ``tokens`` (separators included), ``documents``, ``empty`` and the ``kinds`` of metadata of a part."""
-    with pa.memory_map(str(path)) as file:
-        return json.loads(pa.ipc.open_file(file).schema.metadata[b"facts"])
-
-
-def write_part(path: Path, unit: Unit, encoding: Encoding, encoder: Encoder | None) -> None:
-    """Encode a unit and write its part durably."""
-    table = encode_unit(unit, encoding, encoder)
-    buffer = io.BytesIO()
-    with pa.ipc.new_file(buffer, table.schema) as file:
-        file.write_table(table)
-    write_durably(path, buffer.getvalue())

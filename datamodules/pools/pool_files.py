@@ -1,4 +1,4 @@
-"""The files of a pool: what they hold, how they are written, how their content is named.
+"""The files of a pool: their content, how they are written, and the fingerprint of a pool.
 
 ``pool.json``          the manifest: shape, vocabulary, sources, settings, the size and hash of every other file
 ``tokens.bin``         the blocks, ``(rows, T)`` little-endian uint16 or uint32, row after row
@@ -20,12 +20,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import ArrayLike
 
 FORMAT = "liveselect-pool"
 VERSION = 1
 MANIFEST, TOKENS, DOCUMENTS, TOKENIZER = "pool.json", "tokens.bin", "documents.parquet", "tokenizer"
-PARTIAL, LOCK = ".partial", "lock"  # the folder in which a pool is made, and the file that says who makes it
-ROW_GROUP = 16384  # documents: what is decoded to show the metadata of a single one
+PARTIAL, LOCK = ".partial", "lock"  # the folder in which a pool is made, and the file that the making process locks
+ROW_GROUP = 16384  # documents; showing the metadata of a single one decodes this many
+
+JsonObject = dict[str, Any]
+"""A JSON object, such as the manifest of a pool."""
 
 DOCUMENT_FIELDS = (
     pa.field("id", pa.string()),
@@ -41,8 +45,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def hash_tokens(ids: Any) -> int:
-    """Return the 64-bit name of a token sequence ``(n,)``; equal for equal ids, whatever type holds them."""
+def hash_tokens(ids: ArrayLike) -> int:
+    """Return the 64-bit hash of a token sequence ``(n,)``, which does not depend on the integer type of the ids."""
     data = np.ascontiguousarray(ids, dtype="<u4").tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
@@ -63,7 +67,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable, where the system can do that."""
+    """Make the names in a folder durable, where the system supports it."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -73,7 +77,7 @@ def sync_folder(path: Path) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a file so that after a crash it is there whole or not at all."""
+    """Write a file so that a crash leaves either the whole file or none."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -87,22 +91,22 @@ def write_durably(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def pool_fingerprint(manifest: Mapping[str, Any]) -> str:
-    """Return the name of a pool's content: its tokens, their shape and meaning, and its documents.
+def pool_fingerprint(manifest: JsonObject) -> str:
+    """Return a hash of a pool's content: its tokens, their shape and meaning, and its documents.
 
-    Where the pool lies, how the files were compressed and how many workers made them do not enter.
+    It does not depend on the place of the pool, the compression of its files or the number of workers.
     """
     keys = ("version", "rows", "block_size", "vocab_size", "eos_id", "sources", "documents_digest")
     content = {key: manifest[key] for key in keys} | {"tokens": manifest["files"][TOKENS]["blake2b"]}
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> JsonObject:
     """Return the manifest of a pool.
 
     Raises:
         FileNotFoundError: ``path`` holds no finished pool.
-        ValueError: the manifest is not what was written.
+        ValueError: the manifest was changed, or has another version.
     """
     file = path / MANIFEST
     if not file.is_file():
@@ -120,8 +124,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_files(path: Path, manifest: Mapping[str, Any], verify: bool = False) -> None:
-    """Raise ValueError unless every file has the size, and with ``verify`` the hash, that the manifest says."""
+def check_files(path: Path, manifest: JsonObject, verify: bool = False) -> None:
+    """Raise ValueError unless every file has the size, and with ``verify`` the hash, that the manifest states."""
     for name, expected in manifest["files"].items():
         file = path / name
         if not file.is_file():
@@ -138,7 +142,7 @@ def check_files(path: Path, manifest: Mapping[str, Any], verify: bool = False) -
 class PoolWriter:
     """Writes the files of a pool from pieces of the stream that arrive in order; holds less than a block of tokens.
 
-    What does not fill a last block is left out, and so are the documents that lie in it altogether.
+    Tokens that do not fill a last block are left out, and so are documents that lie entirely among them.
 
     Args:
         folder: an existing empty folder.
@@ -161,9 +165,7 @@ class PoolWriter:
         self.folder, self.block_size, self.vocab_size, self.eos_id = folder, block_size, vocab_size, eos_id
         self.stream_tokens = 0
         self._dtype = token_dtype(vocab_size)
-        self._counts: dict[str, dict[str, Any]] = {
-            name: {"name": name, "documents": 0, "tokens": 0} for name in sources
-        }
+        self._counts: dict[str, JsonObject] = {name: {"name": name, "documents": 0, "tokens": 0} for name in sources}
         self._rest = np.empty(0, dtype=self._dtype)
         self._written = 0
         self._documents_digest = hashlib.blake2b(digest_size=16)
@@ -210,12 +212,12 @@ class PoolWriter:
                 self._counts[source]["tokens"] += tokens
         self._waiting = self._waiting.slice(size)
 
-    def finish(self, settings: Mapping[str, Any], counts: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Close the files, write the manifest last, and return it.
+    def finish(self, settings: Mapping[str, object], counts: Mapping[str, int] | None = None) -> None:
+        """Close the files and write the manifest, which makes them a pool.
 
         Args:
-            settings: how the pool was made; kept as it is.
-            counts: what is worth telling (documents skipped); kept as it is.
+            settings: how the pool was made; recorded in the manifest.
+            counts: numbers of documents left out, by reason; recorded in the manifest.
         """
         if not self._written:
             raise ValueError(
@@ -224,7 +226,7 @@ class PoolWriter:
             )
         self._write_documents(all_of_them=True)
         self.close()
-        manifest: dict[str, Any] = {
+        manifest: JsonObject = {
             "format": FORMAT,
             "version": VERSION,
             "rows": self._written // self.block_size,
@@ -246,7 +248,6 @@ class PoolWriter:
             manifest["files"][path.relative_to(self.folder).as_posix()] = entry
         manifest["fingerprint"] = pool_fingerprint(manifest)
         write_durably(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-        return manifest
 
     def close(self) -> None:
         """Close the files; without :meth:`finish` they are no pool."""

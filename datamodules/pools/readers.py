@@ -1,60 +1,68 @@
-"""Reading records out of files: JSON Lines, Parquet, text, and Arrow tables of ``datasets``.
+"""Reading records from files: JSON Lines, Parquet, text, and Arrow tables of ``datasets``.
 
-A record is one document with whatever columns came with it. Every reader streams: it holds one record, or one batch of
-a columnar file, at a time.
+A record is one document with all its columns. Every reader streams: it holds one record, or one batch of a columnar
+file, at a time.
+
+JSON Lines and text are not read by ``datasets.load_dataset``: it does not report the line of a file that is wrong,
+fills a column that a line lacks with None, stops at text that is not UTF-8 even with ``encoding_errors``, and changes
+line ends.
 """
 
-import gzip
 import io
-import itertools
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 OnUndecodable = Literal["error", "replace", "skip"]
 ON_UNDECODABLE: tuple[OnUndecodable, ...] = ("error", "replace", "skip")
-BATCH = 1024  # rows of a columnar file decoded at once
-COMPRESSIONS = {".zst": "zstd", ".bz2": "bz2"}  # besides .gz
+ROWS_PER_BATCH = 1024  # rows of a columnar file decoded at once
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 BOM = b"\xef\xbb\xbf"
+
+Values = dict[str, object]
+"""The columns of a record."""
 
 
 class DataError(ValueError):
-    """The given data or settings cannot be used; the message says what to change."""
+    """The data or settings cannot be used; the message says what to change."""
 
 
 class Record(NamedTuple):
     """One document.
 
     Attributes:
-        key: names the record within its source.
-        where: names it in messages.
+        key: identifies the record within its source.
+        where: its place, for messages.
         values: the columns.
-        done: bytes of the part that were consumed, this record included; for progress.
+        done: bytes of the part consumed so far, this record included; for progress.
     """
 
     key: str
     where: str
-    values: dict[str, Any]
+    values: Values
     done: int
 
 
 @dataclass
 class Reading:
-    """What to read and how.
+    """Which columns to read, and how.
 
     Attributes:
         required: columns that must exist.
-        keep: the columns wanted, or None for all.
+        keep: the columns to read, or None for all.
         on_undecodable: what to do with text that is not UTF-8: raise, put U+FFFD for it, or leave the record out.
-        tally: counts what was replaced or left out.
+        tally: numbers of documents repaired or left out, by reason.
     """
 
     required: Sequence[str] = ()
@@ -72,14 +80,11 @@ class Reading:
             )
 
     def wants(self, column: str) -> bool:
-        """Return whether a column is to be read."""
+        """Return whether to read a column."""
         return self.keep is None or column in self.keep or column in self.required
 
     def decode(self, data: bytes, where: str, offset: int = 0) -> str | None:
-        """Return the text of UTF-8 bytes, or None when the record is to be left out.
-
-        ``where`` and the byte ``offset`` of the data in it go into the error.
-        """
+        """Return the text of UTF-8 bytes, or None to leave the record out; errors name ``where`` and ``offset``."""
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -91,10 +96,10 @@ class Reading:
             self.tally["undecodable"] += 1
             return data.decode("utf-8", errors="replace") if self.on_undecodable == "replace" else None
 
-    def decode_required(self, values: dict[str, Any], where: str) -> bool:
-        """Make the required columns that hold text valid text; return False when the record is to be left out.
+    def decode_required(self, values: Values, where: str) -> bool:
+        """Decode the required columns that hold text; return False to leave the record out.
 
-        Arrow and JSON both let strings through that are none: bytes that nobody checked, halves of surrogate pairs.
+        Strings from Arrow and JSON may be invalid: bytes that nobody checked, halves of surrogate pairs.
         """
         for name in self.required:
             value = values[name]
@@ -108,25 +113,26 @@ class Reading:
 
 
 def read_json_lines(path: Path, key: str, reading: Reading) -> Iterator[Record]:
-    """Yield the objects of a JSON Lines file, compressed (.gz, .zst, .bz2) or not; blank lines are passed over."""
+    """Yield the objects of a JSON Lines file, compressed (.gz, .zst, .bz2) or not; blank lines are skipped."""
     offset = 0
-    for number, (line, done) in enumerate(_lines(path), start=1):
-        begin, offset = offset, offset + len(line)
-        if number == 1 and line.startswith(BOM):
-            begin, line = begin + len(BOM), line[len(BOM) :]
-        where = f"{path}, line {number}"
-        text = reading.decode(line, where, begin)
-        if text is None or not text.strip():
-            continue
-        values = _json_object(text, where)
-        reading.check(where, values)
-        if reading.keep is not None:
-            values = {name: value for name, value in values.items() if reading.wants(name)}
-        if reading.decode_required(values, where):
-            yield Record(f"{key}:{number}", where, values, done)
+    with _opened(path) as (raw, file):
+        for number, line in enumerate(file, start=1):
+            begin, offset = offset, offset + len(line)
+            if number == 1 and line.startswith(BOM):
+                begin, line = begin + len(BOM), line[len(BOM) :]
+            where = f"{path}, line {number}"
+            text = reading.decode(line, where, begin)
+            if text is None or not text.strip():
+                continue
+            values = _json_object(text, where)
+            reading.check(where, values)
+            if reading.keep is not None:
+                values = {name: value for name, value in values.items() if reading.wants(name)}
+            if reading.decode_required(values, where):
+                yield Record(f"{key}:{number}", where, values, raw.tell())
 
 
-def _json_object(text: str, where: str) -> dict[str, Any]:
+def _json_object(text: str, where: str) -> Values:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -140,30 +146,16 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
-    """Open a file; yields it as it is, which tells how much of it was consumed, and decompressed, which is read."""
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, io.BufferedIOBase]]:
+    """Open a file; yield the raw file, whose position shows the progress, and the decompressed file to read."""
     try:
         with path.open("rb") as raw:
-            yield raw, _decompressed(raw, path.suffix)
-    except (EOFError, zlib.error, pa.ArrowException, OSError) as error:
+            codec = COMPRESSIONS.get(path.suffix)
+            yield raw, raw if codec is None else io.BufferedReader(pa.input_stream(raw, compression=codec))
+    except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         raise DataError(f"{path}: cannot be decompressed ({error}): the file is damaged or incomplete") from None
-
-
-def _decompressed(raw: BinaryIO, suffix: str) -> Any:
-    if suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if suffix in COMPRESSIONS:
-        return io.BufferedReader(pa.input_stream(raw, compression=COMPRESSIONS[suffix]))
-    return raw
-
-
-def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Yield the lines of a file, decompressed, each with how many bytes of the file were consumed."""
-    with _opened(path) as (raw, file):
-        for line in file:
-            yield line, raw.tell()
 
 
 def read_text_file(path: Path, key: str, reading: Reading) -> Iterator[Record]:
@@ -175,29 +167,29 @@ def read_text_file(path: Path, key: str, reading: Reading) -> Iterator[Record]:
     skipped = len(BOM) if data.startswith(BOM) else 0
     text = reading.decode(data[skipped:], str(path), skipped)
     if text is not None:
-        values = {name: value for name, value in (("text", text), ("path", key)) if reading.wants(name)}
+        values: Values = {name: value for name, value in (("text", text), ("path", key)) if reading.wants(name)}
         yield Record(key, str(path), values, done)
 
 
 def read_parquet(path: Path, key: str, reading: Reading) -> Iterator[Record]:
     """Yield the rows of a Parquet file."""
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:  # buffered in advance, the whole file stays in memory
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # pre-buffering keeps the whole file in memory
             names = file.schema_arrow.names
             reading.check(str(path), names)
-            batches = file.iter_batches(BATCH, columns=[name for name in names if reading.wants(name)])
+            batches = file.iter_batches(ROWS_PER_BATCH, columns=[name for name in names if reading.wants(name)])
             tables = (pa.Table.from_batches([batch]) for batch in batches)
             yield from _rows(tables, f"{key}:", str(path), path.stat().st_size, file.metadata.num_rows, reading)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error}): the file is damaged or another kind") from None
 
 
-def read_dataset(dataset: Any, label: str, size: int, reading: Reading) -> Iterator[Record]:
-    """Yield the rows of a ``datasets.Dataset``; ``size`` bytes are shared out over its rows for progress."""
+def read_dataset(dataset: "Dataset", label: str, size: int, reading: Reading) -> Iterator[Record]:
+    """Yield the rows of a ``datasets.Dataset`` of ``size`` bytes, each an equal part of the progress."""
     names = dataset.column_names
     reading.check(label, names)
     dataset = dataset.select_columns([name for name in names if reading.wants(name)])
-    tables = dataset.with_format("arrow").iter(BATCH)
+    tables = dataset.with_format("arrow").iter(ROWS_PER_BATCH)
     yield from _rows(tables, "", label, size, len(dataset), reading)
 
 
@@ -215,23 +207,13 @@ def _rows(
                 yield Record(f"{prefix}{row - 1}", where, values, size * row // total)
 
 
-def _column(column: pa.ChunkedArray) -> list[Any]:
+def _column(column: pa.ChunkedArray) -> list[object]:
     """Return the values of a column as Python objects; lists of integers as arrays, which is many times faster."""
-    values: list[Any] = []
-    for chunk in column.chunks:
-        if _is_plain_list(chunk):
-            flat = chunk.values.to_numpy()
-            values += [flat[begin:end] for begin, end in itertools.pairwise(chunk.offsets.to_pylist())]
-            continue
-        try:
-            values += chunk.to_pylist()
-        except UnicodeDecodeError:
-            values += chunk.cast(pa.large_binary()).to_pylist()
-    return values
-
-
-def _is_plain_list(array: pa.Array) -> bool:
-    is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
-    if not is_list or not pa.types.is_integer(array.type.value_type):
-        return False
-    return not array.null_count and not array.values.null_count
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if is_list and pa.types.is_integer(kind.value_type) and not pc.list_flatten(column).null_count:
+        return list(column.to_numpy())
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return column.cast(pa.large_binary()).to_pylist()

@@ -1,15 +1,14 @@
-"""Where text comes from: files, folders, patterns, ``datasets`` folders and the Hugging Face hub, read alike."""
+"""Sources of text: files, folders, patterns, ``datasets`` folders and the Hugging Face hub, read in the same way."""
 
 import glob
 import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from liveselect.datamodules.pools.pool_files import LOCK, MANIFEST, PARTIAL
 from liveselect.datamodules.pools.readers import (
@@ -18,6 +17,7 @@ from liveselect.datamodules.pools.readers import (
     OnUndecodable,
     Reading,
     Record,
+    Values,
     read_dataset,
     read_json_lines,
     read_parquet,
@@ -25,7 +25,6 @@ from liveselect.datamodules.pools.readers import (
 )
 
 HUB = "hub:"
-COMPRESSED = (".gz", *COMPRESSIONS)
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet", ".pq")
 TEXT_PATTERN = "*.txt"
@@ -36,7 +35,7 @@ class Source:
     """A named origin of documents.
 
     Args:
-        name: what reports call it; it becomes the group of its candidates.
+        name: its name in reports; it becomes the group of its candidates.
         location: a file, a folder, a pattern (``data/**/*.jsonl.gz``), a folder written by ``datasets.save_to_disk``,
             or ``hub:NAME[:CONFIG[:SPLIT]]`` for ``datasets.load_dataset``.
         include: patterns of the files to take from a folder. By default a folder gives its JSON Lines and Parquet
@@ -59,11 +58,7 @@ class Source:
         return cls(_default_name(location), location, tuple(include))
 
     def require(self) -> "Source":
-        """Return the source if a local one is there; the hub is not asked.
-
-        Raises:
-            DataError: there is no such file or folder.
-        """
+        """Return the source; raise DataError if its file or folder is missing. The hub is not asked."""
         path = Path(self.location).expanduser()
         if not (self.location.startswith(HUB) or path.exists() or glob.has_magic(str(path))):
             raise _nothing_at(path)
@@ -75,7 +70,7 @@ class Part:
     """A piece of a source that is read by itself: a file, or a data set.
 
     Attributes:
-        label: names it in messages.
+        label: its name in messages.
         size: bytes.
         identity: changes when the content does.
         read: yields its records.
@@ -88,15 +83,11 @@ class Part:
 
 
 def parts_of(source: Source) -> list[Part]:
-    """Return the parts of a source in the order in which they are read.
-
-    Raises:
-        DataError: nothing is there.
-    """
+    """Return the parts of a source in the order in which they are read; raise DataError where there is none."""
     if source.location.startswith(HUB):
         return [_hub_part(source.location)]
     path = Path(source.location).expanduser()
-    if path.is_dir() and _is_dataset_folder(path):
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return [_dataset_folder_part(path)]
     return [_file_part(file, key) for key, file in _files(path, source.include)]
 
@@ -107,18 +98,18 @@ def read_records(
     *,
     include: Sequence[str] = (),
     on_undecodable: OnUndecodable = "error",
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Values]:
     """Yield the records of a source as dicts, one at a time.
 
     Args:
         source: a :class:`Source`, or its location with or without ``name=``.
-        columns: the columns wanted, all of which must exist; None for whatever each record has. Text files have the
+        columns: the columns to read, all of which must exist; None for all columns of each record. Text files have the
             columns ``text`` and ``path``.
         include: patterns of the files to take from a folder.
         on_undecodable: what to do with text that is not UTF-8: ``error``, ``replace`` or ``skip``.
 
     Raises:
-        DataError: nothing is there, a column is missing, or a record cannot be read; the message names file and line.
+        DataError: the source or a column is missing, or a record cannot be read; the message names file and line.
     """
     reading = Reading(required=columns or (), keep=columns, on_undecodable=on_undecodable, tally=Counter())
     for part in parts_of(Source.parse(source, include)):
@@ -130,11 +121,12 @@ def _default_name(location: str) -> str:
     if location.startswith(HUB):
         location = location.removeprefix(HUB).split(":")[0]
     name = Path(re.sub(r"[*?\[].*", "", location)).name or "data"
-    return re.sub(rf"({'|'.join(map(re.escape, JSON_LINES + PARQUET + COMPRESSED))}|\.txt)+$", "", name) or name
+    suffixes = "|".join(map(re.escape, (*JSON_LINES, *PARQUET, *COMPRESSIONS, ".txt")))
+    return re.sub(rf"({suffixes})+$", "", name) or name
 
 
 def _kind(path: Path) -> str:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
     suffix = suffixes[-1] if suffixes else ""
     return "json" if suffix in JSON_LINES else "parquet" if suffix in PARQUET else "text"
 
@@ -149,19 +141,22 @@ def _file_part(path: Path, key: str) -> Part:
 
 
 def _files(path: Path, include: Sequence[str]) -> list[tuple[str, Path]]:
-    """Return the files of a path or pattern, each with its name below the root, sorted by it."""
+    """Return the files of a path or pattern, each with its name below the root, sorted by name."""
     if path.is_file():
         return [(path.name, path)]
     if path.is_dir():
-        return _files_in_folder(path, include)
+        return _named_below(path, _files_in_folder(path, include))
     if glob.has_magic(str(path)):
         fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
-        files = sorted((file.relative_to(fixed).as_posix(), file) for file in found if file.is_file())
+        files = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
         if not files:
             raise DataError(f"the pattern {str(path)!r} matches no file: check it, and quote it in the shell")
-        return files
+        return _named_below(fixed, files)
     raise _nothing_at(path)
+
+
+def _named_below(root: Path, files: Iterable[Path]) -> list[tuple[str, Path]]:
+    return sorted((file.relative_to(root).as_posix(), file) for file in files)
 
 
 def _nothing_at(path: Path) -> DataError:
@@ -170,15 +165,11 @@ def _nothing_at(path: Path) -> DataError:
     )
 
 
-def _files_in_folder(root: Path, include: Sequence[str]) -> list[tuple[str, Path]]:
-    everything = [file for file in root.rglob("*") if file.is_file()]
-    everything = [file for file in everything if not any(part[0] == "." for part in file.relative_to(root).parts)]
-    ours = {file.parent for file in everything if file.name == MANIFEST}
-    ours |= {file.parent for file in everything if file.name == LOCK and file.parent.suffix == PARTIAL}
-    everything = [file for file in everything if ours.isdisjoint(file.parents)]  # pools made below their source
+def _files_in_folder(root: Path, include: Sequence[str]) -> list[Path]:
+    """Return the files that match ``include``, by default those with records, or if there is none the text files."""
+    everything = _visible_files(root)
     if include:
-        chosen = {file for pattern in include for file in root.rglob(pattern)}
-        files = [file for file in everything if file in chosen]
+        files = sorted({file for pattern in include for file in root.rglob(pattern)}.intersection(everything))
     else:
         files = [file for file in everything if _kind(file) != "text" and ".json" not in file.suffixes]
         files = files or [file for file in everything if file.match(TEXT_PATTERN)]
@@ -187,11 +178,16 @@ def _files_in_folder(root: Path, include: Sequence[str]) -> list[tuple[str, Path
         held = ", ".join(f"{suffix} ({count})" for suffix, count in suffixes.most_common(6)) or "no files"
         wanted = " ".join(include) or f"*{JSON_LINES[0]}, *{PARQUET[0]} or {TEXT_PATTERN}"
         raise DataError(f"the folder {root} has no file that matches {wanted}; it holds {held}. Choose with --include")
-    return sorted((file.relative_to(root).as_posix(), file) for file in files)
+    return files
 
 
-def _is_dataset_folder(path: Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+def _visible_files(root: Path) -> list[Path]:
+    """Return all files in a folder except hidden ones and pools, finished or not, that were made below it."""
+    files = [file for file in root.rglob("*") if file.is_file()]
+    files = [file for file in files if not any(part[0] == "." for part in file.relative_to(root).parts)]
+    pools = {file.parent for file in files if file.name == MANIFEST}
+    pools |= {file.parent for file in files if file.name == LOCK and file.parent.suffix == PARTIAL}
+    return [file for file in files if pools.isdisjoint(file.parents)]
 
 
 def _dataset_folder_part(path: Path) -> Part:
@@ -229,8 +225,8 @@ def _hub_part(location: str) -> Part:
     return Part(location, size, dataset._fingerprint, partial(read_dataset, dataset, location, size))
 
 
-def describe_source(source: Source, parts: Sequence[Part]) -> dict[str, Any]:
-    """Return what identifies a source and its content, for comparing two runs."""
+def describe_source(source: Source, parts: Sequence[Part]) -> dict[str, object]:
+    """Return an identification of a source and its content, for comparing two runs."""
     identities = "\n".join(part.identity for part in parts)
     return {
         "name": source.name,

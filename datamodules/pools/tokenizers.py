@@ -1,4 +1,4 @@
-"""Text to token ids: loading a tokenizer, training one, and encoding with what a pool keeps of it."""
+"""Text to token ids: loading a tokenizer, training one, and encoding with the tokenizer in a pool."""
 
 import hashlib
 import os
@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from liveselect.datamodules.pools.readers import DataError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_BPE = 257  # every byte, and the end of text
-SAMPLE_CHARACTERS = 32 << 20  # what a BPE is trained on at the most
-PIECE = 1 << 20  # characters encoded at once: bounds the memory that a very long document takes
+MIN_BPE_TOKENS = 257  # every byte, and the end of text
+SAMPLE_CHARACTERS = 32 << 20  # a BPE is trained on this many at the most: more take minutes and change few merges
+PIECE_CHARACTERS = 1 << 20  # encoded at once: bounds the memory that a very long document takes
 _BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 
 
@@ -26,14 +29,14 @@ def bpe_size(spec: str) -> int | None:
     if not spec.startswith("bpe:"):
         return None
     size = spec.removeprefix("bpe:")
-    if not size.isdigit() or int(size) < SMALLEST_BPE:
+    if not size.isdigit() or int(size) < MIN_BPE_TOKENS:
         raise DataError(
-            f"expected bpe:N with a vocabulary of N >= {SMALLEST_BPE} (256 bytes and end of text), got {spec!r}"
+            f"expected bpe:N with a vocabulary of N >= {MIN_BPE_TOKENS} (256 bytes and end of text), got {spec!r}"
         )
     return int(size)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase":
     """Return a byte-level BPE tokenizer trained on ``texts``; its vocabulary is smaller when they do not fill it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +56,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
     )
 
 
-def load_tokenizer(spec: str | Path) -> Any:
+def load_tokenizer(spec: str | Path) -> "PreTrainedTokenizerBase":
     """Return the Hugging Face tokenizer of a name or path."""
     from transformers import AutoTokenizer
 
@@ -67,8 +70,8 @@ def load_tokenizer(spec: str | Path) -> Any:
         ) from error
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save a tokenizer so that the folder is there whole or not at all."""
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Save a tokenizer so that a crash leaves either the whole folder or none."""
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save_pretrained(temporary)
@@ -78,14 +81,14 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def make_tokenizer(
     spec: str, folder: Path, sample: Callable[[int], list[str]], say: Callable[[str], None]
-) -> tuple[Path, Any]:
-    """Load or train the tokenizer ``spec`` and save it below ``folder``; return where, and the tokenizer.
+) -> tuple[Path, "PreTrainedTokenizerBase"]:
+    """Load or train the tokenizer ``spec`` and save it below ``folder``; return its path, and the tokenizer.
 
     Args:
         spec: ``bpe:N``, or a Hugging Face name or path.
         folder: an existing folder.
-        sample: returns text to train on, at most so many characters.
-        say: is told what takes long.
+        sample: maps a number of characters to texts of at most that length in all, to train on.
+        say: shows a message before a long step.
     """
     size = bpe_size(spec)
     if size is None:
@@ -105,18 +108,18 @@ def make_tokenizer(
     return path, tokenizer
 
 
-def vocabulary_size(tokenizer: Any) -> int:
-    """Return the largest id that a tokenizer can make, plus one; ``len(tokenizer)`` counts and misses gaps."""
+def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the largest id that a tokenizer can make, plus one; ``len(tokenizer)`` is smaller where ids have gaps."""
     return max(max(tokenizer.get_vocab().values()) + 1, len(tokenizer))
 
 
-def end_of_text_id(tokenizer: Any) -> int | None:
-    """Return the id that separates documents, or None when the tokenizer knows none."""
+def end_of_text_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """Return the id that separates documents, or None when the tokenizer has none."""
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """Return a hash of a sequence of texts and of where each ends."""
+    """Return a hash of a sequence of texts and their lengths."""
     digest = hashlib.blake2b(digest_size=16)
     for text in texts:
         data = text.encode()
@@ -127,8 +130,8 @@ def hash_texts(texts: Iterable[str]) -> str:
 class Encoder:
     """Turns texts into token ids with the tokenizer saved in a folder.
 
-    Special tokens are neither added nor recognised: a text that spells out ``<|endoftext|>`` is encoded as the
-    characters that it is, so that the separator in a pool marks ends of documents and nothing else.
+    Special tokens are neither added nor recognised: a text that contains ``<|endoftext|>`` is encoded as these
+    characters, so that the separator in a pool marks ends of documents and nothing else.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -160,9 +163,10 @@ class Encoder:
 def _pieces(text: str) -> Iterator[str]:
     """Cut a long text between words, where tokens end anyway; tokens are unlikely to differ from those of the whole."""
     start = 0
-    while len(text) - start > PIECE:
-        window = text[start : start + PIECE]
-        cut = max((match.start() for match in _BETWEEN_WORDS.finditer(window, PIECE - 4096)), default=PIECE)
+    while len(text) - start > PIECE_CHARACTERS:
+        window = text[start : start + PIECE_CHARACTERS]
+        near_the_end = _BETWEEN_WORDS.finditer(window, PIECE_CHARACTERS - 4096)
+        cut = max((match.start() for match in near_the_end), default=PIECE_CHARACTERS)
         yield window[:cut]
         start += cut
     yield text[start:]
@@ -170,7 +174,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep ``tokenizers`` to the calling thread: the processes are what is parallel."""
+    """Keep ``tokenizers`` to the calling thread: units are encoded in parallel processes already."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"

@@ -1,16 +1,17 @@
 """The token store: a finished pool folder, opened for reading."""
 
 import shutil
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from liveselect.datamodules.pools.pool_files import (
@@ -18,21 +19,25 @@ from liveselect.datamodules.pools.pool_files import (
     ROW_GROUP,
     TOKENIZER,
     TOKENS,
+    JsonObject,
     PoolWriter,
     check_files,
     hash_tokens,
     read_manifest,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class TokenStore:
     """Token blocks on disk, read through a memory map; row ``i`` is candidate ``i``.
 
-    It is a map-style dataset, and what was opened lazily is opened anew in every process that unpickles it.
+    It is a map-style dataset; every process that unpickles it opens the files again.
 
     Args:
         path: folder made by ``liveselect prepare`` or :func:`write_store`.
-        verify: hash the files again, where opening otherwise compares their sizes.
+        verify: compare hashes of the files with the manifest; by default only their sizes are compared.
 
     Attributes:
         rows: number of blocks.
@@ -44,7 +49,7 @@ class TokenStore:
 
     Raises:
         FileNotFoundError: ``path`` holds no finished pool.
-        ValueError: the files are not the ones that the manifest describes.
+        ValueError: the files do not match the manifest.
     """
 
     def __init__(self, path: str | Path, verify: bool = False) -> None:
@@ -64,7 +69,7 @@ class TokenStore:
     def __repr__(self) -> str:
         return f"TokenStore({str(self.path)!r}, rows={self.rows}, block_size={self.block_size})"
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         lazy = {name for name, value in vars(type(self)).items() if isinstance(value, cached_property)}
         return {name: value for name, value in vars(self).items() if name not in lazy}
 
@@ -83,25 +88,27 @@ class TokenStore:
     def _parquet(self) -> pq.ParquetFile:
         return pq.ParquetFile(self.path / DOCUMENTS)
 
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return self._parquet.read([name])[name]
+
     @cached_property
     def _starts(self) -> np.ndarray:
-        return self._parquet.read(["start"])["start"].to_numpy()
+        return self._column("start").to_numpy()
 
     @cached_property
     def document_tokens(self) -> np.ndarray:
         """``(documents,)`` int64, tokens of each document; the end of the pool may cut the last one."""
-        return self._parquet.read(["tokens"])["tokens"].to_numpy()
+        return self._column("tokens").to_numpy()
 
     @cached_property
     def document_hashes(self) -> np.ndarray:
         """``(documents,)`` uint64, the :func:`hash_tokens` of each document's ids, without the separator."""
-        return self._parquet.read(["hash"])["hash"].to_numpy()
+        return self._column("hash").to_numpy()
 
     @cached_property
     def groups(self) -> Tensor:
         """``(rows,)`` int32, the source that most tokens of each block come from."""
-        source = self._parquet.read(["source"])["source"].combine_chunks()
-        codes = pc.index_in(source, value_set=pa.array(self.group_names)).to_numpy(zero_copy_only=False)
+        codes = pc.index_in(self._column("source"), value_set=pa.array(self.group_names)).to_numpy()
         return torch.from_numpy(_majority(self._starts, codes.astype(np.int64), self.rows, self.block_size))
 
     def read(self, ids: Tensor | Sequence[int]) -> Tensor:
@@ -118,11 +125,11 @@ class TokenStore:
         ids = torch.as_tensor(indices, dtype=torch.int64)
         return [{"id": i, "input_ids": block} for i, block in zip(ids, self.read(ids), strict=True)]
 
-    def documents_of(self, row: int) -> list[dict[str, Any]]:
+    def documents_of(self, row: int) -> list[JsonObject]:
         """Return the documents that a block holds, in their order.
 
         Each is a dict of ``id``, ``source``, ``start`` and ``end`` (its tokens are ``block[start:end]``), ``offset``
-        (how many of its tokens lie in earlier blocks) and ``metadata``, the columns that came with the text.
+        (the number of its tokens in earlier blocks) and ``metadata``, the columns that came with the text.
         """
         if not 0 <= row < self.rows:
             raise IndexError(f"expected a row id in 0..{self.rows - 1}, got {row}")
@@ -139,22 +146,16 @@ class TokenStore:
             found.append({**self.document(index), **span})
         return found
 
-    def document(self, index: int) -> dict[str, Any]:
+    def document(self, index: int) -> JsonObject:
         """Return ``id``, ``source`` and ``metadata`` of the document at a position of ``documents.parquet``."""
         group, position = divmod(index, ROW_GROUP)
         row = self._row_group(group).slice(position, 1).to_pylist()[0]
         return {"id": row["id"], "source": row["source"], "metadata": row.get("metadata") or {}}
 
-    def _row_group(self, group: int) -> pa.Table:
-        """Return one row group; the last one is kept, since neighbours are asked for together."""
-        kept = self._kept_group
-        if kept.get("group") != group:
-            kept.update(group=group, table=self._parquet.read_row_group(group))
-        return kept["table"]
-
     @cached_property
-    def _kept_group(self) -> dict[str, Any]:
-        return {}
+    def _row_group(self) -> Callable[[int], pa.Table]:
+        """Reads a row group, and keeps the last one: callers ask for neighbouring documents."""
+        return lru_cache(maxsize=1)(self._parquet.read_row_group)
 
     def rows_of(self, document_id: str) -> range:
         """Return the blocks that hold tokens of a document.
@@ -162,8 +163,7 @@ class TokenStore:
         Raises:
             KeyError: no document has this id, or several have.
         """
-        ids = self._parquet.read(["id"])["id"]
-        (matches,) = np.nonzero(pc.equal(ids, document_id).to_numpy())
+        (matches,) = np.nonzero(pc.equal(self._column("id"), document_id).to_numpy())
         if len(matches) != 1:
             raise KeyError(f"expected one document with the id {document_id!r}, found {len(matches)}")
         start = int(self._starts[matches[0]])
@@ -172,7 +172,7 @@ class TokenStore:
 
 
 def _majority(starts: np.ndarray, codes: np.ndarray, rows: int, block_size: int) -> np.ndarray:
-    """Return the most frequent code of each block ``(rows,)`` int32; the smaller code where two are equal.
+    """Return the most frequent code of each block ``(rows,)`` int32; of equally frequent ones the smallest.
 
     ``starts (d,)`` are the stream positions where the documents with ``codes (d,)`` begin; a separator counts for the
     document before it. The stream is cut at every document and every block, and the lengths of the pieces are summed.
@@ -191,15 +191,15 @@ def _majority(starts: np.ndarray, codes: np.ndarray, rows: int, block_size: int)
 
 def write_store(
     path: str | Path,
-    documents: Sequence[Any],
+    documents: Sequence[ArrayLike] | np.ndarray,
     *,
     block_size: int,
     vocab_size: int,
     eos_id: int | None = None,
     sources: Sequence[str] | None = None,
     ids: Sequence[str] | None = None,
-    metadata: Sequence[Mapping[str, Any]] | None = None,
-    tokenizer: Any = None,
+    metadata: Sequence[Mapping[str, object]] | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> TokenStore:
     """Make a pool from documents in memory and open it; ready blocks ``(rows, T)`` are documents without ``eos_id``.
 
@@ -212,7 +212,7 @@ def write_store(
         sources: source name of each document.
         ids: id of each document; their positions by default.
         metadata: further columns of each document.
-        tokenizer: anything with ``save_pretrained``, kept in the pool.
+        tokenizer: saved in the pool by its ``save_pretrained``.
     """
     if block_size < 2:
         raise ValueError(f"expected blocks of at least 2 tokens, got block_size={block_size}: one has none to predict")
@@ -240,7 +240,9 @@ def write_store(
     return TokenStore(path)
 
 
-def _columns(documents: Sequence[Any], eos_id: int | None) -> tuple[dict[str, Any], np.ndarray]:
+def _columns(
+    documents: Sequence[ArrayLike] | np.ndarray, eos_id: int | None
+) -> tuple[dict[str, Sequence[object] | np.ndarray], np.ndarray]:
     """Return start, tokens and hash of each document, and the stream ``(n,)`` int64 that joins them."""
     arrays = [np.asarray(document, dtype=np.int64) for document in documents]
     if any(array.ndim != 1 or not array.size or array.min() < 0 for array in arrays):

@@ -1,1 +1,1 @@
-"""The rows of whatever holds them: read by id, checked, collated, compared with those of a checkpoint."""
+"""The rows of any dataset: read by id, checked, collated, compared with those of a checkpoint."""

@@ -1,33 +1,33 @@
-"""One pass over the rows of a dataset before training: what they are, and what is wrong with them."""
+"""One pass over the rows of a dataset before training: its size, its fingerprint, and errors in its rows."""
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from liveselect.protocols import IGNORE_INDEX, SelectionWarning
+from liveselect.grammar import IGNORE_INDEX, SelectionWarning
 
 WHOLE_ROWS, WHOLE_TOKENS = 1 << 20, 1 << 26
 """Datasets up to this size are read in full: half a minute where a row takes 30 microseconds."""
 
 SPREAD_ROWS = 4096
-"""Rows of a larger dataset that stand for all."""
+"""Rows of a larger dataset that represent all of it."""
 
-TWICE = 256  # rows that are read twice, to see whether they are the same
-CHUNK_ROWS, CHUNK_TOKENS = 1024, 1 << 18  # what is read at once
-LARGEST = 2**31 - 1  # ids are hashed as 32-bit numbers, so that equal rows are equal whatever type held them
+ROWS_READ_TWICE = 256  # to see whether they differ
+CHUNK_ROWS, CHUNK_TOKENS = 1024, 1 << 18  # read at once: bounds the memory
+MAX_TOKEN_ID = 2**31 - 1  # ids are hashed as 32-bit numbers, so that the hash does not depend on their integer type
 
 
 class Chunk(NamedTuple):
     """Some rows, end to end.
 
     Attributes:
-        lengths: ``(n,)`` int64 tokens of each row, at least one each where the dataset is sound.
+        lengths: ``(n,)`` int64 tokens of each row; a row without tokens is an error.
         tokens: ``(sum of lengths,)`` int64.
-        labels: the same shape; another one where batches carry labels that are not one for each token.
+        labels: the same shape; another one where batches do not have one label for each token.
         mask: ``(sum of lengths,)`` bool attention mask, or None.
     """
 
@@ -38,15 +38,15 @@ class Chunk(NamedTuple):
 
 
 Read = Callable[[Sequence[int], int], Chunk]
-"""Reads the rows ``ids (n,)`` of a dataset; draws of the dataset are made under the seed."""
+"""Reads the rows ``ids (n,)`` of a dataset, which draws random numbers under the seed."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What was found.
+    """The result of a :func:`survey`.
 
     Attributes:
-        fingerprint: hash of all rows, of a spread of them, or, where they differ whenever they are read, of their
+        fingerprint: hash of all rows, of a spread of them, or, where rows differ each time they are read, of their
             number.
         largest: the largest token id.
         longest: tokens of the longest row.
@@ -68,48 +68,45 @@ def survey(
     whole_tokens: int = WHOLE_TOKENS,
     name: str = "the pool",
 ) -> Content:
-    """Read a dataset, in full up to a size, and return what it holds.
+    """Read a dataset, in full up to a size, check its rows and return their properties.
 
     Args:
         size: number of rows.
         read: reads some of them.
-        strict: labels must be token ids or -100; a loss function of the user's may know others.
+        strict: labels must be token ids or -100; a user's own loss function may accept others.
         whole_rows: read everything up to this many rows,
         whole_tokens: and up to about this many tokens.
-        name: what to call the dataset.
+        name: the name of the dataset in messages.
 
     Raises:
         ValueError: rows are empty, token ids are negative, or no row has a token to predict.
         TypeError: token ids are no integers.
     """
-    first = spread_ids(size, TWICE)
+    first = spread_ids(size, ROWS_READ_TWICE)
     spread = read(first, 0)
     mean = max(1.0, float(spread.lengths.mean()))
     is_whole = size <= whole_rows and size * mean <= whole_tokens
     is_stable = _equal(spread, read(first, 0))
     at_once = int(max(1, min(CHUNK_ROWS, CHUNK_TOKENS // mean)))
     found = _Findings(name, strict)
-    parts = _parts(size, at_once) if is_whole and is_stable else _split(spread_ids(size, SPREAD_ROWS), at_once)
-    for number, ids in enumerate(parts):
+    every: Sequence[int] = range(size) if is_whole and is_stable else spread_ids(size, SPREAD_ROWS)
+    for number, start in enumerate(range(0, len(every), at_once)):
+        ids = every[start : start + at_once]
         found.add(read(ids, number), ids)
     found.conclude()
     _warn_of_shifted_labels(spread, name)
     if not is_stable:
-        warnings.warn(
+        _warn(
             f"rows of {name} differ each time they are read, although torch, numpy and random are seeded for each row: "
             "the dataset, or its collate function, draws from a generator of its own. A resumed run cannot train on "
             "the same tokens, and of the data only the number of rows is compared when it resumes. Let it draw from "
-            "torch.rand, numpy.random or random",
-            SelectionWarning,
-            stacklevel=2,
+            "torch.rand, numpy.random or random"
         )
     elif not is_whole:
-        warnings.warn(
+        _warn(
             f"{name} holds {size} rows of about {mean:.0f} tokens, too many to read before training: {SPREAD_ROWS} of "
-            "them, evenly spread, stand for all when a resumed run compares its data with those of the checkpoint, and "
-            "when token ids are checked. A pool made by `liveselect prepare` is compared in full, whatever its size",
-            SelectionWarning,
-            stacklevel=2,
+            "them, evenly spread, represent all when a resumed run compares its data with those of the checkpoint, and "
+            "when token ids are checked. A pool made by `liveselect prepare` is compared in full, however large it is"
         )
     how = "length" if not is_stable else "whole" if is_whole else "spread"
     return Content(found.fingerprint(how, size), found.largest, found.longest, found.block_size)
@@ -126,14 +123,6 @@ def join(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Chunk:
     return Chunk(lengths, np.concatenate([r[0] for r in rows]), np.concatenate([r[1] for r in rows]))
 
 
-def _parts(size: int, at_once: int) -> Iterator[range]:
-    return (range(start, min(start + at_once, size)) for start in range(0, size, at_once))
-
-
-def _split(ids: list[int], at_once: int) -> Iterator[list[int]]:
-    return (ids[start : start + at_once] for start in range(0, len(ids), at_once))
-
-
 def _equal(one: Chunk, other: Chunk) -> bool:
     pairs = zip(one, other, strict=True)
     return all(a is b if a is None or b is None else np.array_equal(a, b) for a, b in pairs)
@@ -141,7 +130,7 @@ def _equal(one: Chunk, other: Chunk) -> bool:
 
 @dataclass
 class _Findings:
-    """What was seen so far."""
+    """The properties of the rows read so far."""
 
     name: str
     strict: bool
@@ -152,7 +141,7 @@ class _Findings:
     foreign_label: int | None = None
     other_labels: bool = False
     lengths: set[int] = field(default_factory=set)
-    digests: list[Any] = field(default_factory=lambda: [hashlib.blake2b(digest_size=16) for _ in range(4)])
+    digests: list[hashlib.blake2b] = field(default_factory=lambda: [hashlib.blake2b(digest_size=16) for _ in range(4)])
 
     @property
     def block_size(self) -> int | None:
@@ -176,8 +165,8 @@ class _Findings:
                 f"row {ids[int(chunk.lengths.argmin())]} of {self.name} has no tokens: leave empty rows out (datasets: "
                 "data.filter(lambda row: len(row['input_ids']) > 1))"
             )
-        if chunk.tokens.min() < 0 or chunk.tokens.max() > LARGEST:
-            wrong = int(np.flatnonzero((chunk.tokens < 0) | (chunk.tokens > LARGEST))[0])
+        if chunk.tokens.min() < 0 or chunk.tokens.max() > MAX_TOKEN_ID:
+            wrong = int(np.flatnonzero((chunk.tokens < 0) | (chunk.tokens > MAX_TOKEN_ID))[0])
             raise ValueError(
                 f"expected input_ids of {self.name} as token ids of 0 or more, got {chunk.tokens[wrong]} in row "
                 f"{_row_of(chunk, ids, wrong)}: no model has an embedding for it. A value that marks padding or masked "
@@ -190,7 +179,7 @@ class _Findings:
         starts = np.cumsum(chunk.lengths) - chunk.lengths
         targets = np.add.reduceat(counted, starts, dtype=np.int64) - counted[starts]
         self.without_target += int((targets == 0).sum())
-        wrong_labels = counted & ((chunk.labels < 0) | (chunk.labels > LARGEST))
+        wrong_labels = counted & ((chunk.labels < 0) | (chunk.labels > MAX_TOKEN_ID))
         if wrong_labels.any():
             wrong = int(wrong_labels.argmax())
             self._note_label(int(chunk.labels[wrong]), _row_of(chunk, ids, wrong))
@@ -206,37 +195,31 @@ class _Findings:
         self.foreign_label = label if self.foreign_label is None else self.foreign_label
 
     def conclude(self) -> None:
-        """Say what is wrong with the rows as a whole."""
+        """Raise or warn about faults of the rows as a whole."""
         if self.without_target == self.rows:
             raise ValueError(
                 f"none of the {self.rows} rows of {self.name} that were looked at has a token to predict: each holds "
                 f"less than two tokens, or labels of {IGNORE_INDEX} alone"
             )
         if self.without_target:
-            warnings.warn(
+            _warn(
                 f"{self.without_target} of the {self.rows} rows of {self.name} that were looked at have no token to "
                 f"predict (less than two tokens, or labels of {IGNORE_INDEX} alone): training on them teaches nothing, "
-                "and their influence is zero. Leave them out",
-                SelectionWarning,
-                stacklevel=3,
+                "and their influence is zero. Leave them out"
             )
         if self.other_labels:
-            warnings.warn(
+            _warn(
                 f"batches of {self.name} have labels that are not one integer for each token: the default loss of "
-                "selection cannot use them. Pass a loss_fn",
-                SelectionWarning,
-                stacklevel=3,
+                "selection cannot use them. Pass a loss_fn"
             )
         if self.foreign_label is not None:
-            warnings.warn(
+            _warn(
                 f"batches of {self.name} have labels of {self.foreign_label}: losses of selection leave out "
-                f"{IGNORE_INDEX} alone. Map them to {IGNORE_INDEX}, or pass a loss_fn that knows them",
-                SelectionWarning,
-                stacklevel=3,
+                f"{IGNORE_INDEX} alone. Map them to {IGNORE_INDEX}, or pass a loss_fn that knows them"
             )
 
     def fingerprint(self, how: str, size: int) -> str:
-        """Return the name of what was read."""
+        """Return a hash of the rows read, and of how they were read."""
         digest = hashlib.blake2b(f"{how} {size}".encode(), digest_size=16)
         if how != "length":
             for part in self.digests:
@@ -245,7 +228,7 @@ class _Findings:
 
 
 def _row_of(chunk: Chunk, ids: Sequence[int], place: int) -> int:
-    """Return the id of the row that holds the token at a place of a chunk."""
+    """Return the id of the row with the token at position ``place`` of a chunk."""
     return ids[int(np.searchsorted(np.cumsum(chunk.lengths), place, side="right"))]
 
 
@@ -259,10 +242,12 @@ def _warn_of_shifted_labels(chunk: Chunk, name: str) -> None:
     inside &= labels != IGNORE_INDEX
     shifted, aligned = (labels == chunk.tokens[1:])[inside], (labels == tokens)[inside]
     if len(shifted) and shifted.mean() > 0.95 and aligned.mean() < 0.5:
-        warnings.warn(
+        _warn(
             f"labels of {name} look shifted: each is the token after its own. The default loss of selection shifts "
             "labels itself, as Hugging Face models do, so it would predict one token too far: leave labels out or make "
-            "them equal to input_ids, or pass a loss_fn that takes them as they are",
-            SelectionWarning,
-            stacklevel=3,
+            "them equal to input_ids, or pass a loss_fn that takes them as they are"
         )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, SelectionWarning, stacklevel=4)  # the code that called survey

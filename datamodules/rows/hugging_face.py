@@ -1,71 +1,83 @@
 """Hugging Face datasets, read by columns."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from liveselect.datamodules.rows.content import Chunk
+from liveselect.datamodules.rows.draws import MapStyle
 
-COLUMNS = ("input_ids", "labels", "attention_mask")
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
 
 
-def visible_columns(dataset: Any) -> list[str] | None:
-    """Return the columns that rows of a Hugging Face dataset show; None for other datasets, and transformed ones.
+def _is_readable_by_columns(dataset: MapStyle) -> "TypeGuard[Dataset]":
+    """Return whether a dataset is a Hugging Face dataset without a transform.
 
-    What a transform returns is known only by calling it: such a dataset is read row by row.
+    A transform has to be called to know what it returns: such a dataset is read row by row.
     """
-    if not (hasattr(dataset, "with_format") and hasattr(dataset, "column_names") and hasattr(dataset, "format")):
-        return None
-    form = dataset.format
-    if form["type"] == "custom":
-        return None
-    return list(dataset.column_names if form["output_all_columns"] else form["columns"])
+    named = ("with_format", "column_names", "format")
+    return all(hasattr(dataset, name) for name in named) and cast("Dataset", dataset).format["type"] != "custom"
 
 
-def numpy_view(dataset: Any) -> Any:
+def _token_columns(dataset: MapStyle) -> list[str]:
+    """Return the token columns that rows of a Hugging Face dataset show, none of other datasets."""
+    if not _is_readable_by_columns(dataset):
+        return []
+    shown = dataset.column_names if dataset.format["output_all_columns"] else dataset.format["columns"]
+    return [name for name in TOKEN_COLUMNS if name in shown]
+
+
+def numpy_view(dataset: MapStyle) -> MapStyle:
     """Return a Hugging Face dataset in its numpy format, restricted to token columns; other datasets as they are."""
-    columns = [name for name in COLUMNS if name in (visible_columns(dataset) or ())]
-    return dataset.with_format("numpy", columns=columns) if "input_ids" in columns else dataset
+    columns = _token_columns(dataset)
+    if _is_readable_by_columns(dataset) and "input_ids" in columns:
+        return dataset.with_format("numpy", columns=columns)
+    return dataset
 
 
-def arrow_view(dataset: Any) -> Any:
+def arrow_view(dataset: MapStyle) -> "Dataset | None":
     """Return a Hugging Face dataset as Arrow tables of its token columns, None unless these are lists of integers."""
-    columns = [name for name in COLUMNS if name in (visible_columns(dataset) or ())]
-    if "input_ids" not in columns:
+    columns = _token_columns(dataset)
+    if not _is_readable_by_columns(dataset) or "input_ids" not in columns:
         return None
     view = dataset.with_format("arrow", columns=columns)
-    is_plain = all(_is_list_of_integers(kind) for kind in view[:1].schema.types)
-    return view if is_plain else None
+    return view if all(map(_is_list_of_integers, view[:1].schema.types)) else None
 
 
-def read_chunk(view: Any, ids: Sequence[int]) -> Chunk | None:
-    """Return the rows ``ids`` of an :func:`arrow_view`; None where they have to be looked at one by one.
+def read_chunk(view: "Dataset", ids: Sequence[int]) -> Chunk | None:
+    """Return the rows ``ids`` of an :func:`arrow_view`; None where they have to be read one by one.
 
     That is where values are missing, where a row's columns are of different lengths, and where tokens are hidden.
     """
     table = view[ids.start : ids.stop] if isinstance(ids, range) else view[list(ids)]
-    columns = {name: _flat(table[name]) for name in table.column_names}
-    if any(column is None for column in columns.values()):
+    columns: dict[str, np.ndarray] = {}
+    all_lengths: list[np.ndarray] = []
+    for name in table.column_names:
+        flat = _flat(table[name])
+        if flat is None:
+            return None
+        lengths, columns[name] = flat
+        all_lengths.append(lengths)
+    if not all(np.array_equal(lengths, other) for other in all_lengths):
         return None
-    lengths, tokens = columns["input_ids"]  # type: ignore[misc]
-    if any(not np.array_equal(lengths, column[0]) for column in columns.values() if column is not None):
+    if "attention_mask" in columns and not columns["attention_mask"].all():
         return None
-    if "attention_mask" in columns and not columns["attention_mask"][1].all():  # type: ignore[index]
-        return None
-    labels = columns["labels"][1] if "labels" in columns else tokens  # type: ignore[index]
-    return Chunk(lengths, tokens, labels)
+    return Chunk(lengths, columns["input_ids"], columns.get("labels", columns["input_ids"]))
 
 
-def column(dataset: Any, name: str) -> list[Any] | None:
-    """Return a column of a Hugging Face dataset, one value for each row, or None where the rows have to be asked.
+def column(dataset: MapStyle, name: str) -> list[object] | None:
+    """Return a column of a Hugging Face dataset, one value for each row; None where rows have to be read one by one.
 
     Raises:
         ValueError: there is no such column.
     """
-    if visible_columns(dataset) is None:
+    if not _is_readable_by_columns(dataset):
         return None
     if name not in dataset.column_names:
         raise ValueError(f"groups={name!r} is no column of the dataset; the columns are {dataset.column_names}")

@@ -1,23 +1,25 @@
-"""Rows of token ids, checked and brought into one form: as they come from a dataset, and as batches."""
+"""Rows of token ids from datasets, and batches of them, checked and brought into one form."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from liveselect.protocols import IGNORE_INDEX
+from liveselect.datamodules.rows.draws import MapStyle
+from liveselect.grammar import IGNORE_INDEX
 
 
-def check_map_style(dataset: Any, what: str) -> None:
-    """Raise unless ``dataset`` has a length and rows that can be asked for by position."""
+def check_map_style(dataset: object, what: str) -> MapStyle:
+    """Return ``dataset``; raise unless it has a length and rows that can be read by position."""
     if isinstance(dataset, torch.utils.data.IterableDataset) or not (
         hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     ):
         raise TypeError(
             f"expected {what} as a map-style dataset (with __len__ and __getitem__), got {type(dataset).__name__}: "
-            "selection asks for rows by their position, which a stream cannot give. Write the stream to disk with "
+            "selection reads rows by their position, which a stream does not allow. Write the stream to disk with "
             "`liveselect prepare`, or pass a map-style dataset"
         )
     if isinstance(dataset, Mapping) and 0 not in dataset:
@@ -25,18 +27,13 @@ def check_map_style(dataset: Any, what: str) -> None:
             f"expected {what} as a sequence of rows, got a {type(dataset).__name__} with the keys "
             f"{sorted(map(str, dataset))[:5]}: pass one split of a dataset, or a list of its values"
         )
-    if len(dataset) == 0:
+    if len(cast("MapStyle", dataset)) == 0:
         raise ValueError(f"{what} is empty: {type(dataset).__name__} has no rows")
+    return cast("MapStyle", dataset)
 
 
-def integers(values: Any, name: str, where: str) -> np.ndarray:
-    """Return ``values`` as int64; raise TypeError unless they are integers already.
-
-    Args:
-        values: a sequence, an array or a tensor, of any shape.
-        name: what they are.
-        where: whose they are.
-    """
+def integers(values: ArrayLike, name: str, where: str) -> np.ndarray:
+    """Return ``values`` of any shape as int64; raise TypeError, which names them, unless they are integers."""
     array = np.asarray(values)
     if array.dtype.kind not in "iu" and array.size:
         held = "missing values or sequences" if array.dtype.kind == "O" else array.dtype.name
@@ -47,11 +44,10 @@ def integers(values: Any, name: str, where: str) -> np.ndarray:
     return array.astype(np.int64, copy=False)
 
 
-def token_row(row: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
+def token_row(row: object, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Return ``input_ids (T,)`` and ``labels (T,)``, int64, of one row; a padded row keeps its padding, without loss.
 
-    Padding on the left is moved to the right: without an attention mask, only what stands to the right of all tokens
-    is invisible to them.
+    Padding on the left is moved to the right, where no token can see it: batches made here have no attention mask.
     """
     if not isinstance(row, Mapping):
         raise TypeError(f"expected {where} as a dict with input_ids, got {type(row).__name__}")
@@ -67,14 +63,14 @@ def token_row(row: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
             f"expected {where} to have one-dimensional input_ids and labels of one length, got shapes {tokens.shape} "
             f"and {labels.shape}"
         )
-    labels = np.array(labels)  # a copy: what the dataset holds is not ours to change
+    labels = np.array(labels)  # a copy: labels are changed below, and the dataset must not be
     if row.get("attention_mask") is not None:
         return _without_hidden(tokens, labels, row["attention_mask"], "labels" in row, where)
     return tokens, labels
 
 
 def _without_hidden(
-    tokens: np.ndarray, labels: np.ndarray, attention_mask: Any, has_labels: bool, where: str
+    tokens: np.ndarray, labels: np.ndarray, attention_mask: ArrayLike, has_labels: bool, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
     seen = np.asarray(attention_mask) != 0
     if seen.shape != tokens.shape:
@@ -99,7 +95,7 @@ def _without_hidden(
 def pad_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], ids: Sequence[int], pad_id: int = 0) -> dict[str, Tensor]:
     """Return ``id (B,)``, ``input_ids (B, T)`` and ``labels (B, T)``, padded on the right to the longest row.
 
-    No attention mask: in a causal model no token sees what stands to its right.
+    There is no attention mask: in a causal model, no token sees those to its right.
     """
     width = max(len(tokens) for tokens, _ in rows)
     input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
@@ -114,8 +110,8 @@ def pad_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], ids: Sequence[int], 
     }
 
 
-def complete_batch(batch: Any, ids: Sequence[int], name: str) -> dict[str, Any]:
-    """Return a batch of the rows ``ids (B,)`` with ``id`` and ``labels``; what else it had stays as it was.
+def complete_batch(batch: object, ids: Sequence[int], name: str) -> dict[str, Tensor]:
+    """Return a batch of the rows ``ids (B,)`` with ``id`` and ``labels``; other keys stay as they were.
 
     Token ids and labels become int64, which losses and embeddings need.
     """
@@ -146,17 +142,22 @@ def complete_batch(batch: Any, ids: Sequence[int], name: str) -> dict[str, Any]:
     batch["input_ids"] = tokens = tokens.long()
     batch["id"] = torch.as_tensor(ids, dtype=torch.int64)
     if "labels" not in batch:
-        batch["labels"] = tokens.clone()
-        if batch.get("attention_mask") is not None:
-            mask = torch.as_tensor(batch["attention_mask"])
-            if mask.shape != tokens.shape:
-                raise ValueError(
-                    f"expected {name} to return an attention_mask of the shape of input_ids, {tuple(tokens.shape)}, or "
-                    f"labels beside it, got the mask {tuple(mask.shape)}: which tokens are padding, and carry no loss, "
-                    "cannot be told from it"
-                )
-            batch["labels"].masked_fill_(mask == 0, IGNORE_INDEX)
+        batch["labels"] = _labels_of(tokens, batch.get("attention_mask"), name)
     elif isinstance(batch["labels"], (Tensor, np.ndarray)):
         labels = torch.as_tensor(batch["labels"])
         batch["labels"] = labels if labels.dtype.is_floating_point else labels.long()
     return batch
+
+
+def _labels_of(tokens: Tensor, attention_mask: ArrayLike | Tensor | None, name: str) -> Tensor:
+    """Return a copy of ``tokens (B, T)``, without loss where the mask hides them."""
+    labels = tokens.clone()
+    if attention_mask is None:
+        return labels
+    mask = torch.as_tensor(attention_mask)
+    if mask.shape != tokens.shape:
+        raise ValueError(
+            f"expected {name} to return an attention_mask of the shape of input_ids, {tuple(tokens.shape)}, or labels "
+            f"beside it, got the mask {tuple(mask.shape)}, which does not show the padding, whose tokens carry no loss"
+        )
+    return labels.masked_fill_(mask == 0, IGNORE_INDEX)

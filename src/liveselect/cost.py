@@ -1,4 +1,4 @@
-"""What selection costs: seconds and FLOPs of every phase, measured where they are spent."""
+"""The cost of selection: seconds and FLOPs of every phase, measured where they are spent."""
 
 import time
 from collections import defaultdict
@@ -14,7 +14,7 @@ Cost = dict[str, dict[str, float]]
 
 
 class Progress(Protocol):
-    """Shows a person what a round is doing."""
+    """Shows a person the work of a round."""
 
     def start(self, phase: str, total: int, unit: str) -> None:
         """Begin a phase of ``total`` units."""
@@ -47,9 +47,11 @@ class CostMeter:
 
     Attributes:
         seconds: wall-clock seconds of this rank by phase.
-        flops: floating point operations of this rank by phase (one multiply-add = 2), as told by the code that ran.
+        flops: floating point operations of this rank by phase (one multiply-add = 2), as reported by the code that ran.
+        progress: the display.
     """
 
+    progress: Progress = field(default_factory=SilentProgress)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _open: list[str] = field(default_factory=list)
@@ -66,6 +68,16 @@ class CostMeter:
             self._charge()
             self._open.pop()
 
+    @contextmanager
+    def tracked(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """Open a phase of ``total`` units here and on the display; yields the function that advances the display."""
+        self.progress.start(name, total, unit)
+        try:
+            with self.phase(name):
+                yield self.progress.advance
+        finally:
+            self.progress.stop()
+
     def add_flops(self, flops: float) -> None:
         """Charge ``flops`` to the innermost open phase."""
         self.flops[self._open[-1] if self._open else "other"] += flops
@@ -81,14 +93,14 @@ class CostMeter:
 
 @dataclass
 class Stopwatch:
-    """Adds up the seconds of short pieces of work inside of other work; for those of a GPU it does not wait."""
+    """Adds up the seconds of short pieces of work inside of other work, without waiting for a GPU."""
 
     _seconds: float = 0.0
     _laps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     @contextmanager
     def lap(self, device: torch.device) -> Iterator[None]:
-        """Add the time that ``device`` takes for what is started inside the block."""
+        """Add the time that ``device`` takes for the work started inside the block."""
         if device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -105,25 +117,12 @@ class Stopwatch:
             self._seconds += time.perf_counter() - began
 
     def read(self) -> float:
-        """Return the seconds so far; waits until a GPU has come to the end of them."""
+        """Return the seconds so far; waits until a GPU has finished them."""
         laps, self._laps = self._laps, []
         for begin, end in laps:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1000
         return self._seconds
-
-
-@contextmanager
-def tracked_phase(
-    meter: CostMeter, progress: Progress, name: str, total: int, unit: str
-) -> Iterator[Callable[[int], None]]:
-    """Open a phase on the meter and on the display; yields the function that advances the display."""
-    progress.start(name, total, unit)
-    try:
-        with meter.phase(name):
-            yield progress.advance
-    finally:
-        progress.stop()
 
 
 def added(first: Mapping[str, Mapping[str, float]], second: Mapping[str, Mapping[str, float]]) -> Cost:

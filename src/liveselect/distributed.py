@@ -2,16 +2,14 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from itertools import islice
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from liveselect.functional.sharding import copies
-
 T = TypeVar("T")
-_END: Any = object()
 
 
 def rank() -> int:
@@ -72,14 +70,15 @@ def sum_at(value: Tensor, owner: int) -> Tensor:
 def copy_from(value: Tensor | None, owner: int, device: torch.device | None = None) -> Tensor:
     """Return rank ``owner``'s ``value`` on all ranks; only the owner needs to pass one.
 
-    ``device`` is where the others want it; on CPU unless told.
+    The others get it on ``device``, by default on CPU.
     """
-    if world_size() == 1:
-        if value is None:
-            raise ValueError(f"rank {owner} owns a tensor that it does not pass")
+    described = [None if value is None else (tuple(value.shape), value.dtype)]
+    if world_size() > 1:
+        dist.broadcast_object_list(described, owner)
+    if described[0] is None:
+        raise ValueError(f"rank {owner} owns a tensor that it does not pass")
+    if world_size() == 1 and value is not None:
         return value
-    described: list[Any] = [None if value is None else (tuple(value.shape), value.dtype)]
-    dist.broadcast_object_list(described, owner)
     shape, dtype = described[0]
     if rank() == owner and value is not None:
         shared = _ready_to_send(value)
@@ -89,12 +88,11 @@ def copy_from(value: Tensor | None, owner: int, device: torch.device | None = No
     return shared.to(device if value is None else value.device)
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: T) -> list[T]:
     """Return the picklable ``value`` of every rank, in rank order."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -113,22 +111,10 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if full_tensor is None else full_tensor()
 
 
-def total_of_parts(tensors: Sequence[Tensor], sums: Sequence[Tensor]) -> Tensor:
-    """Return what numbers of the parts of sharded tensors add up to, float64 on CPU; equal on all ranks.
-
-    Args:
-        tensors: of a sharded model; a plain tensor among them is held by every rank alike.
-        sums: for each of them a number, or numbers ``(...)``, of the part that this rank holds.
-    """
-    ranks = world_size()
-    parts = [value.detach().cpu().double() / copies(tensor, ranks) for tensor, value in zip(tensors, sums, strict=True)]
-    return sum_over_ranks(torch.stack(parts).sum(dim=0))
-
-
 def even_share(items: Sequence[T]) -> list[tuple[T, bool]]:
-    """Return this rank's share of items that all ranks hold, as many on each, and whether each of them counts.
+    """Return this rank's share of items that all ranks hold, equally many on each, and whether each of them counts.
 
-    Where forwards are collectives, ranks with less to do must take part in as many of them: they get the first item
+    Where forwards are collectives, ranks with fewer items must take part in as many of them: they get the first item
     again, which does not count.
     """
     mine = [(item, True) for item in items[rank() :: world_size()]]
@@ -138,15 +124,15 @@ def even_share(items: Sequence[T]) -> list[tuple[T, bool]]:
 def in_step(items: Iterable[T], spare: Callable[[], T], together: bool = True) -> Iterator[tuple[T, bool]]:
     """Yield this rank's items, and whether each of them counts, as often as on the rank that has most of them.
 
-    What a rank is missing is filled up with ``spare()``, which does not count. A small collective for each item; with
-    ``together`` false there is none, and each rank gets its own items only.
+    A rank with fewer items yields ``spare()`` in their place, which does not count. A small collective for each item;
+    with ``together`` false there is none, and each rank gets its own items only.
     """
     iterator = iter(items)
     while True:
-        item = next(iterator, _END)
-        if not (any_rank(item is not _END) if together else item is not _END):
+        mine = list(islice(iterator, 1))
+        if not (any_rank(bool(mine)) if together else mine):
             return
-        yield (spare(), False) if item is _END else (item, True)
+        yield (mine[0], True) if mine else (spare(), False)
 
 
 def wait_for_all() -> None:
@@ -170,7 +156,7 @@ def check_agreement(what: str, value: Tensor) -> None:
 
 
 def _ready_to_send(value: Tensor) -> Tensor:
-    """Return a copy for a collective; in row-major order, because what travels is memory and not entries."""
+    """Return a copy for a collective; in row-major order, because collectives send memory and not entries."""
     return value.to(_collective_device()).clone(memory_format=torch.contiguous_format)
 
 

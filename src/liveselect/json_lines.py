@@ -1,36 +1,40 @@
-"""Files of JSON lines that are written whole, added to at their end, and read while somebody adds to them."""
+"""Files that are replaced as a whole, and files of JSON lines that are added to and read at the same time."""
 
 import json
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+Line = dict[str, Any]
+"""The content of a line, as JSON knows it."""
 
 
-def json_line(kind: str, content: Any) -> str:
+def json_line(kind: str, content: object) -> str:
     """Return a line of the given ``kind`` that holds a dictionary or an object's attributes."""
     named = content if isinstance(content, dict) else vars(content)
     return json.dumps({"kind": kind, **named}, ensure_ascii=False, default=vars) + "\n"
 
 
-def write_whole(path: Path, lines: Iterable[str]) -> None:
-    """Write a file whole or not at all; raise OSError when the disk does not take it."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of ``path`` once it is complete; an error leaves ``path`` as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # not mkstemp: others may read it as the umask says
+    # not mkstemp, whose files only their owner may read; beside the target, because only that is renamed atomically
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        temporary.replace(path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
-def add(path: Path, size: int, lines: Iterable[str]) -> None:
-    """Write lines behind the first ``size`` bytes of a file; raise OSError, the file as it was, when that fails."""
+def append_lines(path: Path, size: int, lines: Iterable[str]) -> None:
+    """Write lines after the first ``size`` bytes of a file; when that fails, raise OSError and leave it as it was."""
     with path.open("r+b") as file:
         file.seek(size)
         try:
@@ -43,13 +47,10 @@ def add(path: Path, size: int, lines: Iterable[str]) -> None:
             raise
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """Return the lines of a file, and whether a last one without an end was left out.
+def read_lines(path: Path) -> tuple[list[Line], bool]:
+    """Return the lines of a file, and whether an incomplete last one was left out; ValueError for any other content.
 
-    Such a line is being written just now, or was when the machine went down.
-
-    Raises:
-        ValueError: a line is no object with a kind.
+    A line is incomplete while it is being written, or because the machine went down at that moment.
     """
     *whole, rest = path.read_bytes().split(b"\n")
     lines = [_parsed(path, number, data) for number, data in enumerate(whole, 1) if data]
@@ -62,14 +63,14 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
 
 
 class _NotJSONError(ValueError):
-    """A line that could not be read."""
+    """A line that is not JSON, which a last line may be for a moment."""
 
 
-def _parsed(path: Path, number: int, data: bytes) -> dict[str, Any]:
+def _parsed(path: Path, number: int, data: bytes) -> Line:
     try:
-        line = json.loads(data.decode("utf-8"))
+        line: Line = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _NotJSONError(f"{path} is not a ledger: it is no text ({error})") from error
+        raise _NotJSONError(f"{path} is not a ledger: it is not text ({error})") from error
     except ValueError as error:
         raise _NotJSONError(
             f"{path} is not a ledger, or it is damaged: line {number} is not JSON ({error}). Ledgers are replaced as a "

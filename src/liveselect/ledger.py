@@ -1,14 +1,19 @@
 """The ledger: what every round measured, chose and cost, and what training cost beside it."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from liveselect.json_lines import add, json_line, read_lines, write_whole
+from liveselect.json_lines import Line, append_lines, json_line, read_lines, whole_file
+
+T = TypeVar("T")
+
+_WANDB_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(\w+)")
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something that is wrong with selection.
+    """A sign that something is wrong with selection.
 
     Attributes:
         round: index of the round.
@@ -90,7 +95,7 @@ class RoundRecord:
         flops: floating point operations by phase, summed over ranks.
         notes: what a person should know, such as the reason of a fallback.
         alarms: what is wrong.
-        overheard: ids whose influence the round's own training steps have told.
+        overheard: ids whose influence was captured from the round's own training steps.
         overheard_influence: that influence, nats per unit learning rate.
     """
 
@@ -123,9 +128,15 @@ class RoundRecord:
         """FLOPs of the whole round."""
         return sum(self.flops.values())
 
+    def share(self, group: str, kind: str = "chosen") -> float:
+        """Return a group's share of what the round chose, or of the candidates that were ``available``."""
+        # of many groups only those are recorded that the round measured or chose from, so their sum is no total
+        total = self.chosen if kind == "chosen" else self.candidates
+        return self.groups.get(group, {}).get(kind, 0) / max(1, total)
+
     def scalars(self) -> dict[str, float]:
         """Return the numbers of this round for a logger, without a prefix."""
-        shares = {f"chosen_share/{name}": row["chosen"] / max(1, self.chosen) for name, row in self.groups.items()}
+        shares = {f"chosen_share/{name}": self.share(name) for name in self.groups}
         return {
             "round": float(self.round),
             "candidates": float(self.candidates),
@@ -175,7 +186,7 @@ class Ledger:
             have left what the last folder lacks.
     """
 
-    about: dict[str, Any] = field(default_factory=dict)
+    about: Line = field(default_factory=dict)
     rounds: list[RoundRecord] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     training_seconds: float = 0.0
@@ -209,13 +220,12 @@ class Ledger:
         return self.selection_seconds / max(1e-9, self.selection_seconds + self.training_seconds)
 
     def new_alarms(self, record: RoundRecord) -> list[Alarm]:
-        """Return the alarms of a round whose kind the round before it did not raise: what a person is told of."""
+        """Return the alarms of a round whose kind the previous round did not raise: those reported to a person."""
         known = {alarm.kind for other in self.rounds if other.round == record.round - 1 for alarm in other.alarms}
         return [alarm for alarm in record.alarms if alarm.kind not in known]
 
-    def charge_before(self, part: Any) -> None:
-        """Add what ``part`` says with ``cost_before_training()`` that it cost before training, if it says so."""
-        spent = part.cost_before_training() if hasattr(part, "cost_before_training") else {}
+    def charge_before(self, spent: Mapping[str, Mapping[str, float]]) -> None:
+        """Add what was spent before training: ``seconds`` and ``flops`` by phase."""
         self.before_seconds.update(spent.get("seconds", {}))
         self.before_flops.update(spent.get("flops", {}))
 
@@ -232,12 +242,11 @@ class Ledger:
             )
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Line:
         """Return the ledger as builtins, so that checkpoints load with ``weights_only=True``."""
-        state: dict[str, Any] = _builtins(self)
-        return state
+        return {each.name: _builtins(getattr(self, each.name)) for each in fields(self)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Line) -> None:
         """Restore the ledger that :meth:`state_dict` described."""
         restored = _ledger_from(state)
         for entry in fields(self):
@@ -258,23 +267,21 @@ class Ledger:
         if file is not None and not self.finished and file.continues(self, path):
             file.add(self)
         else:
-            self._file = None
-            write_whole(path, _lines_of(self, 0, 0))
+            self._file = None  # if the disk is full, the next call starts over
+            with whole_file(path) as whole:
+                whole.writelines(line.encode("utf-8") for line in _lines_of(self, 0, 0))
             self._file = _LedgerFile(path, self)
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":
-        """Read a ledger file; raise ValueError when it is none, or damaged.
-
-        A last line without an end, which is being written or was when the machine went down, is left out.
-        """
+        """Read a ledger file, without a last line that is incomplete; raise ValueError for a file that is no ledger."""
         lines, is_torn = read_lines(path)
         kinds = [line.pop("kind") for line in lines]
         if "run" not in kinds:
             raise ValueError(f"{path} is not a ledger: expected JSON lines that begin with a run")
         try:
-            state: dict[str, Any] = {"evaluations": []}
-            rounds = {}
+            state: Line = {"evaluations": []}
+            rounds: dict[int, Line] = {}
             for line, kind in zip(lines, kinds, strict=True):
                 if kind == "run":
                     state |= line
@@ -290,6 +297,26 @@ class Ledger:
             raise ValueError(
                 f"{path} is not a ledger that this version of liveselect can read ({error!r}): did another write it?"
             ) from error
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """Return at most ``most`` of the items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+
+
+def record_folder(path: Path) -> Path:
+    """Return the folder to look into for the records of a run.
+
+    This is ``path`` itself, except for the folder of files that W&B sends (``wandb/run-DATE-ID``, or the link
+    ``wandb/latest-run``): the records of such a run are in ``PROJECT/ID`` beside ``wandb``.
+    """
+    found = _WANDB_RUN.fullmatch(path.resolve().name)
+    if found is None or not path.is_dir():
+        return path
+    beside = sorted(path.resolve().parent.parent.glob(f"*/{found[1]}"))
+    return beside[0] if len(beside) == 1 else path
 
 
 class _LedgerFile:
@@ -314,7 +341,7 @@ class _LedgerFile:
         lines = [*_lines_of(ledger, first, self._evaluations)]
         if self._rounds and lines[1] == self._last_round:
             del lines[1]
-        add(self._path, self._size, lines)
+        append_lines(self._path, self._size, lines)
         self._remember(ledger)
 
     def _remember(self, ledger: Ledger) -> None:
@@ -333,8 +360,11 @@ def _lines_of(ledger: Ledger, first_round: int, first_evaluation: int) -> Iterat
         yield json_line("evaluation", entry)
 
 
-def _builtins(value: Any) -> Any:
-    """Return a copy in which dataclasses are dictionaries; what is in lists of numbers or texts is taken as it is."""
+def _builtins(value: object) -> object:
+    """Return a copy in which dataclasses are dictionaries.
+
+    Unlike ``dataclasses.asdict`` it does not look at every number of a list, of which a ledger holds millions.
+    """
     if is_dataclass(value):
         return {each.name: _builtins(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, dict):
@@ -344,7 +374,7 @@ def _builtins(value: Any) -> Any:
     return value
 
 
-def _ledger_from(state: Mapping[str, Any]) -> Ledger:
+def _ledger_from(state: Line) -> Ledger:
     return Ledger(
         **{
             **state,
@@ -354,7 +384,7 @@ def _ledger_from(state: Mapping[str, Any]) -> Ledger:
     )
 
 
-def _record_from(state: Mapping[str, Any]) -> RoundRecord:
+def _record_from(state: Line) -> RoundRecord:
     histogram = state["histogram"]
     return RoundRecord(
         **{

@@ -3,22 +3,25 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liveselect.protocols import IGNORE_INDEX, Batch
+from liveselect.grammar import IGNORE_INDEX, Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TARGET_COLUMNS = "target_columns"
-"""Key of what :func:`at_targets` adds: ``(B, K)`` int64, the columns of each row whose next token carries loss.
+"""Key that :func:`at_targets` adds: ``(B, K)`` int64, the columns of each row whose next token carries loss.
 
 Rows with fewer than K of them are filled up with their last column, which has no next token.
 """
 
-_SOFTMAX_ELEMENTS = {"cpu": 2**19, "accelerator": 2**26}  # at once: what a cache holds, what keeps a device busy
-_MODEL_INPUTS = ("attention_mask", "position_ids")
+_MAX_SOFTMAX_ENTRIES = {"cpu": 2**19, "accelerator": 2**26}  # at once: a cache holds the first, the second fills a GPU
+_OPTIONAL_MODEL_INPUTS = ("attention_mask", "position_ids")
 
 
 def shifted_targets(batch: Batch) -> Tensor:
@@ -28,7 +31,7 @@ def shifted_targets(batch: Batch) -> Tensor:
 
 
 def target_counts(batch: Batch) -> Tensor:
-    """Return how many tokens of each example carry loss, ``(B,)`` int64."""
+    """Return the number of tokens that carry loss in each example, ``(B,)`` int64."""
     return (shifted_targets(batch) != IGNORE_INDEX).sum(dim=1)
 
 
@@ -45,10 +48,10 @@ def at_targets(batch: Batch) -> dict[str, Tensor]:
     kept = width
     if most < width - 1:
         columns = columns.masked_fill(~carries, width).sort(dim=1).values[:, :most]
-        if (columns < width).any() and all(batch[key].dim() == 2 for key in _MODEL_INPUTS if key in batch):
+        if (columns < width).any() and all(batch[key].dim() == 2 for key in _OPTIONAL_MODEL_INPUTS if key in batch):
             kept = int(columns[columns < width].max()) + 2  # the last target is predicted one column before its own
         columns = columns.clamp(max=kept - 1)
-        if most == kept - 1:  # some row needs every column that is left, so none is worth leaving out
+        if most == kept - 1:  # some row needs all remaining columns, so none is worth leaving out
             columns = torch.arange(most, device=carries.device).expand(rows, -1)
     return {key: _cut(value, width, kept) for key, value in batch.items()} | {TARGET_COLUMNS: columns}
 
@@ -83,7 +86,7 @@ def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _logits_and_targets(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return what :func:`target_logits` does, with one more column without targets where cutting it off would copy."""
+    """Do as :func:`target_logits`, with one more column without targets where cutting it off would copy."""
     if TARGET_COLUMNS not in batch:
         batch = at_targets(batch)
     columns = batch[TARGET_COLUMNS]
@@ -106,10 +109,12 @@ def reference_loss(losses: list[Tensor], counts: list[Tensor]) -> float:
 def find_language_model(model: nn.Module) -> nn.Module:
     """Return the module that maps token ids to logits: ``model`` itself, or the one that it wraps.
 
-    A compiled module is answered by the module that was compiled: that one carries the signature.
+    For a compiled module that is the original one, which has the signature.
 
     Raises:
-        TypeError: the module defines no ``forward`` and does not hold exactly one module that could be meant.
+        TypeError: the module defines no ``forward``, and holds neither exactly one language model nor exactly one
+        module
+            with parameters.
     """
     model = _uncompiled(model)
     if _defines_forward(model):
@@ -127,8 +132,8 @@ def find_language_model(model: nn.Module) -> nn.Module:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the layer of a Hugging Face language model that makes the logits, or None where there is no such one."""
-    language_models: list[Any] = [module for module in model.modules() if _is_language_model(module)]
+    """Return the layer that makes the logits of a Hugging Face language model, None where there is none."""
+    language_models = [module for module in model.modules() if _is_language_model(module)]
     heads = {id(head): head for each in language_models if isinstance(head := each.get_output_embeddings(), nn.Module)}
     return next(iter(heads.values())) if len(heads) == 1 else None
 
@@ -140,8 +145,8 @@ def _logits_at(network: nn.Module, batch: Batch, rows: Tensor, columns: Tensor) 
     """
     accepted = inspect.signature(network.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    options: dict[str, Any] = {
-        key: batch[key] for key in _MODEL_INPUTS if key in batch and (key in accepted or takes_any)
+    options: dict[str, Tensor | bool] = {
+        key: batch[key] for key in _OPTIONAL_MODEL_INPUTS if key in batch and (key in accepted or takes_any)
     }
     if "use_cache" in accepted:
         options["use_cache"] = False
@@ -159,11 +164,11 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """
     rows = len(logits)
     if not (torch.is_grad_enabled() and logits.requires_grad):
-        rows = _SOFTMAX_ELEMENTS["cpu" if logits.device.type == "cpu" else "accelerator"] // logits.shape[1]
+        rows = _MAX_SOFTMAX_ENTRIES["cpu" if logits.device.type == "cpu" else "accelerator"] // logits.shape[1]
     parts = []
     for part, target in zip(logits.split(max(1, rows)), targets.split(max(1, rows)), strict=True):
         if part.dtype in (torch.bfloat16, torch.float16):
-            part = part.float()  # the differences that selection looks at are lost in a short softmax
+            part = part.float()  # differences between candidates are lost in a 16-bit softmax
         parts.append(F.cross_entropy(part, target, ignore_index=IGNORE_INDEX, reduction="none"))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -172,15 +177,15 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 def _head_narrowed(network: nn.Module, rows: Tensor, columns: Tensor, width: int) -> Iterator[None]:
     """Let the output head see the positions ``columns`` only, where they are few.
 
-    A hook, and not the models' own ``logits_to_keep``, because that keeps the same columns in all rows. Whatever the
-    model does to its logits afterwards (scaling, capping) is done to those that are left.
+    A hook, and not the models' own ``logits_to_keep``, because that keeps the same columns in all rows. The model
+    scales or caps the remaining logits as usual.
     """
     head = output_head(network) if columns.shape[1] < width - 1 else None
     if head is None:
         yield
         return
 
-    def narrow(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def narrow(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0]
         return (hidden[rows, columns], *inputs[1:]) if hidden.shape[:2] == (len(rows), width) else inputs
 
@@ -191,7 +196,7 @@ def _head_narrowed(network: nn.Module, rows: Tensor, columns: Tensor, width: int
         handle.remove()
 
 
-def _cut(value: Any, width: int, kept: int) -> Any:
+def _cut(value: Tensor, width: int, kept: int) -> Tensor:
     if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == width:
         return value[:, :kept]
     return value
@@ -206,16 +211,13 @@ def _defines_forward(model: nn.Module) -> bool:
     return getattr(model.forward, "__qualname__", "") not in {"LightningModule.forward", "_forward_unimplemented"}
 
 
-def _is_language_model(module: nn.Module) -> bool:
+def _is_language_model(module: nn.Module) -> "TypeGuard[PreTrainedModel]":
     return hasattr(module, "config") and hasattr(module, "get_output_embeddings")
 
 
-def _logits(output: Any, network: nn.Module) -> Tensor:
-    if isinstance(output, Mapping):
-        output = output.get("logits")
-    elif hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, tuple):
+def _logits(output: object, network: nn.Module) -> Tensor:
+    output = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(output, tuple):
         output = output[0]
     if not isinstance(output, Tensor) or output.dim() != 3:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -1,4 +1,4 @@
-"""The plan: the candidates chosen in a round, in training order, and how many were consumed."""
+"""The plan: the candidates chosen in a round, in training order, and the number trained on."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class Plan:
     Attributes:
         round: index of the round that made the plan.
         ids: ``(k,)`` int64, in training order.
-        cursor: how many ids were trained on, over all ranks. It is the only truth about progress through the data.
+        cursor: number of ids trained on, over all ranks. It is the only truth about progress through the data.
     """
 
     round: int
@@ -34,7 +34,7 @@ class Plan:
         return hashlib.blake2b(self.ids.numpy().tobytes(), digest_size=8).hexdigest()
 
     def remaining(self, rank: int, world_size: int, batch_size: int) -> Tensor:
-        """Return what one rank has still to train on, ``(steps, batch_size)``.
+        """Return the remaining ids of one rank, ``(steps, batch_size)``.
 
         The global batch is cut into contiguous parts, rank 0 first, so R ranks with batches of B rows see the same
         global batches as one rank with batches of B * R rows, and a run may continue on another number of ranks.
@@ -64,5 +64,5 @@ class Plan:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "Plan":
-        """Return the plan that :meth:`state_dict` described."""
+        """Return the plan with this state."""
         return cls(round=state["round"], ids=state["ids"].to(torch.int64), cursor=state["cursor"])

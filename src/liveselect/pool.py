@@ -1,4 +1,4 @@
-"""The pool: which candidates exist, which group each belongs to, and how often each was trained on."""
+"""The pool: the candidates, their groups, and their uses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ class GroupGeometry:
     """Where the groups of a pool lie in the space that they were made in.
 
     Attributes:
-        starts: ``(G + 1,)`` int64; ``starts[i]:starts[i + 1]`` are the places of group i's neighbours in:
-        columns: ``(nnz,)`` int64 groups near it, and
-        distances: ``(nnz,)`` float32 their cosine distances.
+        starts: ``(G + 1,)`` int64; group i's neighbours stand at ``starts[i]:starts[i + 1]`` of ``columns``.
+        columns: ``(nnz,)`` int64 groups.
+        distances: ``(nnz,)`` float32, their cosine distances.
         reach: neighbours farther away than this are not listed.
         typical: ``(G,)`` int64, the candidate nearest to each group's centre.
         offsets: ``(size,)`` floating point, the distance of each candidate to its group's centre.
@@ -40,7 +40,7 @@ class CandidatePool:
         geometry: which groups are near each other, where that is known.
 
     Attributes:
-        uses: ``(size,)`` int32, how often each candidate was put into a plan.
+        uses: ``(size,)`` int32, the number of plans that held each candidate.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class CandidatePool:
         if size < 1:
             raise ValueError(f"expected a pool of at least one candidate, got {size}")
         if groups is None:
-            groups, group_names = None, tuple(group_names or ("pool",))
+            group_names = tuple(group_names or ("pool",))
         elif groups.shape != (size,):
             raise ValueError(f"expected one group for each of the {size} candidates, got shape {tuple(groups.shape)}")
         elif group_names is None or int(groups.max()) >= len(group_names) or int(groups.min()) < 0:
@@ -76,8 +76,8 @@ class CandidatePool:
         are not enough of them.
 
         Args:
-            at_least: how many a round needs.
-            among: ``(size,)`` bool, which candidates may be chosen at all; only their uses are looked at. None for all.
+            at_least: candidates that a round needs.
+            among: ``(size,)`` bool, the eligible candidates; only their uses are compared. None for all.
 
         Raises:
             ValueError: there are fewer.
@@ -106,14 +106,14 @@ class CandidatePool:
         self.uses[ids] += 1
 
     def group_counts(self, ids: Tensor) -> dict[str, int]:
-        """Return how many of ``ids (k,)`` belong to each group, by name."""
+        """Return the number of ``ids (k,)`` in each group, by name."""
         if self.groups is None:
             return {self.group_names[0]: len(ids)}
         counts = torch.bincount(self.groups[ids].long(), minlength=len(self.group_names))
         return dict(zip(self.group_names, counts.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs: the uses, and the fingerprint that they belong to."""
+        """Return the uses, and the fingerprint of the pool that they belong to."""
         return {"fingerprint": self.fingerprint, "uses": self.uses.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -125,3 +125,16 @@ class CandidatePool:
                 "start a new run (without ckpt_path) on the new one"
             )
         self.uses = state["uses"].to(torch.int32, copy=True)  # older checkpoints hold int16
+
+
+def split_by_use(candidates: Tensor, uses: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+    """Split ``candidates (n,)`` into leftovers, which a round of ``budget`` takes in any case, and the others.
+
+    ``uses (n,)`` of the others are all equal, and larger than those of the leftovers. Both together hold at least
+    ``budget`` candidates, the leftovers alone fewer, or none when ``budget`` is 0.
+    """
+    if not len(uses) or bool((uses == uses[0]).all()):
+        return candidates[:0], candidates
+    levels, counts = uses.unique(return_counts=True)  # ascending
+    level = levels[min(int((counts.cumsum(0) < budget).sum()), len(levels) - 1)]
+    return candidates[uses < level], candidates[uses == level]

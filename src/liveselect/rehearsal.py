@@ -1,66 +1,77 @@
-"""A rehearsal of measuring before training starts: what cannot work is told now, and not after the warm-up rounds."""
+"""A rehearsal of measuring before training starts: what cannot work is reported now, and not after the warm-up."""
 
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from liveselect import distributed
-from liveselect.cost import CostMeter, SilentProgress
+from liveselect.cost import CostMeter
+from liveselect.grammar import (
+    Batch,
+    CandidateSource,
+    InfluenceEstimator,
+    LiveModel,
+    NotMeasurableError,
+    Round,
+    Selector,
+)
 from liveselect.losses import target_counts
+from liveselect.parts import checked_influence, fit_metrics
 from liveselect.plan import Plan
-from liveselect.protocols import Batch, CandidateSource, NotMeasurableError, RoundContext
-from liveselect.rounds import SelectionRun
-from liveselect.snapshot import measuring
+from liveselect.preserve import measuring
 
-FEW = 2
+MEASURED_CANDIDATES = 2
 """Candidates that are measured; one alone would hide a loss that is summed or averaged over the batch."""
 
-SOME = 32
+LOOKED_AT_CANDIDATES = 32
 """Candidates that parts are tried on, from all over the pool: sources differ."""
 
 
-def rehearse(run: SelectionRun, context: RoundContext) -> None:
-    """Measure a few candidates on one batch of the reference set, with copies of the parts that learn.
+def rehearse(
+    selector: Selector, estimator: InfluenceEstimator | None, model: LiveModel, round: Round, budget: int
+) -> None:
+    """Let the selector check; measure a few candidates on one batch of the reference set, with copies of the parts.
 
-    Everything that a round would do is done once, small, for real; the model, the random states and the parts of the
-    run are left as they are. A part with ``check(context)`` is asked that instead. That the model can be measured only
-    later (a learning rate of zero) is no reason to stop. Nothing is done for a run that measures nothing.
+    Everything that a round would do is done once, small, for real; the model, the random states and the parts are left
+    as they are. That the model can be measured only later (a learning rate of zero) is no reason to stop.
+
+    Args:
+        selector: of the run.
+        estimator: of the run; None measures nothing.
+        model: the live model.
+        round: a round that the selector will choose in.
+        budget: candidates that a round trains on.
 
     Raises:
-        Exception: whatever the first measuring round would raise; a note says where it came from.
+        Exception: what the first measuring round would raise; a note says where it came from.
     """
-    if run.estimator is None:
-        return
-    spread = _spread(context.candidates, max(SOME, distributed.world_size()))
-    small = replace(
-        context,
-        source=_Excerpt(context.source),
-        candidates=spread,
-        meter=CostMeter(),
-        progress=SilentProgress(),
-    )
-    try:
-        with measuring(context.model, context.optimizer):
-            batches = list(small.candidate_batches(spread[: max(FEW, distributed.world_size())]))
-            _check_losses(small, batches[0], "candidates", differentiated=True)
-            _check_losses(small, small.to_device(next(iter(small.source.reference()))), "reference examples")
-            for part in (run.estimator, run.selector):
-                if hasattr(part, "check"):
-                    part.check(small)
-            if not hasattr(run.estimator, "check"):
-                _measure(copy.deepcopy(run.estimator), small, batches[0])
-    except NotMeasurableError:
-        pass
-    except Exception as error:
-        error.add_note(
-            f"{type(run.selector).__name__} with {type(run.estimator).__name__} would fail like this in the first "
-            "round that measures, so it is told before training starts"
-        )
-        raise
+    meter = CostMeter()  # the rehearsal is charged as a whole
+    spread = _spread(round.candidates, max(LOOKED_AT_CANDIDATES, distributed.world_size()))
+    model = replace(model, meter=meter)
+    round = replace(round, source=_Excerpt(round.source), candidates=spread, meter=meter)
+    with measuring(model.module, model.optimizer):
+        if estimator is None:
+            selector.check(round, budget)
+            return
+        try:
+            _check_losses(model, _batch_of_candidates(round), "candidates", differentiated=True)
+            reference = model.to_device(next(iter(round.source.reference())))
+            _check_losses(model, reference, "reference examples")
+            selector.check(round, budget)
+            estimator.check(model, round)
+            if estimator.rehearsed:
+                _measure(copy.deepcopy(estimator), model, round)
+        except NotMeasurableError:
+            pass  # a later round may be able to
+        except Exception as error:
+            error.add_note(
+                f"{type(selector).__name__} with {type(estimator).__name__} would fail like this in the first round "
+                "that measures, so it is reported before training starts"
+            )
+            raise
 
 
 def _spread(ids: Tensor, count: int) -> Tensor:
@@ -68,19 +79,23 @@ def _spread(ids: Tensor, count: int) -> Tensor:
     return ids[torch.linspace(0, len(ids) - 1, count).long()] if len(ids) > count else ids
 
 
-def _measure(estimator: Any, context: RoundContext, batch: Batch) -> None:
-    estimator.fit(context)
-    influence = estimator.score(context, batch)
-    if influence.shape != (len(batch["input_ids"]),):
-        raise ValueError(
-            f"expected {type(estimator).__name__}.score to return one influence for each of "
-            f"{len(batch['input_ids'])} candidates, got {tuple(influence.shape)}"
-        )
+def _batch_of_candidates(round: Round) -> dict[str, Tensor]:
+    return next(round.batches(round.candidates[: max(MEASURED_CANDIDATES, distributed.world_size())]))
 
 
-def _check_losses(context: RoundContext, batch: Batch, what: str, differentiated: bool = False) -> None:
-    with context.forward_context(), torch.set_grad_enabled(differentiated):
-        losses: Any = context.loss_fn(context.model, batch)
+def _measure(estimator: InfluenceEstimator, model: LiveModel, round: Round) -> None:
+    batch = _batch_of_candidates(round)
+    fit_metrics(estimator, model, round)
+    rows, name = len(batch["input_ids"]), type(estimator).__name__
+    checked_influence(estimator.score(model, batch), rows, f"{name}.score")
+    if estimator.at_once:
+        ids = round.candidates[:rows]
+        checked_influence(estimator.score_ids(model, round, ids), len(ids), f"{name}.score_ids")
+
+
+def _check_losses(model: LiveModel, batch: Batch, what: str, differentiated: bool = False) -> None:
+    with model.autocast(), torch.set_grad_enabled(differentiated):
+        losses: object = model.losses(batch)
     rows = len(batch["input_ids"])
     if not isinstance(losses, Tensor) or losses.shape != (rows,) or not losses.is_floating_point():
         got = f"{tuple(losses.shape)} {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
@@ -90,7 +105,7 @@ def _check_losses(context: RoundContext, batch: Batch, what: str, differentiated
         )
 
 
-class _Excerpt:
+class _Excerpt(CandidateSource):
     """A source whose reference set is its first batch that carries loss."""
 
     def __init__(self, source: CandidateSource) -> None:

@@ -2,28 +2,40 @@
 
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from liveselect import distributed
+from liveselect.cost import CostMeter
 from liveselect.decisions import DecisionLedger, RoundDecisions
+from liveselect.grammar import (
+    NO_IDS,
+    CandidateSource,
+    InfluenceEstimator,
+    LiveModel,
+    Round,
+    Selection,
+    SelectionWarning,
+    Selector,
+    State,
+)
 from liveselect.ledger import Example, Histogram, Ledger, RoundRecord
 from liveselect.measurement import Measurement
+from liveselect.parts import check_keys, restore_part, save_part
 from liveselect.plan import Plan
-from liveselect.pool import CandidatePool
-from liveselect.protocols import InfluenceEstimator, RoundContext, Selection, SelectionWarning, Selector
-from liveselect.snapshot import measuring
+from liveselect.pool import CandidatePool, split_by_use
+from liveselect.preserve import measuring
 from liveselect.watch import Scene, Watch
 
 EXAMPLES_SHOWN = 6
 CHARACTERS_SHOWN = 600
 GROUPS_RECORDED = 64
 """A pool with more groups records only those that a round touched: thousands of clusters would swell the ledger."""
+
+LEFT_OVER = "used less often than the others, so its turn came first"
 
 
 @dataclass
@@ -34,116 +46,231 @@ class SelectionRun:
         selector: chooses, once the warm-up is over.
         estimator: measures what the selector proposes; None for selectors that propose nothing.
         warmup: chooses in the first ``warmup_rounds`` rounds.
-        pool: the candidates and how often each was used.
+        source: the data; its pool knows how often each candidate was used.
+        seed: seed of every draw that selection makes.
         plan: what is being trained on; None before the first round.
         ledger: all rounds so far.
         decisions: where each candidate's fate is written, None for nowhere.
         watch: raises alarms, None for none.
         ahead: what was measured for the next round while its predecessor is trained on; None when nothing was.
+        interrupted: whether this process was asked to stop.
     """
 
     selector: Selector
     estimator: InfluenceEstimator | None
     warmup: Selector
     warmup_rounds: int
-    pool: CandidatePool
+    source: CandidateSource
+    seed: int = 0
     plan: Plan | None = None
     ledger: Ledger = field(default_factory=Ledger)
     decisions: DecisionLedger | None = None
     watch: Watch | None = None
     ahead: Measurement | None = None
+    interrupted: Callable[[], bool] = lambda: False
+
+    @property
+    def pool(self) -> CandidatePool:
+        """The candidates."""
+        return self.source.pool
 
     @property
     def next_round(self) -> int:
         """Index of the round to come."""
         return 0 if self.plan is None else self.plan.round + 1
 
+    @property
+    def measures(self) -> bool:
+        """Whether the round to come may measure something."""
+        return self.estimator is not None and self.selector_for(self.next_round) is self.selector
+
     def selector_for(self, round_index: int) -> Selector:
         """Return who chooses in a round."""
         return self.warmup if round_index < self.warmup_rounds else self.selector
 
-    def candidates(self, budget: int, selector: Selector | None = None) -> Tensor:
-        """Return what ``budget`` candidates may be chosen from, ``(n,)`` ascending ids, by the next round's selector.
+    def open_round(
+        self,
+        step: int,
+        budget: int,
+        *,
+        selector: Selector | None = None,
+        device: torch.device | None = None,
+        meter: CostMeter | None = None,
+    ) -> Round:
+        """Return the round to come, in which ``budget`` candidates are chosen at optimizer step ``step``.
 
-        Args:
-            budget: candidates that a round trains on.
-            selector: another one that chooses.
+        Its candidates are the least used of those that its selector (or ``selector``) may choose at all.
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: there are fewer than the budget.
         """
         selector = selector or self.selector_for(self.next_round)
-        eligible = selector.eligible(self.pool, budget) if hasattr(selector, "eligible") else None
-        return self.pool.available(budget, eligible)
+        # of the run's selector in the warm-up too: what it may never choose is not trained on before either
+        eligible = _eligible(self.selector if selector is self.warmup else selector, self.pool, budget)
+        candidates = self.pool.available(budget, eligible)
+        leftovers = NO_IDS
+        if selector.engine_orders:
+            leftovers, candidates = split_by_use(candidates, self.pool.uses[candidates], budget)
+        return Round(
+            index=self.next_round,
+            step=step,
+            seed=self.seed,
+            candidates=candidates,
+            source=self.source,
+            leftovers=leftovers,
+            trained=None if self.plan is None else self.plan.ids,
+            device=device or torch.device("cpu"),
+            meter=meter or CostMeter(),
+        )
 
-    def state_dict(self) -> dict[str, Any]:
+    def measurement(self, meter: CostMeter | None = None) -> Measurement:
+        """Return the measurement of the round to come, with nothing measured yet."""
+        return Measurement(self.estimator, self.selector_for(self.next_round), meter, self.interrupted)
+
+    def state_dict(self) -> State:
         """Return everything that a resumed run needs, as tensors and builtins."""
         return {
             "pool": self.pool.state_dict(),
             "plan": None if self.plan is None else self.plan.state_dict(),
             "ledger": self.ledger.state_dict(),
-            "selector": _state_of(self.selector, None if self.ahead is None else self.ahead.selector_state),
-            "estimator": _state_of(self.estimator),
+            "selector": save_part(self.selector, None if self.ahead is None else self.ahead.selector_state),
+            "estimator": save_part(self.estimator),
             "ahead": None if self.ahead is None else self.ahead.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state; raise ValueError when it belongs to another pool or other parts."""
+    def load_state_dict(self, state: State) -> None:
+        """Restore the state.
+
+        Raises:
+            ValueError: it belongs to another pool or other parts, or what it says of plan, uses and rounds does not fit
+                together: it was damaged or changed by hand.
+        """
+        check_keys(state, {"pool", "plan", "ledger", "selector", "estimator", "ahead"}, "selection state")
         self.pool.load_state_dict(state["pool"])
         self.plan = None if state["plan"] is None else Plan.from_state_dict(state["plan"])
         self.ledger.load_state_dict(state["ledger"])
-        _load_into(self.selector, state["selector"], "selector")
-        _load_into(self.estimator, state["estimator"], "estimator")
+        self._check_consistent()
+        restore_part(self.selector, state["selector"], "selector")
+        restore_part(self.estimator, state["estimator"], "estimator")
         self.ahead = None
         if state["ahead"] is not None:
-            self.ahead = Measurement(self.estimator, self.selector)
-            self.ahead.remember()
+            self.ahead = self.measurement()
             self.ahead.load_state_dict(state["ahead"])
 
+    def _check_consistent(self) -> None:
+        """Raise ValueError unless plan, uses and ledger of a checkpoint tell the same run."""
+        plan, rounds, uses = self.plan, self.ledger.rounds, self.pool.uses
+        chosen = sum(record.chosen for record in rounds)
+        wrong = None
+        if uses.shape != (self.pool.size,) or int(uses.min()) < 0:
+            wrong = f"uses of shape {tuple(uses.shape)} for a pool of {self.pool.size}, or negative ones"
+        elif int(uses.sum()) != chosen:
+            wrong = f"{int(uses.sum())} uses of candidates and {chosen} choices in its rounds"
+        elif (plan is None) != (not rounds):
+            wrong = f"{'no' if plan is None else 'a'} plan and {len(rounds)} rounds"
+        elif plan is not None:
+            wrong = self._contradiction(plan, rounds[-1])
+        if wrong is not None:
+            raise ValueError(
+                f"the selection state of the checkpoint holds {wrong}: it was damaged or changed. Resume from an "
+                "earlier checkpoint, or start a new run from the model's weights"
+            )
 
-def run_round(run: SelectionRun, context: RoundContext, budget: int) -> Plan:
+    def _contradiction(self, plan: Plan, record: RoundRecord) -> str | None:
+        if plan.ids.dim() != 1 or not 0 <= plan.cursor <= len(plan.ids):
+            return f"a plan of {tuple(plan.ids.shape)} ids with its cursor at {plan.cursor}"
+        if len(plan.ids) and not 0 <= int(plan.ids.min()) <= int(plan.ids.max()) < self.pool.size:
+            return f"a plan with ids outside of the pool's 0 to {self.pool.size - 1}"
+        if (plan.round, plan.fingerprint) != (record.round, record.plan):
+            recorded = f"{record.plan} of round {record.round}"
+            return f"plan {plan.fingerprint} of round {plan.round}, where its ledger has {recorded}"
+        return None
+
+
+def run_round(run: SelectionRun, model: LiveModel, round: Round, budget: int) -> Plan:
     """Run one whole round and return its plan of ``budget`` candidates, which is also ``run.plan`` from now on."""
-    measurement = Measurement(run.estimator, run.selector_for(context.round), context.meter)
-    measurement.advance(context)
-    return finish_round(run, measurement, context, budget)
+    measurement = run.measurement(round.meter)
+    measurement.advance(model, round)
+    return finish_round(run, measurement, model, round, budget)
 
 
-def finish_round(run: SelectionRun, measurement: Measurement, context: RoundContext, budget: int) -> Plan:
+def finish_round(run: SelectionRun, measurement: Measurement, model: LiveModel, round: Round, budget: int) -> Plan:
     """Choose by what was measured, and return the plan of ``budget`` candidates; it is ``run.plan`` from now on.
 
     The run changes only when the round is complete.
 
     Raises:
-        ValueError: the selector returned something else than ``budget`` distinct candidates.
+        ValueError: the selector returned something else than distinct candidates of the number that was asked for.
         RuntimeError: the ranks decided differently.
     """
-    selector = run.selector_for(context.round)
-    with measuring(context.model, context.optimizer), context.meter.phase("choose"):
-        selection = selector.select(context, budget)
-    _validate(selection.ids, context.candidates, budget, selector)
-    distributed.check_agreement(f"the plan of round {context.round}", selection.ids)
-    plan = Plan(context.round, selection.ids)
-    with measuring(context.model, context.optimizer):
-        record = _record(run.pool, context, selector, selection, plan, measurement)
-    _write_decisions(run, context, record, selection, plan)
-    _raise_alarms(run, context, record, selection, plan, measurement)
+    model, round = replace(model, meter=measurement.meter), replace(round, meter=measurement.meter)
+    selector = run.selector_for(round.index)
+    with measuring(model.module, model.optimizer), round.meter.phase("choose"):
+        selection = _choose(selector, round, budget)
+    distributed.check_agreement(f"the plan of round {round.index}", selection.ids)
+    plan = Plan(round.index, selection.ids)
+    with measuring(model.module, model.optimizer):
+        record = _record(round, selector, selection, plan, measurement)
+    _write_decisions(run, round, record, selection, plan)
+    _raise_alarms(run, model, round, record, selection, plan, measurement)
     run.pool.record_use(plan.ids)
     run.plan = plan
     run.ahead = None
     run.ledger.ahead_seconds = run.ledger.ahead_flops = 0.0
     run.ledger.rounds.append(record)
-    estimator: Any = run.estimator
-    if hasattr(estimator, "release"):
-        estimator.release()
+    if run.estimator is not None:
+        run.estimator.release()
     return plan
 
 
-def _validate(ids: Tensor, candidates: Tensor, budget: int, selector: Selector) -> None:
+def _eligible(selector: Selector, pool: CandidatePool, budget: int) -> Tensor | None:
+    """Return what a selector may choose; raise ValueError when that is no mask of the pool."""
+    mask: object = selector.eligible(pool, budget)
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.shape != (pool.size,) or mask.dtype != torch.bool:
+        got = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"expected {type(selector).__name__}.eligible to return None or a mask ({pool.size},) bool of the pool, "
+            f"got {got}"
+        )
+    return mask
+
+
+def _choose(selector: Selector, round: Round, budget: int) -> Selection:
+    """Return what the round trains on: its leftovers, and the selector's choice among equals, in training order."""
+    wanted = budget - len(round.leftovers)
+    chosen = selector.select(round, wanted)
+    if not isinstance(chosen, Tensor | Selection):
+        raise ValueError(
+            f"expected {type(selector).__name__}.select to return a tensor of ids or a Selection, got "
+            f"{type(chosen).__name__}"
+        )
+    selection = Selection(chosen) if isinstance(chosen, Tensor) else chosen
+    _validate(selection.ids, round.candidates, wanted, selector)
+    if not selector.engine_orders:
+        return selection
+    ids = torch.cat([round.leftovers, selection.ids.cpu()])
+    ids = ids[torch.randperm(len(ids), generator=round.generator("order"))]
+    if not len(round.leftovers):
+        return replace(selection, ids=ids)
+    return replace(
+        selection,
+        ids=ids,
+        metrics={**selection.metrics, "left_over": float(len(round.leftovers))},
+        reasons={LEFT_OVER: round.leftovers, **selection.reasons},
+    )
+
+
+def _validate(ids: object, candidates: Tensor, wanted: int, selector: Selector) -> None:
     name = type(selector).__name__
-    if ids.shape != (budget,) or ids.dtype != torch.int64:
-        raise ValueError(f"expected {name} to choose ({budget},) int64 ids, got {tuple(ids.shape)} {ids.dtype}")
-    if len(ids.unique()) != budget:
-        raise ValueError(f"{name} chose {budget - len(ids.unique())} ids more than once; ids of a round are distinct")
+    if not isinstance(ids, Tensor) or ids.shape != (wanted,) or ids.dtype != torch.int64:
+        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"expected {name} to choose ({wanted},) int64 ids, got {got}")
+    if len(ids.unique()) != wanted:
+        raise ValueError(f"{name} chose {wanted - len(ids.unique())} ids more than once; ids of a round are distinct")
+    if not wanted:
+        return
     is_candidate = torch.zeros(1 + max(int(candidates.max()), int(ids.max())), dtype=torch.bool)
     is_candidate[candidates] = True  # isin would sort all candidates in every round
     if int(ids.min()) < 0 or not is_candidate[ids].all():
@@ -151,54 +278,49 @@ def _validate(ids: Tensor, candidates: Tensor, budget: int, selector: Selector) 
 
 
 def _record(
-    pool: CandidatePool,
-    context: RoundContext,
-    selector: Selector,
-    selection: Selection,
-    plan: Plan,
-    found: Measurement,
+    round: Round, selector: Selector, selection: Selection, plan: Plan, measurement: Measurement
 ) -> RoundRecord:
-    measured = torch.cat([torch.empty(0, dtype=torch.int64), *found.ids])
-    influence = torch.cat([torch.empty(0), *found.influence])
-    steps = torch.cat([torch.empty(0, dtype=torch.int64), *found.steps])
-    obstacle = _obstacle(found, influence)
+    measured, steps = measurement.ids, measurement.steps
     histogram = None
     if selection.scored is not None and selection.scores is not None:
-        chosen = torch.isin(selection.scored, plan.ids)
-        histogram = Histogram.of(selection.scores, chosen)
-    examples = _examples(pool, context, selection)
+        histogram = Histogram.of(selection.scores, torch.isin(selection.scored, plan.ids))
+    available = torch.cat([round.leftovers, round.candidates])
+    examples = _examples(round, selection)
     flops: dict[str, float] = {}
-    for rank_flops in distributed.gather_objects(dict(context.meter.flops)):
+    for rank_flops in distributed.gather_objects(dict(round.meter.flops)):
         for phase, amount in rank_flops.items():
             flops[phase] = flops.get(phase, 0.0) + amount
     return RoundRecord(
-        round=context.round,
-        step=context.step,
+        round=round.index,
+        step=round.step,
         selector=type(selector).__name__,
-        candidates=len(context.candidates),
+        candidates=len(available),
         chosen=len(plan.ids),
         plan=plan.fingerprint,
         measured=measured.tolist(),
-        influence=influence.tolist(),
-        groups=_groups(pool, context.candidates, measured, plan.ids, selection.group_metrics),
+        influence=measurement.influence.tolist(),
+        groups=_groups(round.pool, available, measured, plan.ids, selection.group_metrics),
         histogram=histogram,
         examples=examples,
         metrics={
-            **found.metrics,
-            **_staleness(context.step - steps[steps >= 0]),
+            **measurement.metrics,
+            **_staleness(round.step - steps[steps >= 0]),
             **{name: float(value) for name, value in selection.metrics.items()},
         },
-        seconds=dict(context.meter.seconds),
+        seconds=dict(round.meter.seconds),
         flops=flops,
-        notes=[*obstacle, *selection.notes],
+        notes=[*_unmeasured(measurement), *selection.notes],
     )
 
 
-def _obstacle(found: Measurement, influence: Tensor) -> tuple[str, ...]:
-    if found.obstacle is None:
-        return ()
-    what = "not everything" if influence.isfinite().any() else "nothing"
-    return (f"{what} could be measured: {found.obstacle}",)
+def _unmeasured(measurement: Measurement) -> tuple[str, ...]:
+    """Return a note about what could not be measured."""
+    finite = int(measurement.influence.isfinite().sum())
+    if measurement.obstacle is not None:
+        return (f"{'not everything' if finite else 'nothing'} could be measured: {measurement.obstacle}",)
+    if lost := measurement.measured - finite:
+        return (f"{lost} of {measurement.measured} measured influences are not finite and were left out",)
+    return ()
 
 
 def _staleness(ages: Tensor) -> dict[str, float]:
@@ -208,9 +330,7 @@ def _staleness(ages: Tensor) -> dict[str, float]:
     return {"staleness/mean": float(ages.double().mean()), "staleness/max": float(ages.max())}
 
 
-def _write_decisions(
-    run: SelectionRun, context: RoundContext, record: RoundRecord, selection: Selection, plan: Plan
-) -> None:
+def _write_decisions(run: SelectionRun, round: Round, record: RoundRecord, selection: Selection, plan: Plan) -> None:
     """Write every decision of the round on rank 0, and add the time to the record."""
     if run.decisions is None or distributed.rank() != 0:
         return
@@ -218,20 +338,21 @@ def _write_decisions(
     measured, influence = torch.tensor(record.measured, dtype=torch.int64), torch.tensor(record.influence)
     decisions = RoundDecisions(record, run.pool, selection, plan, measured, influence, spent)
     try:
-        with context.meter.phase("write decisions"):
+        with round.meter.phase("write decisions"):
             run.decisions.write(decisions)
     except Exception as error:  # a full disk, or a selector that contradicts itself, must not end the training
         warnings.warn(
-            f"the decisions of round {context.round} could not be written to {run.decisions.folder}: {error}",
+            f"the decisions of round {round.index} could not be written to {run.decisions.folder}: {error}",
             SelectionWarning,
             stacklevel=2,
         )
-    record.seconds.update(context.meter.seconds)
+    record.seconds.update(round.meter.seconds)
 
 
 def _raise_alarms(
     run: SelectionRun,
-    context: RoundContext,
+    model: LiveModel,
+    round: Round,
     record: RoundRecord,
     selection: Selection,
     plan: Plan,
@@ -243,22 +364,22 @@ def _raise_alarms(
     scene = Scene(
         record,
         run.ledger.rounds,
-        context,
+        model,
+        round,
         selection,
         plan,
-        run.pool,
-        estimator=run.estimator if measurement.ids and measurement.obstacle is None else None,
+        estimator=run.estimator if len(measurement.ids) and measurement.obstacle is None else None,
         restored=measurement.restored,
         decisions=None if run.decisions is None else run.decisions.folder,
     )
-    before = sum(context.meter.flops.values())
+    before = sum(round.meter.flops.values())
     try:
-        with context.meter.phase("watch"):
+        with round.meter.phase("watch"):
             record.alarms.extend(run.watch.look(scene))
-    except Exception as error:  # whoever only looks must not end the training
+    except Exception as error:  # the watch only looks, so it must not end the training
         record.notes.append(f"the watch failed: {error!r}")
-    record.seconds.update(context.meter.seconds)
-    if spent := sum(context.meter.flops.values()) - before:
+    record.seconds.update(round.meter.seconds)
+    if spent := sum(round.meter.flops.values()) - before:
         record.flops["watch"] = spent * distributed.world_size()  # every rank measures all canaries
 
 
@@ -278,7 +399,7 @@ def _groups(
     return rows
 
 
-def _examples(pool: CandidatePool, context: RoundContext, selection: Selection) -> list[Example]:
+def _examples(round: Round, selection: Selection) -> list[Example]:
     """Return the highest chosen and the lowest rejected candidates, or the first chosen when nothing was scored."""
     if selection.scored is None or selection.scores is None:
         ids, scores = selection.ids[:EXAMPLES_SHOWN], None
@@ -290,9 +411,9 @@ def _examples(pool: CandidatePool, context: RoundContext, selection: Selection) 
         worst = order[~is_chosen[order]].flip(0)[:EXAMPLES_SHOWN]
         rows = torch.cat([best, worst])
         ids, scores, chosen = selection.scored[rows], selection.scores[rows], is_chosen[rows]
-    texts: list[str] = []
-    for batch in context.source.candidates(ids):
-        texts += context.source.decode(batch["input_ids"])
+    pool, texts = round.pool, list[str]()
+    for batch in round.source.candidates(ids):
+        texts += round.source.decode(batch["input_ids"])
     return [
         Example(
             id=int(ids[i]),
@@ -303,35 +424,3 @@ def _examples(pool: CandidatePool, context: RoundContext, selection: Selection) 
         )
         for i, text in enumerate(texts)
     ]
-
-
-def _state_of(part: Any, known: Any = None) -> dict[str, Any] | None:
-    """Return the class and the state of a part, which may be ``known`` already; None when it keeps none."""
-    if not hasattr(part, "state_dict"):
-        return None
-    return {"class": type(part).__name__, "state": _as_builtins(part.state_dict() if known is None else known)}
-
-
-def _as_builtins(value: Any) -> Any:
-    """Return a state with NumPy's numbers and arrays as Python's and tensors: others make a checkpoint unloadable."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
-    if isinstance(value, Mapping):
-        return {_as_builtins(key): _as_builtins(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_as_builtins(item) for item in value)
-    return value
-
-
-def _load_into(part: Any, state: Mapping[str, Any] | None, role: str) -> None:
-    found = type(part).__name__ if hasattr(part, "state_dict") else None
-    expected = None if state is None else state["class"]
-    if found != expected:
-        raise ValueError(
-            f"the checkpoint holds the state of the {role} {expected}, but this run uses {type(part).__name__}: "
-            f"resume with the {role} that the run began with, or start a new run"
-        )
-    if state is not None:
-        part.load_state_dict(state["state"])

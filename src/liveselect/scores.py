@@ -6,13 +6,12 @@ A score folder, as ``liveselect score`` writes it, holds
 ``scores.json``   ``format``, ``version``, ``pool`` (fingerprint of the pool), ``size`` (n), ``blake2b`` of the numbers,
                   and ``about``: what made them. It is written last: without it the folder is unfinished
 
-Scores made elsewhere (QuRating, FineWeb-Edu, perplexity) are read from a NumPy file, a Parquet file or an array; these
-name no pool, so only their length can be compared with it.
+Scores made elsewhere (QuRating, FineWeb-Edu, perplexity) are read from a NumPy file, a Parquet file or an array. They
+name no pool, so only their number can be checked.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,12 +23,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from liveselect.json_lines import whole_file
+
 FORMAT, VERSION = "liveselect-scores", 1
 VALUES, MANIFEST = "scores.npy", "scores.json"
 _REMEDY = "copy the folder again from where it is whole, or delete it and score the pool again"
 
-_CHUNK = 1 << 22  # numbers looked at at once
-_IN_MEMORY = 1 << 30  # bytes: larger files are mapped, and must stay as they are while they are drawn from
+_NUMBERS_PER_CHUNK = 1 << 22  # 32 MiB as float64
+_MAX_BYTES_IN_MEMORY = 1 << 30  # larger files are mapped, and must not change while a run draws from them
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,18 @@ class Scores:
     """One score for every candidate of a pool.
 
     Attributes:
-        values: ``(n,)`` floating point, larger is better; -inf is never drawn. Mapped from a NumPy file above 1 GiB.
+        values: ``(n,)`` floating point, larger is better; -inf is never drawn. A NumPy file above 1 GiB is mapped.
         digest: BLAKE2b hash of the values.
-        pool: fingerprint of the pool that they belong to, or None when the file does not say.
-        about: what made them, as far as it is known.
-        name: where they come from, for messages.
-        mapped: the file that the values are mapped from, its size and its time of change in ns, if they are.
+        pool: fingerprint of their pool, None if the file does not say.
+        about: how they were made, as far as is known.
+        name: their origin, for messages.
+        mapped: the file that the values are mapped from, its size and its time of change in ns; None if not mapped.
     """
 
     values: Tensor
     digest: str
     pool: str | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)  # JSON
     name: str = "an array"
     mapped: tuple[Path, int, int] | None = None
 
@@ -66,7 +67,7 @@ class Scores:
             )
 
     def check_unchanged(self) -> None:
-        """Raise ValueError when the file that the values are mapped from is not the one that was read."""
+        """Raise ValueError if the file that the values are mapped from has changed."""
         if self.mapped is not None and (not self.mapped[0].exists() or _stamp(self.mapped[0]) != self.mapped):
             raise ValueError(
                 f"{self.mapped[0]} was changed while a run draws from it, so the numbers are no longer those that it "
@@ -74,8 +75,8 @@ class Scores:
             )
 
 
-def read_scores(source: Any, column: str = "score") -> Scores:
-    """Read scores from whatever holds them.
+def read_scores(source: object, column: str = "score") -> Scores:
+    """Read scores from a folder, a file or numbers in memory.
 
     Args:
         source: a score folder; a ``.npy`` file ``(n,)``; a ``.parquet`` file with a column of scores and, if its rows
@@ -83,9 +84,8 @@ def read_scores(source: Any, column: str = "score") -> Scores:
         column: name of the Parquet column.
 
     Raises:
-        FileNotFoundError: there is no such file, or the folder is not whole.
-        ValueError: the file is not what it should be, or there are NaN or +inf among the scores, or integers that no
-            float64 holds.
+        FileNotFoundError: there is no such file, or the folder is incomplete.
+        ValueError: the file is no score file, or a score is NaN, +inf or an integer that no float64 holds.
     """
     if not isinstance(source, (str, Path)):
         return _checked(_array(source), "an array")
@@ -103,19 +103,19 @@ def read_scores(source: Any, column: str = "score") -> Scores:
     raise ValueError(f"expected scores in a folder made by `liveselect score`, a .npy or a .parquet file, got {path}")
 
 
-def write_scores(folder: str | Path, values: npt.ArrayLike, pool: str, about: Mapping[str, Any]) -> Scores:
+def write_scores(folder: str | Path, values: npt.ArrayLike, pool: str, about: Mapping[str, object]) -> Scores:
     """Write a score folder, whole or not at all, and return what it holds.
 
     Args:
-        folder: made if need be; may hold other files, but no finished scores and no other ``scores.npy``.
-        values: ``(n,)``, possibly mapped from a file; read in pieces.
+        folder: created if missing; may hold other files, but no finished scores and no other ``scores.npy``.
+        values: ``(n,)``, possibly mapped from a file; read in chunks.
         pool: fingerprint of the pool.
-        about: what made the scores: strings, numbers, lists and dicts.
+        about: how the scores were made, as JSON.
 
     Raises:
         FileExistsError: the folder holds finished scores, or a ``scores.npy`` with other numbers.
-        OSError: the disk is full, or may not be written to.
-        ValueError: the values are not numbers ``(n,)``, or there are NaN, +inf or what float32 cannot hold among them.
+        OSError: the disk is full, or not writable.
+        ValueError: the values are not numbers ``(n,)``, or one is NaN, +inf or beyond float32.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
@@ -125,57 +125,41 @@ def write_scores(folder: str | Path, values: npt.ArrayLike, pool: str, about: Ma
     _check_values(array, name)
     _check_float32(array, name)
     digest = _digest(array, "<f4")
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "pool": pool,
-        "size": len(array),
-        "blake2b": digest,
-        "about": dict(about),
-    }
-    text = json.dumps(manifest, indent=1)
-    _check_not_of_others(folder / VALUES, digest)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / VALUES) as file:
+    manifest = {"format": FORMAT, "version": VERSION, "pool": pool, "size": len(array), "blake2b": digest}
+    text = json.dumps({**manifest, "about": dict(about)}, indent=1)  # before anything is written: it may be no JSON
+    _check_same_numbers(folder / VALUES, digest)
+    with _score_file(folder / VALUES) as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": array.shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for part in _parts(array):  # not by a mapping: that ends the process when the disk is full
+        for part in _chunks(array):  # not through a memory map: a full disk would end the process by a signal
             file.write(part.astype("<f4").tobytes())
-    with _replacing(folder / MANIFEST) as file:
+    with _score_file(folder / MANIFEST) as file:
         file.write(text.encode())
-    for left in (*folder.glob(f"{VALUES}.*.tmp"), *folder.glob(f"{MANIFEST}.*.tmp")):
-        if left.suffixes[-2][1:].isdigit():  # of a process that was killed
-            left.unlink(missing_ok=True)
+    for name in (VALUES, MANIFEST):  # files of a process that was killed
+        for path in folder.glob(f"{name}.*.tmp"):
+            if path.suffixes[-2][1:].isdigit():
+                path.unlink(missing_ok=True)
     return read_scores(folder)
 
 
 @contextmanager
-def _replacing(final: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of ``final`` when it is whole, and is removed when it cannot be."""
-    temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
+def _score_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of ``path`` once it is complete, with advice in the error of a full disk."""
     try:
-        with temporary.open("wb") as file:
+        with whole_file(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(final)
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot write {final} ({error.strerror or error}): free space in {final.parent}, or see that it may be "
-            "written to, and repeat",
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        advice = f"free space in {path.parent}, or make it writable, and repeat"
+        raise OSError(error.errno, f"cannot write {path} ({error.strerror or error}): {advice}") from error
 
 
-def _check_not_of_others(file: Path, digest: str) -> None:
-    """Raise FileExistsError when the file holds other numbers; a job that was stopped may have left these."""
+def _check_same_numbers(file: Path, digest: str) -> None:
+    """Raise FileExistsError if the file exists with other numbers; a job that was stopped may have left the same."""
     try:
         if not file.exists() or _read_numpy(file).digest == digest:
             return
     except ValueError:
-        pass  # what cannot be read was not written here
+        pass  # an unreadable file is not one that was left here
     raise FileExistsError(
         f"{file} is there already, with other contents and without a {MANIFEST}: choose another folder, or move it away"
     )
@@ -208,17 +192,17 @@ def _read_folder(path: Path) -> Scores:
 
 
 def _read_numpy(path: Path) -> Scores:
-    stamp = _stamp(path)  # before the reading: what is changed meanwhile is noticed
+    stamp = _stamp(path)  # before reading, so that a change meanwhile is noticed
     array = _opened(path)
     return replace(_checked(array, str(path)), mapped=stamp if isinstance(array, np.memmap) else None)
 
 
-def _opened(path: Path) -> npt.NDArray[Any]:
-    """Read a NumPy file into memory, so that nobody changes the numbers, or map it when it is large."""
+def _opened(path: Path) -> np.ndarray:
+    """Read a NumPy file into memory, where no other process can change it, or map a large one."""
     try:
-        # "c": copy on write, because torch warns of arrays that cannot be written to
+        # "c" is copy on write: torch warns of read-only arrays
         mapped = np.lib.format.open_memmap(path, mode="c")
-        if mapped.ndim != 1 or mapped.nbytes > _IN_MEMORY:
+        if mapped.ndim != 1 or mapped.nbytes > _MAX_BYTES_IN_MEMORY:
             return mapped
         return np.fromfile(path, mapped.dtype, mapped.size, offset=mapped.offset)
     except (ValueError, OSError, EOFError) as error:
@@ -258,7 +242,7 @@ def _read_parquet(path: Path, column: str) -> Scores:
     return _checked(values, str(path))
 
 
-def _array(source: Any) -> npt.NDArray[Any]:
+def _array(source: object) -> np.ndarray:
     """Return tensors, lists and columns of datasets as an array."""
     try:
         if isinstance(source, Tensor):
@@ -268,12 +252,12 @@ def _array(source: Any) -> npt.NDArray[Any]:
         return np.asarray(source)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"expected numbers (n,), such as a dense tensor of float32, got a {type(source).__name__} that has none to "
-            f"give: {error}"
+            f"expected numbers (n,), such as a dense tensor of float32, got a {type(source).__name__} that holds no "
+            f"such numbers: {error}"
         ) from error
 
 
-def _checked(array: npt.NDArray[Any], name: str) -> Scores:
+def _checked(array: np.ndarray, name: str) -> Scores:
     _check_form(array, name)
     bits = 8 * array.dtype.itemsize
     if array.dtype.kind != "f":
@@ -288,30 +272,30 @@ def _checked(array: npt.NDArray[Any], name: str) -> Scores:
     return Scores(torch.from_numpy(array), _digest(array), name=name)
 
 
-def _check_form(array: npt.NDArray[Any], name: str) -> None:
+def _check_form(array: np.ndarray, name: str) -> None:
     if array.ndim != 1 or array.dtype.kind not in "fiu" or array.dtype.itemsize > 8 or not len(array):
         raise ValueError(
             f"expected {name} to hold numbers (n,) of at most 64 bits, got shape {array.shape} of {array.dtype}"
         )
 
 
-def _check_integers(array: npt.NDArray[Any], name: str, kept_as: type[np.floating[Any]]) -> None:
-    """Raise ValueError when integers of different value would become the same float."""
-    most = 2 ** (np.finfo(kept_as).nmant + 1)
-    if any(int(part.max()) > most or int(part.min()) < -most for part in _parts(array)):
+def _check_integers(array: np.ndarray, name: str, kept_as: type[np.float32 | np.float64]) -> None:
+    """Raise ValueError if different integers would become the same float."""
+    limit = 2 ** (np.finfo(kept_as).nmant + 1)
+    if any(int(part.max()) > limit or int(part.min()) < -limit for part in _chunks(array)):
         raise ValueError(
-            f"expected {name} to be integers of at most {most}, which {kept_as.__name__} holds exactly, got larger "
+            f"expected {name} to be integers of at most {limit}, which {kept_as.__name__} holds exactly, got larger "
             "ones, which would lose their order: give them as floating point numbers on a smaller scale"
         )
 
 
-def _check_float32(array: npt.NDArray[Any], name: str) -> None:
-    """Raise ValueError when the values are beyond what a score file holds."""
+def _check_float32(array: np.ndarray, name: str) -> None:
+    """Raise ValueError if a value is beyond the float32 of a score file."""
     if array.dtype.kind != "f":
         _check_integers(array, name, np.float32)
         return
     largest = np.finfo(np.float32).max
-    beyond = sum(int((np.isfinite(part) & (np.abs(part) > largest)).sum()) for part in _parts(array))
+    beyond = sum(int((np.isfinite(part) & (np.abs(part) > largest)).sum()) for part in _chunks(array))
     if beyond:
         raise ValueError(
             f"{beyond} of {name} are beyond {largest:.4g}, the range of the float32 that a score file holds: give them "
@@ -319,8 +303,8 @@ def _check_float32(array: npt.NDArray[Any], name: str) -> None:
         )
 
 
-def _check_values(array: npt.NDArray[Any], name: str) -> None:
-    broken = sum(int((np.isnan(part) | np.isposinf(part)).sum()) for part in _parts(array))
+def _check_values(array: np.ndarray, name: str) -> None:
+    broken = sum(int((np.isnan(part) | np.isposinf(part)).sum()) for part in _chunks(array))
     if broken:
         raise ValueError(
             f"{broken} of the {len(array)} scores in {name} are NaN or +inf: give candidates without a score -inf, "
@@ -328,13 +312,13 @@ def _check_values(array: npt.NDArray[Any], name: str) -> None:
         )
 
 
-def _digest(array: npt.NDArray[Any], dtype: str | None = None) -> str:
+def _digest(array: np.ndarray, dtype: str | None = None) -> str:
     """Return the hash of the numbers, as numbers of ``dtype`` if one is given."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in _parts(array):
+    for part in _chunks(array):
         digest.update(part.astype(dtype or part.dtype).tobytes())
     return digest.hexdigest()
 
 
-def _parts(array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    return (array[start : start + _CHUNK] for start in range(0, len(array), _CHUNK))
+def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+    return (array[start : start + _NUMBERS_PER_CHUNK] for start in range(0, len(array), _NUMBERS_PER_CHUNK))

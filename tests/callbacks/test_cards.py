@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from liveselect.callbacks import MATES, PDS, Quad
+from liveselect.callbacks import MATES, PDS, LivePDS, Quad
 from liveselect.influence import PMPInfluence
 from liveselect.regressors import EncoderRegressor
 
-NAMED = {("PDS", "estimator"), ("PDS", "regressor"), ("MATES", "regressor")}  # told in words; None in the signature
+NAMED = {("LivePDS", "estimator"), ("LivePDS", "regressor"), ("MATES", "regressor")}  # described in words
 
 
 def knobs(preset) -> dict[str, list[str]]:
@@ -23,7 +23,7 @@ def knobs(preset) -> dict[str, list[str]]:
     return {name: cells for name, *cells in rows if name}
 
 
-@pytest.mark.parametrize("preset", [MATES, Quad, PDS])
+@pytest.mark.parametrize("preset", [MATES, Quad, PDS, LivePDS])
 def test_the_card_names_the_defaults_that_differ_and_only_those(preset):
     defaults = {name: each.default for name, each in inspect.signature(preset).parameters.items()}
     for name, (published, here, _) in knobs(preset).items():
@@ -39,7 +39,7 @@ def test_the_card_names_the_defaults_that_differ_and_only_those(preset):
 
 def test_the_parts_that_the_cards_name_are_those_that_are_built():
     assert isinstance(MATES().selector.regressor, EncoderRegressor)
-    pds = PDS(live=True)
+    pds = LivePDS()
     assert isinstance(pds.estimator, PMPInfluence)
     assert pds.estimator.dynamics == "live"
     assert inspect.signature(EncoderRegressor).parameters["encoder"].default == "bert-base-uncased"

@@ -54,10 +54,14 @@ def test_a_run_continues_on_another_number_of_ranks(runs, tmp_path):
 class Dying(OneStepInfluence):
     """Its rank 1 is killed while it measures for the second round."""
 
-    def score(self, context, batch):
-        if context.round == 2 and distributed.rank() == 1:
+    def fit(self, model, round):
+        self.round = round.index
+        return super().fit(model, round)
+
+    def score(self, model, batch):
+        if self.round == 2 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().score(context, batch)
+        return super().score(model, batch)
 
 
 def test_a_rank_that_dies_in_a_round_ends_the_run_and_its_last_checkpoint_continues_it(runs, tmp_path):
@@ -72,8 +76,8 @@ def test_a_rank_that_dies_in_a_round_ends_the_run_and_its_last_checkpoint_contin
 
 def test_ranks_that_propose_different_candidates_are_named_before_anything_is_measured(tmp_path):
     class Torn(RegressionSelector):
-        def propose(self, context):
-            return super().propose(context) + distributed.rank()
+        def propose(self, round):
+            return super().propose(round) + distributed.rank()
 
     with pytest.raises(Exception, match=r"ranks disagree about what to measure in round 1: .*ranks \[1\] hold"):
         trained(tmp_path, 2, selector=Torn(HashedRidgeRegressor(), probes=13))

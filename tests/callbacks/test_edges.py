@@ -16,10 +16,10 @@ from small_run import BATCH, POOL, SIMPLE, Place, ProbingUniform, SmallLM, Trace
 from liveselect.callbacks import MATES, DataSelection, Quad
 from liveselect.callbacks.compatibility import run_folder
 from liveselect.datamodules import SelectionDataModule
+from liveselect.grammar import SelectionWarning
 from liveselect.influence import OneStepInfluence
 from liveselect.ledger import Ledger
 from liveselect.losses import causal_lm_loss
-from liveselect.protocols import SelectionWarning
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import RegressionSelector, UCBSelector, UniformSelector
 
@@ -308,11 +308,15 @@ class Preempted(OneStepInfluence):
 
     batches = 0
 
-    def score(self, context, batch):
-        self.batches += context.round == 2
+    def fit(self, model, round):
+        self.round = round.index
+        return super().fit(model, round)
+
+    def score(self, model, batch):
+        self.batches += self.round == 2
         if self.batches == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return super().score(context, batch)
+        return super().score(model, batch)
 
 
 @pytest.mark.parametrize("on_exception", [True, False])
@@ -409,8 +413,8 @@ def test_what_modules_and_optimizers_keep_in_attributes_is_kept_while_measuring(
 class Scipy(HashedRidgeRegressor):
     """Returns the numbers of a library as they are."""
 
-    def fit(self, context, ids, influence):
-        return {**super().fit(context, ids, influence), "spearman": np.float64(0.3)}
+    def fit(self, round, ids, influence):
+        return {**super().fit(round, ids, influence), "spearman": np.float64(0.3)}
 
     def state_dict(self):
         return {**super().state_dict(), "note": np.float32(1.0), "history": np.arange(3.0)}
@@ -440,7 +444,7 @@ def test_numbers_of_other_libraries_do_not_make_a_checkpoint_unloadable(tmp_path
 )
 def test_questions_about_what_is_not_in_the_pool_are_refused(tmp_path, ids, message):
     class Wrong(ProbingUniform):
-        def propose(self, context):
+        def propose(self, round):
             return ids
 
     selection = DataSelection(Wrong(), OneStepInfluence(), every_n_steps=4, warmup_rounds=0, dirpath=tmp_path)

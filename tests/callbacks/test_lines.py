@@ -73,3 +73,11 @@ def test_being_called_again_says_nothing_twice(unset, capsys, monkeypatch):
     show_lines()
     unset.info("once")
     assert capsys.readouterr().err == "once\n"
+
+
+def test_a_command_shows_the_lines_even_where_a_library_set_up_logging(unset, capsys, monkeypatch):
+    without_pytest(monkeypatch, logging.NullHandler())
+    show_lines(always=True)
+    show_lines()
+    unset.info("once")
+    assert capsys.readouterr().err == "once\n"

@@ -18,10 +18,10 @@ from wandb_files import OfflineRun, close_wandb
 from liveselect.callbacks import MATES, DataSelection, OfflineFallbackWandbLogger, SelectionMonitor
 from liveselect.datamodules import SelectionDataModule
 from liveselect.decisions import read_plan, rounds_in
+from liveselect.grammar import SelectionWarning
 from liveselect.ledger import Ledger
 from liveselect.monitoring.view import BY_FLOPS
 from liveselect.monitoring.workspace import SECTIONS
-from liveselect.protocols import SelectionWarning
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import UniformSelector
 from liveselect.watch import Watch
@@ -312,11 +312,16 @@ def test_a_dead_network_or_a_missing_key_makes_the_run_an_offline_one(tmp_path, 
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", key) if key else monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    logger = OfflineFallbackWandbLogger(project="x", save_dir=tmp_path, patience=1, settings={"x_graphql_retry_max": 0})
-    with pytest.warns(SelectionWarning, match=r"(?s)W&B cannot be reached.*wandb sync"):
-        monitored(tmp_path, logger, max_steps=4)
+    settings = {"x_graphql_retry_max": 0}
+    logger = OfflineFallbackWandbLogger(project="x", save_dir=tmp_path, patience=1, settings=settings, log_model=True)
+    keep = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=4)
+    with pytest.warns(SelectionWarning, match=r"(?s)W&B cannot be reached.*wandb sync .*/wandb/offline-run-\*"):
+        monitored(tmp_path, logger, max_steps=4, callbacks=[keep])
     close_wandb()
-    assert OfflineRun(tmp_path).series("selection/round") == [0]
+    run = OfflineRun(tmp_path)
+    assert run.series("selection/round") == [0]
+    (model,) = run.of_type("model")
+    assert model.name.startswith("model-")  # Lightning's checkpoint: what was asked of the logger still holds
 
 
 def test_without_wandb_and_tensorboard_the_others_work(tmp_path, monkeypatch):

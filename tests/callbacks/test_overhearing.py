@@ -15,9 +15,9 @@ from liveselect.functional.flops import forward_flops
 from liveselect.functional.gradients import example_dot
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence
 from liveselect.ledger import Ledger
+from liveselect.preserve import measuring
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import PriorSelector, RegressionSelector
-from liveselect.snapshot import measuring
 
 torch.set_num_threads(1)
 STEPS, ROUND, BATCH = 8, 3, 4
@@ -54,7 +54,7 @@ class Measured(Callback):
         self.ids.append(batch["id"].tolist())
         if self.chosen.plan.round >= self.chosen.warmup_rounds:
             with measuring(pl_module, trainer.optimizers[0]):
-                found = example_dot(pl_module, self.chosen.loss_fn, batch, self.chosen.estimator.direction)
+                found = example_dot(pl_module, self.chosen.loss_fn, batch, self.chosen.estimator.direction())
             self.influence |= dict(zip(batch["id"].tolist(), found.tolist(), strict=True))
 
 
@@ -86,7 +86,7 @@ def test_what_listening_costs_is_selection_s_and_not_training_s(tmp_path, accumu
     assert heard.training_flops == silent.training_flops
     assert heard.around_seconds["overhearing"] > 0.0
     # all examples of a batch but the last are multiplied with the direction's matrices; the last is the rest of a sum
-    sizes = {name: each.numel() for name, each in chosen.estimator.direction.items() if each is not None}
+    sizes = {name: each.numel() for name, each in chosen.estimator.direction().items() if each is not None}
     matrices = sum(
         size
         for name, size in sizes.items()
@@ -127,9 +127,9 @@ def test_listening_to_every_step_does_not_change_the_training(tmp_path):
 
 def test_equally_long_examples_are_looked_at_once_to_know_what_the_training_loss_is(tmp_path):
     chosen, calls = selection(tmp_path), []
-    listener = chosen.overhearing.listener
-    loss_fn = listener.loss_fn
-    listener.loss_fn = lambda *given: calls.append(1) or loss_fn(*given)
+    capture = chosen.overhearing.capture
+    loss_fn = capture.loss_fn
+    capture.loss_fn = lambda *given: calls.append(1) or loss_fn(*given)
     ledger = fit(tmp_path, chosen)
     assert sum(len(record.overheard) for record in ledger.rounds) == BATCH * (STEPS - ROUND)
     assert len(calls) == 1
@@ -187,3 +187,31 @@ def test_any_selector_listens_from_a_configuration_file_too(tmp_path):
 def test_what_cannot_be_heard_is_refused_at_construction(estimator, settings, message):
     with pytest.raises(ValueError, match=message):
         DataSelection(regression(), estimator(), **settings)
+
+
+class FailsOnce(Callback):
+    """Ends the first fit inside of a captured step."""
+
+    failed = False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 4 and not self.failed:
+            self.failed = True
+            raise OSError("the first fit fails")
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_fit_after_one_that_failed_in_a_captured_step_knows_nothing_of_it(tmp_path, resumed):
+    saver = ModelCheckpoint(tmp_path / "c", "{step}", every_n_train_steps=1, save_top_k=-1)
+    ckpt_path = tmp_path / "c" / "step=3.ckpt" if resumed else None
+    whole = fit(tmp_path / "whole", selection(tmp_path / "whole"), saver)
+    twice = selection(tmp_path / "twice")
+    with pytest.raises(OSError, match="the first fit fails"):
+        fit(tmp_path / "twice", twice, FailsOnce())
+    again = fit(tmp_path / "twice", twice, ckpt_path=ckpt_path)
+    for one, other in zip(whole.rounds, again.rounds, strict=True):
+        assert (one.plan, one.overheard, one.overheard_influence) == (
+            other.plan,
+            other.overheard,
+            other.overheard_influence,
+        )

@@ -8,10 +8,10 @@ from small_run import Place, ProbingUniform, SmallLM, Trace, small_data, small_t
 from two_ranks import trained as trained_on
 
 from liveselect.callbacks import MATES, DataSelection
-from liveselect.callbacks.pace import Pace
+from liveselect.callbacks.ahead import Pace
 from liveselect.influence import OneStepInfluence, PMPInfluence
 from liveselect.ledger import Ledger
-from liveselect.measurement import Measurement
+from liveselect.measurement import Measurement, Question
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import RegressionSelector, UniformSelector
 
@@ -92,7 +92,9 @@ def test_a_share_of_the_time_is_not_exceeded_by_more_than_one_candidate():
     for _ in range(200):
         trained_seconds += 1.0
         number = pace.affordable(ahead, trained_seconds)
-        ahead.steps.append(torch.zeros(number, dtype=torch.int64))
+        question = Question.about(torch.zeros(number, dtype=torch.int64))
+        question.steps += 1
+        ahead.questions.append(question)
         ahead.meter.seconds["measure"] += number * cost
         assert ahead.meter.seconds["measure"] <= 0.1 * trained_seconds + cost
     assert ahead.meter.seconds["measure"] > 0.1 * trained_seconds - 2 * cost
@@ -122,4 +124,4 @@ def test_a_pace_that_means_nothing_is_refused(arguments, message):
 
 
 def test_presets_take_a_pace():
-    assert MATES(regressor=HashedRidgeRegressor(), max_overhead=0.05).pace == Pace(max_overhead=0.05)
+    assert MATES(regressor=HashedRidgeRegressor(), max_overhead=0.05).ahead.pace == Pace(max_overhead=0.05)

@@ -1,5 +1,6 @@
 """PDS in a Lightning run: drawing from ready scores, and solving on the live model."""
 
+import inspect
 import json
 
 import lightning.pytorch as pl
@@ -9,10 +10,10 @@ import pytest
 import torch
 from small_run import POOL, SIMPLE, STEPS, SmallLM, Trace, small_data, small_trainer, weights_hash
 
-from liveselect.callbacks import PDS, DataSelection, Replay
+from liveselect.callbacks import PDS, DataSelection, LivePDS, Replay
+from liveselect.grammar import SelectionWarning
 from liveselect.influence import FirstOrderInfluence, PMPInfluence
 from liveselect.ledger import Ledger
-from liveselect.protocols import SelectionWarning
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.scores import write_scores
 from liveselect.selectors import PriorSelector, RegressionSelector, ScoredSelector, UniformSelector
@@ -31,9 +32,7 @@ def fit(folder, selection, *callbacks, **settings):
 
 def live(**settings):
     estimator = PMPInfluence(**{"steps": 3, "score_every": 2, **settings})
-    return PDS(
-        live=True, estimator=estimator, regressor=HashedRidgeRegressor(), probes=12, every_n_steps=5, min_spearman=None
-    )
+    return LivePDS(estimator=estimator, regressor=HashedRidgeRegressor(), probes=12, every_n_steps=5, min_spearman=None)
 
 
 def written_scores(folder):
@@ -56,7 +55,7 @@ def test_a_run_trains_on_the_best_scored_share_and_no_candidate_twice(tmp_path):
 SOME = torch.where(torch.arange(POOL) < 20, torch.arange(POOL).float(), -torch.inf)
 
 
-@pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
+@pytest.mark.filterwarnings("ignore::liveselect.grammar.SelectionWarning")
 @pytest.mark.parametrize("settings", [{}, {"random_share": 0.25}, {"warmup_rounds": 1}], ids=str)
 def test_candidates_with_a_score_are_used_equally_often_and_others_never(tmp_path, settings):
     selection = PDS(SOME, every_n_steps=4, repeat=False, dirpath=tmp_path / "s", **settings)
@@ -67,7 +66,7 @@ def test_candidates_with_a_score_are_used_equally_often_and_others_never(tmp_pat
     assert int(counts.max() - counts.min()) <= 1
 
 
-@pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
+@pytest.mark.filterwarnings("ignore::liveselect.grammar.SelectionWarning")
 def test_a_prior_whose_round_is_measured_between_steps_sees_only_candidates_with_a_score(tmp_path):
     selector = PriorSelector(RegressionSelector(HashedRidgeRegressor(), probes=8, min_spearman=None), SOME, ratio=1.0)
     selection = DataSelection(
@@ -84,7 +83,7 @@ def test_a_prior_whose_round_is_measured_between_steps_sees_only_candidates_with
     assert {i for record in selection.run.ledger.rounds for i in record.measured} <= set(range(20))
 
 
-@pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
+@pytest.mark.filterwarnings("ignore::liveselect.grammar.SelectionWarning")
 def test_a_replay_comes_back_to_the_candidates_that_the_run_came_back_to(tmp_path):
     selection = PDS(SOME, every_n_steps=4, warmup_rounds=1, dirpath=tmp_path / "run" / "selection")
     (tmp_path / "run").mkdir()
@@ -94,7 +93,7 @@ def test_a_replay_comes_back_to_the_candidates_that_the_run_came_back_to(tmp_pat
     assert again == order
 
 
-@pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
+@pytest.mark.filterwarnings("ignore::liveselect.grammar.SelectionWarning")
 @pytest.mark.parametrize("warmup_rounds", [0, 2])
 @pytest.mark.parametrize("as_prior", [False, True])
 def test_fewer_scores_than_a_round_needs_are_told_before_training(tmp_path, warmup_rounds, as_prior):
@@ -106,7 +105,7 @@ def test_fewer_scores_than_a_round_needs_are_told_before_training(tmp_path, warm
     assert selection.plan is None
 
 
-@pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
+@pytest.mark.filterwarnings("ignore::liveselect.grammar.SelectionWarning")
 def test_a_short_last_round_needs_no_more_than_it_trains_on(tmp_path):
     few = torch.where(torch.arange(POOL) < 7, 0.0, -torch.inf)
     for steps in (7, 4):  # the only round that scores decide takes 3 steps; there is none
@@ -160,16 +159,15 @@ def test_solving_on_the_live_model_leaves_training_bit_for_bit_as_it_was(tmp_pat
 
         rounds = 0
 
-        def fit(self, context):
+        def fit(self, model, round):
             Watching.rounds += 1
-            return super().fit(context)
+            return super().fit(model, round)
 
     hashes = []
     for watched in (True, False):
         folder = tmp_path / str(watched)
         folder.mkdir()
-        selection = PDS(
-            live=True,
+        selection = LivePDS(
             estimator=Watching(steps=3, score_every=2, snapshot_every=3),
             regressor=HashedRidgeRegressor(),
             probes=12,
@@ -206,22 +204,22 @@ def test_the_defaults_are_the_published_values():
     assert isinstance(selection.selector, ScoredSelector)
     assert (selection.selector.ratio, selection.selector.temperature) == (0.4, 0.1)
     assert (selection.warmup_rounds, selection.estimator) == (0, None)
-    solved = PDS(live=True)
+    solved = LivePDS()
     assert (solved.selector.ratio, solved.selector.temperature, solved.warmup_rounds) == (0.4, 0.1, 1)
     assert (solved.estimator.steps, solved.estimator.score_every) == (100, 10)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"scores": [1.0], "live": True},
-        {"live": True, "groups": ["code"]},
-        {"live": True, "random_share": 0.1},
-        {"scores": [1.0], "estimator": PMPInfluence()},
-        {"scores": [1.0], "regressor": HashedRidgeRegressor()},
-    ],
-)
-def test_settings_of_the_two_ways_are_not_mixed(settings):
-    with pytest.raises(ValueError, match=r"scores|live=True"):
-        PDS(**settings)
+def arguments_of(preset):
+    return set(inspect.signature(preset).parameters) - {"run"}
+
+
+def test_no_argument_of_one_way_is_accepted_by_the_other():
+    regressor = HashedRidgeRegressor()
+    for name in arguments_of(LivePDS) - arguments_of(PDS):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            PDS([1.0], **{name: None})
+    for name in arguments_of(PDS) - arguments_of(LivePDS):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            LivePDS(regressor=regressor, **{name: None})
+    with pytest.raises(ValueError, match="expected scores"):
+        PDS(None)

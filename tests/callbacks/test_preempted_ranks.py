@@ -22,11 +22,15 @@ class Preempted(OneStepInfluence):
 
     batches = 0
 
-    def score(self, context, batch):
-        self.batches += context.round == 1
+    def fit(self, model, round):
+        self.round = round.index
+        return super().fit(model, round)
+
+    def score(self, model, batch):
+        self.batches += self.round == 1
         if self.batches == 1 + distributed.rank():
             os.kill(os.getpid(), signal.SIGTERM)
-        return super().score(context, batch)
+        return super().score(model, batch)
 
 
 def _run(folder, strategy, estimator, ckpt_path=None, callbacks=()) -> dict:

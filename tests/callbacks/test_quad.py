@@ -6,7 +6,7 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
-from fakes import fake_context
+from fakes import fake_context, play
 from lightning.pytorch.callbacks import Callback
 from planted_clusters import planted_clusters, small_lm, train, walk
 from small_run import SIMPLE, Place, SmallLM, Trace, small_trainer
@@ -16,12 +16,12 @@ from liveselect.datamodules import SelectionDataModule
 from liveselect.datamodules.clusters.cluster import Clustering, cluster_pool
 from liveselect.datamodules.pools.tokens import write_store
 from liveselect.functional.gradients import example_dot
+from liveselect.grammar import SelectionWarning
 from liveselect.influence import KFACInfluence, OneStepInfluence
 from liveselect.ledger import Ledger
-from liveselect.protocols import SelectionWarning
-from liveselect.rounds import SelectionRun, run_round
+from liveselect.preserve import measuring
+from liveselect.rounds import SelectionRun
 from liveselect.selectors import UCBSelector, UniformSelector
-from liveselect.snapshot import measuring
 
 torch.set_num_threads(1)
 CLUSTERS, LIKE_REFERENCE, TOKENS = 5, 3, 12
@@ -72,7 +72,7 @@ def test_the_mixture_turns_to_the_cluster_of_the_reference_set(tmp_path):
     ("groups", "changed", "message"),
     [
         ("three", {}, "checkpoint was made with the arms 4/.*this run has 3/"),
-        ("four", {"probes": 5}, "in standard errors of 3 probes, this run tells them in standard errors of 5"),
+        ("four", {"probes": 5}, "in standard errors of 3 probes, this run counts them in standard errors of 5"),
         (None, {}, "has a single one: cluster it"),
         ("four", {"cutoff": 0.5}, r"list them only up to 0\.2: lower the cutoff"),
     ],
@@ -109,7 +109,7 @@ class Noted(Callback):
         self.selection, self.influence = selection, {}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        examples = self.selection._global_batch(trainer)
+        examples = self.selection.session.global_batch(trainer)
         direction = self.selection.overhearing.direction(self.selection.run, examples)
         if direction is not None:
             with measuring(pl_module, trainer.optimizers[0]):
@@ -121,7 +121,7 @@ class Noted(Callback):
 def test_the_first_step_of_a_round_tells_the_influence_of_what_it_trains_on(tmp_path, accumulate):
     selection = quad(tmp_path, arms=3, probes=4)
     heard = []
-    selection.selector.overhear = lambda ids, influence: heard.append((ids, influence))
+    selection.selector.observe_step = lambda ids, influence: heard.append((ids, influence))
     noted = Noted(selection)
     pl.seed_everything(1, verbose=False)
     trainer = small_trainer(
@@ -145,7 +145,7 @@ def test_listening_does_not_change_the_training(tmp_path):
         folder = tmp_path / str(overhear)
         folder.mkdir()
         selection = quad(folder, overhear=overhear)
-        selection.selector.overhear = lambda ids, influence: None
+        selection.selector.observe_step = lambda ids, influence: None
         fit(folder, selection, Trace(folder / "trace"))
     assert lines(tmp_path / "False") == lines(tmp_path / "True")
 
@@ -157,7 +157,7 @@ def test_a_step_that_cannot_be_heard_costs_a_warning_and_its_arms_are_probed(tmp
 
     selection = quad(tmp_path)
     trainer = small_trainer(tmp_path, [selection], **{**SIMPLE, "precision": "32-true", "max_steps": 8})
-    with pytest.warns(SelectionWarning, match="cannot be heard.*neither the mean over tokens"):
+    with pytest.warns(SelectionWarning, match="cannot be captured.*neither the mean over tokens"):
         trainer.fit(Odd(), datamodule=clustered_data())
     assert selection.run.ledger.rounds[-1].metrics["arms/overheard"] == 0.0
 
@@ -178,7 +178,8 @@ def share_of_the_new_clusters(seed: int, plans_ahead: int) -> float:
     train(model, optimizer, source, torch.arange(160))
     selector = UCBSelector(pulls=4, at_once=4, probes=8, controls=16, arms=2, discount=0.7)
     estimator = KFACInfluence(factor_examples=32, factors_every=1)
-    run = SelectionRun(selector, estimator, UniformSelector(), 0, source.pool)
+    run = SelectionRun(selector, estimator, UniformSelector(), 0, source, seed=seed)
+    context = fake_context(source, model=model, optimizer=optimizer)
     draws = torch.Generator().manual_seed(99)
     swapped = torch.cat([walk(chains[index], 8, 16, draws) for index in after.tolist()])
     trained = []
@@ -186,9 +187,7 @@ def share_of_the_new_clusters(seed: int, plans_ahead: int) -> float:
         if index == ROUNDS and plans_ahead == 1:
             source.references = source.reference_labels = swapped
         budget = ROWS * STEPS_EACH * (plans_ahead if index >= ROUNDS else 1)
-        candidates = source.pool.available(budget)
-        live = {"model": model, "optimizer": optimizer, "seed": seed}
-        plan = run_round(run, fake_context(source, round_index=index, candidates=candidates, **live), budget)
+        plan = play(run, budget, context)
         train(model, optimizer, source, plan.ids, ROWS)
         trained.append(plan.ids)
     end = torch.cat(trained)[-3 * ROWS * STEPS_EACH :]

@@ -11,7 +11,7 @@ from small_run import SIMPLE, Place, SmallLM, Trace, small_data, small_trainer
 
 from liveselect.callbacks import DataSelection
 from liveselect.callbacks.random_state import RandomStates, random_state
-from liveselect.protocols import SelectionWarning
+from liveselect.grammar import SelectionWarning
 from liveselect.selectors import UniformSelector
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import pytest
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from scipy.stats import spearmanr
 from small_run import BATCH, POOL, SIMPLE, SmallLM, Trace, rows, small_data, small_trainer
@@ -15,8 +14,7 @@ from liveselect.callbacks import DataSelection, Replay
 from liveselect.cli import main
 from liveselect.datamodules import SelectionDataModule
 from liveselect.decisions import read_plan, read_round, rounds_in
-from liveselect.decisions.diff import spearman
-from liveselect.decisions.explain import explain, tell
+from liveselect.decisions.explain import explain, lines_about
 from liveselect.influence import OneStepInfluence
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import RegressionSelector, ReplaySelector, UniformSelector
@@ -115,7 +113,7 @@ def test_explain_names_the_true_numbers_of_a_chosen_and_of_a_rejected_candidate(
         candidate = int(table["id"][row])
         fate = explain(folder, candidate)[1]
         assert fate.row["score"] == table["score"][row]
-        text = "\n".join(tell(candidate, explain(folder, candidate)))
+        text = "\n".join(lines_about(candidate, explain(folder, candidate)))
         assert word in text
         assert f"score {table['score'][row]:.6g} noise {table['noise'][row]:+.6g}" in text
         assert f"threshold {table['threshold'][row]:.6g}" in text
@@ -129,10 +127,10 @@ def test_explain_of_a_candidate_that_was_measured_but_not_compared_says_so_and_n
     alone = ~np.isnan(table["influence"]) & np.isnan(table["score"]) & ~table["chosen"].astype(bool)
     assert alone.any()
     row = int(alone.nonzero()[0][0])
-    text = "\n".join(tell(int(table["id"][row]), explain(folder, int(table["id"][row]))))
+    text = "\n".join(lines_about(int(table["id"][row]), explain(folder, int(table["id"][row]))))
     assert "not chosen: measured, but not among the candidates that were compared" in text
     assert f"measured influence {table['influence'][row]:.6g} nats" in text
-    assert f"it has no score; the smallest that was let through is {table['threshold'][row]:.6g}" in text
+    assert f"it has no score; the smallest that passed is {table['threshold'][row]:.6g}" in text
     assert "group" not in text  # the pool has none
 
 
@@ -167,7 +165,7 @@ def test_diff_finds_where_two_runs_part(tmp_path, recorded, capsys):
     ]
     same = [first == second for first, second in zip(*plans, strict=True)]
     assert [line[1] == "same" for line in lines] == same
-    assert f"The plans part in round {same.index(False)}." in out
+    assert f"The plans first differ in round {same.index(False)}." in out
     ids = [
         set(read_plan(rounds_in(where)[1]).ids.tolist())
         for where in (folder / "selection/decisions", tmp_path / "decisions")
@@ -201,12 +199,6 @@ def test_the_command_trains_another_model_on_the_recorded_plans(tmp_path, record
 def test_the_command_without_a_config_says_what_to_do(tmp_path, recorded, capsys):
     assert main(["replay", str(recorded[0]), "--out", str(tmp_path)]) == 1
     assert "say with --config what to train" in capsys.readouterr().err
-
-
-def test_spearman_is_that_of_scipy():
-    generator = torch.Generator().manual_seed(0)
-    first, second = (torch.randint(0, 9, (50,), generator=generator).numpy() for _ in range(2))
-    assert spearman(first, second) == pytest.approx(spearmanr(first, second).statistic)
 
 
 def test_a_replay_writes_nothing_into_the_folders_of_the_run_that_it_repeats():

@@ -15,9 +15,9 @@ from small_run import BATCH, POOL, SIMPLE, Place, SmallLM, Trace, rows, small_da
 from liveselect.callbacks import MATES, DataSelection
 from liveselect.callbacks.progress import RoundProgress
 from liveselect.datamodules import SelectionDataModule
+from liveselect.grammar import SelectionWarning
 from liveselect.influence import OneStepInfluence
 from liveselect.ledger import Ledger
-from liveselect.protocols import SelectionWarning
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import RegressionSelector, UniformSelector
 

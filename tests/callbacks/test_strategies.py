@@ -9,7 +9,7 @@ from lightning_ranks import batches, data_of, fit, on_lightning_ranks
 from small_run import POOL
 from tiny_encoder import TINY, tiny_regressor
 
-from liveselect.callbacks import PDS, DataSelection, Quad
+from liveselect.callbacks import PDS, DataSelection, LivePDS, Quad
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence, PMPInfluence
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.scores import write_scores
@@ -32,7 +32,7 @@ def steady_encoder():
 
 def pds(**common):
     estimator = PMPInfluence(steps=2, score_every=1, hessian="central_difference")
-    return PDS(live=True, estimator=estimator, regressor=HashedRidgeRegressor(), probes=9, min_spearman=None, **common)
+    return LivePDS(estimator=estimator, regressor=HashedRidgeRegressor(), probes=9, min_spearman=None, **common)
 
 
 def quad(**settings):

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from liveselect.callbacks import DataSelection
 from liveselect.datamodules import SelectionDataModule
+from liveselect.grammar import Batch, LiveModel
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence, PMPInfluence
-from liveselect.protocols import Batch, RoundContext
 from liveselect.selectors import UniformSelector
 
 
 class Leaky(OneStepInfluence):
     """A probe that forgets to put the weights back."""
 
-    def score(self, context: RoundContext, batch: Batch) -> Tensor:
-        result = super().score(context, batch)
+    def score(self, model: LiveModel, batch: Batch) -> Tensor:
+        result = super().score(model, batch)
         with torch.no_grad():
-            next(context.model.parameters()).add_(1e-3)
+            next(model.module.parameters()).add_(1e-3)
         return result
 
 

@@ -62,7 +62,7 @@ def bandit():
     return UCBSelector(pulls=2, at_once=1, probes=2, controls=2, arms=2)
 
 
-@pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
+@pytest.mark.filterwarnings("ignore::liveselect.grammar.SelectionWarning")
 @pytest.mark.parametrize(
     ("selector", "pays"),
     [

@@ -1,47 +1,52 @@
-"""The demo's texts: found anywhere, the same every time, and without the prose that judges."""
+"""The demo's texts: found with any Python, the same every time, and without the prose that judges."""
 
 import json
 import re
 
 import pytest
 
-from liveselect.cli import machine_texts
+from liveselect.cli import corpus as texts
 from liveselect.cli.corpus import (
     HELD_OUT,
-    LONGEST,
-    PLACES,
-    Document,
-    Place,
-    describe,
+    MAX_DOCUMENT_CHARACTERS,
+    POOL,
     find_corpus,
     hold_out,
-    without_repeats,
+    parts_of,
+    without_copies,
     write_corpus,
 )
+
+SMALL = dict.fromkeys(POOL, 30_000)
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    small = {source: Place(place.find, 30_000) for source, place in PLACES.items()}
-    return find_corpus(small, least=1)
+    return find_corpus(sizes=SMALL, least=1)
 
 
 def paragraphs(documents):
     """Return the paragraphs of documents that are long enough to be no chance, white space aside."""
-    texts = (" ".join(part.split()) for d in documents for part in re.split(r"\n\s*\n", d.text))
-    return {text for text in texts if len(text) >= 40}
+    found = (" ".join(part.split()) for text in documents for part in re.split(r"\n\s*\n", text))
+    return {text for text in found if len(text) >= 40}
 
 
-def test_this_machine_has_every_source_that_comes_with_python(corpus):
-    assert {"code", "docstrings", "tables", "reference"} <= set(corpus.pool)
+def test_every_source_comes_with_python(corpus):
+    assert set(corpus.pool) == {*POOL, "reference"}
     for source, documents in corpus.pool.items():
-        assert all(document.source == source for document in documents)
-        assert sum(len(document.text) for document in documents[:-1]) < 30_000 or source == "reference"
-        assert all(200 <= len(document.text) <= LONGEST for document in documents) or source == "reference"
+        assert sum(map(len, documents[:-1])) < 30_000 or source == "reference"
+        assert all(200 <= len(text) <= MAX_DOCUMENT_CHARACTERS for text in documents)
+
+
+def test_the_whole_pool_is_large_enough_for_the_demo():
+    pool = find_corpus().pool
+    sizes = {source: sum(map(len, documents)) for source, documents in pool.items()}
+    assert sum(sizes.values()) > 5_000_000
+    assert sizes["reference"] < 0.1 * sum(sizes.values())  # what the demo aims at is rare in it
 
 
 def test_no_paragraph_of_the_held_out_prose_is_in_the_pool_or_in_the_other_part(corpus):
-    pool = paragraphs([document for documents in corpus.pool.values() for document in documents])
+    pool = paragraphs([text for documents in corpus.pool.values() for text in documents])
     reference, validation = paragraphs(corpus.reference), paragraphs(corpus.validation)
     assert reference
     assert validation
@@ -50,74 +55,74 @@ def test_no_paragraph_of_the_held_out_prose_is_in_the_pool_or_in_the_other_part(
     assert not reference & validation
 
 
-def test_the_same_machine_gives_the_same_corpus(corpus):
-    small = {source: Place(place.find, 30_000) for source, place in PLACES.items()}
-    assert find_corpus(small, least=1) == corpus
+def test_the_same_python_gives_the_same_corpus(corpus):
+    assert find_corpus(sizes=SMALL, least=1) == corpus
 
 
 def test_held_out_parts_have_about_the_size_asked_for(corpus):
     for part, characters in HELD_OUT.items():
-        assert characters <= sum(len(document.text) for document in getattr(corpus, part)) <= 1.25 * characters
+        assert 0.9 * characters <= sum(map(len, getattr(corpus, part))) <= characters
 
 
-def test_copies_and_held_out_paragraphs_are_left_out_of_a_source(monkeypatch):
+def test_copies_and_held_out_paragraphs_are_left_out_of_a_source(monkeypatch, tmp_path):
     secret = "The held out paragraph that nothing in the pool may repeat, in any spacing."
-    monkeypatch.setattr(
-        machine_texts, "reference_prose", lambda: [("secret", f"{secret}\n\n" + "other prose. " * 6000)]
-    )
+    monkeypatch.setattr(texts, "_reference_topics", lambda: [f"{secret}\n\n{'prose ' * 50}", "other prose " * 30])
+    monkeypatch.setattr(texts, "HELD_OUT", {"reference": 500, "validation": 500})
     words = "plain words " * 30
-    texts = {
+    docstrings = {
         "a": f"{words}first\n\n  The held out  paragraph that nothing in the pool\nmay repeat, in any spacing.\n\nend",
         "b": f"{words}first\n\nend",  # the same as a, once the paragraph is gone
         "c": "short",
         "d": words,
     }
-    found = {name: (lambda text=text: text) for name, text in texts.items()}
-    monkeypatch.setattr(
-        "liveselect.cli.corpus.hold_out",
-        lambda documents, shares: ([], {"reference": documents, "validation": documents}),
-    )
-    pool = find_corpus({"source": Place(lambda: found, 10_000)}, least=1).pool["source"]
-    assert sorted(document.text for document in pool) == sorted([f"{words}first\n\nend", words.strip()])
+    for name, text in docstrings.items():
+        (tmp_path / f"{name}.py").write_text(f'"""{text}"""\n')
+    pool = find_corpus(tmp_path, least=1).pool["docstrings"]
+    assert sorted(" ".join(text.split()) for text in pool) == sorted([f"{words}first end", words.strip()])
 
 
 def test_what_topics_share_stays_in_the_first_of_them():
     shared, own = "a paragraph that both of the topics hold, word for word", "own words " * 30
-    documents = without_repeats([("a", f"{own}a\n\n{shared}"), ("b", f"{shared}\n\n{own}b"), ("c", shared)])
-    assert [document.text.count(shared) for document in documents] == [1, 0]
+    documents = without_copies([f"{own}a\n\n{shared}", f"{shared}\n\n{own}b", shared], set())
+    assert [text.count(shared) for text in documents] == [1, 0]
 
 
-def test_holding_out_moves_whole_documents_and_loses_none():
-    documents = [Document("s", str(index), "x" * (50 + index)) for index in range(40)]
-    rest, parts = hold_out(documents, {"reference": 300, "validation": 500})
-    together = [*rest, *parts["reference"], *parts["validation"]]
-    assert sorted(map(repr, together)) == sorted(map(repr, documents))
-    assert hold_out(documents[::-1], {"reference": 300, "validation": 500}) == (
-        rest,
-        parts,
-    )  # whatever order they come in
+def test_holding_out_moves_whole_documents_and_loses_none(monkeypatch):
+    monkeypatch.setattr(texts, "HELD_OUT", {"reference": 300, "validation": 500})
+    documents = [f"{index:03d}" + "x" * (50 + index) for index in range(40)]
+    parts, rest = hold_out(documents)
+    assert sorted([*rest, *parts["reference"], *parts["validation"]]) == documents
+    assert all(
+        300 - 90 < sum(map(len, parts[part])) <= size for part, size in {"reference": 300, "validation": 500}.items()
+    )
 
 
-def test_code_and_docstrings_share_a_module_out_between_them(tmp_path):
+def test_a_module_is_shared_out_between_code_docstrings_and_comments(tmp_path):
     path = tmp_path / "module.py"
-    path.write_text('"""About it."""\n\nx = 1\n\n\ndef f():\n    """About f.\n\n    More.\n    """\n    return x\n')
-    assert machine_texts._without_docstrings(path) == "\n\nx = 1\n\ndef f():\n\n    return x\n"
-    assert machine_texts._only_docstrings(path) == "About it.\n\nAbout f.\n\nMore."
-    path.write_text("not python (")
-    assert machine_texts._only_docstrings(path) == ""
+    function = '# Why.\ndef f():\n    """About f.\n\n    More.\n    """\n    return x\n'
+    path.write_text(f'"""About it."""\n\nx = 1  # beside\n\n\n{function}')
+    parts = parts_of(path)
+    assert "About" not in parts["code"]
+    assert "x = 1" in parts["code"]
+    assert "return x" in parts["code"]
+    assert parts["docstrings"] == "About it.\n\nAbout f.\n\nMore."
+    assert parts["comments"].split() == ["Why."]
+    compile(parts["code"], "module.py", "exec")
 
 
-def test_what_is_no_text_reads_as_nothing(tmp_path):
-    for name, content in {"nul": b"a\0b", "latin": b"caf\xe9", "broken.gz": b"\x1f\x8bno"}.items():
+def test_a_file_that_cannot_be_read_has_no_parts(tmp_path):
+    for name, content in {"syntax.py": b"not python (", "nul.py": b"a\0b", "latin.py": b"caf\xe9"}.items():
         (tmp_path / name).write_bytes(content)
-        assert machine_texts._read(tmp_path / name) == ""
-    assert machine_texts._read(tmp_path / "absent") == ""
+        assert parts_of(tmp_path / name) == {}
+    assert parts_of(tmp_path / "absent.py") == {}
 
 
-def test_a_machine_without_texts_is_told_what_to_do(monkeypatch):
-    monkeypatch.setattr(machine_texts, "reference_prose", lambda: iter(()))
+def test_a_python_without_its_library_is_told_what_to_do(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="needs a Python with its standard library"):
-        find_corpus({})
+        find_corpus(tmp_path)
+    monkeypatch.setattr(texts, "_reference_topics", list)
+    with pytest.raises(ValueError, match="or no language reference"):
+        find_corpus(sizes=SMALL, least=1)
 
 
 def test_the_files_hold_every_document_with_its_source(corpus, tmp_path):
@@ -125,8 +130,8 @@ def test_the_files_hold_every_document_with_its_source(corpus, tmp_path):
     assert set(paths) == set(corpus.pool)
     for source, path in paths.items():
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        assert [(row["text"], row["source"], row["name"]) for row in rows] == [
-            (document.text, source, document.name) for document in corpus.pool[source]
-        ]
-    assert (tmp_path / "held_out_reference.jsonl").stat().st_size > HELD_OUT["reference"]
-    assert all(source in describe(corpus) for source in corpus.pool)
+        assert rows == [{"text": text, "source": source} for text in corpus.pool[source]]
+    for part in HELD_OUT:
+        lines = (tmp_path / f"held_out_{part}.jsonl").read_text(encoding="utf-8").split("\n")
+        assert [json.loads(line)["text"] for line in lines if line] == getattr(corpus, part)
+    assert all(source in str(corpus) for source in corpus.pool)

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from contextlib import contextmanager
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from liveselect.datamodules import write_store
 from liveselect.functional.sampling import uniform_subset
 from liveselect.influence import OneStepInfluence, PMPInfluence
 from liveselect.regressors import HashedRidgeRegressor
-from liveselect.rehearsal import SOME
+from liveselect.rehearsal import LOOKED_AT_CANDIDATES
 from liveselect.scores import read_scores
 from liveselect.selectors import ScoredSelector
 
@@ -39,9 +40,11 @@ def small_context():
 
 
 def small_job(folder, context=None, **settings):
+    context = context or small_context()[0]
     return ScoreJob(
         **{
-            "context": context or small_context()[0],
+            "model": context.live,
+            "round": context.round,
             "estimator": PMPInfluence(steps=4, score_every=2, batch_size=4),
             "regressor": HashedRidgeRegressor(buckets=256),
             "probes": PROBES,
@@ -53,15 +56,15 @@ def small_job(folder, context=None, **settings):
 
 
 def test_scores_are_predictions_of_a_scorer_that_learned_from_measured_influence(tmp_path, monkeypatch):
-    monkeypatch.setattr(score_job, "DEARER", 4)
+    monkeypatch.setattr(score_job, "MEASURED_SHARD_DIVISOR", 4)
     context, planted = small_context()
     scores = small_job(tmp_path / "s", context).run()
-    ids = uniform_subset(POOL, PROBES, context.generator("probes"))
+    ids = uniform_subset(POOL, PROBES, context.round.generator("probes"))
     estimator = PMPInfluence(steps=4, score_every=2, batch_size=4)
-    estimator.fit(context)
+    context.fit(estimator)
     regressor = HashedRidgeRegressor(buckets=256)
-    metrics = regressor.fit(context, ids, estimator.score_ids(context, ids).float())
-    expected = torch.cat([regressor.predict(context, b) for b in context.candidate_batches(torch.arange(POOL))])
+    metrics = regressor.fit(context.round, ids, context.score_ids(estimator, ids).float())
+    expected = torch.cat([regressor.predict(context.round, b) for b in context.round.batches(torch.arange(POOL))])
     torch.testing.assert_close(scores.values, expected)
     assert scores.about["metrics"]["spearman"] == pytest.approx(metrics["spearman"])
     assert scores.about["measured"] == PROBES
@@ -69,19 +72,19 @@ def test_scores_are_predictions_of_a_scorer_that_learned_from_measured_influence
     assert (
         planted[scores.values.topk(30).indices].double().mean() > 0.6
     )  # twice its share: the sign survives all the way
-    chosen = ScoredSelector(tmp_path / "s", ratio=0.2).select(fake_context(context.source), 20).ids
+    chosen = ScoredSelector(tmp_path / "s", ratio=0.2).select(fake_context(context.source).round, 20).ids
     assert planted[chosen].double().mean() > 0.6
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["scores.json", "scores.npy"]
 
 
 def test_what_a_job_and_its_proxy_cost_is_kept_with_the_scores_over_every_stop(tmp_path, monkeypatch):
     class Counted(PMPInfluence):
-        def score_ids(self, context, ids):
-            with context.meter.phase("counted"):
-                context.meter.add_flops(float(len(ids)))
-            return super().score_ids(context, ids)
+        def score_ids(self, model, round, ids):
+            with model.meter.phase("counted"):
+                model.meter.add_flops(float(len(ids)))
+            return super().score_ids(model, round, ids)
 
-    monkeypatch.setattr(score_job, "DEARER", 4)  # several shards are measured
+    monkeypatch.setattr(score_job, "MEASURED_SHARD_DIVISOR", 4)  # several shards are measured
     context, _ = small_context()
     estimator = Counted(steps=2, score_every=1, batch_size=4)
     settings = {
@@ -121,52 +124,58 @@ def test_the_size_of_the_shards_does_not_matter(tmp_path):
 
 
 def test_a_job_that_was_interrupted_at_any_file_goes_on_to_the_same_scores(tmp_path, monkeypatch):
-    monkeypatch.setattr(score_job, "DEARER", 2)
+    monkeypatch.setattr(score_job, "MEASURED_SHARD_DIVISOR", 2)
     context, _ = small_context()
     files = []
-    put = score_job._put
+    whole_file = score_job.whole_file
 
-    def counting(temporary, file):
-        files.append(file.name)
-        put(temporary, file)
+    @contextmanager
+    def counted(path):
+        files.append(path.name)
+        with whole_file(path) as file:
+            yield file
 
-    monkeypatch.setattr(score_job, "_put", counting)
+    monkeypatch.setattr(score_job, "whole_file", counted)
     expected = small_job(tmp_path / "whole", context).run()
     kinds = ["job.json", *["measured"] * 4, "regressor.pt", *["scores"] * 3]
     assert [name.split("-")[0] for name in files] == kinds
     for moment in range(len(files)):
         for before in (True, False):
             folder = tmp_path / f"{moment}-{before}"
-            state = {"puts": 0}
+            state = {"files": 0}
 
-            def interrupted(temporary, file, moment=moment, before=before, state=state):
-                state["puts"] += 1
-                if not (before and state["puts"] == moment + 1):
-                    put(temporary, file)
-                if state["puts"] == moment + 1:
+            @contextmanager
+            def interrupted(path, moment=moment, before=before, state=state):
+                state["files"] += 1
+                is_now = state["files"] == moment + 1
+                with whole_file(path) as file:
+                    yield file
+                    if is_now and before:
+                        raise KeyboardInterrupt
+                if is_now:
                     raise KeyboardInterrupt
 
-            monkeypatch.setattr(score_job, "_put", interrupted)
+            monkeypatch.setattr(score_job, "whole_file", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 small_job(folder, context).run()
-            monkeypatch.setattr(score_job, "_put", put)
+            monkeypatch.setattr(score_job, "whole_file", whole_file)
             assert small_job(folder, context).run().digest == expected.digest
 
 
 def test_what_was_done_is_not_done_again(tmp_path, monkeypatch):
     class Once(PMPInfluence):
-        def fit(self, context):
+        def fit(self, model, round):
             assert not (tmp_path / "s" / WORK / REGRESSOR).exists()
-            return super().fit(context)
+            return super().fit(model, round)
 
     class Stopped(HashedRidgeRegressor):
         predictions, stops = 0, True
 
-        def predict(self, context, batch):
+        def predict(self, round, batch):
             Stopped.predictions += len(batch["input_ids"])
-            if Stopped.stops and Stopped.predictions > SOME + 130:
+            if Stopped.stops and Stopped.predictions > LOOKED_AT_CANDIDATES + 130:
                 raise KeyboardInterrupt
-            return super().predict(context, batch)
+            return super().predict(round, batch)
 
     settings = {"estimator": Once(steps=4, score_every=2, batch_size=4), "regressor": Stopped(buckets=256)}
     with pytest.raises(KeyboardInterrupt):
@@ -195,7 +204,7 @@ def test_another_job_is_not_mixed_with_one_that_was_left_unfinished(tmp_path, mo
         {"settings": {"a": 1}},
         {"context": context},
         {"context": other_reference},
-        {"context": replace(unchanged, global_batch=unchanged.global_batch + 1)},
+        {"context": unchanged.but(global_batch=unchanged.live.global_batch + 1)},
     ):
         with pytest.raises(ValueError, match="another job"):
             small_job(tmp_path / "s", **changed).run()
@@ -256,11 +265,11 @@ def test_two_jobs_do_not_work_in_one_folder(tmp_path):
     refused = []
 
     class Second(HashedRidgeRegressor):
-        def fit(self, context, ids, influence):
+        def fit(self, round, ids, influence):
             with pytest.raises(ValueError, match=r"another process is scoring into .*wait for it, or end it"):
                 small_job(tmp_path / "s").run()
             refused.append(True)
-            return super().fit(context, ids, influence)
+            return super().fit(round, ids, influence)
 
     small_job(tmp_path / "s", regressor=Second(buckets=256)).run()
     assert refused
@@ -293,24 +302,24 @@ def test_too_few_measurements_are_refused(tmp_path):
 
 def test_too_few_finite_measurements_are_refused(tmp_path):
     class Broken(PMPInfluence):
-        def score_ids(self, context, ids):
-            return super().score_ids(context, ids).where(ids < 7, torch.nan)
+        def score_ids(self, model, round, ids):
+            return super().score_ids(model, round, ids).where(ids < 7, torch.nan)
 
     with pytest.raises(ValueError, match="measure more"):
         small_job(tmp_path / "s", estimator=Broken(steps=2, score_every=1, batch_size=4)).run()
 
 
 class Column(HashedRidgeRegressor):
-    def predict(self, context, batch):
-        return super().predict(context, batch).unsqueeze(1)
+    def predict(self, round, batch):
+        return super().predict(round, batch).unsqueeze(1)
 
 
 class Unsolvable(PMPInfluence):
-    def fit(self, context):
+    def fit(self, model, round):
         raise AssertionError("hours were spent before the scorer was tried")
 
 
-def test_a_scorer_that_cannot_work_is_told_before_anything_is_solved(tmp_path):
+def test_a_scorer_that_cannot_work_is_reported_before_anything_is_solved(tmp_path):
     for regressor, message in (
         (Column(), "squeeze"),
         (tiny_regressor(encoder={**TINY, "vocab_size": 3}), "vocab_size 3"),
@@ -318,17 +327,17 @@ def test_a_scorer_that_cannot_work_is_told_before_anything_is_solved(tmp_path):
         with pytest.raises(ValueError, match=message):
             small_job(tmp_path / message, estimator=Unsolvable(), regressor=regressor).run()
     context = small_context()[0]
-    context = replace(context, optimizer=torch.optim.Rprop(context.model.parameters()))
+    context = context.but(optimizer=torch.optim.Rprop(context.model.parameters()))
     with pytest.raises(TypeError, match="Rprop"):
         small_job(tmp_path / "optimizer", context, estimator=Unsolvable(dynamics="live")).run()
 
 
-def test_predictions_that_are_not_finite_are_told_with_what_to_do(tmp_path):
+def test_predictions_that_are_not_finite_are_reported_with_what_to_do(tmp_path):
     class Diverged(HashedRidgeRegressor):
-        def predict(self, context, batch):
-            return super().predict(context, batch).where(batch["id"] != 70, torch.nan)
+        def predict(self, round, batch):
+            return super().predict(round, batch).where(batch["id"] != 70, torch.nan)
 
-    with pytest.raises(ValueError, match=r"Diverged predicts what is not finite for 1 of 64 candidates.*new folder"):
+    with pytest.raises(ValueError, match=r"Diverged makes predictions that are not finite for 1 of 64 .*new folder"):
         small_job(tmp_path / "s", regressor=Diverged()).run()
 
 
@@ -511,7 +520,7 @@ def test_a_checkpoint_of_the_trainer_is_the_proxy_with_its_moments(run_file, tmp
 
 @pytest.mark.parametrize("together", [1, 7, 1000])
 def test_mean_and_deviation_do_not_depend_on_how_many_are_looked_at_at_once(monkeypatch, together):
-    monkeypatch.setattr(score, "TOGETHER", together)
+    monkeypatch.setattr(score, "SCORES_PER_CHUNK", together)
     values = 1e3 + torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values[::9] = -torch.inf
     known = values[values > -torch.inf]
@@ -519,7 +528,7 @@ def test_mean_and_deviation_do_not_depend_on_how_many_are_looked_at_at_once(monk
     assert score.moments(values) == pytest.approx(expected, rel=1e-12)
 
 
-def test_checkpoints_and_devices_that_do_not_fit_are_told_in_a_sentence(run_file, tmp_path, capsys, monkeypatch):
+def test_checkpoints_and_devices_that_do_not_fit_are_reported_in_a_sentence(run_file, tmp_path, capsys, monkeypatch):
     path, _ = run_file
     torch.save({"state_dict": {"other": torch.zeros(1)}}, tmp_path / "other.ckpt")
     torch.save({"state_dict": {}, "hyper_parameters": PMPInfluence()}, tmp_path / "objects.ckpt")
@@ -539,7 +548,7 @@ def test_checkpoints_and_devices_that_do_not_fit_are_told_in_a_sentence(run_file
     assert "finds no CUDA device" in capsys.readouterr().err
 
 
-def test_a_proxy_with_too_small_a_vocabulary_is_told_before_anything_is_solved(run_file, tmp_path, capsys):
+def test_a_proxy_with_too_small_a_vocabulary_is_reported_before_anything_is_solved(run_file, tmp_path, capsys):
     path, _ = run_file
     small = "--model.init_args.config={model_type: gpt_neox, vocab_size: 20, hidden_size: 16, num_hidden_layers: 1, "
     small += "num_attention_heads: 2, intermediate_size: 32}"

@@ -143,7 +143,7 @@ class Interrupted(HashedEmbedder):
 def test_an_interrupted_call_leaves_no_clusters_and_its_repetition_embeds_only_the_rest(
     pool, tmp_path_factory, monkeypatch
 ):
-    monkeypatch.setattr(cluster, "ROWS", 50)
+    monkeypatch.setattr(cluster, "ROWS_PER_CHUNK", 50)
     store, _ = pool
     with pytest.raises(KeyboardInterrupt):
         cluster_pool(store, FOUR, quiet=True, embedder=Interrupted(limit=120))
@@ -159,7 +159,7 @@ def test_an_interrupted_call_leaves_no_clusters_and_its_repetition_embeds_only_t
 
 
 def test_the_seconds_of_an_interrupted_call_are_counted(pool, monkeypatch):
-    monkeypatch.setattr(cluster, "ROWS", 50)
+    monkeypatch.setattr(cluster, "ROWS_PER_CHUNK", 50)
     store, _ = pool
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(cluster, "time", SimpleNamespace(perf_counter=lambda: clock.now))
@@ -178,7 +178,7 @@ def test_the_seconds_of_an_interrupted_call_are_counted(pool, monkeypatch):
 
 
 def test_what_another_clustering_left_unfinished_is_not_continued(pool, monkeypatch):
-    monkeypatch.setattr(cluster, "ROWS", 50)
+    monkeypatch.setattr(cluster, "ROWS_PER_CHUNK", 50)
     store, _ = pool
     with pytest.raises(KeyboardInterrupt):
         cluster_pool(store, FOUR, quiet=True, embedder=Interrupted(limit=120))
@@ -211,7 +211,7 @@ def test_clusters_of_another_pool_are_refused(pool, tmp_path_factory):
         ({"clusters": 241}, "clusters", r"number of clusters in 1\.\.240, got 241"),
         ({"clusters": 0}, "clusters", r"in 1\.\.240, got 0"),
         ({"engine": "spark"}, "clusters", "an engine among .* got 'spark'"),
-        ({"epochs": 0}, "clusters", "at least one walk"),
+        ({"epochs": 0}, "clusters", "at least one pass"),
         ({"reach": -0.1}, "clusters", r"a reach in 0\.\.2"),
         ({"embed": "tfidf"}, "clusters", "of the form hashed"),
         ({}, "texts", "texts holds something else"),
@@ -229,7 +229,7 @@ def test_what_cannot_work_is_told_before_anything_is_embedded(pool, monkeypatch,
 
 
 def test_vectors_that_are_not_finite_are_refused_and_mended_ones_go_on(pool, monkeypatch):
-    monkeypatch.setattr(cluster, "ROWS", 50)
+    monkeypatch.setattr(cluster, "ROWS_PER_CHUNK", 50)
     store, topics = pool
     vectors = np.eye(TOPICS, dtype=np.float32)[topics]
     vectors[130], vectors[170] = np.nan, np.inf

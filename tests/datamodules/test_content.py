@@ -11,8 +11,9 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from liveselect.datamodules.rows import content, rows
 from liveselect.datamodules.rows.content import Chunk, survey
-from liveselect.datamodules.rows.rows import CollatedRows, DatasetRows, open_pool
-from liveselect.protocols import IGNORE_INDEX, SelectionWarning
+from liveselect.datamodules.rows.groups import open_pool
+from liveselect.datamodules.rows.rows import CollatedRows, DatasetRows
+from liveselect.grammar import IGNORE_INDEX, SelectionWarning
 
 torch.set_num_threads(1)
 

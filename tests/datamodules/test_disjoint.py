@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from liveselect.datamodules import ReferenceSet, SelectionDataModule, overlap
 from liveselect.datamodules.pools.tokens import write_store
-from liveselect.protocols import IGNORE_INDEX, SelectionWarning
+from liveselect.grammar import IGNORE_INDEX, SelectionWarning
 
 torch.set_num_threads(1)
 
@@ -50,7 +50,7 @@ def test_every_record_is_named_with_what_it_shares(tmp_path):
     assert message.startswith(
         "2 of 14 reference records share text with the pool (looked for: the whole record is one "
     )
-    assert "32 tokens in a row of an example stand in the pool)" in message
+    assert "32 tokens in a row of an example are in the pool)" in message
     assert "record 12 is one of the pool's documents; record 13 shares '" in message
     assert re.search(r"record 13 shares '.*\.\.\.' with candidate 30\.", message)
     assert "overlap='drop' does it for you" in message

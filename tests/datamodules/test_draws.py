@@ -183,4 +183,4 @@ def test_a_seed_sets_all_three_generators():
 
 def test_nested_subsets_are_read_through():
     inner = Subset(Subset(list(range(100, 200)), range(10, 90)), [5, 0, 79])
-    assert fetch(inner, [2, 0, 1]) == [189, 115, 110]
+    assert fetch(inner, [2, 0, 1], [None] * 3, lambda seed: None) == [189, 115, 110]

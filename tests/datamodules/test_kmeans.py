@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import sklearn
 from sklearn.cluster import KMeans
 
 from liveselect.datamodules.clusters import kmeans
@@ -25,7 +26,7 @@ def test_mini_batches_end_near_what_full_k_means_finds():
 
 
 def test_an_epoch_uses_every_row_once_in_an_order_that_the_seed_draws(monkeypatch):
-    monkeypatch.setattr(kmeans, "BLOCK", 7)
+    monkeypatch.setattr(kmeans, "ROWS_PER_BLOCK", 7)
     rows = np.arange(100, dtype=np.float32).reshape(-1, 1)
     orders = []
     for seed in (0, 0, 1):
@@ -53,11 +54,12 @@ def test_the_nearest_centroid_is_the_nearest():
     np.testing.assert_allclose(offsets, distances.min(axis=1), atol=1e-3)
 
 
-@pytest.mark.parametrize("rows", [3, 100])
+@pytest.mark.parametrize("rows", [3, 100])  # compared at once, by the memory that scikit-learn may use
 def test_near_pairs_are_all_pairs_up_to_the_reach_and_no_centroid_is_its_own_neighbour(rows):
     centroids = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
     centroids[5] = 3 * centroids[11]  # the same direction, at the distance 0
-    near = near_pairs(centroids, 0.3, rows=rows)
+    with sklearn.config_context(working_memory=rows * 20 * 8 / 2**20):
+        near = near_pairs(centroids, 0.3)
     cosine = 1 - unit(centroids) @ unit(centroids).T
     for i in range(20):
         expected = [j for j in range(20) if j != i and cosine[i, j] <= 0.3]

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from plan_following import POOL, LoaderModule, PublishPlans, Remembering, Rows, global_batches, trainer_for
 
 from liveselect.datamodules.loader import PlanLoader, ShardedBatches, candidate_batches, epoch_length
+from liveselect.datamodules.rows.rows import DatasetRows
 from liveselect.plan import Plan
 
 torch.set_num_threads(1)
@@ -290,6 +291,8 @@ def test_an_epoch_below_one_optimizer_step_is_refused():
 
 
 class Echo:
+    source = None
+
     def candidates(self, ids):
         return {"id": torch.tensor(ids), "process": os.getpid()}
 
@@ -313,10 +316,14 @@ def test_no_workers_are_started_for_a_few_candidates():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("receive", [None, dict], ids=["made by workers", "made here"])
-def test_batches_are_pinned_for_a_gpu(workers, receive):
+@pytest.mark.parametrize(
+    "dataset",
+    [Rows(), DatasetRows([{"input_ids": [i, i + 1]} for i in range(POOL)])],
+    ids=["made by workers", "made here"],
+)
+def test_batches_are_pinned_for_a_gpu(workers, dataset):
     plan = Plan(0, torch.arange(40))
-    loader = PlanLoader(Rows(), 4, 10, pin_memory=True, receive=receive, options={"num_workers": workers})
+    loader = PlanLoader(dataset, 4, 10, pin_memory=True, options={"num_workers": workers})
     loader.follow(plan)
     batches = iter(loader)
     assert all(tensor.is_pinned() for _ in range(3) for tensor in next(batches).values())

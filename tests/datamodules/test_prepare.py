@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
-from liveselect.datamodules.pools import prepare as module
-from liveselect.datamodules.pools import workers as workers_module
-from liveselect.datamodules.pools.assemble import DiskFullError
+from liveselect.datamodules.pools import display as display_module
+from liveselect.datamodules.pools import parts as parts_module
+from liveselect.datamodules.pools.display import PrepareDisplay
 from liveselect.datamodules.pools.pool_files import LOCK, TOKENS, hash_tokens
-from liveselect.datamodules.pools.prepare import prepare
+from liveselect.datamodules.pools.prepare import DiskFullError, prepare
 from liveselect.datamodules.pools.readers import DataError
 from liveselect.datamodules.pools.tokenizers import END_OF_TEXT, save_tokenizer, train_bpe
 from liveselect.datamodules.pools.tokens import TokenStore
@@ -185,14 +185,16 @@ def test_empty_documents_are_left_out_and_counted(tmp_path, tokenizer):
 
 CRASHING = """
 import os, signal, sys
-from liveselect.datamodules.pools import parts, pool_files, prepare
+from liveselect.datamodules.pools import pool_files
+from liveselect.datamodules.pools.display import PrepareDisplay
+from liveselect.datamodules.pools.prepare import prepare
 from pathlib import Path
 
 place, number, workers, source, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
 owner, name = {
     "fsync": (pool_files.os, "fsync"),
     "rename": (Path, "replace"),
-    "collect": (prepare, "part_facts"),
+    "collect": (PrepareDisplay, "update"),
     "append": (pool_files.PoolWriter, "append"),
     "never": (pool_files, "hash_file"),
 }[place]
@@ -209,10 +211,9 @@ def crash_at_the_call(*arguments, **keywords):
 
 if __name__ == "__main__":
     setattr(owner, name, crash_at_the_call)
-    recipe = prepare.Recipe(ids_column="input_ids", vocab_size=501, eos_id=500, block_size=16)
-    corpus = prepare.Corpus([prepare.Source.parse(source)], recipe)
-    display = prepare.PrepareDisplay(quiet=True)
-    prepare.prepare_pool(corpus, Path(out), display, workers, overwrite=place == "append", unit_bytes=1000)
+    recipe = {"ids_column": "input_ids", "vocab_size": 501, "eos_id": 500, "block_size": 16}
+    settings = {"workers": workers, "overwrite": place == "append", "quiet": True, "unit_bytes": 1000}
+    prepare(source, out, **recipe, **settings)
 """
 
 
@@ -226,16 +227,16 @@ def run_crashing(tmp_path, place, number, source, out, workers=1):
 
 @pytest.fixture
 def encoded_units(monkeypatch):
-    """The parts that are written from here on, in this process."""
-    written = []
-    original = workers_module.write_part
+    """The units that are encoded from here on, in this process."""
+    encoded = []
+    original = parts_module.encode_unit
 
-    def counted(path, *rest):
-        written.append(path.name)
-        original(path, *rest)
+    def counted(unit, *rest):
+        encoded.append(unit)
+        return original(unit, *rest)
 
-    monkeypatch.setattr(workers_module, "write_part", counted)
-    return written
+    monkeypatch.setattr(parts_module, "encode_unit", counted)
+    return encoded
 
 
 POINTS = [
@@ -246,8 +247,7 @@ POINTS = [
     ("append", 1),  # no block of the pool is written yet
     ("append", 12),  # some are
     ("rename", "manifest"),
-    ("rename", "complete"),  # the pool is complete in the working folder
-    ("rename", "place"),  # all that lacks is the last rename
+    ("rename", "place"),  # the pool is complete in the working folder; all that lacks is the last rename
 ]
 
 
@@ -259,7 +259,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_finished_and_continues(
     whole = prepare_ids(source, tmp_path / "whole")
     units = len(encoded_units)
     assert units > 12
-    number = {"manifest": units + 1, "complete": units + 2, "place": units + 3}.get(number, number)
+    number = {"manifest": units + 1, "place": units + 2}.get(number, number)
     encoded_units.clear()
 
     out = tmp_path / "pool"
@@ -363,7 +363,7 @@ def test_after_an_error_in_the_middle_the_mended_source_continues(tmp_path, read
     source, _ = ready_ids
     good = source.read_text().splitlines(keepends=True)
     source.write_text("".join([*good[:150], good[150][:9] + "\n", *good[151:]]))
-    with pytest.raises(DataError, match=r"line 151: not valid JSON .*\. What is finished stays in .*pool\.partial"):
+    with pytest.raises(DataError, match=r"line 151: not valid JSON .*\. Finished parts stay in .*pool\.partial"):
         prepare_ids(source, tmp_path / "pool")
     assert not (tmp_path / "pool").exists()
     before = len(encoded_units)
@@ -414,7 +414,7 @@ TEXT = {"tokenizer": "bpe:300"}
         ([{"text": 3}], TEXT, r"line 1: expected text in column 'text', got int"),
         ([{"text": [1, 2]}], TEXT, r"got list. .*pass their column as ids_column"),
         ([{"text": ""}, {"text": None}], TEXT, r"no text to train a tokenizer on: every document is empty"),
-        ([{"input_ids": []}, {"input_ids": None}], IDS, r"no document is left \(left out: 2 empty\)"),
+        ([{"input_ids": []}, {"input_ids": None}], IDS, r"all documents are left out \(2 empty\)"),
         ([{"text": "x"}], TEXT, r"hold \d tokens, which do not fill one block of 16 .*: use a smaller block size"),
         (
             [{"input_ids": [1, 10]}],
@@ -531,22 +531,37 @@ def test_too_little_space_for_the_pool_is_seen_before_it_is_written(tmp_path, re
 
 def test_an_interruption_keeps_the_finished_parts(tmp_path, ready_ids, monkeypatch, encoded_units):
     source, _ = ready_ids
-    original, calls = module.part_facts, []
+    prepare_ids(source, tmp_path / "whole")
+    units = len(encoded_units)
+    encoded_units.clear()
+    reports = []
 
-    def interrupted(path):
-        calls.append(path)
-        if len(calls) == 4:
+    def interrupted(display, done, tokens):
+        reports.append(done)
+        if len(reports) == 4:
             raise KeyboardInterrupt
-        return original(path)
 
-    monkeypatch.setattr(module, "part_facts", interrupted)
+    monkeypatch.setattr(PrepareDisplay, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare_ids(source, tmp_path / "pool")
     assert len(list((tmp_path / "pool.partial").glob("parts-*/*.arrow"))) == 4
-    written = len(encoded_units)
     store = prepare_ids(source, tmp_path / "pool")
-    assert len(encoded_units) - written == len(calls) - 4 - 4
+    assert len(encoded_units) == units
     assert store.rows > 0
+
+
+def test_progress_is_lines_where_there_is_no_terminal_and_nothing_when_quiet(monkeypatch, capsys):
+    monkeypatch.setattr(display_module, "SECONDS_BETWEEN_LINES", 0)
+    for quiet in (True, False):
+        display = PrepareDisplay(quiet)
+        display.say("hello")
+        with display.phase("encoding", 2000):
+            display.update(500, 3_000_000)
+        lines = capsys.readouterr().err.splitlines()
+        if quiet:
+            assert lines == []
+    assert lines[0] == "hello"
+    assert any(line.startswith("encoding: 500B of 2.00kB, 3.0M tokens, ") and "left" in line for line in lines)
 
 
 def test_the_end_of_text_marks_nothing_but_ends_of_documents(tmp_path):

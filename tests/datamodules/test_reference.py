@@ -18,8 +18,8 @@ from liveselect.datamodules.pools.encoding import encode_answers
 from liveselect.datamodules.pools.tokenizers import train_bpe
 from liveselect.datamodules.pools.tokens import write_store
 from liveselect.datamodules.reference import ReferenceSet, load_reference, loader_batches
+from liveselect.grammar import IGNORE_INDEX, SelectionWarning
 from liveselect.losses import causal_lm_loss, target_counts
-from liveselect.protocols import IGNORE_INDEX, SelectionWarning
 
 torch.set_num_threads(1)
 
@@ -238,7 +238,8 @@ def test_what_is_wrong_with_a_reference_set_is_said(tokenizer, source, settings,
 
 def test_text_without_a_tokenizer_is_an_error():
     with pytest.raises(
-        ValueError, match=r"holds text, but it is not known which tokenizer.*SelectionDataModule.wrap, as tokenizer="
+        ValueError,
+        match=r"holds text, but the tokenizer that made the pool is not known.*SelectionDataModule.wrap, as tokenizer=",
     ):
         load_reference(ReferenceSet(TEXTS))
 

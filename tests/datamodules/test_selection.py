@@ -1,6 +1,8 @@
 """SelectionDataModule serves all pools alike, leaves a wrapped module as it was, and refuses what cannot work."""
 
+import copy
 import multiprocessing
+import pickle
 
 import datasets
 import lightning.pytorch as pl
@@ -13,11 +15,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 from transformers import GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTForCausalLM
 
-from liveselect.datamodules import ReferenceSet, SelectionDataModule, overlap
+from liveselect.datamodules import ReferenceSet, SelectionDataModule, ServingSettings, WrappingDataModule, overlap
 from liveselect.datamodules.pools.tokenizers import train_bpe
 from liveselect.datamodules.pools.tokens import TokenStore, write_store
+from liveselect.grammar import IGNORE_INDEX, CandidateSource, SelectionWarning
 from liveselect.plan import Plan
-from liveselect.protocols import IGNORE_INDEX, CandidateSource, SelectionWarning
 
 torch.set_num_threads(1)
 
@@ -362,7 +364,7 @@ def test_the_hooks_and_attributes_of_a_wrapped_module_stay_its_own(tmp_path):
     module, _, trainer = fit(tmp_path, data, limit_train_batches=2, max_steps=2, num_sanity_val_steps=0)
     assert existing.called == {"prepare_data", "setup fit", "on_after_batch_transfer", "teardown fit"}
     assert [len(batch["input_ids"]) for batch in module.validated] == [5, 5, 5, 5]
-    assert data.colour == "blue"
+    assert (data.wrapped, data.wrapped.colour) == (existing, "blue")
     assert data.state_dict() == {"seen": 3}
     assert existing.trainer is trainer
     with pytest.raises(AttributeError, match="size"):
@@ -373,6 +375,45 @@ def test_the_hooks_and_attributes_of_a_wrapped_module_stay_its_own(tmp_path):
         LM(), datamodule=SelectionDataModule.wrap(again, SMALL_REFERENCE), ckpt_path=tmp_path / "a.ckpt"
     )
     assert "load 3" in again.called
+
+
+def test_a_name_that_only_the_wrapped_module_has_is_not_found_and_the_message_says_where_it_is():
+    class Named(Existing):
+        tokenizer = "theirs"
+
+    existing = Named()
+    existing._cache = "private"
+    data = SelectionDataModule.wrap(existing, SMALL_REFERENCE)
+    assert data.tokenizer == "theirs"
+    for name in ("colour", "_cache"):
+        with pytest.raises(
+            AttributeError, match=rf"no attribute '{name}', but the Named .* datamodule\.wrapped\.{name}$"
+        ):
+            getattr(data, name)
+    with pytest.raises(AttributeError, match=r"'WrappingDataModule' object has no attribute 'color'$"):
+        data.color  # noqa: B018
+    with pytest.raises(AttributeError, match=r"'SelectionDataModule' object has no attribute 'color'"):
+        SelectionDataModule([], SMALL_REFERENCE, batch_size=4).color  # noqa: B018
+
+
+def test_a_wrapped_module_can_be_copied_and_sent_to_another_process():
+    data = SelectionDataModule.wrap(Existing(collate_fn=None), SMALL_REFERENCE, seed=3)
+    for again in (copy.deepcopy(data), pickle.loads(pickle.dumps(data))):
+        assert again.wrapped.colour == "blue"
+        assert again.settings == data.settings
+        assert again.state_dict() == {"seen": 3}
+
+
+def test_a_datamodule_as_the_pool_is_refused_with_the_way_to_wrap_it():
+    with pytest.raises(TypeError, match=r"got the datamodule Existing: use SelectionDataModule\.wrap\(Existing\("):
+        SelectionDataModule(Existing(), SMALL_REFERENCE, batch_size=4)
+
+
+def test_a_wrapped_module_validates_on_another_set_where_one_is_given(tmp_path):
+    data = SelectionDataModule.wrap(Existing(), SMALL_REFERENCE, validation=[{"input_ids": [4, 4]}])
+    settings = {"limit_train_batches": 2, "max_steps": 2, "num_sanity_val_steps": 0}
+    module, *_ = fit(tmp_path, data, **settings)
+    assert [batch["input_ids"].tolist() for batch in module.validated] == [[[4, 4]]]
 
 
 def test_hooks_that_a_wrapped_module_lacks_are_left_to_the_model(tmp_path):
@@ -747,10 +788,39 @@ def test_yaml_says_the_same_as_python(store):
                     "reference": {"source": str(store.path), "answer": "last_word", "max_examples": 7},
                     "validation": "some/file.jsonl",
                     "batch_size": 3,
+                    "num_workers": 2,
+                    "overlap": "drop",
                 },
             }
         }
     )
     data = parser.instantiate_classes(parsed).data
-    assert data._reference_set == ReferenceSet(str(store.path), answer="last_word", max_examples=7)
-    assert (data._source, data._validation_set, data.batch_size) == (str(store.path), "some/file.jsonl", 3)
+    assert data.settings.reference == ReferenceSet(str(store.path), answer="last_word", max_examples=7)
+    assert data.settings == ServingSettings(data.settings.reference, 3, validation="some/file.jsonl", overlap="drop")
+    assert (data._source, data._num_workers, data.batch_size) == (str(store.path), 2, 3)
+
+
+def test_yaml_can_wrap_a_datamodule_with_every_setting(tmp_path, monkeypatch):
+    (tmp_path / "my_data.py").write_text(
+        "import lightning.pytorch as pl\n\n\nclass Mine(pl.LightningDataModule):\n"
+        "    def __init__(self, colour: str = 'red'):\n        super().__init__()\n        self.colour = colour\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(pl.LightningDataModule, "data")
+    parsed = parser.parse_object(
+        {
+            "data": {
+                "class_path": "liveselect.datamodules.SelectionDataModule.wrap",
+                "init_args": {
+                    "existing": {"class_path": "my_data.Mine", "init_args": {"colour": "green"}},
+                    "reference": {"source": "some/file.jsonl", "max_examples": 7},
+                    "overlap": "drop",
+                },
+            }
+        }
+    )
+    data = parser.instantiate_classes(parsed).data
+    assert isinstance(data, WrappingDataModule)
+    assert data.wrapped.colour == "green"
+    assert data.settings == ServingSettings(ReferenceSet("some/file.jsonl", max_examples=7), overlap="drop")

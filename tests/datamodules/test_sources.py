@@ -281,3 +281,12 @@ def test_a_parquet_file_is_not_held_in_memory(folder):
     held = [pa.total_allocated_bytes() - before for _ in read_records(folder)]
     assert len(held) == 40000
     assert max(held) < (folder / "a.parquet").stat().st_size / 4
+
+
+def test_missing_values_in_lists_of_integers_stay_missing(folder):
+    lists = [[1, 2], None, [3, None], []]
+    pq.write_table(pa.table({"ids": pa.array(lists, pa.list_(pa.int64()))}), folder / "a.parquet")
+    assert [record["ids"] for record in read_records(folder)] == lists
+    pq.write_table(pa.table({"ids": pa.array([[1, 2], None], pa.list_(pa.int64()))}), folder / "a.parquet")
+    first, second = [record["ids"] for record in read_records(folder)]
+    assert (first.tolist(), first.dtype, second) == ([1, 2], "int64", None)

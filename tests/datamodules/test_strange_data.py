@@ -27,8 +27,9 @@ from liveselect.datamodules.overlap import shared_rows
 from liveselect.datamodules.pools.tokenizers import train_bpe
 from liveselect.datamodules.pools.tokens import write_store
 from liveselect.datamodules.reference import ReferenceSet, load_reference, loader_batches
-from liveselect.datamodules.rows.rows import CollatedRows, DatasetRows, open_pool
-from liveselect.protocols import IGNORE_INDEX, SelectionWarning
+from liveselect.datamodules.rows.groups import open_pool
+from liveselect.datamodules.rows.rows import CollatedRows, DatasetRows
+from liveselect.grammar import IGNORE_INDEX, SelectionWarning
 
 torch.set_num_threads(1)
 
@@ -42,7 +43,10 @@ def rows(table=TABLE):
 
 
 def opened(*arguments, **settings):
-    data = SelectionDataModule(*arguments, batch_size=4, **settings)
+    return set_up(SelectionDataModule(*arguments, batch_size=4, **settings))
+
+
+def set_up(data):
     data.setup("fit")
     return data
 
@@ -194,19 +198,20 @@ class Finishing(DataLoader):
             DataLoader(rows(), batch_sampler=ByLength(SequentialSampler(rows()), 2, False)),
             "the ByLength of Existing is not",
         ),
-        (Finishing(rows(), batch_size=2), "Finishing iterates in a way of its own, which is not used"),
+        (Finishing(rows(), batch_size=2), "the __iter__ of Finishing is not used"),
     ],
 )
 def test_what_a_wrapped_loader_does_beside_collating_is_warned_of(loader, message):
     with pytest.warns(SelectionWarning, match=message):
-        opened(Existing(loader), REFERENCE)
+        set_up(SelectionDataModule.wrap(Existing(loader), REFERENCE))
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_plain_wrapped_loader_is_not_warned_of(shuffle):
     with warnings.catch_warnings():
         warnings.simplefilter("error", SelectionWarning)
-        opened(Existing(DataLoader(rows(), batch_size=4, shuffle=shuffle)), REFERENCE)
+        existing = Existing(DataLoader(rows(), batch_size=4, shuffle=shuffle))
+        set_up(SelectionDataModule.wrap(existing, REFERENCE))
 
 
 # ---- reference sets ------------------------------------------------------------------------------------------------
@@ -287,13 +292,13 @@ def test_the_tokenizer_of_the_pool_is_taken_without_a_word(tokenizer):
 
 def test_a_tokenizer_that_did_not_make_the_pool_is_warned_of(tokenizer, other):
     with pytest.warns(
-        SelectionWarning, match=r"tokenizer= does not look like the one that made .* \d+% of the ids came"
+        SelectionWarning, match=r"tokenizer= does not look like the one that made .* \d+% of the ids in some rows came"
     ):
         opened(tokenized(tokenizer), ["some text"], tokenizer=other)
     loader = DataLoader(tokenized(tokenizer), batch_size=1, collate_fn=lambda b: {"input_ids": _padded(b)})
     with pytest.warns(SelectionWarning, match="the tokenizer of Existing does not look like the one"):
-        opened(Existing(loader, other), ["some text"])
-    with pytest.warns(SelectionWarning, match=r"it knows \d+ tokens, ids of the pool reach to 5000"):
+        set_up(SelectionDataModule.wrap(Existing(loader, other), ["some text"]))
+    with pytest.warns(SelectionWarning, match=r"it knows \d+ tokens, ids of the pool go up to 5000"):
         opened([*tokenized(tokenizer), {"input_ids": [5, 5000]}], ["some text"], tokenizer=tokenizer)
 
 

@@ -51,7 +51,7 @@ def test_a_long_text_is_encoded_in_pieces_as_if_it_were_whole(tmp_path, monkeypa
     encoder = Encoder(tmp_path / "tokenizer")
     long = "\n".join(TEXTS) * 300
     (whole,) = encoder([long])
-    monkeypatch.setattr(module, "PIECE", 5000)
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 5000)
     pieces = list(module._pieces(long))
     assert len(pieces) > 3
     assert "".join(pieces) == long

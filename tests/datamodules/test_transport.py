@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from liveselect.datamodules.rows.transport import Compact, receive, send
-from liveselect.protocols import IGNORE_INDEX
+from liveselect.grammar import IGNORE_INDEX
 
 
 def batch_of(tokens, labels=None):

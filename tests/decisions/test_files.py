@@ -2,22 +2,25 @@
 
 import pytest
 import torch
-from fakes import fake_context, random_source
+from fakes import play, random_source
 
 from liveselect.decisions import DecisionLedger, find_decisions, read_plan, read_round, rounds_in
-from liveselect.rounds import SelectionRun, run_round
+from liveselect.decisions.diff import compare_runs
+from liveselect.decisions.explain import explain
+from liveselect.rounds import SelectionRun
 from liveselect.selectors import UniformSelector
 
 
 def trained(folder, rounds=3, state=None, seed=0):
     source = random_source(64)
-    run = SelectionRun(UniformSelector(), None, UniformSelector(), 0, source.pool, decisions=DecisionLedger(folder))
+    parts = UniformSelector(), None, UniformSelector(), 0, source
+    run = SelectionRun(*parts, seed=seed, decisions=DecisionLedger(folder))
     states = []
     if state is not None:
         run.load_state_dict(state)
-    for index in range(run.next_round, rounds):
+    for _ in range(run.next_round, rounds):
         states.append(run.state_dict())
-        run_round(run, fake_context(source, round_index=index, seed=seed, candidates=source.pool.available(8)), 8)
+        play(run, 8)
     return run, states
 
 
@@ -43,7 +46,7 @@ def test_another_run_in_the_same_folder_keeps_the_record_of_the_first(tmp_path):
     assert list(rounds_in(tmp_path / "decisions")) == [0]
 
 
-def test_pandas_datasets_and_duckdb_read_the_rows(tmp_path):
+def test_pandas_datasets_duckdb_and_pyarrow_read_the_rows(tmp_path):
     import pandas as pd
     from datasets import load_dataset
 
@@ -60,6 +63,10 @@ def test_pandas_datasets_and_duckdb_read_the_rows(tmp_path):
 
     found = duckdb.sql(f"SELECT count(*), count(DISTINCT id) FROM '{tmp_path}/decisions/*.parquet'").fetchall()
     assert found == [(24, 24)]
+    import pyarrow.dataset as ds
+
+    chosen = ds.dataset(tmp_path / "decisions").to_table(filter=ds.field("chosen") & (ds.field("round") == 2))
+    assert set(chosen["id"].to_pylist()) == set(run.plan.ids.tolist())
 
 
 def test_a_damaged_file_is_refused(tmp_path):
@@ -67,10 +74,21 @@ def test_a_damaged_file_is_refused(tmp_path):
     path = rounds_in(tmp_path / "decisions")[0]
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="damaged or copied in part"):
+    with pytest.raises(ValueError, match=rf"{path}.*damaged or copied in part"):
         read_plan(path)
-    with pytest.raises(ValueError, match="damaged or copied in part"):
+    with pytest.raises(ValueError, match=rf"{path}.*damaged or copied in part"):
         read_round(path)
+
+
+def test_damage_inside_of_a_file_is_reported_with_its_name(tmp_path):
+    """The end of the file, which describes the rest, is whole."""
+    trained(tmp_path / "decisions")
+    path = rounds_in(tmp_path / "decisions")[1]
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :])
+    for read in (lambda: read_plan(path), lambda: explain(tmp_path, 3), lambda: compare_runs(tmp_path, tmp_path)):
+        with pytest.raises(ValueError, match=rf"{path}.*damaged or copied in part"):
+            read()
 
 
 def test_a_plan_that_was_changed_is_refused(tmp_path):

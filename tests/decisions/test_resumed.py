@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
-from fakes import fake_context, random_source
+from fakes import fake_context, play, random_source
 
 from liveselect.cli import main
 from liveselect.decisions import DecisionLedger, carry_decisions, lacking_rounds, rounds_in
-from liveselect.decisions.resumed import told_rounds
-from liveselect.rounds import SelectionRun, run_round
+from liveselect.decisions.resumed import rounds_as_text
+from liveselect.rounds import SelectionRun
 from liveselect.selectors import ReplaySelector, UniformSelector
 
 
@@ -17,13 +17,13 @@ def train(folder, rounds, state=None, seed=0):
     """Run rounds up to ``rounds`` in ``folder``, as the callback does; return the states after each round."""
     source = random_source(64)
     decisions = DecisionLedger(folder / "selection" / "decisions")
-    run = SelectionRun(UniformSelector(), None, UniformSelector(), 0, source.pool, decisions=decisions)
+    run = SelectionRun(UniformSelector(), None, UniformSelector(), 0, source, seed=seed, decisions=decisions)
     if state is not None:
         run.load_state_dict(state)
     carry_decisions(decisions, run.ledger, source.pool.fingerprint)
     states = [run.state_dict()]
-    for index in range(run.next_round, rounds):
-        run_round(run, fake_context(source, round_index=index, seed=seed, candidates=source.pool.available(8)), 8)
+    for _ in range(run.next_round, rounds):
+        play(run, 8)
         states.append(run.state_dict())
     run.ledger.write(folder / "selection" / "ledger.jsonl")
     return states
@@ -97,7 +97,7 @@ def test_replay_names_the_folder_of_what_it_lacks(split):
     second, _, first = split
     source = random_source(64)
     with pytest.raises(ValueError, match=f"lacks rounds 0-2: the run wrote to {first} before"):
-        ReplaySelector(second).check(fake_context(source))
+        ReplaySelector(second).check(fake_context(source).round, 8)
 
 
 def test_diff_of_runs_without_a_common_round_says_so(split, capsys):
@@ -117,7 +117,7 @@ def test_what_lacked_comes_along_when_it_is_there_again(tmp_path, split):
     assert contents(tmp_path / "third") == contents(tmp_path / "away2")
 
 
-def test_rounds_are_told_as_spans():
-    assert told_rounds([0, 1, 2, 5, 7, 8]) == "rounds 0-2, 5, 7-8"
-    assert told_rounds([4]) == "round 4"
-    assert told_rounds(torch.arange(3).tolist()) == "rounds 0-2"
+def test_rounds_are_named_as_spans():
+    assert rounds_as_text([0, 1, 2, 5, 7, 8]) == "rounds 0-2, 5, 7-8"
+    assert rounds_as_text([4]) == "round 4"
+    assert rounds_as_text(torch.arange(3).tolist()) == "rounds 0-2"

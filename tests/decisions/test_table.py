@@ -3,34 +3,30 @@
 import numpy as np
 import pytest
 import torch
-from fakes import fake_context, planted_source, random_source
+from fakes import fake_context, planted_source, play, random_source
 
-from liveselect.decisions import DecisionLedger, read_about, read_plan, read_round, rounds_in, table
+from liveselect.decisions import DecisionLedger, files, read_about, read_plan, read_round, rounds_in
 from liveselect.decisions.table import BELOW, BY_SCORE, BY_SELECTOR, GROUP_BELOW, GROUP_PASSED, ONLY_MEASURED, PASSED
 from liveselect.functional.sampling import Noise, gumbel_topk, released_bottomk
-from liveselect.protocols import Selection, SelectionWarning
+from liveselect.grammar import InfluenceEstimator, Selection, SelectionWarning, Selector
 from liveselect.regressors import HashedRidgeRegressor
-from liveselect.rounds import SelectionRun, run_round
+from liveselect.rounds import SelectionRun
 from liveselect.selectors import RegressionSelector, ScoredSelector, UCBSelector, UniformSelector
 
 
-class TokenCount:
+class TokenCount(InfluenceEstimator):
     """Influence of a candidate: how many of its tokens are in the lower third of the vocabulary."""
 
-    def fit(self, context):
-        return {}
-
-    def score(self, context, batch):
+    def score(self, model, batch):
         return (batch["input_ids"] < 20).float().mean(-1)
 
 
 def one_round(folder, selector, source=None, estimator=None, budget=40, rounds=1, **settings):
     source = source or planted_source()[0]
-    run = SelectionRun(selector, estimator, UniformSelector(), 0, source.pool)
+    run = SelectionRun(selector, estimator, UniformSelector(), 0, source)
     run.decisions = DecisionLedger(folder, **settings)
-    for index in range(rounds):
-        context = fake_context(source, round_index=index, candidates=source.pool.available(budget))
-        run_round(run, context, budget)
+    for _ in range(rounds):
+        play(run, budget)
     return run, read_round(rounds_in(folder)[rounds - 1])
 
 
@@ -70,7 +66,7 @@ def test_the_scores_are_the_predictions_and_the_influence_what_was_measured(tmp_
     selector = regression()
     run, rows = one_round(tmp_path, selector, source, TokenCount())
     predictions = selector.regressor.predict(
-        fake_context(source), {"input_ids": source.tokens, "labels": source.labels}
+        fake_context(source).round, {"input_ids": source.tokens, "labels": source.labels}
     )
     compared = ~np.isnan(rows["score"])
     np.testing.assert_allclose(rows["score"][compared], predictions[rows["id"][compared]].numpy(), rtol=1e-5, atol=1e-6)
@@ -100,7 +96,7 @@ def test_the_cost_of_a_round_and_of_the_run_before_it_stands_in_every_row(tmp_pa
 
 def test_pieces_of_any_size_hold_the_same_rows(tmp_path, monkeypatch):
     _, whole = one_round(tmp_path / "whole", regression(), estimator=TokenCount())
-    monkeypatch.setattr(table, "PIECE", 7)
+    monkeypatch.setattr(files, "ROWS_PER_WRITE", 7)
     _, pieces = one_round(tmp_path / "pieces", regression(), estimator=TokenCount())
     for name in whole:
         assert np.array_equal(whole[name], pieces[name], equal_nan=whole[name].dtype.kind == "f"), name
@@ -132,8 +128,8 @@ def test_a_draw_from_scores_of_the_whole_pool_tells_who_passed_but_was_not_drawn
     assert keys[rows["reason"] == PASSED].min() >= rows["threshold"][0]
     assert keys[rows["reason"] == BELOW].max() < rows["threshold"][0]
     # the noise is that of a draw from the whole pool, used candidates included
-    context = fake_context(source, round_index=1)
-    kept = gumbel_topk(scores, 120, 0.3, context.generator("scores"))
+    context = fake_context(source, index=1)
+    kept = gumbel_topk(scores, 120, 0.3, context.round.generator("scores"))
     assert set(rows["id"][by_score | (rows["reason"] == PASSED)]) <= set(kept.tolist())
     assert not set(rows["id"][rows["reason"] == BELOW]) & set(kept.tolist())
 
@@ -161,20 +157,18 @@ def test_a_bandit_tells_reward_and_bonus_of_the_arm(tmp_path):
 
 
 def test_a_selector_without_noise_and_with_choices_beyond_its_scores_is_told_as_it_is(tmp_path):
-    class Half:
-        def propose(self, context):
-            return context.candidates[:0]
-
-        def select(self, context, budget):
-            scored = context.candidates[:10]
+    class Half(Selector):
+        def select(self, round, budget):
+            scored = round.candidates[:10]
             scores = torch.arange(10.0)
             scores[9] = torch.nan
-            return Selection(context.candidates[5:25], scored=scored, scores=scores)
+            return Selection(round.candidates[5:25], scored=scored, scores=scores)
 
     _, rows = one_round(tmp_path, Half(), budget=20)
     reasons = dict(zip(rows["id"].tolist(), rows["reason"], strict=True))
     assert [reasons[index] for index in (0, 5, 9, 20)] == [BELOW, BY_SCORE, BY_SELECTOR, BY_SELECTOR]
     assert rows["rank"][:9].tolist() == list(range(8, -1, -1))
+    assert np.isnan(rows["rank"][9:]).all()  # without a score there is none
     assert rows["threshold"][0] == 5.0
 
 
@@ -184,8 +178,8 @@ def test_a_disk_that_fills_costs_a_warning_and_leaves_nothing_behind(tmp_path, m
 
     monkeypatch.setattr("os.fsync", full)
     source = random_source()
-    run = SelectionRun(UniformSelector(), None, UniformSelector(), 0, source.pool, decisions=DecisionLedger(tmp_path))
+    run = SelectionRun(UniformSelector(), None, UniformSelector(), 0, source, decisions=DecisionLedger(tmp_path))
     with pytest.warns(SelectionWarning, match=r"decisions of round 0 could not be written.*No space left"):
-        run_round(run, fake_context(source), 8)
+        play(run, 8)
     assert run.plan is not None
     assert list(tmp_path.iterdir()) == []

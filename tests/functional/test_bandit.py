@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from bandit_play import pull_regret, simulate_pulls, ucb1_regret_bound
 
 from liveselect.functional.bandit import (
     allocate,
@@ -11,10 +12,7 @@ from liveselect.functional.bandit import (
     follow_controls,
     follow_moments,
     neighbour_weights,
-    pull_regret,
-    simulate_pulls,
     top_arms,
-    ucb1_regret_bound,
     ucb_scores,
 )
 

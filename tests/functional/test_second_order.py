@@ -7,7 +7,7 @@ from probing import VOCAB, tiny_model
 from torch import nn
 
 from liveselect.functional.differences import (
-    SHARES,
+    DISPLACEMENT_SHARES,
     Reach,
     central_difference,
     central_difference_dots,
@@ -213,7 +213,7 @@ def test_where_a_gradient_turns_on_the_way_differences_go_less_far():
     reach = Reach()
     close = central_difference(model, vector, lambda: mean_gradient(model, wave_losses, batches), reach)["place"]
     torch.testing.assert_close(close, exact, rtol=1e-3, atol=0)
-    assert 0 < reach.share < SHARES[torch.float64]
+    assert 0 < reach.share < DISPLACEMENT_SHARES[torch.float64]
     calls = []
 
     def counted():
@@ -238,4 +238,4 @@ def test_differences_of_losses_go_as_far_as_losses_change_and_never_much_farther
         return wave_losses(model, batch)
 
     central_difference_dots(model, noted, lambda: batches, vector, slope=1e-30)
-    assert moved == pytest.approx([10 * SHARES[torch.float64] * 10] * 2, rel=1e-6)
+    assert moved == pytest.approx([10 * DISPLACEMENT_SHARES[torch.float64] * 10] * 2, rel=1e-6)

@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from liveselect.functional.kronecker import solve
+from liveselect.grammar import NotMeasurableError
 from liveselect.influence.kfac import KFACInfluence
 from liveselect.losses import causal_lm_loss
-from liveselect.protocols import NotMeasurableError
-from liveselect.snapshot import checksum
+from liveselect.preserve import checksum
 
 VARIANTS = ["kfac", "ekfac", "output_only", "diagonal", "identity"]
 
@@ -80,13 +80,13 @@ def small_context(model=None, **kwargs):
 
 
 def candidate_batch(context, count=12):
-    return next(iter(context.candidate_batches(torch.arange(count))))
+    return next(iter(context.round.batches(torch.arange(count))))
 
 
 def measure(context, batch=None, **settings):
     estimator = KFACInfluence(factor_examples=len(context.candidates), **settings)
-    estimator.fit(context)
-    return estimator.score(context, candidate_batch(context) if batch is None else batch)
+    context.fit(estimator)
+    return context.score(estimator, candidate_batch(context) if batch is None else batch)
 
 
 def token_statistics(context, name, ids):
@@ -285,11 +285,11 @@ def test_influence_does_not_depend_on_batches_or_padding(variant):
     context = small_context()
     expected = measure(context, curvature=variant)
     source = context.source
-    in_threes = replace(context, source=FakeSource(source.tokens, source.references, labels=source.labels, rows=3))
+    in_threes = context.but(source=FakeSource(source.tokens, source.references, labels=source.labels, rows=3))
     pad = F.pad(source.tokens, (0, 5)), F.pad(source.labels, (0, 5), value=-100)
     longer = FakeSource(pad[0], source.references, labels=pad[1])
-    for changed in (in_threes, replace(context, source=longer)):
-        found = measure(changed, candidate_batch(replace(context, source=longer)), curvature=variant)
+    for changed in (in_threes, context.but(source=longer)):
+        found = measure(changed, candidate_batch(context.but(source=longer)), curvature=variant)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
@@ -309,14 +309,14 @@ def test_left_padding_under_a_mask_counts_for_nothing():
 
     for variant in VARIANTS:
         expected = measure(context, curvature=variant)
-        shifted = replace(context, source=padded, loss_fn=with_positions)
+        shifted = context.but(source=padded, loss_fn=with_positions)
         torch.testing.assert_close(measure(shifted, curvature=variant), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_loss_of_another_scale_scales_influence_back():
     # mean losses, and with them g, scale by c and curvature by c^2: what is left is 1 / c for g, 1 for the reference
     context = small_context()
-    halved = replace(context, loss_fn=lambda model, batch: causal_lm_loss(model, batch) / 2)
+    halved = context.but(loss_fn=lambda model, batch: causal_lm_loss(model, batch) / 2)
     torch.testing.assert_close(measure(halved), measure(context), rtol=1e-5, atol=1e-8)
 
 
@@ -351,7 +351,7 @@ def test_factors_and_reference_have_clocks_of_their_own():
     estimator = KFACInfluence(factor_examples=8, factors_every=4, reference_every=2)
     seen = []
     for index in range(6):
-        metrics = estimator.fit(replace(context, round=index))
+        metrics = context.but(index=index).fit(estimator)
         seen.append(("factor_tokens" in metrics, "reference_loss" in metrics))
     assert seen == [(True, True), (False, False), (False, True), (False, False), (True, True), (False, False)]
 
@@ -361,10 +361,10 @@ def test_factors_are_averages_with_exponentially_falling_weights():
     single, states = [], []
     averaged = KFACInfluence(factor_examples=8, factors_every=1, factor_decay=0.25)
     for index in range(3):
-        now = replace(context, round=index)
+        now = context.but(index=index)
         fresh = KFACInfluence(factor_examples=8, factors_every=1)
-        fresh.fit(now)
-        averaged.fit(now)
+        now.fit(fresh)
+        now.fit(averaged)
         single.append(fresh.state_dict()["blocks"]["means"])
         train_on(context, index + 1)
     states = averaged.state_dict()["blocks"]["means"]
@@ -382,17 +382,17 @@ def test_a_resumed_estimator_goes_on_with_the_same_bits(variant):
     context = warm_context()
     settings = {"curvature": variant, "factor_examples": 8, "factors_every": 3, "reference_every": 2}
     kept = KFACInfluence(**settings)
-    kept.fit(context)
+    context.fit(kept)
     for cut in range(1, 5):
         box = io.BytesIO()
         torch.save(kept.state_dict(), box)
         box.seek(0)
         resumed = KFACInfluence(**settings)
         resumed.load_state_dict(torch.load(box, weights_only=True))
-        now = replace(context, round=cut)
-        assert kept.fit(now) == resumed.fit(now)
+        now = context.but(index=cut)
+        assert now.fit(kept) == now.fit(resumed)
         batch = candidate_batch(now, 6)
-        assert torch.equal(kept.score(now, batch), resumed.score(now, batch))
+        assert torch.equal(now.score(kept, batch), now.score(resumed, batch))
         train_on(context)
 
 
@@ -400,9 +400,9 @@ def test_candidates_that_are_not_finite_are_nan_and_spoil_no_other():
     context = small_context()
     clean = measure(context)
     estimator = KFACInfluence(factor_examples=24)
-    estimator.fit(context)
-    poisoned = replace(context, loss_fn=lambda model, batch: causal_lm_loss(model, batch) / (batch["id"] != 1).double())
-    found = estimator.score(poisoned, candidate_batch(context))
+    context.fit(estimator)
+    poisoned = context.but(loss_fn=lambda model, batch: causal_lm_loss(model, batch) / (batch["id"] != 1).double())
+    found = poisoned.score(estimator, candidate_batch(context))
     assert found[1].isnan()
     keep = torch.arange(12) != 1
     torch.testing.assert_close(found[keep], clean[keep])
@@ -410,9 +410,9 @@ def test_candidates_that_are_not_finite_are_nan_and_spoil_no_other():
 
 def test_a_reference_that_is_not_finite_is_refused():
     context = small_context()
-    broken = replace(context, loss_fn=lambda model, batch: causal_lm_loss(model, batch) * float("inf"))
+    broken = context.but(loss_fn=lambda model, batch: causal_lm_loss(model, batch) * float("inf"))
     with pytest.raises(ValueError, match="reference loss is inf; influence cannot be measured from there"):
-        KFACInfluence(curvature="identity").fit(broken)
+        broken.fit(KFACInfluence(curvature="identity"))
 
 
 @pytest.mark.parametrize("variant", ["kfac", "ekfac", "output_only", "diagonal"])
@@ -424,13 +424,13 @@ def test_curvature_that_is_not_finite_is_refused_with_the_name_of_its_layer(vari
         return losses * float("inf") if 7 in batch["id"] and len(losses) > 4 else losses
 
     with pytest.raises(ValueError, match=r"gradients of layer '[a-z]+' are not finite"):
-        KFACInfluence(variant, factor_examples=24).fit(replace(context, loss_fn=overflows))
+        context.but(loss_fn=overflows).fit(KFACInfluence(variant, factor_examples=24))
 
 
 def test_scoring_before_fitting_is_refused():
     context = small_context()
-    with pytest.raises(RuntimeError, match="no direction before fit"):
-        KFACInfluence().score(context, candidate_batch(context))
+    with pytest.raises(RuntimeError, match="score was called before fit"):
+        context.score(KFACInfluence(), candidate_batch(context))
 
 
 def test_a_checkpoint_of_another_form_of_curvature_is_refused():
@@ -465,7 +465,7 @@ def test_seconds_and_flops_are_charged_to_the_parts():
 
 def test_what_was_measured_is_told():
     context = warm_context()
-    metrics = KFACInfluence(factor_examples=8).fit(context)
+    metrics = context.fit(KFACInfluence(factor_examples=8))
     assert metrics["factor_tokens"] == 8 * 11  # the last token of twelve predicts nothing
     assert metrics["reference_examples"] == 4
     assert 0.4 < metrics["measured_share"] < 1
@@ -475,12 +475,12 @@ def test_what_was_measured_is_told():
 def test_a_bfloat16_model_is_measured_with_factors_in_float32():
     exact = warm_context()
     model = copy.deepcopy(exact.model).bfloat16()
-    short = replace(exact, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    short = exact.but(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     estimator = KFACInfluence(factor_examples=32)
-    estimator.fit(short)
+    short.fit(estimator)
     means = estimator.state_dict()["blocks"]["means"]
     assert {group["inputs"].dtype for group in means.values()} == {torch.float32}
-    found = estimator.score(short, candidate_batch(short, 32))
+    found = short.score(estimator, candidate_batch(short, 32))
     assert spearmanr(found, measure(exact, candidate_batch(exact, 32))).statistic > 0.95
 
 
@@ -490,23 +490,24 @@ def test_examples_without_targets_have_no_curvature_to_measure(variant):
     source = context.source
     empty = FakeSource(source.tokens, source.references, labels=torch.full_like(source.tokens, -100))
     with pytest.raises(NotMeasurableError, match="none of the 24 examples that curvature is measured on carries loss"):
-        KFACInfluence(variant, factor_examples=24).fit(replace(context, source=empty))
+        context.but(source=empty).fit(KFACInfluence(variant, factor_examples=24))
 
 
 def measure_on_ranks(variant):
     context = small_context()
     estimator = KFACInfluence(variant, factor_examples=24)
-    metrics = estimator.fit(context)
+    metrics = context.fit(estimator)
     held = sorted(estimator._blocks._means)
-    return estimator.score(context, candidate_batch(context)).tolist(), metrics, held, estimator.state_dict()
+    return context.score(estimator, candidate_batch(context)).tolist(), metrics, held, estimator.state_dict()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_ranks_measure_what_one_does_and_share_the_layers_out(variant):
     context = small_context()
     alone = KFACInfluence(variant, factor_examples=24)
-    expected = alone.fit(context)
-    influence = alone.score(context, candidate_batch(context))
+    expected = context.fit(alone)
+    influence = context.score(alone, candidate_batch(context))
     (first, metrics, held, state), (second, _, held_too, state_too) = on_ranks(measure_on_ranks, 2, variant)
     torch.testing.assert_close(torch.tensor(first), influence, rtol=1e-5, atol=1e-8)
     assert first == second
@@ -519,32 +520,32 @@ def test_two_ranks_measure_what_one_does_and_share_the_layers_out(variant):
     for each in (state, state_too):
         resumed = KFACInfluence(variant, factor_examples=24, factors_every=1)
         resumed.load_state_dict(each)
-        resumed.fit(replace(context, round=1))
+        context.but(index=1).fit(resumed)
         kept = KFACInfluence(variant, factor_examples=24, factors_every=1)
         kept.load_state_dict(alone.state_dict())
-        kept.fit(replace(context, round=1))
+        context.but(index=1).fit(kept)
         batch = candidate_batch(context)
-        torch.testing.assert_close(resumed.score(context, batch), kept.score(context, batch), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(context.score(resumed, batch), context.score(kept, batch), rtol=1e-5, atol=1e-8)
 
 
 def test_what_is_not_kept_from_the_first_pass_is_computed_again(monkeypatch):
     context = warm_context()
     kept = measure(context, curvature="ekfac")
-    monkeypatch.setattr("liveselect.influence.kfac._KEPT_BYTES", 0)
+    monkeypatch.setattr("liveselect.influence.kfac._MAX_KEPT_BYTES", 0)
     torch.testing.assert_close(measure(context, curvature="ekfac"), kept, rtol=1e-6, atol=1e-8)
 
 
 def test_factors_come_from_what_is_trained_on_filled_up_with_candidates():
     context = small_context()
     wanted = [3, 8, 11]
-    trained = replace(context, trained=torch.tensor(wanted))
-    alone = replace(context, candidates=torch.tensor(wanted))
+    trained = context.but(trained=torch.tensor(wanted))
+    alone = context.but(candidates=torch.tensor(wanted))
     batch = candidate_batch(context)
 
     def influence(at, **settings):
         estimator = KFACInfluence(damping=0.01, **settings)
-        estimator.fit(at)
-        return estimator.score(at, batch)
+        at.fit(estimator)
+        return at.score(estimator, batch)
 
     of_three = influence(alone, factor_examples=3)
     close = {"rtol": 1e-6, "atol": 1e-8}
@@ -552,7 +553,7 @@ def test_factors_come_from_what_is_trained_on_filled_up_with_candidates():
     of_all = influence(context, factor_examples=24)
     torch.testing.assert_close(influence(trained, factor_examples=24, factors_of="candidates"), of_all, **close)
     assert (of_all - of_three).norm() > 0.05 * of_three.norm()
-    seen = KFACInfluence(factor_examples=5)._factor_ids(trained).tolist()
+    seen = KFACInfluence(factor_examples=5)._factor_ids(trained.round).tolist()
     assert len(seen) == 5
     assert set(wanted) <= set(seen)
 
@@ -569,7 +570,7 @@ def test_activation_checkpointing_counts_nothing_twice(variant):
     context = small_context()
     recomputing = Checkpointed().double()
     recomputing.load_state_dict(context.model.state_dict())
-    expected, found = (measure(replace(context, model=m), curvature=variant) for m in (context.model, recomputing))
+    expected, found = (measure(context.but(model=m), curvature=variant) for m in (context.model, recomputing))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
 
 
@@ -579,6 +580,6 @@ def test_influence_does_not_depend_on_the_order_of_candidates_or_references():
     order, around = torch.randperm(12, generator=torch.Generator().manual_seed(1)), context.source.references.flip(0)
     turned = FakeSource(context.source.tokens, around, labels=context.source.labels)
     estimator = KFACInfluence(factor_examples=24)
-    estimator.fit(replace(context, source=turned, candidates=torch.arange(24).flip(0)))
-    found = estimator.score(context, next(iter(context.candidate_batches(order))))
+    context.but(source=turned, candidates=torch.arange(24).flip(0)).fit(estimator)
+    found = context.score(estimator, next(iter(context.round.batches(order))))
     torch.testing.assert_close(found, expected[order], rtol=1e-6, atol=1e-8)

@@ -1,7 +1,6 @@
 """The one-step probe against brute force, closed forms and limits."""
 
 import copy
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -36,7 +35,7 @@ def stepped_copy(context, tokens, divisor=1, fresh_optimizer=None):
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    context.clip_gradients(list(model.parameters()))
+    context.live.clip_gradients(list(model.parameters()))
     optimizer.step()
     return model
 
@@ -52,7 +51,7 @@ def brute_force(context, tokens, divisor=1, **kwargs):
 @pytest.mark.parametrize("step", ["published", "in_batch"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_influence_is_what_stepping_a_deep_copy_gives(optimizer, step):
-    context = replace(warm_context(optimizer), global_batch=8)
+    context = warm_context(optimizer).but(global_batch=8)
     batch = candidate_batch(context)
     expected = brute_force(context, batch["input_ids"], divisor=8 if step == "in_batch" else 1)
     torch.testing.assert_close(measure(context, batch, step), expected, rtol=1e-6, atol=1e-9)
@@ -62,9 +61,9 @@ def test_influence_is_what_stepping_a_deep_copy_gives(optimizer, step):
 def test_the_loss_after_the_step_equals_that_of_a_deep_copy_to_the_last_bit(dtype):
     context = warm_context(model=tiny_model(dtype))
     batch = candidate_batch(context)
-    reference = ReferencePass.load(context)
+    reference = ReferencePass.load(context.live, context.round)
     loss = [
-        reference.loss(replace(context, model=stepped_copy(context, row)))
+        reference.loss(context.but(model=stepped_copy(context, row)).live)
         for row in [None, *batch["input_ids"].split(1)]
     ]
     expected = torch.tensor([(loss[0] - after) / 2e-3 for after in loss[1:]], dtype=torch.float64).float()
@@ -91,7 +90,7 @@ def dot(first, second):
 
 @pytest.mark.parametrize("step", ["published", "in_batch"])
 def test_as_the_learning_rate_of_sgd_vanishes_influence_becomes_the_dot_product_of_gradients(step):
-    context = replace(warm_context("sgd"), clip_gradients=lambda parameters: None, global_batch=8)
+    context = warm_context("sgd").but(clip_gradients=lambda parameters: None, global_batch=8)
     batch = candidate_batch(context)
     toward = reference_gradient(context)
     products = [
@@ -109,7 +108,7 @@ def test_as_the_learning_rate_of_sgd_vanishes_influence_becomes_the_dot_product_
 
 def test_as_the_learning_rate_of_adam_vanishes_influence_becomes_a_dot_product_with_the_change_of_its_direction():
     context = warm_context(partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.95), eps=1e-3))
-    context = replace(context, clip_gradients=lambda parameters: None)
+    context = context.but(clip_gradients=lambda parameters: None)
     context.optimizer.param_groups[0]["lr"] = 1e-7
     batch = candidate_batch(context)
 
@@ -140,8 +139,8 @@ def test_as_the_learning_rate_of_adam_vanishes_influence_becomes_a_dot_product_w
 def test_a_scalar_problem_done_by_hand(optimizer, zero_step, after):
     context = regression_context([1.0], [[2.0]], [1.0], [[1.0]], [0.5], optimizer)
     estimator = OneStepInfluence()
-    fitted = estimator.fit(context)
-    influence = estimator.score(context, candidate_batch(context, 1)).item()
+    fitted = context.fit(estimator)
+    influence = context.score(estimator, candidate_batch(context, 1)).item()
     assert fitted["reference_loss"] == pytest.approx(0.125, abs=1e-15)
     assert fitted["reference_loss_zero_step"] == pytest.approx(zero_step, abs=1e-15)
     assert influence == pytest.approx((zero_step - after) / 0.1, rel=1e-6)
@@ -166,12 +165,12 @@ def test_for_linear_regression_influence_is_the_quadratic_form_exactly(step, div
 def test_influence_does_not_depend_on_the_order_or_company_of_candidates():
     context = warm_context()
     estimator = OneStepInfluence()
-    estimator.fit(context)
+    context.fit(estimator)
     batch = candidate_batch(context, 6)
-    together = estimator.score(context, batch)
+    together = context.score(estimator, batch)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    permuted = estimator.score(context, {key: value[order] for key, value in batch.items()})
-    alone = [estimator.score(context, {k: v[i : i + 1] for k, v in batch.items()}) for i in range(6)]
+    permuted = context.score(estimator, {key: value[order] for key, value in batch.items()})
+    alone = [context.score(estimator, {k: v[i : i + 1] for k, v in batch.items()}) for i in range(6)]
     assert torch.equal(permuted, together[order])
     assert torch.equal(torch.cat(alone), together)
 
@@ -231,13 +230,13 @@ def test_text_like_the_reference_has_more_influence_than_noise(step):
 def test_sixteen_bits_in_the_reference_pass_drown_the_differences_that_float32_keeps():
     autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
     single = warm_context(model=tiny_model(torch.float32))
-    double = replace(single, model=(pair := copy.deepcopy((single.model, single.optimizer)))[0].double())
-    double = replace(double, optimizer=pair[1])
+    double = single.but(model=(pair := copy.deepcopy((single.model, single.optimizer)))[0].double())
+    double = double.but(optimizer=pair[1])
     for state in pair[1].state.values():
         state.update({key: value.double() for key, value in state.items() if key != "step"})
     batch = candidate_batch(single, 12)
     truth = measure(double, batch)
-    single = replace(single, forward_context=autocast)
+    single = single.but(autocast=autocast)
     error = {
         precision: (measure(single, batch, reference_precision=precision) - truth).abs().mean()
         for precision in ("float32", "training")
@@ -246,9 +245,7 @@ def test_sixteen_bits_in_the_reference_pass_drown_the_differences_that_float32_k
 
 
 def test_an_autocast_that_is_already_open_does_not_serve_weights_from_before_the_step():
-    context = replace(
-        warm_context(model=tiny_model(torch.float32)), forward_context=partial(torch.autocast, "cpu", torch.bfloat16)
-    )
+    context = warm_context(model=tiny_model(torch.float32)).but(autocast=partial(torch.autocast, "cpu", torch.bfloat16))
     batch = candidate_batch(context)
     expected = measure(context, batch, reference_precision="training")
     with torch.autocast("cpu", torch.bfloat16):

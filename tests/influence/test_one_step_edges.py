@@ -1,11 +1,10 @@
 """What the one-step probe says of candidates and runs that cannot be measured, and what it charges."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from cases import Restless
 from fakes import FakeSource, fake_context, random_source
-from probing import VOCAB, Restless, candidate_batch, measure, warm_context
+from probing import VOCAB, candidate_batch, measure, warm_context
 from torch import nn
 
 from liveselect.influence import OneStepInfluence
@@ -20,8 +19,8 @@ def test_a_candidate_whose_loss_is_not_finite_gets_nan_and_the_others_their_infl
         return losses * float("nan") if batch.get("id", torch.tensor([-1])).tolist() == [1] else losses
 
     batch = candidate_batch(context, 3)
-    expected = measure(replace(context, loss_fn=lambda model, batch: loss_fn(model, batch)), batch)
-    found = measure(replace(context, loss_fn=poisoned), batch)
+    expected = measure(context.but(loss_fn=lambda model, batch: loss_fn(model, batch)), batch)
+    found = measure(context.but(loss_fn=poisoned), batch)
     assert found[1].isnan()
     assert torch.equal(found[[0, 2]], expected[[0, 2]])
 
@@ -37,7 +36,7 @@ def test_a_gradient_that_overflows_gives_nan_and_does_not_spoil_the_next_candida
             losses = losses + (weight - weight.detach()).clamp(min=0) ** 0.5  # value 0, slope infinite
         return losses
 
-    found = measure(replace(context, loss_fn=steep), candidate_batch(context, 3))
+    found = measure(context.but(loss_fn=steep), candidate_batch(context, 3))
     assert found[1].isnan()
     assert found[[0, 2]].isfinite().all()
 
@@ -55,14 +54,14 @@ def test_a_learning_rate_of_zero_is_refused_with_what_to_do():
     context = warm_context()
     context.optimizer.param_groups[0]["lr"] = 0.0
     with pytest.raises(ValueError, match=r"positive learning rate.*begin measuring after the first step"):
-        OneStepInfluence().fit(context)
+        context.fit(OneStepInfluence())
 
 
 def test_with_several_groups_the_unit_is_the_largest_learning_rate():
     context = warm_context()
     parameters = list(context.model.parameters())
     groups = [{"params": parameters[:3], "lr": 1e-4}, {"params": parameters[3:], "lr": 1e-3}]
-    fitted = OneStepInfluence().fit(replace(context, optimizer=torch.optim.AdamW(groups)))
+    fitted = context.but(optimizer=torch.optim.AdamW(groups)).fit(OneStepInfluence())
     assert fitted["probe_learning_rate"] == 1e-3
 
 
@@ -70,17 +69,17 @@ def test_with_several_groups_the_unit_is_the_largest_learning_rate():
     ("break_it", "error", "message"),
     [
         (
-            lambda c: replace(c, optimizer=torch.optim.LBFGS(c.model.parameters())),
+            lambda c: c.but(optimizer=torch.optim.LBFGS(c.model.parameters())),
             TypeError,
             "LBFGS.step needs a closure.*AdamW, SGD",
         ),
         (
-            lambda c: replace(c, loss_fn=lambda model, batch: torch.full((4,), float("inf"))),
+            lambda c: c.but(loss_fn=lambda model, batch: torch.full((4,), float("inf"))),
             ValueError,
             "reference loss before any step is inf.*may have diverged",
         ),
         (
-            lambda c: replace(c, source=FakeSource(c.source.tokens, reference_labels=c.source.tokens[:4] * 0 - 100)),
+            lambda c: c.but(source=FakeSource(c.source.tokens, reference_labels=c.source.tokens[:4] * 0 - 100)),
             ValueError,
             "no token of the reference set carries loss",
         ),
@@ -89,14 +88,14 @@ def test_with_several_groups_the_unit_is_the_largest_learning_rate():
 )
 def test_what_cannot_be_measured_is_refused_with_what_to_do(break_it, error, message):
     with pytest.raises(error, match=message):
-        OneStepInfluence().fit(break_it(warm_context()))
+        break_it(warm_context()).fit(OneStepInfluence())
 
 
 def test_a_zero_gradient_step_that_overshoots_is_refused():
     context = warm_context()
     context.optimizer.param_groups[0]["lr"] = 1e300
     with pytest.raises(ValueError, match=r"after a step on zero gradients is .*lower the learning rate"):
-        OneStepInfluence().fit(context)
+        context.fit(OneStepInfluence())
 
 
 def test_sparse_gradients_are_refused_naming_the_module():
@@ -104,20 +103,20 @@ def test_sparse_gradients_are_refused_naming_the_module():
     model.embedding = nn.Embedding(VOCAB, 16, sparse=True)
     context = fake_context(random_source(vocab=VOCAB), model=model)
     with pytest.raises(TypeError, match=r"\['embedding'\] make sparse gradients.*sparse=False"):
-        OneStepInfluence().fit(context)
+        context.fit(OneStepInfluence())
 
 
 def test_a_loss_without_gradients_is_refused():
     context = warm_context()
     loss_fn = context.loss_fn
     with pytest.raises(ValueError, match="does not depend on any parameter that is trained"):
-        measure(replace(context, loss_fn=lambda model, batch: loss_fn(model, batch).detach()), candidate_batch(context))
+        measure(context.but(loss_fn=lambda model, batch: loss_fn(model, batch).detach()), candidate_batch(context))
 
 
 def test_scoring_before_fitting_is_refused():
     context = warm_context()
     with pytest.raises(RuntimeError, match="score was called before fit"):
-        OneStepInfluence().score(context, candidate_batch(context))
+        context.score(OneStepInfluence(), candidate_batch(context))
 
 
 @pytest.mark.parametrize("settings", [{"step": "half"}, {"reference_precision": "bf16"}])

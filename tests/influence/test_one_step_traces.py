@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from probing import backward, candidate_batch, measure, restless_context, step_of_training
 
-from liveselect.snapshot import checksum
+from liveselect.preserve import checksum
 
 
 def modes(model):

@@ -14,6 +14,8 @@ from torch.utils.data import TensorDataset
 from liveselect.functional.kronecker import eigen, ekfac, kfac, rotated_squares, solve
 from liveselect.influence import KFACInfluence
 
+pytestmark = pytest.mark.long
+
 VOCAB = 40
 REFERENCES, CANDIDATES, LENGTH = 6, 24, 12
 
@@ -164,8 +166,8 @@ def our_scores(model, strategy, ragged=False):
     labels = labels_of(tokens, ragged)
     context = fake_context(FakeSource(tokens, references, labels=labels), model=model)
     estimator = KFACInfluence(strategy, factor_examples=CANDIDATES)
-    estimator.fit(context)
-    found = estimator.score(context, next(iter(context.candidate_batches(torch.arange(CANDIDATES)))))
+    context.fit(estimator)
+    found = context.score(estimator, next(iter(context.round.batches(torch.arange(CANDIDATES)))))
     targets = counting(labels).sum(dim=1)
     of_sequences = targets.double().mean() if strategy in {"ekfac", "diagonal"} else 1.0
     return (targets * REFERENCES * (LENGTH - 1) * found.double() / of_sequences).float()
@@ -294,7 +296,7 @@ def test_the_direction_in_a_language_model_is_that_of_curvlinops(monkeypatch):
         lambda curvature, share: torch.tensor(damping, dtype=torch.float64),
     )
     estimator = KFACInfluence(factor_examples=CANDIDATES)
-    estimator.fit(fake_context(FakeSource(tokens, references), model=model))
-    assert set(estimator.direction) == set(names)
-    for name, value in estimator.direction.items():
+    fake_context(FakeSource(tokens, references), model=model).fit(estimator)
+    assert set(estimator.direction()) == set(names)
+    for name, value in estimator.direction().items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-9, atol=1e-11)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +16,8 @@ from unrolled import SETTINGS, guarded_sqrt, written_out
 from unrolled_language_model import BATCH, CANDIDATES, RATE, TRAINED, warm_context
 
 from liveselect.functional import differences
-from liveselect.influence import unroll
-from liveselect.influence.pmp import PMPInfluence
-from liveselect.influence.unroll import unrolled_ids
+from liveselect.influence.pmp import PMPInfluence, unroll
+from liveselect.influence.pmp.unroll import unrolled_ids
 
 STEPS = 5
 TOLERANCE = 1e-10
@@ -62,8 +60,8 @@ def through_the_unroll(context, name, ids, scored=range(STEPS), schedule=SCHEDUL
 def influence(context, **settings):
     exact = {"hessian": "double_backward", "denominator_floor": 0.0, "schedule": SCHEDULE}
     estimator = PMPInfluence(**{**exact, "steps": STEPS, "score_every": 1, "batch_size": BATCH, **settings})
-    estimator.fit(context)
-    return estimator.score_ids(context, torch.arange(CANDIDATES))
+    context.fit(estimator)
+    return context.score_ids(estimator, torch.arange(CANDIDATES))
 
 
 def relative_error(found, expected):
@@ -73,20 +71,20 @@ def relative_error(found, expected):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_influence_is_the_gradient_through_unrolled_training_by_the_live_optimizer(name):
     context = warm_context(name)
-    expected = through_the_unroll(context, name, unrolled_ids(context, STEPS, BATCH))
+    expected = through_the_unroll(context, name, unrolled_ids(context.round, STEPS, BATCH))
     assert relative_error(influence(context), expected) < TOLERANCE
 
 
 def test_scored_steps_are_those_in_which_the_candidate_takes_part():
     context = warm_context()
-    ids = unrolled_ids(context, STEPS, BATCH)
+    ids = unrolled_ids(context.round, STEPS, BATCH)
     expected = through_the_unroll(context, "adamw", ids, scored=(0, 2, 4))
     assert relative_error(influence(context, score_every=2), expected) < TOLERANCE
 
 
 def test_the_published_form_unrolls_plain_sgd_whatever_the_run_trains_with():
     context = warm_context("adamw")
-    ids = unrolled_ids(context, STEPS, BATCH)
+    ids = unrolled_ids(context.round, STEPS, BATCH)
     expected = through_the_unroll(context, "sgd", ids, limit=None, cold=True)
     assert relative_error(influence(context, dynamics="sgd", learning_rate=RATE), expected) < TOLERANCE
 
@@ -94,13 +92,13 @@ def test_the_published_form_unrolls_plain_sgd_whatever_the_run_trains_with():
 def test_tied_weights_and_unequal_batches_of_the_source_change_nothing():
     source = random_source(candidates=40, length=8, vocab=VOCAB, rows=3)
     context = warm_context(source=source, model={"tie_word_embeddings": True})
-    expected = through_the_unroll(context, "adamw", unrolled_ids(context, STEPS, BATCH))
+    expected = through_the_unroll(context, "adamw", unrolled_ids(context.round, STEPS, BATCH))
     assert relative_error(influence(context, hessian_rows=2), expected) < TOLERANCE
 
 
 def test_with_one_step_influence_is_the_dot_product_with_the_reference_gradient_after_it():
     context = warm_context("sgd", clipped=False)
-    (rows,) = unrolled_ids(context, 1, BATCH)
+    (rows,) = unrolled_ids(context.round, 1, BATCH)
     found = influence(context, steps=1, schedule=())
     stepped = copy.deepcopy(context.model).eval()
     gradients = [gradient_at(context.model, tokens[None]) for tokens in context.source.tokens[:CANDIDATES]]
@@ -121,10 +119,10 @@ def gradient_at(model, tokens):
 def test_the_unroll_ends_where_training_on_these_batches_ends(name):
     context = warm_context(name)
     estimator = PMPInfluence(steps=STEPS, batch_size=BATCH)
-    metrics = estimator.fit(context)
+    metrics = context.fit(estimator)
     model, optimizer = copy.deepcopy((context.model, context.optimizer))
     model.eval()
-    for rows in unrolled_ids(context, STEPS, BATCH):
+    for rows in unrolled_ids(context.round, STEPS, BATCH):
         optimizer.zero_grad()
         mean_loss(model, context.source.tokens[rows]).backward()
         clip(list(model.parameters()))
@@ -147,7 +145,7 @@ def test_repeating_steps_between_kept_states_changes_no_bit(steps, every):
 def test_nor_does_it_where_differences_had_to_go_less_far(monkeypatch, every):
     context = warm_context()
     exact = influence(context)
-    monkeypatch.setitem(differences.SHARES, torch.float64, 0.05)  # much too far
+    monkeypatch.setitem(differences.DISPLACEMENT_SHARES, torch.float64, 0.05)  # much too far
     whole = influence(context, hessian="central_difference", snapshot_every=STEPS)
     assert relative_error(whole, exact) < 1e-2
     assert torch.equal(influence(context, hessian="central_difference", snapshot_every=every), whole)
@@ -170,13 +168,13 @@ def test_in_single_precision_differences_are_right_to_a_hundredth(name):
 
 def test_products_as_training_computes_them_rank_alike():
     context = warm_context(model={"dtype": torch.float32})
-    context = replace(context, forward_context=lambda: torch.autocast("cpu", torch.bfloat16))
+    context = context.but(autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     ids = torch.arange(32)
 
     def scores(**settings):
         estimator = PMPInfluence(steps=2, score_every=1, batch_size=BATCH, **settings)
-        estimator.fit(context)
-        return estimator.score_ids(context, ids)
+        context.fit(estimator)
+        return context.score_ids(estimator, ids)
 
     exact = scores()
     assert torch.equal(scores(product_precision="float32"), exact)  # autocast is switched off
@@ -190,6 +188,7 @@ def _influence_on_this_rank(batch_size):
     return influence(warm_context(), batch_size=batch_size)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("batch_size", [BATCH, 1])
 def test_ranks_that_share_the_unroll_find_what_one_finds(ranks, batch_size):
@@ -211,14 +210,14 @@ def test_leaving_curvature_out_would_be_seen(monkeypatch):
 def test_a_batch_is_scored_as_its_candidates_are_one_by_one():
     context = warm_context()
     estimator = PMPInfluence(steps=3, score_every=2, batch_size=BATCH)
-    estimator.fit(context)
+    context.fit(estimator)
     ids = torch.tensor([5, 0, 3, 9])
-    together = estimator.score_ids(context, ids)
-    (batch,) = context.candidate_batches(ids)
-    alone = torch.cat([estimator.score(context, row) for i in ids for row in context.candidate_batches(i[None])])
-    assert estimator.score(context, batch).dtype == alone.dtype == torch.float32
+    together = context.score_ids(estimator, ids)
+    (batch,) = context.round.batches(ids)
+    alone = torch.cat([context.score(estimator, row) for i in ids for row in context.round.batches(i[None])])
+    assert context.score(estimator, batch).dtype == alone.dtype == torch.float32
     torch.testing.assert_close(alone.double(), together, rtol=1e-6, atol=0)
-    torch.testing.assert_close(estimator.score(context, batch).double(), together, rtol=1e-6, atol=0)
+    torch.testing.assert_close(context.score(estimator, batch).double(), together, rtol=1e-6, atol=0)
 
 
 def test_another_learning_rate_is_that_of_an_optimizer_which_has_it():
@@ -253,7 +252,7 @@ def test_the_reference_loss_is_a_mean_over_tokens_or_over_examples_that_leaves_m
     context = warm_context("sgd", clipped=False, source=source)
     found = influence(context, steps=1, schedule=(), reference_weighting=weighting)
     stepped = copy.deepcopy(context.model).eval()
-    (rows,) = unrolled_ids(context, 1, BATCH)
+    (rows,) = unrolled_ids(context.round, 1, BATCH)
     for parameter, gradient in zip(stepped.parameters(), gradient_at(context.model, source.tokens[rows]), strict=True):
         parameter.data -= RATE * gradient
     losses = F.cross_entropy(
@@ -288,20 +287,21 @@ def effect_of_training_on(context, candidate, ids, weight):
     return (summed_loss(False) - summed_loss(True)) / weight
 
 
+@pytest.mark.long
 def test_influence_foretells_what_training_on_a_candidate_does_also_where_tokens_are_new():
     source = random_source(candidates=40, length=8, vocab=VOCAB)
     source.tokens[16:] %= 35  # the model was trained on the last ones: tokens from 35 on are new to it
     context = warm_context("adamw", source=source)
     context.model.eval()
-    context = replace(context, candidates=torch.arange(16, 40))
+    context = context.but(candidates=torch.arange(16, 40))
     context.optimizer.param_groups[0]["lr"] = RATE / 4  # a step of this one's size is not the question here
-    ids = unrolled_ids(context, 4, BATCH)
+    ids = unrolled_ids(context.round, 4, BATCH)
     truth = [effect_of_training_on(context, candidate, ids, 1 / BATCH) for candidate in range(16)]
 
     def agreement(floor):
         estimator = PMPInfluence(steps=4, score_every=1, batch_size=BATCH, denominator_floor=floor)
-        estimator.fit(context)
-        return spearmanr(estimator.score_ids(context, torch.arange(16)), truth).statistic
+        context.fit(estimator)
+        return spearmanr(context.score_ids(estimator, torch.arange(16)), truth).statistic
 
     assert agreement(0.3) > 0.8
     assert agreement(0.0) < 0.4  # the derivative at weight zero, exact, and of little use
@@ -312,8 +312,8 @@ def test_candidates_that_look_like_the_reference_come_out_on_top(dynamics):
     source, planted = planted_source(candidates=60, share=0.3, length=16, vocab=VOCAB)
     context = warm_context(source=source)
     estimator = PMPInfluence(steps=6, score_every=2, batch_size=8, dynamics=dynamics)
-    estimator.fit(context)
-    scores = estimator.score_ids(context, torch.arange(60))
+    context.fit(estimator)
+    scores = context.score_ids(estimator, torch.arange(60))
     top = scores.topk(int(planted.sum())).indices
     assert planted[top].double().mean() > 0.8
     assert scores[planted].mean() > 0 > scores[~planted].mean()

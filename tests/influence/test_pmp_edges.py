@@ -1,7 +1,5 @@
 """What unrolling leaves behind, where it keeps things, how it goes on after a crash, and what it refuses."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from fakes import fake_context, random_source
@@ -12,12 +10,12 @@ from unrolled_language_model import BATCH, CANDIDATES, RATE, warm_context
 
 from liveselect import distributed
 from liveselect.functional.updates import ClipNorm, ClipValue
-from liveselect.influence.dynamics import find_clip
+from liveselect.grammar import NotMeasurableError
 from liveselect.influence.pmp import PMPInfluence
-from liveselect.influence.unroll import unrolled_ids
-from liveselect.influence.vault import DiskVault
-from liveselect.protocols import NotMeasurableError
-from liveselect.snapshot import checksum, measuring
+from liveselect.influence.pmp.dynamics import find_clip, moving_parameters
+from liveselect.influence.pmp.unroll import unrolled_ids
+from liveselect.influence.pmp.vault import DiskVault
+from liveselect.preserve import checksum, measuring
 
 IDS = torch.arange(CANDIDATES)
 SETTINGS = {"steps": 7, "score_every": 2, "batch_size": BATCH}
@@ -25,8 +23,8 @@ SETTINGS = {"steps": 7, "score_every": 2, "batch_size": BATCH}
 
 def solved(context, **settings):
     estimator = PMPInfluence(**{**SETTINGS, **settings})
-    estimator.fit(context)
-    return estimator.score_ids(context, IDS)
+    context.fit(estimator)
+    return context.score_ids(estimator, IDS)
 
 
 class Failing:
@@ -74,21 +72,21 @@ def test_an_error_in_the_middle_leaves_the_live_run_as_it_was(fails_at):
     context = warm_context()
     before = checksum(context.model, context.optimizer)
     with pytest.raises(KeyboardInterrupt):
-        solved(replace(context, loss_fn=Failing(context.loss_fn, fails_at)))
+        solved(context.but(loss_fn=Failing(context.loss_fn, fails_at)))
     assert checksum(context.model, context.optimizer) == before
 
 
 def test_a_later_fit_forgets_the_one_before():
     context = warm_context()
     estimator = PMPInfluence(**SETTINGS)
-    estimator.fit(context)
-    first = estimator.score_ids(context, IDS)
+    context.fit(estimator)
+    first = context.score_ids(estimator, IDS)
     with torch.no_grad():
         for parameter in context.model.parameters():
             parameter.mul_(1.1)
-    estimator.fit(context)
-    assert not torch.equal(estimator.score_ids(context, IDS), first)
-    assert torch.equal(estimator.score_ids(context, IDS), solved(context))
+    context.fit(estimator)
+    assert not torch.equal(context.score_ids(estimator, IDS), first)
+    assert torch.equal(context.score_ids(estimator, IDS), solved(context))
 
 
 # ---- memory and disk --------------------------------------------------------------------------------------------
@@ -99,38 +97,40 @@ def test_a_folder_gives_the_same_bits_as_memory(tmp_path):
     assert torch.equal(solved(context, directory=tmp_path), solved(context))
 
 
+@pytest.mark.long
 def test_a_finished_fit_is_not_repeated_and_an_interrupted_one_goes_on(tmp_path):
     context = warm_context()
     expected = solved(context)
     whole = Failing(context.loss_fn)
-    PMPInfluence(**SETTINGS).fit(replace(context, loss_fn=whole))
+    context.but(loss_fn=whole).fit(PMPInfluence(**SETTINGS))
     for fails_at in (3, 8, 10, 14, 18, whole.calls):
         folder = tmp_path / str(fails_at)
         with pytest.raises(KeyboardInterrupt):
-            solved(replace(context, loss_fn=Failing(context.loss_fn, fails_at)), directory=folder)
+            solved(context.but(loss_fn=Failing(context.loss_fn, fails_at)), directory=folder)
         rest = Failing(context.loss_fn)
         estimator = PMPInfluence(**SETTINGS, directory=folder)
-        estimator.fit(replace(context, loss_fn=rest))
-        assert torch.equal(estimator.score_ids(context, IDS), expected)
+        context.but(loss_fn=rest).fit(estimator)
+        assert torch.equal(context.score_ids(estimator, IDS), expected)
         assert rest.calls < whole.calls or fails_at == 3
         again = Failing(context.loss_fn)
-        PMPInfluence(**SETTINGS, directory=folder).fit(replace(context, loss_fn=again))
+        context.but(loss_fn=again).fit(PMPInfluence(**SETTINGS, directory=folder))
         assert again.calls == 1  # the reference loss of the live model
 
 
 def _resumed_on_this_rank(folder):
     context = warm_context()
     estimator = PMPInfluence(**SETTINGS, directory=folder)
-    estimator.fit(context)
+    context.fit(estimator)
     if distributed.rank() == 1:  # as if this one had been stopped before the last stretch
         vault = estimator._solved[0]
         for name in ("pair-0", "costate"):
             vault.drop(name)
     estimator = PMPInfluence(**SETTINGS, directory=folder)
-    estimator.fit(context)
-    return estimator.score_ids(context, IDS)
+    context.fit(estimator)
+    return context.score_ids(estimator, IDS)
 
 
+@pytest.mark.long
 def test_ranks_that_were_stopped_at_different_places_begin_again_together(tmp_path):
     found = on_ranks(_resumed_on_this_rank, 2, tmp_path)
     expected = solved(warm_context())
@@ -157,20 +157,21 @@ def test_a_stop_in_the_pull_back_may_be_followed_by_other_intervals_between_kept
 def test_a_fit_whose_folder_another_one_took_says_so(tmp_path):
     context = warm_context()
     first = PMPInfluence(**SETTINGS, directory=tmp_path)
-    first.fit(context)
+    context.fit(first)
     second = solved(context, directory=tmp_path, score_every=1)
     with pytest.raises(RuntimeError, match="a directory of its own"):
-        first.score_ids(context, IDS)
+        context.score_ids(first, IDS)
     assert torch.equal(second, solved(context, score_every=1))
 
 
+@pytest.mark.long
 def test_other_clipping_and_other_losses_are_other_fits(tmp_path):
     context = warm_context()
 
     def doubled(model, batch):
         return 2 * context.loss_fn(model, batch)
 
-    for other in (context, replace(context, loss_fn=doubled), replace(context, clip_gradients=lambda parameters: None)):
+    for other in (context, context.but(loss_fn=doubled), context.but(clip_gradients=lambda parameters: None)):
         assert torch.equal(solved(other, directory=tmp_path), solved(other))
 
 
@@ -210,7 +211,7 @@ def test_a_model_whose_loss_is_not_finite_is_told_before_anything_is_unrolled():
         next(context.model.parameters()).fill_(torch.nan)
     loss_fn = Failing(context.loss_fn, fails_at=2)
     with pytest.raises(NotMeasurableError, match="nan before anything is unrolled"):
-        PMPInfluence(**SETTINGS).fit(replace(context, loss_fn=loss_fn))
+        context.but(loss_fn=loss_fn).fit(PMPInfluence(**SETTINGS))
 
 
 def test_a_folder_left_by_another_model_or_other_settings_is_not_taken_for_this_one(tmp_path):
@@ -224,15 +225,15 @@ def test_a_folder_left_by_another_model_or_other_settings_is_not_taken_for_this_
 
 def test_unrolled_candidates_repeat_only_when_there_are_not_enough():
     context = warm_context()
-    ids = torch.cat(unrolled_ids(context, 5, 8))
+    ids = torch.cat(unrolled_ids(context.round, 5, 8))
     assert sorted(ids.tolist()) == list(range(40))
-    assert [len(part) for part in unrolled_ids(context, 7, 8)] == [8] * 7
-    counts = torch.cat(unrolled_ids(context, 7, 8)).bincount(minlength=40)
+    assert [len(part) for part in unrolled_ids(context.round, 7, 8)] == [8] * 7
+    counts = torch.cat(unrolled_ids(context.round, 7, 8)).bincount(minlength=40)
     assert counts.min() == 1
     assert counts.max() == 2
-    few = replace(context, candidates=torch.tensor([3, 11]))
-    assert set(torch.cat(unrolled_ids(few, 2, 3)).tolist()) == {3, 11}
-    assert not torch.equal(ids, torch.cat(unrolled_ids(replace(context, round=1), 5, 8)))
+    few = context.but(candidates=torch.tensor([3, 11]))
+    assert set(torch.cat(unrolled_ids(few.round, 2, 3)).tolist()) == {3, 11}
+    assert not torch.equal(ids, torch.cat(unrolled_ids(context.but(index=1).round, 5, 8)))
 
 
 # ---- what the live run does with gradients ----------------------------------------------------------------------
@@ -242,9 +243,9 @@ def test_unrolled_candidates_repeat_only_when_there_are_not_enough():
 @pytest.mark.parametrize("kind", [ClipNorm, ClipValue])
 def test_clipping_is_found_by_trying_it(kind, limit):
     clips = {ClipNorm: nn.utils.clip_grad_norm_, ClipValue: nn.utils.clip_grad_value_}
-    context = replace(warm_context(), clip_gradients=lambda parameters: clips[kind](parameters, limit))
+    context = warm_context().but(clip_gradients=lambda parameters: clips[kind](parameters, limit))
     with measuring(context.model, context.optimizer):
-        found = find_clip(context)
+        found = find_clip(context.live, moving_parameters(context.live))
     assert type(found) is kind
     assert found.limit == pytest.approx(limit, rel=1e-9)
 
@@ -252,7 +253,7 @@ def test_clipping_is_found_by_trying_it(kind, limit):
 def test_no_clipping_is_found_as_none():
     context = warm_context(clipped=False)
     with measuring(context.model, context.optimizer):
-        assert find_clip(context) is None
+        assert find_clip(context.live, moving_parameters(context.live)) is None
 
 
 def halve(parameters):
@@ -267,7 +268,7 @@ def cut_the_first_half(parameters):
 @pytest.mark.parametrize("clip", [halve, cut_the_first_half])
 def test_clipping_of_another_kind_is_refused(clip):
     with pytest.raises(TypeError, match='dynamics="sgd"'):
-        solved(replace(warm_context(), clip_gradients=clip))
+        solved(warm_context().but(clip_gradients=clip))
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ def test_clipping_of_another_kind_is_refused(clip):
 )
 def test_optimizers_without_an_adjoint_are_refused_and_plain_sgd_is_offered(optimizer, message):
     context = warm_context()
-    context = replace(context, optimizer=optimizer(context.model.parameters()))
+    context = context.but(optimizer=optimizer(context.model.parameters()))
     with pytest.raises(TypeError, match=message):
         solved(context)
     assert solved(context, dynamics="sgd", learning_rate=RATE).isfinite().all()
@@ -323,7 +324,7 @@ class Opaque(torch.autograd.Function):
 def test_a_kernel_that_hides_its_curvature_is_found_out():
     context = warm_context("sgd", clipped=False)
     plain = context.loss_fn
-    context = replace(context, loss_fn=lambda model, batch: Opaque.apply(plain(model, batch)))
+    context = context.but(loss_fn=lambda model, batch: Opaque.apply(plain(model, batch)))
     with pytest.raises(RuntimeError, match='hessian="central_difference"'):
         solved(context)
     assert solved(context, hessian="central_difference").isfinite().all()
@@ -331,13 +332,13 @@ def test_a_kernel_that_hides_its_curvature_is_found_out():
 
 def test_scoring_before_fitting_and_after_letting_go_is_an_error():
     with pytest.raises(RuntimeError, match="before fit"):
-        PMPInfluence().score(warm_context(), {})
+        warm_context().score(PMPInfluence(), {})
     context, estimator = warm_context(), PMPInfluence(steps=2)
-    estimator.fit(context)
-    assert estimator.score_ids(context, IDS).isfinite().all()
+    context.fit(estimator)
+    assert context.score_ids(estimator, IDS).isfinite().all()
     estimator.release()
     with pytest.raises(RuntimeError, match="before fit"):
-        estimator.score_ids(context, IDS)
+        context.score_ids(estimator, IDS)
 
 
 @pytest.mark.parametrize(
@@ -366,14 +367,14 @@ def test_impossible_settings_are_refused_at_construction(settings):
 def test_a_candidate_without_a_finite_loss_has_no_number_and_disturbs_no_other():
     context = warm_context()
     estimator = PMPInfluence(**SETTINGS)
-    estimator.fit(context)
-    plain = estimator.score_ids(context, IDS)
+    context.fit(estimator)
+    plain = context.score_ids(estimator, IDS)
 
     def spoiled(model, batch):
         losses = context.loss_fn(model, batch)
         return losses * torch.where(batch["id"] == 2, torch.nan, 1.0).to(losses)
 
-    found = estimator.score_ids(replace(context, loss_fn=spoiled), IDS)
+    found = context.but(loss_fn=spoiled).score_ids(estimator, IDS)
     assert found.isnan().tolist() == [False, False, True, False, False, False]
     torch.testing.assert_close(found.nan_to_num(), plain.where(IDS != 2, 0.0), rtol=1e-12, atol=0)
 

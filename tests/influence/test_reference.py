@@ -1,7 +1,5 @@
 """The reference set: grouping rows by length changes the cost of a pass, and nothing else."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from fakes import FakeSource
@@ -92,27 +90,27 @@ def test_a_mask_is_dropped_where_it_hides_nothing_to_the_left_of_a_target():
 
 
 def test_flops_count_the_head_at_targets_only():
-    context = replace(warm_context(), source=RaggedSource(ragged_batches()))
-    reference = ReferencePass.load(context)
+    context = warm_context().but(source=RaggedSource(ragged_batches()))
+    reference = ReferencePass.load(context.live, context.round)
     found = []
     for module in context.model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(
                 lambda layer, args, out: found.append(2 * layer.weight.numel() * args[0].shape[:-1].numel())
             )
-    reference.loss(context)
+    reference.loss(context.live)
     assert context.meter.flops["other"] == sum(found)
 
 
 @pytest.mark.parametrize("left", [False, True])
 def test_the_reference_loss_is_the_mean_over_all_targets(left):
-    context = replace(warm_context(), source=RaggedSource(ragged_batches(left)))
+    context = warm_context().but(source=RaggedSource(ragged_batches(left)))
     context.model.eval()
-    reference = ReferencePass.load(context)
+    reference = ReferencePass.load(context.live, context.round)
     loss, count = total(context.model, context.source.batches)
     assert reference.targets == count
     assert reference.examples == 14  # the row without targets is left out
-    assert reference.loss(context) == pytest.approx(loss / count, rel=1e-12)
+    assert reference.loss(context.live) == pytest.approx(loss / count, rel=1e-12)
 
 
 def test_a_custom_loss_is_given_the_batches_of_the_source():
@@ -123,8 +121,8 @@ def test_a_custom_loss_is_given_the_batches_of_the_source():
         seen.append(batch)
         return mean_loss(model, batch["input_ids"]).expand(len(batch["input_ids"]))
 
-    context = replace(context, source=RaggedSource(ragged_batches()), loss_fn=loss_fn)
-    ReferencePass.load(context).loss(context)
+    context = context.but(source=RaggedSource(ragged_batches()), loss_fn=loss_fn)
+    ReferencePass.load(context.live, context.round).loss(context.live)
     for given, own in zip(seen, context.source.batches, strict=True):
         assert given.keys() == own.keys()
         assert all(torch.equal(given[key], own[key]) for key in own)
@@ -138,7 +136,7 @@ def test_the_reference_is_read_from_the_source_once():
             self.reads += 1
             return super().reference()
 
-    context = replace(warm_context(), source=Counting(ragged_batches()))
-    reference = ReferencePass.load(context)
-    assert reference.loss(context) == reference.loss(context)
+    context = warm_context().but(source=Counting(ragged_batches()))
+    reference = ReferencePass.load(context.live, context.round)
+    assert reference.loss(context.live) == reference.loss(context.live)
     assert context.source.reads == 1

@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +16,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from liveselect import distributed
 from liveselect.functional.sharding import is_part, local
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence, PMPInfluence
-from liveselect.influence.piggyback import TrainingStepScores, mean_weights
+from liveselect.influence.training_step import TrainingStepScores, mean_weights
 from liveselect.losses import causal_lm_loss
-from liveselect.snapshot import measuring
+from liveselect.preserve import measuring
+
+pytestmark = pytest.mark.long
 
 RANKS = 3
 BAD = 6  # a candidate without a finite loss; no reference example has this id
@@ -74,15 +75,15 @@ def _message(function) -> str:
 
 
 def _refusals(context) -> dict:
-    found = {name: _message(lambda make=make: make().fit(context)) for name, make in REFUSED.items()}
-    found["double backward before training"] = _message(lambda: REFUSED["double backward"]().check(context))
+    found = {name: _message(lambda make=make: context.fit(make())) for name, make in REFUSED.items()}
+    found["double backward before training"] = _message(lambda: context.check(REFUSED["double backward"]()))
     model = fully_shard(HiddenUse().double())
     hidden = fake_context(
         random_source(8, vocab=VOCAB), model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1)
     )
     short = warm(False)
     fully_shard(short.model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    found["16 bits"] = _message(lambda: pmp().check(short))
+    found["16 bits"] = _message(lambda: short.check(pmp()))
     found["hidden use"] = _message(lambda: measured(FirstOrderInfluence(), hidden))
     return found
 
@@ -94,10 +95,10 @@ def _without_a_loss(model, batch):
 def _overheard(context) -> list:
     """Gradients of a training step with and without scores attached, the scores, and the estimator's own numbers."""
     estimator = FirstOrderInfluence(slope_over="zero")
-    estimator.fit(context)
-    batch = next(context.candidate_batches(torch.arange(2) + 2 * distributed.rank()))
-    found = [estimator.score(context, batch)]
-    scores = TrainingStepScores(context.model, estimator.direction)
+    context.fit(estimator)
+    batch = next(context.round.batches(torch.arange(2) + 2 * distributed.rank()))
+    found = [context.score(estimator, batch)]
+    scores = TrainingStepScores(context.model, estimator.direction())
     with measuring(context.model, context.optimizer):
         for listens in (True, False):
             if listens:
@@ -114,20 +115,20 @@ def _overheard(context) -> list:
 def _state_round_trip(context) -> tuple:
     """Influence before and after the estimator was saved and loaded, and whether the state is free of parts."""
     estimator, resumed = KFACInfluence(factor_examples=13), KFACInfluence(factor_examples=13)
-    estimator.fit(context)
+    context.fit(estimator)
     state = estimator.state_dict()
     resumed.load_state_dict(state)
-    batch = next(context.candidate_batches(torch.arange(2)))
+    batch = next(context.round.batches(torch.arange(2)))
     plain = not any(is_part(value) for value in state["direction"].values())
-    return estimator.score(context, batch), resumed.score(context, batch), plain
+    return context.score(estimator, batch), context.score(resumed, batch), plain
 
 
 def _all_at_once(context, products) -> torch.Tensor:
     """The scores of candidates of which this rank has a share."""
     estimator = pmp(products=products)
-    estimator.fit(context)
+    context.fit(estimator)
     mine = torch.arange(CANDIDATES)[distributed.shard(CANDIDATES)]
-    return distributed.gather_shards(estimator.score_ids(context, mine), CANDIDATES)
+    return distributed.gather_shards(context.score_ids(estimator, mine), CANDIDATES)
 
 
 def _all_measured(sharded: bool) -> dict:
@@ -139,7 +140,7 @@ def _all_measured(sharded: bool) -> dict:
         found[name] = [measured(estimator, other) for estimator in estimators]
     found["PMP, all at once"] = [_all_at_once(context, products) for products in ("exact", "central_difference")]
     found["single precision"] = measured(OneStepInfluence(), warm(sharded, torch.float32))
-    found["not finite"] = measured(OneStepInfluence(), replace(context, loss_fn=_without_a_loss))
+    found["not finite"] = measured(OneStepInfluence(), context.but(loss_fn=_without_a_loss))
     found["sizes"] = local_sizes(context)
     if sharded:
         found |= {"refusals": _refusals(context), "overheard": _overheard(context), "state": _state_round_trip(context)}

@@ -4,7 +4,7 @@ import pytest
 from report.ledgers import ledger_of
 
 from liveselect.monitoring import round_scalars
-from liveselect.monitoring.view import KEY_LENGTH, key_of
+from liveselect.monitoring.view import MAX_KEY_CHARACTERS, key_of
 
 
 @pytest.mark.parametrize(
@@ -16,8 +16,8 @@ def test_names_of_groups_become_keys_of_one_line(name, key):
 
 
 def test_long_names_become_short_keys():
-    assert key_of("x" * KEY_LENGTH) == "x" * KEY_LENGTH
-    assert key_of("x" * 5000) == "x" * (KEY_LENGTH - 1) + "…"
+    assert key_of("x" * MAX_KEY_CHARACTERS) == "x" * MAX_KEY_CHARACTERS
+    assert key_of("x" * 5000) == "x" * (MAX_KEY_CHARACTERS - 1) + "…"
 
 
 def test_a_pool_without_groups_has_no_mixture():

@@ -90,9 +90,15 @@ def test_the_view_is_saved_once_and_stays_as_somebody_left_it(monkeypatch, capsy
     assert server.saved == [(NAME, "")]
     assert save_workspace("team", "pretraining") == url
     assert len(server.saved) == 1
+    banks = server.view.spec.section.panel_bank_config
+    titles = [[section.name, len(section.panels)] for section in banks.sections]
+    assert titles[0] == ["Does it help?", 5]
+    banks.sections[0].name, banks.sections[1].panels = "mine", []
     assert main(["workspace", "team/pretraining", "--replace"]) == 0
     assert url in capsys.readouterr().out
     assert server.saved[1:] == [(NAME, "VIEW7")]
+    assert server.view.display_name == NAME.split("-")[1]
+    assert [[each.name, len(each.panels)] for each in server.view.spec.section.panel_bank_config.sections] == titles
 
 
 def test_a_run_saves_the_view_in_the_background_and_an_offline_one_does_not(monkeypatch):
@@ -110,7 +116,7 @@ def test_a_run_saves_the_view_in_the_background_and_an_offline_one_does_not(monk
 
 
 def test_a_server_that_refuses_costs_a_line(monkeypatch, caplog):
-    pytest.importorskip("wandb_workspaces")
+    Server(monkeypatch)
 
     def refuse(entity, project, name):
         raise ConnectionError("no route to host")

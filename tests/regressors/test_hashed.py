@@ -14,12 +14,12 @@ def fitted(m=200, noise=0.3, seed=0, **kwargs):
     ids = torch.randperm(400, generator=generator)[:m]
     influence = planted[ids].float() + noise * torch.randn(m, generator=generator)
     regressor = HashedRidgeRegressor(2**10)
-    return regressor, context, regressor.fit(context, ids, influence)
+    return regressor, context, regressor.fit(context.round, ids, influence)
 
 
 def predictions(regressor, context, ids=None):
     ids = context.candidates if ids is None else ids
-    return torch.cat([regressor.predict(context, batch) for batch in context.candidate_batches(ids)])
+    return torch.cat([regressor.predict(context.round, batch) for batch in context.round.batches(ids)])
 
 
 def test_the_reported_spearman_is_what_fresh_candidates_give():
@@ -38,7 +38,8 @@ def test_nothing_to_learn_is_reported_as_no_correlation_on_average():
     for seed in range(40):
         source = random_source(candidates=64, seed=seed)
         influence = torch.randn(64, generator=torch.Generator().manual_seed(seed))
-        spearman.append(HashedRidgeRegressor(2**8).fit(fake_context(source, seed=seed), torch.arange(64), influence))
+        context = fake_context(source, seed=seed)
+        spearman.append(HashedRidgeRegressor(2**8).fit(context.round, torch.arange(64), influence))
     values = torch.tensor([metrics["spearman"] for metrics in spearman])
     assert values.mean().abs() < 3.5 * values.std() / len(values) ** 0.5
 
@@ -49,7 +50,7 @@ def test_predictions_are_standardised_and_turn_round_with_the_sign():
     found = {}
     for factor in (1.0, -1.0, 1000.0):
         regressor = HashedRidgeRegressor(2**12)
-        regressor.fit(context, torch.arange(400), factor * influence + 7.0)
+        regressor.fit(context.round, torch.arange(400), factor * influence + 7.0)
         found[factor] = predictions(regressor, context)
     assert abs(float(found[1.0].mean())) < 1e-3
     assert 0.5 < float(found[1.0].std()) <= 1.0
@@ -70,7 +71,7 @@ def test_padding_behind_the_attention_mask_is_not_seen():
     influence, found = torch.arange(16.0), []
     for source in (FakeSource(tokens), FakeSource(padded, mask=mask)):
         regressor = HashedRidgeRegressor(2**8)
-        regressor.fit(fake_context(source), torch.arange(16), influence)
+        regressor.fit(fake_context(source).round, torch.arange(16), influence)
         found.append(predictions(regressor, fake_context(source)))
     assert torch.allclose(*found, atol=1e-6)
 
@@ -86,7 +87,7 @@ def test_repeated_measurements_count_as_their_mean():
         ),
     ]:
         regressor = HashedRidgeRegressor(2**8)
-        regressor.fit(fake_context(source), ids, values)
+        regressor.fit(fake_context(source).round, ids, values)
         found.append(predictions(regressor, fake_context(source)))
     assert torch.allclose(*found, atol=1e-5)
 
@@ -96,7 +97,7 @@ def test_the_order_of_the_measurements_does_not_matter():
     influence, found = torch.randn(32, generator=torch.Generator().manual_seed(1)), []
     for ids in (torch.arange(32), order):
         regressor = HashedRidgeRegressor(2**8)
-        regressor.fit(fake_context(source), ids, influence[ids])
+        regressor.fit(fake_context(source).round, ids, influence[ids])
         found.append(predictions(regressor, fake_context(source)))
     assert torch.equal(*found)
 
@@ -104,14 +105,14 @@ def test_the_order_of_the_measurements_does_not_matter():
 def test_more_candidates_than_buckets_are_fitted_too():
     source, planted = planted_source(candidates=600)
     regressor = HashedRidgeRegressor(2**8)
-    metrics = regressor.fit(fake_context(source), torch.arange(600), planted.float())
+    metrics = regressor.fit(fake_context(source).round, torch.arange(600), planted.float())
     assert metrics["spearman"] > 0.3
     assert metrics["r2"] > 0.3
 
 
 def test_equal_influence_predicts_zero_and_admits_to_know_nothing():
     source, regressor = random_source(candidates=16), HashedRidgeRegressor(2**8)
-    metrics = regressor.fit(fake_context(source), torch.arange(16), torch.full((16,), 0.25))
+    metrics = regressor.fit(fake_context(source).round, torch.arange(16), torch.full((16,), 0.25))
     assert metrics["spearman"] != metrics["spearman"]
     assert predictions(regressor, fake_context(source)).tolist() == [0.0] * 16
 
@@ -122,11 +123,11 @@ def test_what_cannot_be_learned_from_is_refused_with_the_reason():
     influence = torch.arange(16.0)
     influence[[3, 5]] = torch.tensor([float("nan"), float("inf")])
     with pytest.raises(ValueError, match="got 2 of 16 that are not"):
-        regressor.fit(context, torch.arange(16), influence)
+        regressor.fit(context.round, torch.arange(16), influence)
     with pytest.raises(ValueError, match="at least 8 distinct measured candidates to learn from, got 7"):
-        regressor.fit(context, torch.arange(8) % 7, torch.arange(8.0))
+        regressor.fit(context.round, torch.arange(8) % 7, torch.arange(8.0))
     with pytest.raises(ValueError, match=r"expected ids \(m,\)"):
-        regressor.fit(context, torch.arange(9), torch.arange(8.0))
+        regressor.fit(context.round, torch.arange(9), torch.arange(8.0))
     with pytest.raises(RuntimeError, match="before fit"):
         predictions(regressor, context)
     with pytest.raises(ValueError, match="power of two"):
@@ -159,7 +160,7 @@ def test_fit_and_predict_leave_the_random_state_and_the_default_type_alone():
     try:
         source = random_source(candidates=32)
         regressor = HashedRidgeRegressor(2**8)
-        regressor.fit(fake_context(source), torch.arange(32), (source.tokens < 20).float().sum(dim=1))
+        regressor.fit(fake_context(source).round, torch.arange(32), (source.tokens < 20).float().sum(dim=1))
         assert predictions(regressor, fake_context(source)).dtype == torch.float32
         assert torch.get_default_dtype() == torch.bfloat16
     finally:

@@ -12,7 +12,6 @@ from liveselect.cli import main
 from liveselect.ledger import Alarm, Ledger
 from liveselect.report import Run, build_page, load_runs, pictures, verdict, write_pictures, write_report
 from liveselect.report.cluster_map import find_map, flattened
-from liveselect.report.page import style
 
 
 def test_alarms_stand_in_the_page_with_their_round():
@@ -105,7 +104,7 @@ def test_a_picture_alone_names_its_lines_and_those_of_the_page_do_not(tmp_path, 
     for name, selector in zip(names, ["UniformSelector", "RegressionSelector"], strict=True):
         ledger_of(selector, [6.0, 5.0]).write(tmp_path / name / "ledger.jsonl")
     runs = load_runs([tmp_path / name for name in names])
-    with pictures.written_to(tmp_path / "png", style()):
+    with pictures.written_to(tmp_path / "png"):
         page = build_page(runs)
     drawn = "".join(re.findall(r"<text.*?</text>", page, flags=re.DOTALL))
     assert "training steps" in drawn  # the label of an axis
@@ -153,5 +152,5 @@ def test_a_damaged_ledger_is_told_with_its_line(tmp_path, capsys):
         with pytest.raises(ValueError, match="is not a ledger"):
             Ledger.read(path)
     path.write_bytes(b"\xff\xfe\x00binary")
-    with pytest.raises(ValueError, match="it is no text"):
+    with pytest.raises(ValueError, match="it is not text"):
         Ledger.read(path)

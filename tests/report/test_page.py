@@ -234,7 +234,7 @@ def test_many_rounds_and_sources_are_all_in_the_table_and_some_are_drawn():
         record.groups.update({f"s{k}": {"available": k + 1, "measured": 0, "chosen": 1} for k in range(60)})
     page = build_page([Run("long", ledger)])
     assert page.count("<svg role") == 3 + 2 * 12 + 12 + 1
-    assert "30 rounds did so; 12 are drawn" in page
+    assert "12 of 30 such rounds are shown" in page
     assert "and 22 more" in page
 
 

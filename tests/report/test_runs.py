@@ -1,6 +1,7 @@
 """Curves, names and files of the runs in a report."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,32 @@ def test_what_was_spent_before_training_comes_before_every_loss_and_has_its_line
     page = build_page([run])
     assert "<td>before training: train the proxy</td><td>30 s</td>" in page
     assert "<td>before training: pull back</td><td>12 s</td>" in page
+
+
+def test_a_baseline_is_what_compared_no_scores_and_measured_nothing_whoever_made_it():
+    own, mates = ledger_of("MyOwnDraw", [5.0, 4.0]), ledger_of("RegressionSelector", [5.0, 4.0])
+    for record in mates.rounds:
+        assert record.histogram is not None
+        assert record.measured
+    own.rounds[:] = [
+        replace(record, selector="MyOwnDraw") for record in ledger_of("UniformSelector", [5.0, 4.0]).rounds
+    ]
+    assert Run("own", own).is_random
+    assert Run("own", own).method == "MyOwnDraw"
+    assert Run("plain", ledger_of("UniformSelector", [5.0])).method == "random"
+    assert not Run("mates", mates).is_random
+    for changes in ({"measured": [1]}, {"overheard": [1]}, {"histogram": mates.rounds[0].histogram}):
+        assert not Run("own", replace(own, rounds=[*own.rounds, replace(own.rounds[0], **changes)])).is_random
+    armed = replace(own.rounds[0], groups={"arm": {"available": 1, "measured": 0, "chosen": 1, "reward": 0.5}})
+    assert not Run("own", replace(own, rounds=[armed])).is_random
+
+
+def test_a_run_in_its_warm_up_and_a_replay_are_no_baseline():
+    drawn = ledger_of("UniformSelector", [5.0, 4.0])
+    for about in ({"preset": "MATES", "selector": "RegressionSelector"}, {"preset": "Replay"}):
+        assert not Run("run", replace(drawn, about=about)).is_random
+    assert Run("old", replace(drawn, about={})).is_random
+    assert not Run("not begun", Ledger(about=drawn.about)).is_random
 
 
 def test_losses_that_are_not_finite_are_left_out_of_curves():

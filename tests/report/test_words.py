@@ -50,4 +50,4 @@ def test_whole_numbers_stay_whole():
 
 
 def test_lone_surrogates_can_be_written_as_utf8():
-    assert words.escaped("a\ud800b").encode("utf-8") == b"a?b"
+    assert words.visible("a\ud800b").encode("utf-8") == b"a?b"

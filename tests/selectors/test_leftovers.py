@@ -1,20 +1,18 @@
 """Everything that may be chosen is used once before anything is used twice, whatever divides what, by all selectors."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from fakes import FakeSource, fake_context
+from fakes import FakeSource, play
 
 from liveselect.decisions import read_round, rounds_in
 from liveselect.decisions.files import DecisionLedger
-from liveselect.protocols import Selection
-from liveselect.rounds import SelectionRun, run_round
+from liveselect.grammar import InfluenceEstimator, InfluenceRegressor, Selector
+from liveselect.pool import split_by_use
+from liveselect.rounds import LEFT_OVER, SelectionRun
 from liveselect.selectors import PriorSelector, RegressionSelector, ScoredSelector, UCBSelector, UniformSelector
-from liveselect.selectors.leftovers import LEFT_OVER, fill_up, split_by_use
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::liveselect.grammar.SelectionWarning")
 
 POOL, BUDGET = 50, 12  # two are left over by the first pass, and other numbers by later ones
 SCORES = torch.randn(POOL, generator=torch.Generator().manual_seed(3))
@@ -22,20 +20,25 @@ SOME = torch.where(torch.arange(POOL) % 5 < 2, SCORES, -torch.inf)  # 20
 KNOWN = SOME.isfinite()
 
 
-class Values:
-    """An estimator and a regressor that both know the influence of every candidate."""
+class Values(InfluenceEstimator):
+    """Knows the influence of every candidate."""
 
-    def fit(self, context, *measured):
-        return {"spearman": 0.9} if measured else {}
-
-    def score(self, context, batch):
+    def score(self, model, batch):
         return SCORES[batch["id"]]
 
-    predict = score
+
+class Predictions(InfluenceRegressor):
+    """Predicts it, too."""
+
+    def fit(self, round, ids, influence):
+        return {"spearman": 0.9}
+
+    def predict(self, round, batch):
+        return SCORES[batch["id"]]
 
 
 def regression(**settings):
-    return RegressionSelector(Values(), **{"probes": 10, "ratio": 0.5, **settings})
+    return RegressionSelector(Predictions(), **{"probes": 10, "ratio": 0.5, **settings})
 
 
 def arms():
@@ -70,10 +73,10 @@ def a_source():
 def test_after_every_round_the_eligible_were_used_equally_often_or_once_more_and_others_never(name):
     make, eligible = SELECTORS[name]
     source = a_source()
-    run = SelectionRun(make(), Values(), UniformSelector(), 0, source.pool)
+    run = SelectionRun(make(), Values(), UniformSelector(), 0, source)
     may = torch.ones(POOL, dtype=torch.bool) if eligible is None else eligible
-    for index in range(9):
-        run_round(run, fake_context(source, round_index=index, candidates=run.candidates(BUDGET)), BUDGET)
+    for _ in range(9):
+        play(run, BUDGET)
         uses = source.pool.uses[may]
         assert int(uses.max() - uses.min()) <= 1
         assert not source.pool.uses[~may].any()
@@ -82,9 +85,9 @@ def test_after_every_round_the_eligible_were_used_equally_often_or_once_more_and
 
 def test_the_first_round_after_a_warm_up_takes_what_the_warm_up_left_of_the_eligible():
     source = a_source()
-    run = SelectionRun(ScoredSelector(SOME, repeat=False), None, UniformSelector(), 3, source.pool)
-    for index in range(6):
-        run_round(run, fake_context(source, round_index=index, candidates=run.candidates(BUDGET)), BUDGET)
+    run = SelectionRun(ScoredSelector(SOME, repeat=False), None, UniformSelector(), 3, source)
+    for _ in range(6):
+        play(run, BUDGET)
         uses = source.pool.uses[KNOWN]
         assert int(uses.max() - uses.min()) <= 1
 
@@ -92,11 +95,11 @@ def test_the_first_round_after_a_warm_up_takes_what_the_warm_up_left_of_the_elig
 @pytest.mark.parametrize("name", ["regression", "arms", "scores"])
 def test_the_record_of_decisions_says_whose_turn_it_was(name, tmp_path):
     source = a_source()
-    run = SelectionRun(SELECTORS[name][0](), Values(), UniformSelector(), 0, source.pool)
+    run = SelectionRun(SELECTORS[name][0](), Values(), UniformSelector(), 0, source)
     run.decisions = DecisionLedger(tmp_path)
-    for index in range(5):
+    for _ in range(5):
         unused = set((source.pool.uses == 0).nonzero().flatten().tolist())
-        run_round(run, fake_context(source, round_index=index, candidates=run.candidates(BUDGET)), BUDGET)
+        play(run, BUDGET)
     rows = read_round(rounds_in(tmp_path)[4])
     assert set(rows["id"][rows["reason"] == LEFT_OVER].tolist()) == unused
     assert len(unused) == run.ledger.rounds[4].metrics["left_over"] == 2
@@ -114,17 +117,20 @@ def test_leftovers_are_those_without_which_all_others_were_used_equally_often():
         assert second == {int(i) for i, used in zip(ids, uses, strict=True) if used == level}
 
 
-def test_leftovers_come_at_random_places_and_what_was_chosen_keeps_its_order():
-    source = a_source()
-    source.pool.record_use(torch.arange(2, POOL))
-    context = fake_context(source, candidates=source.pool.available(6))
-    counts = torch.zeros(6)
-    for index in range(600):
-        selection = fill_up(
-            replace(context, round=index), 6, lambda part, left: Selection(part.candidates[:left].flip(0))
-        )
-        is_left = selection.ids < 2
-        assert selection.ids[~is_left].tolist() == [5, 4, 3, 2]
-        counts += is_left
-    assert counts.sum() == 1200
-    assert (counts - 200).abs().max() < 4 * (600 * 2 / 9) ** 0.5  # four standard deviations
+class Descending(Selector):
+    """Chooses the largest ids, in descending order."""
+
+    def select(self, round, budget):
+        return round.candidates.flip(0)[:budget]
+
+
+def test_leftovers_and_what_was_chosen_come_at_random_places():
+    counts = torch.zeros(3, 6)
+    for seed in range(600):
+        source = a_source()
+        source.pool.record_use(torch.arange(2, POOL))
+        plan = play(SelectionRun(Descending(), None, UniformSelector(), 0, source, seed=seed), 6)
+        assert plan.ids.sort().values.tolist() == [0, 1, 46, 47, 48, 49]
+        for row, candidate in enumerate((0, 46, 49)):
+            counts[row] += plan.ids == candidate
+    assert (counts - 100).abs().max() < 4.5 * (600 * 5 / 36) ** 0.5  # four and a half standard deviations

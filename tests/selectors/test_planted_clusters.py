@@ -1,14 +1,17 @@
 """The bandit on a real small model: which clusters lower the reference loss is known, and has to be found."""
 
+import copy
+
 import pytest
 import torch
-from fakes import fake_context
+from fakes import fake_context, play
 from planted_clusters import planted_clusters, small_lm, train
 
 from liveselect.influence import KFACInfluence, OneStepInfluence
-from liveselect.rounds import SelectionRun, run_round
+from liveselect.rounds import SelectionRun
 from liveselect.selectors import UCBSelector, UniformSelector
-from liveselect.snapshot import measuring
+
+pytestmark = pytest.mark.long
 
 torch.set_num_threads(1)
 CLUSTERS, WANTED, TRAINED = 8, (2, 5), 1280
@@ -21,19 +24,33 @@ ESTIMATORS = {
 }
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """The source, the model and the optimizer of a seed after training: each is trained once, and copied to a test."""
+    kept = {}
+
+    def of(seed, width=32, inner=64, **data):
+        key = (seed, width, *data.items())
+        if key not in kept:
+            source, _ = planted_clusters(CLUSTERS, WANTED, rows=200, seed=seed, **data)
+            model = small_lm(seed, width, inner)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+            train(model, optimizer, source, torch.arange(TRAINED))
+            kept[key] = source, model, optimizer
+        return copy.deepcopy(kept[key])
+
+    return of
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("seed", [0, 1, 4])
-def test_the_clusters_of_the_reference_set_are_found_when_every_arm_was_pulled_once(estimator, seed):
+def test_the_clusters_of_the_reference_set_are_found_when_every_arm_was_pulled_once(trained, estimator, seed):
     make, probes = ESTIMATORS[estimator]
-    source, _ = planted_clusters(CLUSTERS, WANTED, rows=200, length=64, sharpness=4.0, seed=seed)
-    model = small_lm(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    train(model, optimizer, source, torch.arange(TRAINED))
+    source, model, optimizer = trained(seed, length=64, sharpness=4.0)
     source.pool.record_use(torch.arange(TRAINED))
     selector = UCBSelector(pulls=CLUSTERS, at_once=CLUSTERS, probes=probes, controls=16, arms=2)
-    run = SelectionRun(selector, make(), UniformSelector(), 0, source.pool)
-    context = fake_context(source, seed=seed, model=model, optimizer=optimizer, candidates=source.pool.available(24))
-    plan = run_round(run, context, 24)
+    run = SelectionRun(selector, make(), UniformSelector(), 0, source, seed=seed)
+    plan = play(run, 24, fake_context(source, model=model, optimizer=optimizer))
     rows = run.ledger.rounds[0].groups
     assert all(row["pulls"] == 1.0 for row in rows.values())
     best = sorted(rows, key=lambda name: -rows[name]["reward"])[:2]
@@ -55,18 +72,14 @@ def share_of_hits(influence: torch.Tensor, arms: torch.Tensor, draws: torch.Gene
 
 # as large a model as that of which an independent study reports 0.97 and 1.00
 @pytest.mark.parametrize(("curvature", "at_least"), [("identity", 0.92), ("kfac", 0.99)])
-def test_one_probe_of_each_arm_finds_the_clusters_of_the_reference_set(curvature, at_least):
+def test_one_probe_of_each_arm_finds_the_clusters_of_the_reference_set(trained, curvature, at_least):
     shares = []
     for seed in range(3):
-        source, _ = planted_clusters(CLUSTERS, WANTED, rows=200, length=32, sharpness=3.0, seed=seed)
-        model = small_lm(seed, width=64, inner=256)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        train(model, optimizer, source, torch.arange(TRAINED))
+        source, model, optimizer = trained(seed, width=64, inner=256, length=32, sharpness=3.0)
         rest = torch.arange(TRAINED, source.pool.size)
         context = fake_context(source, seed=seed, model=model, optimizer=optimizer, candidates=rest)
         estimator = KFACInfluence(curvature=curvature, factors_of="candidates")
-        with measuring(model, optimizer):
-            estimator.fit(context)
-            influence = torch.cat([estimator.score(context, batch) for batch in context.candidate_batches(rest)])
-        shares.append(share_of_hits(influence, source.pool.groups[rest], context.generator("probes")))
+        context.fit(estimator)
+        influence = torch.cat([context.score(estimator, batch) for batch in context.round.batches(rest)])
+        shares.append(share_of_hits(influence, source.pool.groups[rest], context.round.generator("probes")))
     assert sum(shares) / len(shares) >= at_least

@@ -1,27 +1,23 @@
 """A share that was trained on is trained on again, and nothing below it."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from fakes import fake_context, random_source
+from fakes import play, random_source
 
-from liveselect.rounds import SelectionRun, run_round
+from liveselect.rounds import SelectionRun
 from liveselect.selectors import PriorSelector, ScoredSelector, UniformSelector
 
 POOL, BUDGET = 60, 6
 SCORES = torch.arange(float(POOL)).roll(17)
 
-pytestmark = pytest.mark.filterwarnings("ignore::liveselect.protocols.SelectionWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::liveselect.grammar.SelectionWarning")
 
 
 def uses_after(selector, rounds, warmup_rounds=0, budget=BUDGET):
     source = random_source(candidates=POOL)
-    run = SelectionRun(selector, None, UniformSelector(), warmup_rounds, source.pool)
-    context = fake_context(source)
-    for index in range(rounds):
-        here = replace(context, round=index, candidates=run.candidates(budget))
-        run_round(run, here, budget)
+    run = SelectionRun(selector, None, UniformSelector(), warmup_rounds, source)
+    for _ in range(rounds):
+        play(run, budget)
     return source.pool.uses, run.ledger.rounds
 
 

@@ -2,60 +2,55 @@
 
 import pytest
 import torch
-from fakes import FakeSource, fake_context, planted_source
+from fakes import FakeSource, fake_context, planted_source, play
 
-from liveselect.bits import bit_sum
 from liveselect.decisions import DecisionLedger
+from liveselect.grammar import InfluenceEstimator, Selection, Selector
 from liveselect.influence import OneStepInfluence
 from liveselect.ledger import Alarm, Ledger
-from liveselect.protocols import Selection
+from liveselect.preserve import bit_sum
 from liveselect.regressors import HashedRidgeRegressor
-from liveselect.rounds import SelectionRun, run_round
+from liveselect.rounds import SelectionRun
 from liveselect.selectors import RegressionSelector, UCBSelector, UniformSelector
 from liveselect.watch import Watch
 
 BUDGET = 30
 
 
-class TokenCount:
+class TokenCount(InfluenceEstimator):
     """Influence: the share of a candidate's tokens that the reference set uses, times ``sign`` in a round."""
 
     def __init__(self, signs=(1, 1, 1, 1), fault=None) -> None:
         self.signs, self.fault = signs, fault
 
-    def fit(self, context):
+    def fit(self, model, round):
+        self.sign = self.signs[round.index]
         return {}
 
-    def score(self, context, batch):
+    def score(self, model, batch):
         if self.fault is not None:
-            self.fault(context)
-        return self.signs[context.round] * (batch["input_ids"] < 20).float().mean(-1)
+            self.fault(model)
+        return self.sign * (batch["input_ids"] < 20).float().mean(-1)
 
 
 class Regressor(HashedRidgeRegressor):
-    """Reports the rank correlation that it is told to."""
+    """Reports the given rank correlation."""
 
     def __init__(self, spearman) -> None:
         super().__init__()
         self.spearman = spearman
 
-    def fit(self, context, ids, influence):
-        return {**super().fit(context, ids, influence), "spearman": self.spearman}
+    def fit(self, round, ids, influence):
+        return {**super().fit(round, ids, influence), "spearman": self.spearman}
 
 
-class Fixed:
+class Fixed(Selector):
     """Chooses the given ids."""
 
     def __init__(self, ids, scores=None) -> None:
         self.ids, self.scores = ids, scores
 
-    def propose(self, context):
-        return context.candidates[:0]
-
-    def observe(self, ids, influence):
-        pass
-
-    def select(self, context, budget):
+    def select(self, round, budget):
         scored = None if self.scores is None else self.ids[: len(self.scores)]
         return Selection(self.ids, scored, self.scores)
 
@@ -68,12 +63,9 @@ def regression(**settings):
 def alarms(folder, selector, estimator=None, rounds=1, source=None, watch=None, budget=BUDGET, **context):
     source = source or planted_source(1000)[0]
     decisions = DecisionLedger(folder / "decisions")
-    run = SelectionRun(
-        selector, estimator, UniformSelector(), 0, source.pool, decisions=decisions, watch=watch or Watch()
-    )
-    for index in range(rounds):
-        candidates = source.pool.available(budget)
-        run_round(run, fake_context(source, round_index=index, candidates=candidates, **context), budget)
+    run = SelectionRun(selector, estimator, UniformSelector(), 0, source, decisions=decisions, watch=watch or Watch())
+    for _ in range(rounds):
+        play(run, budget, fake_context(source, **context))
     return run, [(alarm.round, alarm.kind) for record in run.ledger.rounds for alarm in record.alarms]
 
 
@@ -109,7 +101,7 @@ def test_a_healthy_uniform_run_raises_none(tmp_path):
 @pytest.mark.parametrize("value", [0.0, 2.5, float("nan")])
 def test_influence_without_differences_is_an_alarm(tmp_path, value):
     class Constant(TokenCount):
-        def score(self, context, batch):
+        def score(self, model, batch):
             return torch.full((len(batch["id"]),), value)
 
     run, found = alarms(tmp_path, regression(), Constant())
@@ -119,7 +111,7 @@ def test_influence_without_differences_is_an_alarm(tmp_path, value):
 
 def test_constant_scores_and_constant_predictions_are_alarms(tmp_path):
     class Blind(HashedRidgeRegressor):
-        def predict(self, context, batch):
+        def predict(self, round, batch):
             return torch.ones(len(batch["id"]))
 
     assert alarms(tmp_path / "a", regression(regressor=Blind()), TokenCount())[1] == [(0, "constant")]
@@ -178,8 +170,10 @@ def test_chosen_text_from_the_reference_is_an_alarm(tmp_path):
     ids = torch.arange(90, 90 + BUDGET)
     run, found = alarms(tmp_path / "a", Fixed(ids), source=source)
     assert found == [(0, "duplicate")]
-    (text,) = source.decode(source.tokens[100:101, 10:42])
-    assert f"(candidates 100, 101, 102, 103; such as '{text[:60]}" in run.ledger.rounds[0].alarms[0].text
+    shared = [index for index in run.plan.ids.tolist() if 100 <= index < 104]  # in training order
+    (text,) = source.decode(source.tokens[shared[:1], 10:42])
+    named = ", ".join(map(str, shared))
+    assert f"(candidates {named}; such as '{text[:60]}" in run.ledger.rounds[0].alarms[0].text
     source.pool.uses.zero_()
     source.references[:, ::20] = 0  # now at most 19 in a row
     assert alarms(tmp_path / "b", Fixed(ids), source=source)[1] == []
@@ -206,12 +200,12 @@ def small_model():
 
 
 def test_a_measurement_that_leaves_a_trace_is_an_alarm(tmp_path):
-    def spoil_weights(context):
+    def spoil_weights(model):
         with torch.no_grad():
-            context.model[1].bias[3] += 1e-6
+            model.module[1].bias[3] += 1e-6
 
-    def spoil_moments(context):
-        for state in context.optimizer.state.values():
+    def spoil_moments(model):
+        for state in model.optimizer.state.values():
             state["exp_avg"].view(-1)[0] += 1e-6
 
     for name, fault in (("weights", spoil_weights), ("moments", spoil_moments)):

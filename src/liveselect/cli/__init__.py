@@ -1,4 +1,4 @@
-"""The ``liveselect`` console script. Importing it imports nothing heavy: each command brings what it needs."""
+"""The ``liveselect`` console script. It imports a command, and what that needs, only to run it."""
 
 import difflib
 import importlib
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 TRACEBACK_FLAG = "LIVESELECT_TRACEBACK"
 
 COMMANDS = {
-    "demo": "train a small model twice on this machine's own texts, at random and with live selection",
+    "demo": "train a small model twice on the texts of Python's library, at random and with live selection",
     "prepare": "turn texts into a pool of training sequences on disk",
     "cluster": "sort the sequences of a pool into clusters of similar text",
     "fit": "train a model while its data is selected, from a YAML file (LightningCLI)",
     "score": "score every sequence of a pool on a proxy model, for training to draw from",
     "report": "write one HTML page about one or several runs",
-    "explain": "tell why a run chose a candidate, or did not",
-    "diff": "tell what two runs chose differently",
+    "explain": "show why a run chose a candidate, or did not",
+    "diff": "compare what two runs chose",
     "replay": "train on the plans that a run recorded",
     "workspace": "save a view of selection in a W&B project",
 }
@@ -25,7 +25,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.
 
-    Problems that liveselect expected are told in a paragraph; LIVESELECT_TRACEBACK=1 shows where they were raised.
+    Expected problems are reported in a paragraph; LIVESELECT_TRACEBACK=1 shows where they were raised.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -50,7 +50,7 @@ def usage() -> str:
     return (
         "usage: liveselect COMMAND ...\n\nLive, model-aware data selection for language model pretraining.\n\n"
         f"commands:\n{lines}\n"
-        "options:\n  -h, --help  show this text; 'liveselect COMMAND --help' tells what a command takes\n"
+        "options:\n  -h, --help  show this text; 'liveselect COMMAND --help' lists the options of a command\n"
         "  --version   show the version\n"
     )
 
@@ -61,7 +61,7 @@ def _run(command: str, arguments: Sequence[str]) -> int:
         status: int = importlib.import_module(f"liveselect.cli.{command}").main(arguments)
     except KeyboardInterrupt:
         return _complain(name, "stopped.", 130)
-    except BrokenPipeError:  # the reader of our output, such as head, has gone
+    except BrokenPipeError:  # the reader of the output, such as head, has exited; Python would flush again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -72,7 +72,7 @@ def _run(command: str, arguments: Sequence[str]) -> int:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether the error tells the user about their input: raised by liveselect itself, or about a file or a setting."""
+    """Whether the error is about the user's input: raised by liveselect itself, or about a file or a setting."""
     if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":
         return True
     trace = error.__traceback__

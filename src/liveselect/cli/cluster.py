@@ -43,19 +43,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("pool", type=Path, metavar="POOL", help="folder made by `liveselect prepare`")
-    add("--clusters", type=int, metavar="K", help="how many clusters (default: grows with the square root of the pool)")
+    add("--clusters", type=int, metavar="K", help="number of clusters (default: grows as the square root of the pool)")
     add("--embed", default="hashed", metavar="E", help="how blocks become vectors; see below (default: %(default)s)")
     add("--dimensions", type=int, default=128, metavar="D", help="of the hashed embedding (default: %(default)s)")
-    add(
-        "--reach",
-        type=float,
-        default=0.2,
-        metavar="H",
-        help="cosine distance up to which clusters are listed as neighbours (default: %(default)s)",
-    )
-    add("--epochs", type=int, default=2, metavar="N", help="walks of k-means through the pool (default: %(default)s)")
-    add("--engine", choices=("sklearn", "faiss"), default="sklearn", help="who does k-means (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of everything drawn (default: %(default)s)")
+    reach = "cosine distance up to which clusters are listed as neighbours (default: %(default)s)"
+    add("--reach", type=float, default=0.2, metavar="H", help=reach)
+    add("--epochs", type=int, default=2, metavar="N", help="passes of k-means over the pool (default: %(default)s)")
+    add("--engine", choices=("sklearn", "faiss"), default="sklearn", help="library for k-means (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of all random draws (default: %(default)s)")
     add("--name", default="clusters", metavar="NAME", help="folder inside the pool (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace clusters that were made in another way")
     add("--quiet", action="store_true", help="show no progress")
@@ -94,17 +89,17 @@ def _cluster(arguments: argparse.Namespace) -> "Clusters":
 
 
 def _join_ranks() -> bool:
-    """Join the other processes that torchrun started, if it did."""
+    """Join the other processes if torchrun started this one; return whether it did."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         return False
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks wait while one of them clusters
+    dist.init_process_group("gloo", timeout=timedelta(days=7))  # the others wait while one rank clusters
     return True
 
 
 def summary(clusters: "Clusters") -> str:
-    """Return what was found, as text for people."""
+    """Return the number, sizes and names of the clusters as text."""
     sizes = clusters.manifest["sizes"]
     lines = [
         f"{clusters.path}",

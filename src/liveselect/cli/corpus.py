@@ -1,189 +1,153 @@
-"""Real text that any machine with Python has: a mixed pool, and English reference prose that is kept out of it.
+"""Text that every machine with Python has: a mixed pool, and English prose held out of it.
 
-Everything is read from the interpreter's own library, the installed packages and the system's documentation, without a
-network. What is found differs between machines; on one machine it is always the same, in the same order.
+The pool is the source of the standard library, split into code, docstrings, comments and tables of characters; the
+prose is the language reference that Python's ``help()`` shows. The texts and their order depend on the version of
+Python alone.
 """
 
-import hashlib
+import ast
 import json
+import random
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sysconfig
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from liveselect.cli import machine_texts
-from liveselect.cli.machine_texts import Found
-
 KB = 1024
-LONGEST = 48 * KB
-"""Characters of the longest document; the rest is cut, so that no single file fills a source."""
-
-SHORTEST = 200
-"""Characters of the shortest document of the pool."""
-
-PARAGRAPH = 40
-"""Characters from which on a paragraph that occurs twice is taken for a copy."""
+POOL = {"code": 2800 * KB, "docstrings": 1300 * KB, "comments": 800 * KB, "tables": 1300 * KB}
+"""Sources of the pool with their largest number of characters; the rest of the language reference is another."""
 
 HELD_OUT = {"reference": 64 * KB, "validation": 96 * KB}
-"""Characters of prose kept out of the pool, for selection and for judging it."""
+"""Characters of prose held out of the pool, for selection and for the verdict."""
 
+MAX_DOCUMENT_CHARACTERS = 48 * KB
+"""The rest of a longer document is cut, so that no single file fills a source."""
 
-@dataclass(frozen=True)
-class Document:
-    """A text with the name of its source and of itself."""
+MIN_DOCUMENT_CHARACTERS = 200
+"""Less is hardly a text."""
 
-    source: str
-    name: str
-    text: str
+MIN_COPY_CHARACTERS = 40
+"""Shorter paragraphs, such as "See also:", may occur twice without being copies."""
+
+_LEFT_OUT = {"site-packages", "dist-packages", "pydoc_data", "test", "tests", "idle_test"}
 
 
 @dataclass(frozen=True)
 class DemoCorpus:
-    """What was found.
+    """The texts of the demo.
 
     Attributes:
         pool: documents to choose from, by source.
         reference: prose that selection aims at.
-        validation: other prose of the same kind, which only the verdict sees.
+        validation: other prose of the same kind, only for the verdict.
     """
 
-    pool: dict[str, list[Document]]
-    reference: list[Document]
-    validation: list[Document]
+    pool: dict[str, list[str]]
+    reference: list[str]
+    validation: list[str]
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{source} {sum(map(len, texts)) // KB}" for source, texts in self.pool.items())
+        return f"Text of the library of Python {sys.version.split()[0]}, kB: {sizes}"
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a source is found, and how many characters of it are taken."""
-
-    find: Callable[[], Found]
-    characters: int
-
-
-PLACES = {
-    "code": Place(machine_texts.code, 1200 * KB),
-    "tests": Place(machine_texts.tests, 800 * KB),
-    "docstrings": Place(machine_texts.docstrings, 800 * KB),
-    "tables": Place(machine_texts.tables, 1000 * KB),
-    "headers": Place(machine_texts.headers, 700 * KB),
-    "licences": Place(machine_texts.licences, 500 * KB),
-    "docs": Place(machine_texts.descriptions, 900 * KB),
-}
-"""The sources of the pool besides the rest of the language reference, with the most that is taken of each."""
-
-
-def find_corpus(places: Mapping[str, Place] = PLACES, least: int = 1024 * KB) -> DemoCorpus:
-    """Collect the corpus of this machine.
-
-    Documents are taken in the order of a hash of their names, so that a source that is larger than its share is
-    sampled rather than cut off at a letter. No paragraph of the held-out prose remains in the pool.
+def find_corpus(library: Path | None = None, sizes: Mapping[str, int] = POOL, least: int = 1024 * KB) -> DemoCorpus:
+    """Collect the corpus without paragraphs that occur twice, so that nothing held out is in the pool.
 
     Args:
-        places: where each source is found.
-        least: characters that the pool has to have.
+        library: folder of the library's source files, by default that of this Python.
+        sizes: largest number of characters of each source.
+        least: smallest number of characters of the pool.
 
     Raises:
         ValueError: there is too little text, as in an interpreter without its library.
     """
-    prose, kept_out = hold_out(without_repeats(machine_texts.reference_prose()), HELD_OUT)
-    forbidden = {_key(part) for documents in kept_out.values() for d in documents for part in _paragraphs(d.text)}
-    pool: dict[str, list[Document]] = {}
-    seen: set[bytes] = set()
-    for source, place in places.items():
-        pool[source] = list(_take(source, place, forbidden, seen))
-    pool["reference"] = prose
-    pool = {source: documents for source, documents in pool.items() if documents}
-    found = sum(len(document.text) for documents in pool.values() for document in documents)
-    if found < least or not all(kept_out.values()):
+    seen: set[str] = set()
+    held_out, rest = hold_out(without_copies(_reference_topics(), seen))
+    library = library or Path(sysconfig.get_path("stdlib"))
+    paths = [path for path in library.rglob("*.py") if not _LEFT_OUT & set(path.relative_to(library).parts)]
+    left = dict(sizes)
+    pool: dict[str, list[str]] = {source: [] for source in sizes}
+    for path in random.Random(0).sample(sorted(paths), len(paths)):
+        if max(left.values()) <= 0:
+            break
+        for source, text in parts_of(path).items():
+            if left[source] > 0:
+                kept = without_copies([text], seen)
+                pool[source] += kept
+                left[source] -= sum(map(len, kept))
+    pool["reference"] = rest
+    found = sum(len(text) for texts in pool.values() for text in texts)
+    if found < least or not all(held_out.values()):
         raise ValueError(
-            f"found only {found // KB} kB of text on this machine, or no language reference (pydoc_data): the demo "
-            "needs a Python with its standard library as source files. Install one, or prepare texts of your own with "
+            f"found only {found // KB} kB of text in {library}, or no language reference (pydoc_data): the demo needs "
+            "a Python with its standard library as source files. Install one, or prepare texts of your own with "
             "'liveselect prepare'"
         )
-    return DemoCorpus(pool, kept_out["reference"], kept_out["validation"])
+    return DemoCorpus({source: texts for source, texts in pool.items() if texts}, **held_out)
+
+
+def parts_of(path: Path) -> dict[str, str]:
+    """Split a Python file by source; a file that cannot be read has no parts."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except (OSError, ValueError, SyntaxError, RecursionError):
+        return {}
+    if path.parent.name == "encodings":
+        return {"tables": text}
+    docstrings = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                docstrings.append(docstring)
+                node.body[0] = ast.Pass()
+    lines = (line.strip() for line in text.splitlines())
+    comments = (line.lstrip("# ") for line in lines if line.startswith("#") or not line)
+    return {"code": ast.unparse(tree), "docstrings": "\n\n".join(docstrings), "comments": "\n".join(comments)}
+
+
+def hold_out(texts: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Assign whole texts, in order, to the first held-out part with room for them, or else to the rest."""
+    parts: dict[str, list[str]] = {part: [] for part in HELD_OUT}
+    rest: list[str] = []
+    for text in texts:
+        fits = (parts[part] for part, size in HELD_OUT.items() if sum(map(len, parts[part])) + len(text) <= size)
+        next(fits, rest).append(text)
+    return parts, rest
+
+
+def without_copies(texts: Iterable[str], seen: set[str]) -> list[str]:
+    """Return the texts without ``seen`` paragraphs, to which theirs are added; short results are dropped."""
+    kept = []
+    for text in texts:
+        parts = []
+        for part in re.split(r"\n\s*\n", text[:MAX_DOCUMENT_CHARACTERS]):
+            words = " ".join(part.split())
+            if words and words not in seen:
+                parts.append(part)
+                seen.update([words] if len(words) >= MIN_COPY_CHARACTERS else [])
+        if len(joined := "\n\n".join(parts)) >= MIN_DOCUMENT_CHARACTERS:
+            kept.append(joined)
+    return kept
 
 
 def write_corpus(corpus: DemoCorpus, folder: Path) -> dict[str, Path]:
-    """Write one JSON Lines file for each source, and ``reference`` and ``validation``; returns the sources' files."""
+    """Write a JSON Lines file for each source and for both held-out parts; returns the sources' files."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for source, documents in corpus.pool.items():
-        paths[source] = folder / f"{source}.jsonl"
-        _write_lines(documents, paths[source])
-    _write_lines(corpus.reference, folder / "held_out_reference.jsonl")
-    _write_lines(corpus.validation, folder / "held_out_validation.jsonl")
-    return paths
+    held_out = {"held_out_reference": corpus.reference, "held_out_validation": corpus.validation}
+    for name, texts in {**corpus.pool, **held_out}.items():
+        lines = (json.dumps({"text": text, "source": name}, ensure_ascii=False) + "\n" for text in texts)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return {source: folder / f"{source}.jsonl" for source in corpus.pool}
 
 
-# ---- what is kept ----------------------------------------------------------------------------------------------------
-
-
-def _take(source: str, place: Place, forbidden: set[bytes], seen: set[bytes]) -> Iterator[Document]:
-    """Yield documents of one source up to its share, without copies and without held-out paragraphs."""
-    left = place.characters
-    found = place.find()
-    for name in sorted(found, key=_key):
-        text = found[name]()
-        cut = text if len(text) <= LONGEST else text[: text.rfind("\n", 0, LONGEST) + 1]
-        kept = "\n\n".join(part for part in _paragraphs(cut) if not _is_copy(part, forbidden)).strip()
-        if len(kept) < SHORTEST or _key(kept) in seen:
-            continue
-        seen.add(_key(kept))
-        yield Document(source, name, kept)
-        left -= len(kept)
-        if left <= 0:
-            return
-
-
-def without_repeats(topics: Iterable[tuple[str, str]]) -> list[Document]:
-    """Return the topics without what an earlier one says already: topics of the reference contain one another."""
-    seen: set[bytes] = set()
-    documents = []
-    for name, text in topics:
-        parts = [part for part in _paragraphs(text) if not _is_copy(part, seen)]
-        seen.update(_key(part) for part in parts)
-        if sum(map(len, parts)) >= SHORTEST:
-            documents.append(Document("reference", f"topic/{name}", "\n\n".join(parts)))
-    return documents
-
-
-def hold_out(documents: list[Document], shares: Mapping[str, int]) -> tuple[list[Document], dict[str, list[Document]]]:
-    """Split whole documents, in hash order, into what stays in the pool and the held-out parts of about these sizes."""
-    rest = sorted(documents, key=lambda document: _key(document.name))
-    parts: dict[str, list[Document]] = {}
-    for part, characters in shares.items():
-        parts[part] = []
-        for document in list(rest):
-            # a document that would overshoot by far stays in the pool
-            if sum(len(d.text) for d in [*parts[part], document]) <= 1.25 * characters:
-                parts[part].append(document)
-                rest.remove(document)
-            if sum(len(d.text) for d in parts[part]) >= characters:
-                break
-    return rest, parts
-
-
-def _paragraphs(text: str) -> list[str]:
-    return [part for part in re.split(r"\n\s*\n", text) if part.strip()]
-
-
-def _is_copy(paragraph: str, known: set[bytes]) -> bool:
-    return len(paragraph.strip()) >= PARAGRAPH and _key(paragraph) in known
-
-
-def _key(text: str) -> bytes:
-    return hashlib.blake2b(" ".join(text.split()).encode("utf-8", "replace"), digest_size=16).digest()
-
-
-def _write_lines(documents: Iterable[Document], path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for document in documents:
-            row = {"text": document.text, "source": document.source, "name": document.name}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def describe(corpus: DemoCorpus) -> str:
-    """Return one line about what was found and where."""
-    shares = ", ".join(f"{source} {sum(len(d.text) for d in found) // KB}" for source, found in corpus.pool.items())
-    return f"Text of Python {sys.version.split()[0]} and this machine, kB: {shares}"
+def _reference_topics() -> list[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return []
+    return [topics[name] for name in random.Random(0).sample(sorted(topics), len(topics))]

@@ -1,4 +1,4 @@
-"""``liveselect demo``: live selection against random data, on this machine's own texts, in a few minutes."""
+"""``liveselect demo``: live selection against random data, on the texts of Python's own library, in a few minutes."""
 
 import argparse
 import sys
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DESCRIPTION = """\
-Pretrain a small decoder twice on texts that are on this machine (the Python library's code, docstrings and tables, its
-language reference, licences, documentation): on random data, and on data that is selected live. The aim is prose of
-the language reference; what judges is other prose of it, which neither the model nor selection sees. Ends with a table
-and one HTML page. Nothing is downloaded. All settings stand in configs/demo.yaml and the files beside it.
+Pretrain a small decoder twice on texts that come with Python (its library's code, docstrings, comments and tables, its
+language reference): on random data, and on data that is selected live. The aim is prose of the language reference;
+the judge is other prose of it, which neither the model nor selection sees. Ends with a table and one HTML page.
+Nothing is downloaded. All settings are in configs/demo.yaml and the files beside it.
 
 methods
-  mates    rounds of probes with the live model; a regressor tells from them what to train on
+  mates    rounds of probes with the live model; a regressor predicts from them what to train on
   quad     the pool is clustered, and clusters are pulled as the arms of a bandit
   pds      a small proxy model scores the pool before training, which draws from the scores
 """
@@ -22,7 +22,7 @@ METHODS = {
     "quad": ("demo.yaml", "demo_quad.yaml"),
     "pds": ("demo.yaml", "demo_pds.yaml"),
 }
-"""For each method the configs that describe it, each one on top of those before it."""
+"""The configs of each method, each one on top of those before it."""
 
 
 def main(argv: Sequence[str]) -> int:

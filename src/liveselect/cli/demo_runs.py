@@ -14,11 +14,11 @@ from typing import Any
 
 import yaml
 
+from liveselect.callbacks.lines import show_lines
 from liveselect.cli import corpus, score
-from liveselect.cli.demo_estimate import demo_seconds, told
 from liveselect.cli.demo_verdict import METRIC, show_verdict
 from liveselect.cli.fit import SelectionCLI
-from liveselect.cli.output import say, show_progress_lines
+from liveselect.cli.output import say
 from liveselect.datamodules.clusters.cluster import Clustering, cluster_pool
 from liveselect.datamodules.pools.pool_files import MANIFEST
 from liveselect.datamodules.pools.prepare import prepare
@@ -28,10 +28,10 @@ from liveselect.scores import MANIFEST as SCORES_MANIFEST
 BASELINE, PROXY = "random", "proxy"
 MARKER = "demo.json"
 CLUSTERS = 24
-"""Arms of Quad: a few documents' worth of blocks each, and all of them pulled within a few rounds."""
+"""Arms of Quad: few enough to pull all of them within a few rounds."""
 
-ON_TOP = {BASELINE: ("random.yaml",), PROXY: ("demo_pds_proxy.yaml",)}
-"""Files that make another run of the method's."""
+OVERRIDES = {BASELINE: ("random.yaml",), PROXY: ("demo_pds_proxy.yaml",)}
+"""Configs on top of the method's that make another run of it."""
 
 SCORING = "demo_pds_score.yaml"
 
@@ -41,8 +41,8 @@ class Demo:
     """A demo in a folder.
 
     Attributes:
-        folder: where texts, pool, runs and report are.
-        configs: file names in ``liveselect.configs`` that describe the run with selection.
+        folder: of texts, pool, runs and report.
+        configs: file names in ``liveselect.configs`` of the run with selection.
         method: its name.
         steps: training steps of each run, None for those of the configs.
         seed: of weights and selection.
@@ -55,16 +55,16 @@ class Demo:
     seed: int = 0
 
     def run(self, resume: bool = False) -> None:
-        """Do everything, or what is missing of it.
+        """Run all stages, or with ``resume`` the missing ones.
 
         Raises:
             ValueError: the folder is in use by something else, or there is nothing (or another demo) to resume.
         """
         started = time.monotonic()
         self._claim_folder(resume)
-        show_progress_lines()
+        show_lines(always=True)
         stages: list[tuple[str, Callable[[], None]]] = [
-            (f"Texts of this machine, and a pool of them in {self.folder}", lambda: self._make_pool(resume)),
+            (f"Texts of Python's library, and a pool of them in {self.folder}", lambda: self._make_pool(resume)),
             ("Training on random data", lambda: self._train(BASELINE)),
             (f"Training on data selected live by {self.method}", lambda: self._train(self.method)),
             ("Report", self._report),
@@ -74,9 +74,6 @@ class Demo:
         if self.method == "pds":
             stages.insert(2, ("Training a small proxy on random data", lambda: self._train(PROXY)))
             stages.insert(3, ("Scoring the pool on the proxy", self._score))
-        if not resume:
-            expected = told(demo_seconds(_settings("demo.yaml"), self.method, self.steps))
-            say(f"This takes {expected} here if nothing else runs, to judge by a few training steps made just now.")
         for number, (title, stage) in enumerate(stages, 1):
             say(f"[{number}/{len(stages)}] {title}")
             stage()
@@ -95,8 +92,8 @@ class Demo:
         if self.method == "pds":
             found.append(f"--select.init_args.scores={self.folder / 'scores'}")
         found += self._shortened()
-        # on top of all that, because some of it is about the selector that the other runs replace
-        found += self._files(*ON_TOP.get(name, ()))
+        # last, because these files replace the selector that some of the arguments above are about
+        found += self._files(*OVERRIDES.get(name, ()))
         if name == PROXY:
             found += self._shortened_proxy()
         return [*found, f"--trainer.default_root_dir={self.folder / name}"]
@@ -104,7 +101,7 @@ class Demo:
     def scoring_arguments(self) -> list[str]:
         """Return the arguments of ``liveselect score`` that score the pool of this folder."""
         found = [
-            *self._files("demo.yaml", *ON_TOP[PROXY], SCORING),
+            *self._files("demo.yaml", *OVERRIDES[PROXY], SCORING),
             f"--model.init_args.seed={self.seed}",
             *self._data(),
             f"--ckpt_path={self._checkpoint(PROXY)}",
@@ -114,7 +111,7 @@ class Demo:
         probes = _settings(SCORING)["probes"]
         return found if self.steps is None else [*found, f"--probes={self._part(probes, least=64)}"]
 
-    # ---- what the arguments are made of ------------------------------------------------------------------------
+    # ---- groups of arguments -----------------------------------------------------------------------------------
 
     def _files(self, *names: str) -> list[str]:
         return [f"--config={config_path(name)}" for name in names]
@@ -145,8 +142,9 @@ class Demo:
     def _shortened_proxy(self) -> list[str]:
         if self.steps is None:
             return []
-        trainer = _settings(*ON_TOP[PROXY])["trainer"]
-        interval = self._part(trainer["val_check_interval"])  # checkpoints are made then: the last step needs one
+        trainer = _settings(*OVERRIDES[PROXY])["trainer"]
+        # checkpoints are written at validations, so the last step must be one
+        interval = self._part(trainer["val_check_interval"])
         steps = interval * (trainer["max_steps"] // trainer["val_check_interval"])
         return [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={interval}"]
 
@@ -165,8 +163,8 @@ class Demo:
         if resume:
             found = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else None
             if found != settings:
-                told = "there is none" if found is None else f"it was made with {found}, not with {settings}"
-                raise ValueError(f"cannot resume the demo in {self.folder}: {told}. Leave --resume out to start anew")
+                reason = "there is none" if found is None else f"it was made with {found}, not with {settings}"
+                raise ValueError(f"cannot resume the demo in {self.folder}: {reason}. Omit --resume to start again")
             return
         if self.folder.exists() and any(self.folder.iterdir()) and not marker.exists():
             raise ValueError(f"{self.folder} holds other files: choose a new folder with --out")
@@ -182,14 +180,14 @@ class Demo:
             return
         found = corpus.find_corpus()
         files = corpus.write_corpus(found, self.folder / "texts")
-        say(corpus.describe(found))
+        say(str(found))
         model = _settings("demo.yaml")["model"]["init_args"]["config"]
         prepare(
             [f"{source}={path}" for source, path in files.items()],
             self.folder / "pool",
             tokenizer=f"bpe:{model['vocab_size']}",
             block_size=model["max_position_embeddings"],
-            workers=1,  # starting more takes longer than they save
+            workers=1,  # starting more processes takes longer than they save
             overwrite=True,
         )
 
@@ -204,7 +202,7 @@ class Demo:
             cli = SelectionCLI(self.arguments(name), run=False)
             try:
                 cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
-            except SystemExit as end:  # what Lightning makes of Ctrl-C, once it has cleaned up
+            except SystemExit as end:  # Lightning raises it after Ctrl-C, once it has cleaned up
                 raise KeyboardInterrupt from end
 
     def _score(self) -> None:
@@ -223,14 +221,14 @@ def config_path(name: str) -> Path:
     return Path(str(resources.files("liveselect.configs").joinpath(name)))
 
 
-def _settings(name: str) -> dict[str, Any]:
+def _settings(name: str) -> dict[str, Any]:  # YAML
     settings: dict[str, Any] = yaml.safe_load(config_path(name).read_text(encoding="utf-8"))
     return settings
 
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Leave out what Lightning says about settings that the demo made on purpose."""
+    """Silence Lightning's messages about settings that the demo makes on purpose."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

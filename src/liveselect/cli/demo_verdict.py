@@ -8,7 +8,7 @@ from liveselect.report import Run, verdict, words
 from liveselect.report.runs import Axis
 
 METRIC = "val_loss"
-PLACES: dict[Axis, str] = {
+ROW_LABELS: dict[Axis, str] = {
     "step": "after {}",
     "seconds": "at equal total time, {}",
     "flops": "at equal total cost, {}",
@@ -16,22 +16,22 @@ PLACES: dict[Axis, str] = {
 
 
 def show_verdict(runs: list[Run], seed: int) -> None:
-    """Print what came out, whichever way."""
+    """Print the outcome, for or against selection."""
     baseline, other = runs
     table = Table(title=f"Held-out prose, loss in nats per token (seed {seed})", title_justify="left")
     for column in ("", baseline.name, other.name):
         table.add_column(column, justify="left" if not column else "right")
-    for axis, text in PLACES.items():
+    for axis, text in ROW_LABELS.items():
         found = verdict.compare(baseline, other, METRIC, axis)
         if found is not None:
             where = text.format(words.place(axis, found.at))
             table.add_row(where, words.loss(found.baseline), words.loss(found.other))
     table.add_section()
     table.add_row("total time, validation aside", *(words.duration(run.total_seconds) for run in runs))
-    table.add_row("of it selection", *(words.percent(run.ledger.selection_share) for run in runs))
+    table.add_row("selection's share of it", *(words.percent(run.ledger.selection_share) for run in runs))
     if any(run.ledger.before_seconds for run in runs):
         spent = [sum(run.ledger.before_seconds.values()) for run in runs]
-        table.add_row("of it before training", *(words.duration(seconds) for seconds in spent))
+        table.add_row("part of it before training", *(words.duration(seconds) for seconds in spent))
     Console().print(table)
     say(verdict.headline(runs, METRIC))
     for text in verdict.caveats(runs, METRIC):

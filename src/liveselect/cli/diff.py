@@ -8,8 +8,8 @@ from pathlib import Path
 from liveselect.cli.report import RUN
 
 DESCRIPTION = """\
-Compare what two runs chose, round by round: whether the plans are the same, how many candidates both chose, how far
-their mixtures of groups are apart (0 alike, 1 disjoint), and how their scores of the same candidates correlate.
+Compare what two runs chose, round by round: whether the plans are the same, how many candidates both chose, the
+distance of their mixtures of groups (0 alike, 1 disjoint), and the rank correlation of their scores.
 """
 
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     from liveselect.cli.output import say
     from liveselect.decisions import find_decisions, lacking_rounds, rounds_in
     from liveselect.decisions.diff import compare_runs
-    from liveselect.decisions.resumed import told_rounds
+    from liveselect.decisions.resumed import rounds_as_text
 
     found = compare_runs(arguments.run_a, arguments.run_b)
     say(f"{'round':>5}  {'plans':<9}  {'chosen':>15}  {'by both':>9}  {'mixture':>7}  {'scores':>7}  scored by both")
@@ -40,15 +40,16 @@ def main(argv: Sequence[str]) -> int:
     same = all(entry.same_plan for entry in found) and rounds[0] == rounds[1]
     apart = next((entry.round for entry in found if not entry.same_plan), None)
     if not found:
-        say(f"No round is recorded of both: one has {told_rounds(rounds[0])}, the other {told_rounds(rounds[1])}.")
+        of_each = [rounds_as_text(found) for found in rounds]
+        say(f"No round is recorded of both: one has {of_each[0]}, the other {of_each[1]}.")
     elif apart is not None:
-        say(f"The plans part in round {apart}.")
+        say(f"The plans first differ in round {apart}.")
     elif not same:
         counts = f"there are {len(rounds[0])} and {len(rounds[1])}"
         say(f"The plans of the {len(found)} rounds that both have are the same; {counts}.")
     else:
         say(f"All {len(found)} plans are the same.")
     for folder in folders:
-        if (lacking := lacking_rounds(folder)).rounds:
-            say(f"{folder} lacks {lacking.told()}")
+        if (missing := lacking_rounds(folder)).rounds:
+            say(f"{folder} lacks {missing}")
     return 0 if same else 1

@@ -7,7 +7,7 @@ from pathlib import Path
 from liveselect.cli.report import RUN
 
 DESCRIPTION = """\
-Tell what every round of a run did with one candidate: its score, bonus and noise, its rank and the threshold, the
+Show what every round of a run decided about one candidate: its score, bonus and noise, its rank and the threshold, the
 influence that was measured, and the reason of the decision.
 """
 
@@ -22,11 +22,11 @@ def main(argv: Sequence[str]) -> int:
 
     from liveselect.cli.output import say
     from liveselect.decisions import find_decisions, lacking_rounds
-    from liveselect.decisions.explain import explain, tell
+    from liveselect.decisions.explain import explain, lines_about
 
     fates = explain(arguments.run, arguments.id)
     text = None if arguments.pool is None else _text(arguments.pool, arguments.id)
-    for line in tell(arguments.id, fates, lacking_rounds(find_decisions(arguments.run))):
+    for line in lines_about(arguments.id, fates, lacking_rounds(find_decisions(arguments.run))):
         say(line)
     say("to see its text, too, add --pool POOL" if text is None else f"\n{text}")
     return 0

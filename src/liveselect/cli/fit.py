@@ -2,31 +2,26 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from rich.console import Console
-from rich.progress import BarColumn
 
 from liveselect.callbacks import DataSelection, SelectionMonitor
 from liveselect.callbacks.compatibility import check_setup, run_folder
-from liveselect.cli.output import show_progress_lines
-from liveselect.cli.plain_bar import PlainProgress
+from liveselect.callbacks.lines import show_lines
+from liveselect.cli.bars import bar_for
+from liveselect.cli.old_files import refuse_old_files
 
 USAGE = "liveselect fit --config FILE [--config FILE ...] [--SECTION.NAME VALUE ...]"
-"""What stands above an error; the generated one fills screens and hides it."""
-
-BAR_WIDTH = 16
+"""Shown above an error; the generated usage fills several screens and hides the error."""
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the settings beside the ledger of the run; W&B's log folder is shared by all its runs."""
+    """Writes the settings beside the ledger of the run: the log folder of W&B is shared by all runs."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the folder, on all ranks: it is a collective."""
+        """Find the folder on all ranks, because this is a collective."""
         self._folder = run_folder(trainer)
         super().setup(trainer, pl_module, stage)
 
@@ -42,9 +37,9 @@ class RunConfig(SaveConfigCallback):
 class SelectionCLI(LightningCLI):
     """A LightningCLI whose selection callback has a section of its own, ``select``.
 
-    ``select`` takes a class path (``liveselect.callbacks.MATES``) and ``init_args``, so that a second file or an option
-    such as ``--select.init_args.ratio=0.1`` changes one setting; elements of ``trainer.callbacks``, where the callback
-    may stand too, cannot be addressed like that. Model and data may be any LightningModule and LightningDataModule.
+    ``select`` takes a class path (``liveselect.callbacks.MATES``) and ``init_args``. A second file or an option such as
+    ``--select.init_args.ratio=0.1`` changes one setting, which is not possible for an element of ``trainer.callbacks``.
+    Model and data may be any LightningModule and LightningDataModule.
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
@@ -59,7 +54,7 @@ class SelectionCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return the one method of the Trainer that is offered here."""
+        """Return the only method of the Trainer that this command offers."""
         return {"fit": LightningCLI.subcommands()["fit"]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -67,83 +62,33 @@ class SelectionCLI(LightningCLI):
         parser.add_lightning_class_args(DataSelection, "select", subclass_mode=True, required=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse ``args``; unlike Lightning's, without a warning that the process has arguments too."""
+        """Parse ``args``, without Lightning's warning that the process has arguments too."""
+        if isinstance(args, list):
+            refuse_old_files(args)
         self.config = parser.parse_args(args) if isinstance(args, list) else parser.parse_object(args)
 
     def before_fit(self) -> None:
         """Refuse what selection cannot work with before a logger opens a run."""
         trainer = self.trainer
-        if isinstance(trainer.strategy, ModelParallelStrategy):  # it has no mesh yet, and is judged later
+        if isinstance(trainer.strategy, ModelParallelStrategy):  # it has no mesh yet; the callback checks it later
             return
         if any(isinstance(each, DataSelection) for each in trainer.callbacks):  # type: ignore[attr-defined]
             check_setup(trainer, self.model)
 
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Build the Trainer, with the selection callback when there is one, and with what shows it in the loggers."""
+    def instantiate_trainer(self, **kwargs: object) -> pl.Trainer:
+        """Build the Trainer, with the selection callback and a monitor for it if there is one."""
         settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         select = self._get(self.config_init, "select")
         given = settings.get("callbacks") or []
         callbacks = [] if select is None else [select]
         if select is not None and not any(isinstance(each, SelectionMonitor) for each in given):
             callbacks.append(SelectionMonitor())
-        return self._instantiate_trainer(settings, [*callbacks, *_bar(settings)])
-
-
-class StepsProgressBar(RichProgressBar):
-    """Lightning's bar for a run that is measured in steps: without its count of epochs, with the round of selection and
-    the share of the time that selection takes.
-    """
-
-    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
-        """Return what a line consists of; the bar is short, so that it stays one line with what stands beside it."""
-        columns: list[Any] = super().configure_columns(trainer)
-        for column in columns:
-            if isinstance(column, BarColumn):
-                column.bar_width = BAR_WIDTH
-        return columns
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "Training"
-
-    @property
-    def total_train_batches(self) -> int | float:
-        """Batches of this epoch; those from before a resume count, and all that an optimizer step accumulates over."""
-        trainer = self.trainer
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-        return min(trainer.num_training_batches, done + left)
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Return what stands beside the bar."""
-        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        selection = next((each for each in callbacks if isinstance(each, DataSelection)), None)
-        if selection is not None and selection.plan is not None:
-            about = {"round": str(selection.plan.round), "selection": f"{selection.time_share():.1%}"}
-            metrics = {**about, **metrics}
-        return metrics
-
-
-def _bar(settings: dict[str, Any]) -> list[ProgressBar]:
-    """Return what shows progress, unless the settings say: lines without a terminal, a bar of steps where there are no
-    epochs, and else Lightning's.
-    """
-    wanted = settings.get("enable_progress_bar") is not False and not settings.get("barebones")
-    chosen = settings.get("callbacks") or []
-    if not wanted or any(isinstance(each, ProgressBar) for each in chosen):
-        return []
-    console = Console()
-    if not (console.is_terminal or console.is_jupyter):
-        return [PlainProgress()]
-    return [StepsProgressBar()] if settings.get("max_epochs") == -1 else []
+        return self._instantiate_trainer(settings, [*callbacks, *bar_for(settings)])
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    os.environ.setdefault(
-        "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
-    )  # they are about Lightning's calls, not the user's
-    show_progress_lines()
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about Lightning's calls, not the user's
+    show_lines(always=True)
     SelectionCLI(["fit", *argv])
     return 0

@@ -1,6 +1,5 @@
 """A causal language model from Hugging Face as a LightningModule, for the configs and the demo."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +8,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from liveselect.grammar import State
 from liveselect.losses import causal_lm_loss, target_counts
 
 
@@ -27,7 +27,7 @@ class CausalLM(pl.LightningModule):
         weight_decay: of all parameters.
         warmup_steps: optimizer steps of the rise.
         decay_steps: optimizer steps of the fall at the end of training; 0 for none.
-        seed: seed of new weights; nothing else is drawn from it.
+        seed: of new weights.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class CausalLM(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        """Return the mean loss over the batch's tokens, and how many carry loss."""
+        """Return the mean loss over the batch's tokens, and the number of tokens with a loss."""
         counts = target_counts(batch)
         tokens = counts.sum()
         return (causal_lm_loss(self.model, batch) * counts).sum() / tokens.clamp(min=1), int(tokens)
@@ -94,10 +94,8 @@ def warmup_stable_decay(step: int, warmup: int, decay: int, total: int) -> float
     return min(rise, fall)
 
 
-def build_model(
-    config: str | Mapping[str, Any], overrides: Mapping[str, Any], pretrained: bool, seed: int
-) -> PreTrainedModel:
-    """Return the model in float32, its new weights drawn from ``seed`` whatever was drawn before.
+def build_model(config: str | State, overrides: State, pretrained: bool, seed: int) -> PreTrainedModel:
+    """Return the model in float32, its new weights drawn from ``seed`` and from no other generator.
 
     Raises:
         ValueError: ``config`` is a mapping without ``model_type``, or one of a pretrained model.
@@ -114,7 +112,7 @@ def build_model(
         return AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
 
 
-def _configuration(config: str | Mapping[str, Any], overrides: Mapping[str, Any]) -> PretrainedConfig:
+def _configuration(config: str | State, overrides: State) -> PretrainedConfig:
     if isinstance(config, str):
         return AutoConfig.from_pretrained(config, **overrides)
     settings = {**config, **overrides}

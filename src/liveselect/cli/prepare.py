@@ -1,4 +1,4 @@
-"""``liveselect prepare``: sources of text in, a pool of token blocks out."""
+"""``liveselect prepare``: turn sources of text into a pool of token blocks."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from liveselect.datamodules.pools.prepare import Prepared
+    from liveselect.datamodules.pools.tokens import TokenStore
 
 DESCRIPTION = """\
 Turn sources of text into a pool: fixed-length blocks of token ids on disk, each traceable to its documents.
@@ -41,29 +41,18 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("sources", nargs="+", metavar="[NAME=]SOURCE", help="where the text is; see below")
     add("--out", type=Path, required=True, metavar="FOLDER", help="the pool to make")
-    add(
-        "--tokenizer", metavar="T", help="Hugging Face name or path, or bpe:N to train a BPE of N tokens on the sources"
-    )
+    add("--tokenizer", metavar="T", help="Hugging Face name or path, or bpe:N to train one of N tokens on the sources")
     add("--block-size", type=int, default=1024, metavar="N", help="tokens of a block (default: %(default)s)")
     add("--include", action="append", default=[], metavar="PATTERN", help="files to take from folders; may be repeated")
     add("--text-column", default="text", metavar="C", help="column with the text (default: %(default)s)")
-    add("--ids-column", metavar="C", help="column with ready token ids, instead of text")
+    add("--ids-column", metavar="C", help="column with token ids, instead of text")
     add("--id-column", metavar="C", help="column that names each document (default: source, file and line)")
-    add("--metadata", metavar="C,C", help="other columns to keep for each document, separated by commas (default: all)")
-    add("--no-separator", action="store_true", help="put no end-of-text token after each document")
+    add("--metadata", type=_names, metavar="C,C", help="other columns to keep, separated by commas (default: all)")
+    add("--no-separator", dest="separate", action="store_false", help="put no end-of-text token after each document")
     add("--eos-id", type=int, metavar="N", help="the end-of-text token (default: the tokenizer's)")
-    add(
-        "--vocab-size",
-        type=int,
-        metavar="N",
-        help="largest token id plus one; needed with ready ids without a tokenizer",
-    )
-    add(
-        "--on-undecodable",
-        choices=("error", "replace", "skip"),
-        default="error",
-        help="text that is not UTF-8: stop, put U+FFFD, or drop the document (default: %(default)s)",
-    )
+    add("--vocab-size", type=int, metavar="N", help="largest token id plus one; for token ids without a tokenizer")
+    undecodable = "text that is not UTF-8: stop, put U+FFFD, or drop the document (default: %(default)s)"
+    add("--on-undecodable", choices=("error", "replace", "skip"), default="error", help=undecodable)
     add("--clusters", type=int, metavar="K", help="sort the blocks into K clusters; more options: liveselect cluster")
     add("--embed", nargs="?", const="hashed", metavar="E", help="how clusters compare blocks; see liveselect cluster")
     add("--workers", type=int, metavar="N", help="processes that encode (default: one for each core)")
@@ -72,66 +61,49 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    arguments = parser().parse_args(argv)
+    settings = vars(parser().parse_args(argv))
+    clusters, embed = settings.pop("clusters"), settings.pop("embed")
 
     from liveselect.cli.output import say
 
-    if arguments.clusters is not None and arguments.clusters < 1:
-        raise ValueError(f"expected --clusters of at least 1, got {arguments.clusters}")
-    if arguments.embed is not None:
+    if clusters is not None and clusters < 1:
+        raise ValueError(f"expected --clusters of at least 1, got {clusters}")
+    if embed is not None:
         from liveselect.datamodules.clusters.embedding import parse_form
 
-        parse_form(arguments.embed)  # told now, and not when the pool is made
+        parse_form(embed)  # a mistake is reported now, not after the pool is made
+    from liveselect.datamodules.pools.prepare import prepare
+
     try:
-        prepared = _prepare(arguments)
+        store = prepare(**settings)
     except KeyboardInterrupt:
         sys.stderr.write("\nliveselect prepare: interrupted; the same command continues from here\n")
         return 130
-    if not arguments.quiet:
-        say(summary(prepared))
-    return 0 if arguments.clusters is None and arguments.embed is None else _cluster(arguments)
+    if not settings["quiet"]:
+        say(summary(store))
+    if clusters is None and embed is None:
+        return 0
 
-
-def _prepare(arguments: argparse.Namespace) -> "Prepared":
-    from liveselect.datamodules.pools.corpus import Corpus, Recipe
-    from liveselect.datamodules.pools.display import PrepareDisplay
-    from liveselect.datamodules.pools.prepare import prepare_pool
-    from liveselect.datamodules.pools.sources import Source
-
-    sources = [Source.parse(source, arguments.include).require() for source in arguments.sources]
-    recipe = Recipe(
-        tokenizer=arguments.tokenizer,
-        block_size=arguments.block_size,
-        text_column=arguments.text_column,
-        ids_column=arguments.ids_column,
-        id_column=arguments.id_column,
-        metadata=None if arguments.metadata is None else tuple(filter(None, arguments.metadata.split(","))),
-        separate=not arguments.no_separator,
-        eos_id=arguments.eos_id,
-        vocab_size=arguments.vocab_size,
-        on_undecodable=arguments.on_undecodable,
-    )
-    display = PrepareDisplay(quiet=arguments.quiet)
-    return prepare_pool(Corpus(sources, recipe), arguments.out, display, arguments.workers, arguments.overwrite)
-
-
-def _cluster(arguments: argparse.Namespace) -> int:
     from liveselect.cli import cluster
 
-    options = [] if arguments.clusters is None else ["--clusters", str(arguments.clusters)]
-    options += [] if arguments.embed is None else ["--embed", arguments.embed]
-    options += [f"--{name}" for name in ("quiet", "overwrite") if getattr(arguments, name)]
-    return cluster.main([str(arguments.out), *options])
+    options = [] if clusters is None else ["--clusters", str(clusters)]
+    options += [] if embed is None else ["--embed", embed]
+    options += [f"--{name}" for name in ("quiet", "overwrite") if settings[name]]
+    return cluster.main([str(store.path), *options])
 
 
-def summary(prepared: "Prepared") -> str:
-    """Return what a pool holds, as text for people."""
-    manifest = prepared.manifest
+def summary(store: "TokenStore") -> str:
+    """Return the contents of a pool as text."""
+    manifest = store.manifest
     tokens = manifest["rows"] * manifest["block_size"]
     lines = [
-        f"{prepared.path}",
+        f"{store.path}",
         f"  {manifest['rows']} blocks of {manifest['block_size']} tokens ({tokens / 1e6:.1f}M), vocabulary of "
         f"{manifest['vocab_size']}, fingerprint {manifest['fingerprint']}",
     ]
@@ -140,5 +112,5 @@ def summary(prepared: "Prepared") -> str:
         for source in manifest["sources"]
     ]
     left_out = [f"{count} {reason}" for reason, count in manifest["counts"].items() if count]
-    lines += [f"  documents left out or mended: {', '.join(left_out)}"] if left_out else []
+    lines += [f"  documents left out or repaired: {', '.join(left_out)}"] if left_out else []
     return "\n".join(lines)

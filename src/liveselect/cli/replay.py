@@ -11,7 +11,7 @@ from liveselect.cli.report import RUN
 
 DESCRIPTION = """\
 Train on the plans that a run recorded, in the recorded order, without measuring anything: the settings are those of the
-run (its config.yaml), with the selection replaced. What follows is passed on to 'liveselect fit', such as
+run (its config.yaml), with the selection replaced. Other options are passed on to 'liveselect fit', such as
 --model.init_args.lr=0.001 or --config larger.yaml to train another model on the same data.
 """
 
@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
         return fit.main([*base, f"--config={own}", *others])
 
 
-def redirected(settings: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Return the settings of a run that writes all it does to the folder ``out``, and begins at the start."""
+def redirected(settings: dict[str, Any], out: Path) -> dict[str, Any]:  # YAML
+    """Return the settings of a run from the start that writes to the folder ``out``, without its selection."""
     trainer = settings.get("trainer") or {}
     for part in ("logger", "callbacks"):
         found = trainer.get(part)
@@ -57,4 +57,5 @@ def redirected(settings: dict[str, Any], out: Path) -> dict[str, Any]:
             for name, place in (("save_dir", out), ("dirpath", out / "checkpoints")):
                 if arguments and arguments.get(name) is not None:
                     arguments[name] = str(place)
-    return {name: value for name, value in settings.items() if name != "ckpt_path"} | {"trainer": trainer}
+    replaced = {"ckpt_path", "select"}
+    return {name: value for name, value in settings.items() if name not in replaced} | {"trainer": trainer}

@@ -21,8 +21,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), help="the page, or a folder for it (default: %(default)s)"
     )
-    parser.add_argument("--metric", help="what to compare by, smaller is better (default: val_loss)")
-    parser.add_argument("--png", type=Path, metavar="FOLDER", help="write the pictures alone, as PNG files")
+    parser.add_argument("--metric", help="metric to compare by, smaller is better (default: val_loss)")
+    parser.add_argument("--png", type=Path, metavar="FOLDER", help="write only the pictures, as PNG files")
     arguments = parser.parse_args(argv)
 
     from liveselect.cli.output import say

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from argparse import RawDescriptionHelpFormatter
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,26 +17,27 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from torch import Tensor
 
 from liveselect import distributed
+from liveselect.callbacks.lines import show_lines
 from liveselect.callbacks.progress import RoundProgress
-from liveselect.cli.output import say, show_progress_lines
+from liveselect.cli.output import say
 from liveselect.cli.score_column import column_scores
 from liveselect.cli.score_job import WORK, ScoreJob
 from liveselect.cli.score_proxy import clipping_of, load_proxy, proxy_optimizer, training_cost
-from liveselect.cost import SilentProgress
+from liveselect.cost import CostMeter
 from liveselect.datamodules import TokenStore
+from liveselect.grammar import CandidateSource, InfluenceEstimator, InfluenceRegressor, LiveModel, LossFn, Round
 from liveselect.influence import PMPInfluence
 from liveselect.losses import causal_lm_loss
-from liveselect.protocols import CandidateSource, InfluenceEstimator, InfluenceRegressor, LossFn, RoundContext
 from liveselect.regressors import EncoderRegressor
 from liveselect.report.words import duration
 from liveselect.scores import MANIFEST, Scores, read_scores, write_scores
 
 DESCRIPTION = """\
 Score every sequence of a pool for `liveselect fit` to draw from: solve for the influence of some sequences on a proxy
-model (PDS), fit a scorer that tells it from text, and score the pool. The file of `liveselect fit` is taken as it is:
-its model section is the proxy, its data section the pool and the reference set.
+model (PDS), fit a scorer that predicts it from text, and score the pool. The file of `liveselect fit` can be used
+unchanged: its model section is the proxy, its data section the pool and the reference set.
 
-A command that was stopped goes on when it is repeated. Start it with torchrun to share the work out over processes.
+A command that was stopped continues when it is repeated. torchrun distributes the work over processes.
 
   liveselect score --config run.yaml --ckpt_path proxy.ckpt --out scores/pds
   liveselect score --config run.yaml --ckpt_path proxy.ckpt --out scores/cheap \\
@@ -52,14 +53,13 @@ sequence:
 log = logging.getLogger("liveselect")
 
 CLIPPING = ("gradient_clip_val", "gradient_clip_algorithm")
-TOGETHER = 1 << 22  # scores looked at at once
-PATIENCE = timedelta(hours=12)  # a process may wait for the shards of the others
-PUBLISHED: dict[str, Any] = {
-    "dynamics": "sgd",
-    "learning_rate": 0.008,
-    "batch_size": 256,
-    "reference_weighting": "examples",
-}
+SCORES_PER_CHUNK = 1 << 22
+"""Scores converted to float64 at a time, 32 MiB: a pool may have 10^9."""
+RANK_TIMEOUT = timedelta(hours=12)
+"""How long a process may wait for the shards of the others."""
+PUBLISHED: dict[str, Any] = {"dynamics": "sgd", "learning_rate": 0.008, "batch_size": 256}
+PUBLISHED["reference_weighting"] = "examples"
+"""Arguments of PMPInfluence in the released code of PDS."""
 
 
 class _Layout(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -70,7 +70,7 @@ def parser() -> ArgumentParser:
     """Return the parser of the command."""
     result = ArgumentParser(prog="liveselect score", description=DESCRIPTION, formatter_class=_Layout)
     add = result.add_argument
-    add("--config", action="config", help="a file of `liveselect fit`; several are laid over one another")
+    add("--config", action="config", help="a file of `liveselect fit`; later ones override settings of earlier ones")
     result.add_subclass_arguments(pl.LightningModule, "model", required=False, help="the proxy")
     result.add_subclass_arguments(pl.LightningDataModule, "data", required=False, help="the pool and the reference set")
     add("--ckpt_path", type=Path | None, default=None, help="checkpoint of the proxy, as the Trainer writes it")
@@ -79,13 +79,15 @@ def parser() -> ArgumentParser:
     add("--regressor", type=InfluenceRegressor | None, default=None, help="the scorer (default: a BERT encoder)")
     add("--probes", type=int, default=163_840, help="sequences measured")
     add("--loss_fn", type=LossFn | None, default=None, help="(module, batch) -> (B,) losses")
-    add("--shard_size", type=int, default=65_536, help="sequences scored between two files")
+    add("--shard_size", type=int, default=65_536, help="sequences of a file of intermediate results")
     add("--device", type=str, default="auto", help="cpu, cuda, or auto")
-    add("--seed", type=int, default=0, help="of every draw")
+    add("--seed", type=int, default=0, help="seed of all random draws")
     add("--pool", type=Path | None, default=None, help="with --column: a pool made by `liveselect prepare`")
     add("--column", type=str | None, default=None, help="take this column of the documents' metadata as the scores")
-    # a mapping would be replaced by that of a second file; only clipping and accumulation are read
+    # not one option that takes a mapping, which a second file would replace; only clipping and accumulation are read
     result.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
+    for action in result._actions:  # they would fill two thirds of the help
+        action.help = SUPPRESS if action.dest.startswith("trainer.") else action.help
     add("--select", type=dict | None, default=None, help="not read")
     add("--seed_everything", type=bool | int, default=0, help="not read")
     return result
@@ -93,7 +95,7 @@ def parser() -> ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    show_progress_lines()
+    show_lines(always=True)
     command = parser()
     config = command.parse_args(list(argv))
     if config.column is not None or config.pool is not None:
@@ -107,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def summary(folder: Path, scores: Scores) -> str:
-    """Return what was made, as text for people."""
+    """Return the number, moments and cost of the scores as text."""
     known, mean, std = moments(scores.values)
     lines = [f"{folder}", f"  {len(scores.values)} scores, mean {mean:.4g}, std {std:.4g}"]
     if known < len(scores.values):
@@ -130,9 +132,9 @@ def summary(folder: Path, scores: Scores) -> str:
 
 
 def moments(values: Tensor) -> tuple[int, float, float]:
-    """Return how many of ``values (n,)`` are above -inf, their mean and their standard deviation, in little memory."""
-    known, mean, squares = 0, 0.0, 0.0  # the last are summed around the mean
-    for part in values.split(TOGETHER):
+    """Return the number of ``values (n,)`` above -inf, their mean and standard deviation, in constant memory."""
+    known, mean, squares = 0, 0.0, 0.0  # squares of distances from the mean
+    for part in values.split(SCORES_PER_CHUNK):
         part = part[part > -torch.inf].double()
         if not len(part):
             continue
@@ -144,7 +146,7 @@ def moments(values: Tensor) -> tuple[int, float, float]:
 
 def _from_column(config: Namespace) -> Scores:
     if config.column is None or config.pool is None:
-        raise ValueError("expected --pool together with --column: the prepared pool whose documents carry the numbers")
+        raise ValueError("expected --pool together with --column: the prepared pool whose documents have the numbers")
     store = TokenStore(config.pool)
     about = {"column": config.column, "mean_over": "tokens"}
     if (config.out / WORK).exists():
@@ -170,33 +172,40 @@ def _from_proxy(command: ArgumentParser, config: Namespace) -> Scores:
     checkpoint = load_proxy(made.model, config.ckpt_path)
     if config.ckpt_path is None and distributed.rank() == 0:
         log.warning("no --ckpt_path: the proxy is as its configuration builds it, untrained unless that loads weights")
-    model = made.model.to(device)
-    estimator = made.estimator or PMPInfluence(**PUBLISHED)
+    module = made.model.to(device)
+    estimator = PMPInfluence(**PUBLISHED) if made.estimator is None else made.estimator
     made.data.setup("fit")
     if not isinstance(made.data, CandidateSource):
         raise ValueError(
             f"expected data that serves candidates, a SelectionDataModule, got {type(made.data).__name__}: wrap it "
             "with liveselect.datamodules.SelectionDataModule"
         )
-    if hasattr(made.data, "check_model"):
-        made.data.check_model(model)
-    context = RoundContext(
-        round=0,
-        step=int(checkpoint.get("global_step", 0)),
-        seed=config.seed,
-        model=model,
-        optimizer=proxy_optimizer(model, estimator, checkpoint),
+    made.data.check_model(module)
+    meter = CostMeter()
+    if distributed.rank() == 0:
+        meter.progress = RoundProgress("liveselect score")
+    model = LiveModel(
+        module=module,
+        optimizer=proxy_optimizer(module, estimator, checkpoint),
         loss_fn=made.loss_fn or causal_lm_loss,
-        source=made.data,
-        candidates=torch.arange(made.data.pool.size),
         global_batch=made.data.batch_size * int(config.trainer.accumulate_grad_batches),
         clip_gradients=clipping_of(config.trainer),
-        progress=RoundProgress("liveselect score") if distributed.rank() == 0 else SilentProgress(),
+        meter=meter,
+    )
+    round_ = Round(
+        index=0,
+        step=int(checkpoint.get("global_step", 0)),
+        seed=config.seed,
+        candidates=torch.arange(made.data.pool.size),
+        source=made.data,
+        device=device,
+        meter=meter,
     )
     job = ScoreJob(
-        context=context,
+        model=model,
+        round=round_,
         estimator=estimator,
-        regressor=made.regressor or EncoderRegressor("bert-base-uncased"),
+        regressor=EncoderRegressor("bert-base-uncased") if made.regressor is None else made.regressor,
         probes=config.probes,
         folder=config.out,
         shard_size=config.shard_size,
@@ -209,13 +218,13 @@ def _from_proxy(command: ArgumentParser, config: Namespace) -> Scores:
 
 def instantiated(command: ArgumentParser, config: Namespace) -> Namespace:
     """Return the configuration with its objects built."""
-    build = getattr(command, "instantiate", None) or command.instantiate_classes  # the latter's name until 4.49
+    build = getattr(command, "instantiate", None) or command.instantiate_classes  # the name until jsonargparse 4.49
     made: Namespace = build(config)
     return made
 
 
 def _settings(config: Namespace) -> dict[str, Any]:
-    """Return what decides the scores, as builtins."""
+    """Return the settings that the scores depend on, as builtins."""
     left_out = {"config", "out", "device", "trainer", "select", "seed_everything", "pool", "column"}
     settings = {name: value for name, value in config.clone().as_dict().items() if name not in left_out}
     settings["clipping"] = {name: config.trainer[name] for name in CLIPPING}
@@ -238,12 +247,12 @@ def _device(name: str) -> torch.device:
 
 @contextmanager
 def _process_group(device: str) -> Iterator[None]:
-    """Join the processes that torchrun started, if it did."""
+    """Join the other processes if torchrun started this one."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
     backend = "nccl" if _device(device).type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group(backend, timeout=RANK_TIMEOUT)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Scores from a column of numbers that came with the documents of a prepared pool."""
+"""Scores from a column of numbers in the metadata of a prepared pool."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from liveselect.datamodules.pools.pool_files import DOCUMENTS
 def column_scores(store: TokenStore, column: str) -> np.ndarray:
     """Return the mean of a metadata column over the tokens of each block, ``(rows,)`` float64.
 
-    Documents without a number are left out of the means; a block that holds no other is -inf, and is never drawn.
+    Documents without a number do not count; a block that has only such documents is -inf, and is never drawn.
 
     Raises:
-        ValueError: the documents carry no such column, or it does not hold numbers, or integers that no float64 holds.
+        ValueError: there is no such column, or it holds no numbers, or integers that no float64 holds.
     """
     file = pq.ParquetFile(store.path / DOCUMENTS)
     _check_column(file.schema_arrow, column, store.path)
@@ -41,12 +41,12 @@ def column_scores(store: TokenStore, column: str) -> np.ndarray:
 def _add(
     sums: np.ndarray, weights: np.ndarray, starts: np.ndarray, tokens: np.ndarray, numbers: np.ndarray, block_size: int
 ) -> None:
-    """Add the documents' numbers to the blocks that hold their tokens, weighted by how many."""
+    """Add the documents' numbers to the blocks of their tokens, weighted by the number of tokens in each."""
     first = starts // block_size
     spanned = (starts + np.maximum(tokens, 1) - 1) // block_size - first + 1
     document = np.repeat(np.arange(len(starts)), spanned)
     block = first[document] + np.arange(len(document)) - np.repeat(np.cumsum(spanned) - spanned, spanned)
-    inside = block < len(sums)  # what did not fill a last block is in no block
+    inside = block < len(sums)  # tokens that did not fill a last block are in none
     document, block = document[inside], block[inside]
     begin = np.maximum(starts[document], block * block_size)
     end = np.minimum(starts[document] + tokens[document], (block + 1) * block_size)

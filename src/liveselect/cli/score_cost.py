@@ -1,24 +1,24 @@
-"""What a scoring job costs, over all the times that it was stopped and continued."""
+"""The cost of a scoring job, summed over interruptions."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from liveselect import distributed
 from liveselect.cost import Cost, CostMeter, added
+from liveselect.json_lines import whole_file
 
-KEEPING = "keep files"
+FILES_PHASE = "keep files"
 
 
 @dataclass
 class SpentCost:
-    """Keeps what each process of a job has spent in a file of the job's folder.
+    """Keeps the cost of each process of a job in a file of the job's folder.
 
     Attributes:
         folder: of the job.
-        meter: tells what this process spends.
-        earlier: what it had spent when it was stopped, less what the meter shows at the beginning.
+        meter: measures the cost of this process.
+        earlier: cost before it was stopped, less the meter's at the beginning.
     """
 
     folder: Path
@@ -27,22 +27,20 @@ class SpentCost:
 
     @classmethod
     def open(cls, folder: Path, meter: CostMeter) -> "SpentCost":
-        """Continue with what was spent before, if anything was."""
+        """Continue from the cost before, if there is any."""
         shown = {"seconds": meter.seconds, "flops": meter.flops}
         less = {kind: {phase: -amount for phase, amount in phases.items()} for kind, phases in shown.items()}
         return cls(folder, meter, added(_read(_file(folder, distributed.rank())), less))
 
     def keep(self) -> None:
-        """Write down what was spent so far; a process that is killed loses what came after."""
-        with self.meter.phase(KEEPING):  # opening a phase charges the open one
+        """Write the cost so far; a process that is killed loses the cost after that."""
+        with self.meter.phase(FILES_PHASE):  # opening a phase charges the open one
             spent = added(self.earlier, {"seconds": self.meter.seconds, "flops": self.meter.flops})
-            file = _file(self.folder, distributed.rank())
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(spent))
-            temporary.replace(file)
+            with whole_file(_file(self.folder, distributed.rank())) as file:
+                file.write(json.dumps(spent).encode())
 
     def total(self) -> Cost:
-        """Return seconds of this process, and FLOPs of all that had a part in the job."""
+        """Return seconds of this process, and FLOPs of all processes of the job."""
         self.keep()
         total: Cost = {"seconds": _read(_file(self.folder, distributed.rank()))["seconds"]}
         for file in sorted(self.folder.glob("cost-*.json")):
@@ -58,5 +56,5 @@ def _read(file: Path) -> Cost:
     try:
         found: Cost = json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): delete it; what it counted is then missing") from error
+        raise ValueError(f"{file} is damaged ({error}): delete it; the cost in it is then missing") from error
     return found

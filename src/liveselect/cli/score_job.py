@@ -1,84 +1,84 @@
 """The work of ``liveselect score``: measure some candidates, learn to predict it, predict the whole pool.
 
-Everything that takes long is cut into shards, each a file in a folder of the job that appears when it is whole. A job
-that was stopped, in whatever way, goes on with the first shard that is missing. Several processes share the shards out
-and wait for each other between the stages; their folder must be one that all of them see.
+Long work is split into shards, each a file in a folder of the job that appears once it is complete. A job that was
+stopped or killed continues with the first missing shard. Several processes distribute the shards and wait for each
+other between the stages; all of them must see the folder.
 """
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from liveselect import distributed
-from liveselect.cli.score_cost import KEEPING, SpentCost
-from liveselect.cli.score_lock import alone_in
-from liveselect.cost import CostMeter, SilentProgress, added
+from liveselect.cli.score_cost import FILES_PHASE, SpentCost
+from liveselect.cli.score_lock import locked_folder
+from liveselect.cost import CostMeter, added
 from liveselect.functional.sampling import uniform_subset
+from liveselect.grammar import MIN_MEASUREMENTS, InfluenceEstimator, InfluenceRegressor, LiveModel, Round
 from liveselect.influence import PMPInfluence
-from liveselect.protocols import InfluenceEstimator, InfluenceRegressor, RoundContext
-from liveselect.rehearsal import SOME
+from liveselect.json_lines import whole_file
+from liveselect.preserve import checksum, measuring
+from liveselect.rehearsal import LOOKED_AT_CANDIDATES
 from liveselect.scores import MANIFEST, VALUES, Scores, read_scores, write_scores
 from liveselect.selectors.trial import check_predictions, try_regressor
-from liveselect.snapshot import checksum, measuring
 
 WORK, JOB, REGRESSOR = ".liveselect-work", "job.json", "regressor.pt"
-FEWEST_MEASURED = 8
 Found = TypeVar("Found")
 
-DEARER = 64  # measuring a candidate costs more than predicting it: its shards are smaller by this factor
+MEASURED_SHARD_DIVISOR = 64
+"""Measuring a candidate costs more than predicting it: its shards are smaller by this factor."""
 
 
 @dataclass
 class ScoreJob:
-    """Scores a pool with what an estimator measured on a model and a regressor learned from it.
+    """Scores a pool with a regressor that learns from the measurements of an estimator on a model.
 
     Attributes:
-        context: the model that is measured on, and the pool.
+        model: the proxy.
+        round: the pool, all of whose candidates are scored.
         estimator: measures influence.
         regressor: predicts it from text.
         probes: candidates measured.
-        folder: where the scores go; what is unfinished is in its folder ``.liveselect-work``.
-        shard_size: candidates scored between two files.
-        settings: what the job was asked to do, kept with the scores; a job is continued only under equal settings.
-        cost: what was spent before the job on what it works with (the training of the proxy): ``seconds`` and ``flops``
-            by phase. It is kept with the scores, and with it what the job costs.
-        report: told one line after each stage.
+        folder: of the scores; unfinished work is in its folder ``.liveselect-work``.
+        shard_size: candidates scored in one file.
+        settings: of the command, kept with the scores; a job is continued only under equal settings.
+        cost: of the training of the proxy, ``seconds`` and ``flops`` by phase; kept with the scores, plus the job's.
+        report: called with a line after each stage.
     """
 
-    context: RoundContext
+    model: LiveModel
+    round: Round
     estimator: InfluenceEstimator
     regressor: InfluenceRegressor
     probes: int
     folder: Path
     shard_size: int = 65_536
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     report: Callable[[str], None] = lambda line: None
     _spent: SpentCost = field(init=False)
 
     def run(self) -> Scores:
-        """Do what is not done yet, and return the scores.
+        """Do the remaining work, and return the scores.
 
         Raises:
-            FileExistsError: the folder holds finished scores of another job, or files of somebody else.
-            ValueError: the folder holds the unfinished work of another job, or is in use, or too little could be
-                measured.
+            FileExistsError: the folder holds finished scores of another job, or files that no job made.
+            ValueError: the folder is in use or holds unfinished work of another job, or too few measurements succeeded.
         """
-        probes = min(self.probes, self.context.source.pool.size)
-        if probes < FEWEST_MEASURED or self.shard_size < 1:
+        probes = min(self.probes, self.round.pool.size)
+        if probes < MIN_MEASUREMENTS or self.shard_size < 1:
             raise ValueError(
-                f"expected at least {FEWEST_MEASURED} probes for the scorer to learn from and shards of at least one, "
-                f"got {probes} (of a pool of {self.context.source.pool.size}) and shard_size={self.shard_size}"
+                f"expected at least {MIN_MEASUREMENTS} probes for the scorer to learn from and shards of at least one, "
+                f"got {probes} (of a pool of {self.round.pool.size}) and shard_size={self.shard_size}"
             )
         if _agreed((self.folder / MANIFEST).exists()):
             scores = read_scores(self.folder)
@@ -88,20 +88,20 @@ class ScoreJob:
                     "delete it"
                 )
             self.report(f"{self.folder} was scored in the same way before: nothing to do")
-            self._clean_up()  # a job that was killed at its very end had not
+            self._clean_up()  # in case the job was killed just before it did so
             return scores
         if _agreed((self.folder / VALUES).exists() and not (self.work / JOB).exists()):
             raise FileExistsError(
                 f"{self.folder / VALUES} is there without {MANIFEST}, so it is not of a scoring job: choose another "
                 "folder, or move it"
             )
-        with alone_in(self.work, JOB):
-            self._tried()
+        with locked_folder(self.work, JOB):
+            self._rehearse()
             self._open()
             return self._scored()
 
     def _scored(self) -> Scores:
-        with self.context.meter.phase(KEEPING):  # and whatever has no phase of its own
+        with self.round.meter.phase(FILES_PHASE):  # and all work without a phase of its own
             ids, influence = self._measured()
             metrics = self._fitted(ids, influence)
             self._predicted()
@@ -119,95 +119,93 @@ class ScoreJob:
 
     @property
     def work(self) -> Path:
-        """The folder of what is unfinished."""
+        """The folder of unfinished work."""
         return self.folder / WORK
 
     def _key(self) -> str:
-        """Return what is equal for equal jobs."""
-        context = self.context
+        """Return a hash that is equal for equal jobs."""
+        model, round = self.model, self.round
         key = hashlib.blake2b(digest_size=16)
-        key.update(json.dumps([dict(self.settings), self.probes, self.shard_size, context.seed], default=str).encode())
-        key.update(f"{context.source.pool.fingerprint} {checksum(context.model, context.optimizer)}".encode())
-        key.update(str(context.global_batch).encode())
-        for batch in context.source.reference():
+        key.update(json.dumps([dict(self.settings), self.probes, self.shard_size, round.seed], default=str).encode())
+        key.update(f"{round.pool.fingerprint} {checksum(model.module, model.optimizer)}".encode())
+        key.update(str(model.global_batch).encode())
+        for batch in round.source.reference():
             for name in ("input_ids", "labels"):
                 key.update(batch[name].cpu().contiguous().numpy().tobytes() if name in batch else b"")
         return key.hexdigest()
 
     def _open(self) -> None:
-        """Begin, or make sure that what was begun is this job."""
-        context = self.context
+        """Begin the job, or check that the unfinished one in the folder is the same."""
         job = {"key": self._key(), "settings": dict(self.settings)}
         file = self.work / JOB
         if distributed.rank() == 0 and not file.exists():
-            self.work.mkdir(parents=True, exist_ok=True)
-            _write(file, json.dumps(job, indent=1, default=str).encode())
+            with whole_file(file) as stream:
+                stream.write(json.dumps(job, indent=1, default=str).encode())
         _wait_for_all()
-        if _whole(file, lambda: json.loads(file.read_text())["key"], self.work) != job["key"]:
+        if _read(file, lambda: json.loads(file.read_text())["key"], self.work) != job["key"]:
             raise ValueError(
                 f"{self.work} holds the unfinished work of another job (other settings, model or pool; {file.name} "
-                "tells which): repeat that command to finish it, choose another folder, or delete this one"
+                "shows which): repeat that command to finish it, choose another folder, or delete this one"
             )
-        self._spent = SpentCost.open(self.work, context.meter)
+        self._spent = SpentCost.open(self.work, self.round.meter)
         if isinstance(self.estimator, PMPInfluence) and self.estimator.directory is None:
             self.estimator.directory = self.work / "solve"
 
-    def _tried(self) -> None:
-        """Raise now what the scorer would hours later; what was fitted before needs no trial."""
+    def _rehearse(self) -> None:
+        """Raise errors of the scorer now, not after hours of measuring; a scorer that was fitted needs no rehearsal."""
         if _agreed((self.work / REGRESSOR).exists()):
             return
-        context = self.context
-        few = uniform_subset(context.source.pool.size, min(SOME, context.source.pool.size), context.generator("trial"))
-        small = replace(context, candidates=few, meter=CostMeter(), progress=SilentProgress())
-        with measuring(context.model, context.optimizer):
-            if hasattr(self.estimator, "check"):
-                self.estimator.check(small)
+        model, round = self.model, self.round
+        count = min(LOOKED_AT_CANDIDATES, round.pool.size)
+        few, meter = uniform_subset(round.pool.size, count, round.generator("trial")), CostMeter()
+        small = replace(round, candidates=few, meter=meter)
+        with measuring(model.module, model.optimizer):
+            self.estimator.check(replace(model, meter=meter), small)
             try_regressor(self.regressor, small)
 
     def _measured(self) -> tuple[Tensor, Tensor]:
-        """Measure, and return ids (m,) and influence (m,), both of what is finite."""
-        context = self.context
-        pool_size = context.source.pool.size
-        ids = uniform_subset(pool_size, min(self.probes, pool_size), context.generator("probes"))
-        shards = _shards(len(ids), max(1, self.shard_size // DEARER))
+        """Measure candidates, and return the ids (m,) and the influence (m,) of those with a finite one."""
+        model, round = self.model, self.round
+        pool_size = round.pool.size
+        ids = uniform_subset(pool_size, min(self.probes, pool_size), round.generator("probes"))
+        shards = _shards(len(ids), max(1, self.shard_size // MEASURED_SHARD_DIVISOR))
         missing = _agreed([shard for shard in shards if not self._file("measured", shard).exists()])
         if missing:
-            with context.meter.phase("solve"), measuring(context.model, context.optimizer):
-                metrics = self.estimator.fit(context)
+            with round.meter.phase("solve"), measuring(model.module, model.optimizer):
+                metrics = self.estimator.fit(model, round)
             self._spent.keep()
             self.report("solved: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         mine = missing[distributed.rank() :: distributed.world_size()]
-        with context.phase("measure influence", sum(len(shard) for shard in mine), "candidates") as advance:
+        with round.meter.tracked("measure influence", sum(len(shard) for shard in mine), "candidates") as advance:
             for shard in mine:
-                influence = measure(self.estimator, context, ids[shard.start : shard.stop])
+                influence = measure(self.estimator, model, round, ids[shard.start : shard.stop])
                 _write_array(self._file("measured", shard), influence.numpy())
                 self._spent.keep()
                 advance(len(shard))
         _wait_for_all()
         influence = torch.from_numpy(np.concatenate([_read_array(self._file("measured", shard)) for shard in shards]))
         finite = influence.isfinite()
-        if int(finite.sum()) < FEWEST_MEASURED:
+        if int(finite.sum()) < MIN_MEASUREMENTS:
             raise ValueError(
                 f"{int(finite.sum())} of {len(ids)} measured candidates have a finite influence, the scorer needs "
-                f"{FEWEST_MEASURED}: measure more (--probes), or look at the model's losses"
+                f"{MIN_MEASUREMENTS}: measure more (--probes), or look at the model's losses"
             )
         self.report(f"measured: {int(finite.sum())} of {len(ids)} candidates, std {float(influence[finite].std()):.4g}")
         return ids[finite], influence[finite].float()
 
     def _fitted(self, ids: Tensor, influence: Tensor) -> dict[str, float]:
-        """Fit the regressor, or take up the one that was fitted; return its metrics."""
+        """Fit the regressor or load the fitted one, and return its metrics."""
         file = self.work / REGRESSOR
-        keeps_state = hasattr(self.regressor, "load_state_dict")
-        if keeps_state and _agreed(file.exists()):
-            kept = _whole(file, lambda: torch.load(file, map_location="cpu", weights_only=True))
-            self.regressor.load_state_dict(kept["state"])  # type: ignore[attr-defined]
+        if _agreed(file.exists()):
+            kept = _read(file, lambda: torch.load(file, map_location="cpu", weights_only=True))
+            self.regressor.load_state_dict(kept["state"])
             return dict(kept["metrics"])
-        with self.context.meter.phase("fit scorer"):
-            metrics = dict(self.regressor.fit(self.context, ids, influence))
-        if keeps_state and distributed.rank() == 0:
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")
-            torch.save({"state": self.regressor.state_dict(), "metrics": metrics}, temporary)  # type: ignore[attr-defined]
-            _put(temporary, file)
+        with self.round.meter.phase("fit scorer"):
+            metrics = dict(self.regressor.fit(self.round, ids, influence))
+        state = self.regressor.state_dict()
+        if state and distributed.rank() == 0:  # a regressor without state is fitted again after a stop
+            with whole_file(file) as stream:
+                torch.save({"state": state, "metrics": metrics}, stream)
         self._spent.keep()
         _wait_for_all()
         self.report("fitted: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -215,14 +213,14 @@ class ScoreJob:
 
     def _predicted(self) -> None:
         """Predict every candidate of the pool, shard by shard."""
-        context = self.context
+        round = self.round
         missing = _agreed([shard for shard in self._pool_shards() if not self._file("scores", shard).exists()])
         mine = missing[distributed.rank() :: distributed.world_size()]
-        with context.phase("score the pool", sum(len(shard) for shard in mine), "candidates") as advance:
+        with round.meter.tracked("score the pool", sum(len(shard) for shard in mine), "candidates") as advance:
             for shard in mine:
                 parts = []
-                for batch in context.candidate_batches(torch.arange(shard.start, shard.stop)):
-                    predicted = self.regressor.predict(context, batch)
+                for batch in round.batches(torch.arange(shard.start, shard.stop)):
+                    predicted = self.regressor.predict(round, batch)
                     check_predictions(self.regressor, predicted, len(batch["input_ids"]))
                     parts.append(predicted.float().cpu())
                     advance(len(parts[-1]))
@@ -231,9 +229,9 @@ class ScoreJob:
         _wait_for_all()
 
     def _assemble(self, measured: int, metrics: Mapping[str, float]) -> None:
-        """Put the shards together and write the scores."""
-        pool = self.context.source.pool
-        with (self.work / "all").open("wb") as file:  # not a mapped file: a full disk kills who writes to one
+        """Join the shards and write the scores."""
+        pool = self.round.pool
+        with (self.work / "all").open("wb") as file:  # not a memory map: a full disk would end the process by a signal
             for shard in self._pool_shards():
                 _read_array(self._file("scores", shard)).astype("<f4").tofile(file)
         whole = np.memmap(self.work / "all", dtype="<f4", mode="r", shape=(pool.size,))
@@ -249,30 +247,24 @@ class ScoreJob:
         write_scores(self.folder, whole, pool.fingerprint, about)
 
     def _pool_shards(self) -> list[range]:
-        return _shards(self.context.source.pool.size, self.shard_size)
+        return _shards(self.round.pool.size, self.shard_size)
 
     def _file(self, kind: str, shard: range) -> Path:
         return self.work / f"{kind}-{shard.start:012d}.npy"
 
 
-def measure(estimator: InfluenceEstimator, context: RoundContext, ids: Tensor) -> Tensor:
+def measure(estimator: InfluenceEstimator, model: LiveModel, round: Round, ids: Tensor) -> Tensor:
     """Return the influence of the candidates ``ids (m,)``, ``(m,)`` floating point on CPU."""
-    if hasattr(estimator, "score_ids"):
-        with measuring(context.model, context.optimizer):
-            return torch.as_tensor(estimator.score_ids(context, ids))
-    parts = []
-    for batch in context.candidate_batches(ids):
-        with measuring(context.model, context.optimizer):
-            parts.append(estimator.score(context, batch))
-    return torch.cat(parts)
+    with measuring(model.module, model.optimizer):
+        return torch.as_tensor(estimator.score_ids(model, round, ids))
 
 
 def _finite(predictions: Tensor, regressor: InfluenceRegressor) -> Tensor:
     broken = int((~predictions.isfinite()).sum())
     if broken:
         raise ValueError(
-            f"{type(regressor).__name__} predicts what is not finite for {broken} of {len(predictions)} candidates, so "
-            "they cannot be compared: lower its learning rate, or choose another, and score into a new folder"
+            f"{type(regressor).__name__} makes predictions that are not finite for {broken} of {len(predictions)} "
+            "candidates: lower its learning rate, or choose another, and score into a new folder"
         )
     return predictions
 
@@ -282,7 +274,7 @@ def _shards(total: int, size: int) -> list[range]:
 
 
 def _agreed(found: Found) -> Found:
-    """Return what the first rank found, once all have looked: a rank that is ahead makes files that others look for."""
+    """Return the result of the first rank once all have one, before a rank makes files that others check for."""
     first: Found = distributed.gather_objects(found)[0]
     return first
 
@@ -291,8 +283,8 @@ def _wait_for_all() -> None:
     distributed.gather_objects(None)
 
 
-def _whole(file: Path, read: Callable[[], Found], remedy: Path | None = None) -> Found:
-    """Return what ``read`` finds in a file of the job."""
+def _read(file: Path, read: Callable[[], Found], remedy: Path | None = None) -> Found:
+    """Return what ``read`` returns; the error about a damaged file of the job says to delete it, or ``remedy``."""
     try:
         return read()
     except (ValueError, KeyError, EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
@@ -302,23 +294,9 @@ def _whole(file: Path, read: Callable[[], Found], remedy: Path | None = None) ->
 
 
 def _read_array(file: Path) -> np.ndarray:
-    return _whole(file, lambda: np.load(file))
+    return _read(file, lambda: np.load(file))
 
 
 def _write_array(file: Path, array: np.ndarray) -> None:
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
+    with whole_file(file) as stream:
         np.save(stream, array)
-    _put(temporary, file)
-
-
-def _write(file: Path, data: bytes) -> None:
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    _put(temporary, file)
-
-
-def _put(temporary: Path, file: Path) -> None:
-    with temporary.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(file)

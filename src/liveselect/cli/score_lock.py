@@ -13,19 +13,17 @@ LOCK = "lock"
 
 
 @contextmanager
-def alone_in(work: Path, begun: str) -> Iterator[None]:
-    """Hold the folder ``work``, which is made if need be, for this job; another would take its files away.
-
-    A folder in which there is no file ``begun`` at the end goes away again.
+def locked_folder(work: Path, marker: str) -> Iterator[None]:
+    """Lock the folder ``work`` for this job, and delete it at the end if the file ``marker`` was not made in it.
 
     Raises:
-        FileExistsError: it holds files, and no job.
-        ValueError: another process holds it.
+        FileExistsError: it holds files that are not of a job.
+        ValueError: another process holds the lock.
     """
-    if distributed.rank() != 0:
+    if distributed.rank() != 0:  # the first rank locks for all
         yield
         return
-    if work.exists() and any(work.iterdir()) and not {begun, LOCK} & {file.name for file in work.iterdir()}:
+    if work.exists() and any(work.iterdir()) and not {marker, LOCK} & {file.name for file in work.iterdir()}:
         raise FileExistsError(f"{work} holds files that no scoring job made: choose another folder, or move them")
     work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / LOCK)
@@ -40,6 +38,6 @@ def alone_in(work: Path, begun: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if work.exists() and not (work / begun).exists():
+        if work.exists() and not (work / marker).exists():
             shutil.rmtree(work, ignore_errors=True)
         lock.release()

@@ -1,10 +1,10 @@
-"""The proxy model of ``liveselect score``: its weights, its optimizer, its clipping, and what it cost."""
+"""The proxy model of ``liveselect score``: its weights, its optimizer, its clipping, and its cost."""
 
 import logging
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import lightning.pytorch as pl
 import torch
@@ -12,15 +12,15 @@ from jsonargparse import Namespace
 from torch import nn
 
 from liveselect.cost import Cost
+from liveselect.grammar import InfluenceEstimator, State
 from liveselect.influence import PMPInfluence
 from liveselect.ledger import Ledger
-from liveselect.protocols import InfluenceEstimator
 
 log = logging.getLogger("liveselect")
 
 
-def training_cost(checkpoint: Mapping[str, Any]) -> Cost:
-    """Return what the training of a checkpoint cost, where its DataSelection callback has kept account."""
+def training_cost(checkpoint: State) -> Cost:
+    """Return the cost of the training of a checkpoint, as far as its DataSelection callback recorded it."""
     selection = (checkpoint.get("callbacks") or {}).get("DataSelection")
     if not selection:
         return {}
@@ -30,8 +30,8 @@ def training_cost(checkpoint: Mapping[str, Any]) -> Cost:
     return {"seconds": {"train the proxy": seconds}, "flops": {"train the proxy": flops}}
 
 
-def load_proxy(model: pl.LightningModule, path: Path | None) -> dict[str, Any]:
-    """Load a checkpoint into the proxy and return it; without one the proxy is as it was built."""
+def load_proxy(model: pl.LightningModule, path: Path | None) -> State:
+    """Load a checkpoint into the proxy and return it; without one the proxy stays as it was built."""
     model.configure_model()
     if path is None:
         return {}
@@ -57,13 +57,13 @@ def load_proxy(model: pl.LightningModule, path: Path | None) -> dict[str, Any]:
 
 
 def proxy_optimizer(
-    model: pl.LightningModule, estimator: InfluenceEstimator, checkpoint: Mapping[str, Any]
+    model: pl.LightningModule, estimator: InfluenceEstimator, checkpoint: State
 ) -> torch.optim.Optimizer:
-    """Return the proxy's optimizer with the moments of the checkpoint, where the estimator looks at it."""
+    """Return the proxy's optimizer with the moments of the checkpoint, or plain SGD for an estimator that uses none."""
     if isinstance(estimator, PMPInfluence) and estimator.dynamics == "sgd":
         return torch.optim.SGD(model.parameters(), lr=1.0)  # only its list of parameters is used
     try:
-        configured: Any = model.configure_optimizers()
+        configured = model.configure_optimizers()
     except RuntimeError as error:  # Lightning's, when the module asks for its trainer
         raise ValueError(
             f"{type(model).__name__}.configure_optimizers needs a Trainer ({error}): build the proxy without a "
@@ -73,12 +73,12 @@ def proxy_optimizer(
         configured = configured["optimizer"]
     while isinstance(configured, (list, tuple)):
         configured = configured[0]
+    optimizer = cast(torch.optim.Optimizer, configured)
     states = checkpoint.get("optimizer_states") or []
     if states:
-        configured.load_state_dict(states[0])
+        optimizer.load_state_dict(states[0])
     elif checkpoint and isinstance(estimator, PMPInfluence):
         log.warning("the checkpoint holds no optimizer_states: the unroll begins with moments of zero")
-    optimizer: torch.optim.Optimizer = configured
     return optimizer
 
 

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 
 DESCRIPTION = """\
-Save a view in a W&B project in which the numbers of selection stand in sections: whether it helps, what is chosen, how
-fast preferences move, arms, cost. Runs with a SelectionMonitor do so by themselves when they begin online.
+Save a view in a W&B project with sections for the numbers of selection: whether it helps, what is chosen, how fast
+preferences move, arms, cost. Runs with a SelectionMonitor save it when they begin online.
 """
 
 
@@ -13,7 +13,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="liveselect workspace", description=DESCRIPTION)
     parser.add_argument("project", metavar="ENTITY/PROJECT", help="where runs are logged: user or team, and project")
-    parser.add_argument("--replace", action="store_true", help="put a view that was changed back to what it was")
+    parser.add_argument("--replace", action="store_true", help="restore a view that was changed")
     arguments = parser.parse_args(argv)
     entity, _, project = arguments.project.partition("/")
     if not entity or not project or "/" in project:

@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import torch
 
-from liveselect.decisions.files import find_decisions, read_about, read_round, rounds_in
+from liveselect.decisions.files import find_decisions, read_about, read_rows, rounds_in
+from liveselect.functional.correlation import spearman
 
-COMPARED_MOST = 1_000_000
-"""Scores compared in a rank correlation; of more, the first."""
+MAX_SCORES_COMPARED = 1_000_000
+"""Scores in a rank correlation, the first ones: enough for three digits, and sorted within a second."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,10 @@ class RoundDifference:
     Attributes:
         round: index of the round.
         same_plan: whether they trained on the same candidates in the same order.
-        chosen: how many each chose.
-        shared: how many candidates both chose in this round.
+        chosen: number of candidates that each chose.
+        shared: number of candidates that both chose.
         mixture: distance of the shares of groups, 0 alike .. 1 disjoint (total variation).
-        scored: how many candidates both compared.
+        scored: number of candidates that both compared.
         correlation: Spearman of their scores, NaN where fewer than three were compared by both.
     """
 
@@ -56,50 +59,25 @@ def compare_runs(first: str | Path, second: str | Path) -> list[RoundDifference]
 
 def compare_rounds(first: Path, second: Path) -> RoundDifference:
     """Return the difference of two rounds' files."""
-    abouts = read_about(first), read_about(second)
-    columns = [read_round(path, ["id", "chosen", "score", "group"]) for path in (first, second)]
-    chosen = [part["chosen"].astype(bool) for part in columns]
-    shared = np.intersect1d(*(part["id"][mask] for part, mask in zip(columns, chosen, strict=True)))
-    mixtures = [_shares(part["group"][mask]) for part, mask in zip(columns, chosen, strict=True)]
-    names = set(mixtures[0]) | set(mixtures[1])
-    distance = sum(abs(mixtures[0].get(name, 0.0) - mixtures[1].get(name, 0.0)) for name in names) / 2
-    scored, correlation = _score_correlation(columns[0], columns[1])
+    paths = first, second
+    abouts = [read_about(path) for path in paths]
+    chosen = [read_rows(path, ["id", "group"], ds.field("chosen")) for path in paths]
+    shares = [_shares(rows["group"]) for rows in chosen]
+    scored = [read_rows(path, ["id", "score"], pc.is_finite(ds.field("score"))) for path in paths]
+    shared, *places = np.intersect1d(*(rows["id"].to_numpy() for rows in scored), return_indices=True)
+    scores = [rows["score"].to_numpy()[place[:MAX_SCORES_COMPARED]] for rows, place in zip(scored, places, strict=True)]
     return RoundDifference(
         round=int(abouts[0]["round"]),
         same_plan=abouts[0]["plan"] == abouts[1]["plan"],
-        chosen=(int(chosen[0].sum()), int(chosen[1].sum())),
-        shared=len(shared),
-        mixture=distance,
-        scored=scored,
-        correlation=correlation,
+        chosen=(len(chosen[0]), len(chosen[1])),
+        shared=len(np.intersect1d(*(rows["id"].to_numpy() for rows in chosen))),
+        mixture=sum(abs(shares[0].get(name, 0.0) - shares[1].get(name, 0.0)) for name in {**shares[0], **shares[1]})
+        / 2,
+        scored=len(shared),
+        correlation=spearman(*map(torch.from_numpy, scores)),
     )
 
 
-def spearman(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> float:
-    """Return the rank correlation of two samples ``(n,)``, with mean ranks for ties; NaN when one does not vary."""
-    if len(first) < 3:
-        return float("nan")
-    ranks = [_mean_ranks(values) for values in (first, second)]
-    deviations = [values - values.mean() for values in ranks]
-    scale = float(np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum()))
-    return float((deviations[0] * deviations[1]).sum() / scale) if scale else float("nan")
-
-
-def _mean_ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = counts.cumsum()
-    return ((ends - 1 + ends - counts) / 2)[inverse]
-
-
-def _score_correlation(first: dict[str, Any], second: dict[str, Any]) -> tuple[int, float]:
-    known = [part["id"][np.isfinite(part["score"])] for part in (first, second)]
-    scores = [part["score"][np.isfinite(part["score"])] for part in (first, second)]
-    ids, left, right = np.intersect1d(*known, return_indices=True)
-    if len(ids) > COMPARED_MOST:
-        left, right = left[:COMPARED_MOST], right[:COMPARED_MOST]
-    return len(ids), spearman(scores[0][left], scores[1][right])
-
-
-def _shares(groups: npt.NDArray[Any]) -> dict[str, float]:
-    names, counts = np.unique(groups.astype(str), return_counts=True)
-    return {str(name): float(count) / max(1, len(groups)) for name, count in zip(names, counts, strict=True)}
+def _shares(groups: pa.ChunkedArray) -> dict[str, float]:
+    counts = groups.value_counts().to_pylist()
+    return {each["values"]: each["counts"] / len(groups) for each in counts}

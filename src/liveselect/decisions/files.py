@@ -1,53 +1,29 @@
 """The files of the decision ledger: written whole or not at all, and read by anything that reads Parquet."""
 
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from liveselect.decisions.table import DecisionTable, RoundDecisions
+from liveselect.decisions.table import SCHEMA, RoundDecisions, decision_rows
+from liveselect.json_lines import whole_file
+from liveselect.ledger import record_folder
 from liveselect.plan import Plan
-from liveselect.run_paths import record_folder
 
 FOLDER = "decisions"
-_NAME = re.compile(r"round-(\d{6,})\.parquet")
-_MARK = b"liveselect"
-_TEXTS = ("group", "reason")
-_FLOATS = ("score", "bonus", "noise", "influence")
-SCHEMA = pa.schema(
-    [
-        pa.field("round", pa.int32()),
-        pa.field("step", pa.int64()),
-        pa.field("id", pa.int64()),
-        pa.field("group", pa.string()),
-        pa.field("chosen", pa.bool_()),
-        pa.field("place", pa.int32()),
-        pa.field("score", pa.float64()),
-        pa.field("bonus", pa.float64()),
-        pa.field("noise", pa.float64()),
-        pa.field("rank", pa.int32()),
-        pa.field("threshold", pa.float64()),
-        pa.field("influence", pa.float64()),
-        pa.field("reason", pa.string()),
-        pa.field("round_flops", pa.float64()),
-        pa.field("flops_before", pa.float64()),
-    ]
-)
-"""One row for each candidate that a round compared, measured or chose.
-
-``place`` is its place in training order, ``rank`` how many compared candidates had a larger sum of score, bonus and
-noise; for selectors that compare groups, score, bonus and rank are those of its group. ``round_flops`` is what the
-round cost and ``flops_before`` what the run had cost until then, over all ranks. What does not apply is null.
-"""
+ROWS_PER_WRITE = 1 << 16
+"""Rows encoded at once, so that a round of the whole pool needs little memory besides its columns."""
+_FILE_NAME = re.compile(r"round-(\d{6,})\.parquet")
+_KEY_PREFIX = "liveselect."
 
 
 class RecordedPlan(NamedTuple):
@@ -71,14 +47,14 @@ class RecordedPlan(NamedTuple):
 class DecisionLedger:
     """Writes the decisions of a run, a file for each round.
 
-    The content of a file follows from the decisions alone: a resumed run that repeats a round writes the same again.
-    Files of later rounds, which a run leaves that goes back to an earlier checkpoint, are deleted; those of another run
-    in the same folder, which begins anew, are kept beside it as ``decisions-1`` and so on.
+    The content of a file follows from the decisions alone: a resumed run that repeats a round writes the same file.
+    Files of later rounds, left by a run that resumed from an earlier checkpoint, are deleted. When a new run starts in
+    the same folder, the files of the run before are kept beside it as ``decisions-1`` and so on.
 
     Args:
         folder: made when the first round is written.
-        most_rejected: of a round's rejected candidates only so many are told, those that came nearest to being chosen.
-            Chosen and measured ones are all told.
+        most_rejected: limit on the rejected candidates of a round; those nearest to being chosen are written. Chosen
+            and measured candidates are all written.
     """
 
     def __init__(self, folder: str | Path, most_rejected: int = 5_000_000) -> None:
@@ -88,11 +64,10 @@ class DecisionLedger:
         self.most_rejected = most_rejected
 
     def write(self, decisions: RoundDecisions) -> Path:
-        """Write one round and return its file; raise OSError when the disk does not take it."""
+        """Write one round and return its file; raise OSError if it cannot be written."""
         if decisions.record.round == 0:
             self.keep_older()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        table = DecisionTable(decisions, self.most_rejected)
+        rows, left_out = decision_rows(decisions, self.most_rejected)
         about = {
             "round": decisions.record.round,
             "step": decisions.record.step,
@@ -101,29 +76,20 @@ class DecisionLedger:
             "chosen": len(decisions.plan.ids),
             "pool": decisions.pool.fingerprint,
             "pool_size": decisions.pool.size,
-            "left_out": table.left_out,
+            "left_out": left_out,
         }
-        schema = SCHEMA.with_metadata({_MARK + b"." + key.encode(): str(about[key]).encode() for key in about})
+        schema = SCHEMA.with_metadata({_KEY_PREFIX + key: str(value) for key, value in about.items()})
         path = self.folder / f"round-{decisions.record.round:06d}.parquet"
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                with pq.ParquetWriter(
-                    file,
-                    schema,
-                    compression="zstd",
-                    use_dictionary=[*_TEXTS, "threshold", "round", "step", "round_flops", "flops_before"],
-                    column_encoding=dict.fromkeys(_FLOATS, "BYTE_STREAM_SPLIT")
-                    | {"id": "DELTA_BINARY_PACKED", "place": "DELTA_BINARY_PACKED", "rank": "DELTA_BINARY_PACKED"},
-                ) as writer:
-                    for piece in table.pieces():
-                        writer.write_table(_arrow(piece, schema, table.words))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        self._forget_after(decisions.record.round)
+        encoding = dict.fromkeys(["score", "bonus", "noise", "influence"], "BYTE_STREAM_SPLIT")
+        encoding |= dict.fromkeys(["id", "place", "rank"], "DELTA_BINARY_PACKED")
+        repeated = ["group", "reason", "threshold", "round", "step", "round_flops", "flops_before"]
+        settings = {"compression": "zstd", "use_dictionary": repeated, "column_encoding": encoding}
+        with whole_file(path) as file, pq.ParquetWriter(file, schema, **settings) as writer:
+            for start in range(0, len(rows), ROWS_PER_WRITE):
+                writer.write_table(rows.slice(start, ROWS_PER_WRITE).cast(schema))
+        for index, later in rounds_in(self.folder).items():
+            if index > decisions.record.round:
+                later.unlink()
         return path
 
     def keep_older(self) -> None:
@@ -132,20 +98,15 @@ class DecisionLedger:
             names = (self.folder.with_name(f"{self.folder.name}-{i}") for i in count(1))
             self.folder.rename(next(name for name in names if not name.exists()))
 
-    def _forget_after(self, last: int) -> None:
-        for index, path in rounds_in(self.folder).items():
-            if index > last:
-                path.unlink()
-
 
 def rounds_in(folder: Path) -> dict[int, Path]:
     """Return the files of the recorded rounds in ``folder``, by round, ascending."""
-    found = {int(match[1]): path for path in folder.glob("round-*.parquet") if (match := _NAME.fullmatch(path.name))}
-    return dict(sorted(found.items()))
+    matches = ((_FILE_NAME.fullmatch(path.name), path) for path in folder.glob("round-*.parquet"))
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
 def find_decisions(run: str | Path) -> Path:
-    """Return the folder of the decisions of a run: ``run`` itself, or the only such folder inside of it or beside it.
+    """Return the folder of the decisions of a run: ``run`` itself, or the only such folder in it or beside it.
 
     Raises:
         FileNotFoundError: there is none.
@@ -169,67 +130,55 @@ def find_decisions(run: str | Path) -> Path:
     return found[0]
 
 
+def read_rows(path: Path, columns: Sequence[str] | None = None, where: ds.Expression | None = None) -> pa.Table:
+    """Return the rows of a round's file for which ``where`` holds, by default all; ValueError for a damaged file."""
+    with _naming(path):
+        return ds.dataset(path).to_table(columns=None if columns is None else list(columns), filter=where)
+
+
 def read_round(
     path: Path, columns: Sequence[str] | None = None, ids: Sequence[int] | None = None
-) -> dict[str, npt.NDArray[Any]]:
-    """Return columns of a round as arrays; numbers that are null are NaN.
-
-    Args:
-        path: file of the round.
-        columns: names; all by default.
-        ids: only these candidates.
+) -> dict[str, np.ndarray]:
+    """Return columns of a round as arrays, of some ``ids`` or of all; a null number is NaN.
 
     Raises:
-        ValueError: the file is not what was written.
+        ValueError: the file is damaged.
     """
-    try:
-        filters = None if ids is None else [("id", "in", list(ids))]
-        table = pq.read_table(path, columns=None if columns is None else list(columns), filters=filters)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError, KeyError) as error:
-        raise ValueError(f"{path} is not the file of a round ({error}): it was damaged or copied in part") from error
+    table = read_rows(path, columns, None if ids is None else ds.field("id").isin(ids))
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
 def read_about(path: Path) -> dict[str, str]:
-    """Return what a round's file says of itself: round, step, selector, plan, chosen, pool, pool_size, left_out.
+    """Return the metadata of a round's file: round, step, selector, plan, chosen, pool, pool_size, left_out.
 
     Raises:
-        ValueError: it says nothing, or cannot be read.
+        ValueError: the file has none, or cannot be read.
     """
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not the file of a round ({error}): it was damaged or copied in part") from error
-    prefix = _MARK + b"."
-    found = {key.removeprefix(prefix).decode(): value.decode() for key, value in metadata.items() if prefix in key}
+    with _naming(path):
+        metadata = {key.decode(): value.decode() for key, value in (pq.read_schema(path).metadata or {}).items()}
+    found = {name.removeprefix(_KEY_PREFIX): text for name, text in metadata.items() if name.startswith(_KEY_PREFIX)}
     if "plan" not in found:
-        raise ValueError(f"{path} is not the file of a round: it lacks the marks of one")
+        raise ValueError(f"{path} is not the file of a round: it lacks the metadata of one")
     return found
 
 
 def read_plan(path: Path) -> RecordedPlan:
-    """Return the plan of a round's file; raise ValueError when it is not the one that was trained on."""
+    """Return the plan of a round's file; raise ValueError if its fingerprint is not the recorded one."""
     about = read_about(path)
-    columns = read_round(path, ["id", "chosen", "place"])
-    chosen = columns["chosen"].astype(bool)
-    order = columns["place"][chosen].argsort(kind="stable")
-    ids = np.ascontiguousarray(columns["id"][chosen][order], dtype=np.int64)
-    plan = RecordedPlan(int(about["round"]), int(about["step"]), torch.from_numpy(ids), about["plan"], about["pool"])
+    rows = read_rows(path, ["id", "place"], ds.field("chosen")).sort_by("place")
+    ids = torch.from_numpy(np.array(rows["id"].to_numpy()))
+    plan = RecordedPlan(int(about["round"]), int(about["step"]), ids, about["plan"], about["pool"])
     if Plan(plan.round, plan.ids).fingerprint != plan.fingerprint:
         raise ValueError(f"{path} does not hold the plan that it names: it was changed or copied in part")
     return plan
 
 
-def _arrow(columns: dict[str, npt.NDArray[Any]], schema: pa.Schema, words: dict[str, list[str]]) -> pa.Table:
-    arrays = []
-    for field in schema:
-        values = columns[field.name]
-        if field.name in words:
-            arrays.append(pa.array(words[field.name], field.type).take(pa.array(values)))
-        elif field.name in ("place", "rank"):
-            arrays.append(pa.array(values.astype(np.int32), mask=values < 0))
-        elif values.dtype.kind == "f":
-            arrays.append(pa.array(values, field.type, mask=np.isnan(values)))
-        else:
-            arrays.append(pa.array(values, field.type))
-    return pa.Table.from_arrays(arrays, schema=schema)
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in the error of one that cannot be read."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not the file of a round ({str(error).strip()}): it was damaged or copied in part"
+        ) from error

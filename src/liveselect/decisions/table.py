@@ -1,20 +1,19 @@
-"""The decisions of one round as rows, in pieces, so that a round of any size is written in bounded memory."""
+"""The decisions of one round as rows: why every candidate was chosen or not."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
+import pyarrow as pa
+import pyarrow.compute as pc
 from torch import Tensor
 
+from liveselect.grammar import Selection
 from liveselect.ledger import RoundRecord
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
-from liveselect.protocols import Selection
-
-PIECE = 1 << 16  # rows; the noise of a draw is made in pieces of this size too
 
 BY_SCORE = "its score, bonus and noise were among the highest"
 BELOW = "below the threshold"
@@ -23,23 +22,51 @@ ONLY_MEASURED = "measured, but not among the candidates that were compared"
 GROUP_BELOW = "its group was below the threshold"
 GROUP_PASSED = "its group was above the threshold, but others of it were drawn"
 BY_SELECTOR = "chosen by the selector, without a score"
+
+Row = Mapping[str, Any]
+"""A row as pyarrow returns it, by the names of :data:`SCHEMA`."""
+
 _REASONS = (BY_SCORE, BELOW, PASSED, ONLY_MEASURED, BY_SELECTOR, GROUP_BELOW, GROUP_PASSED)
 
-Columns = dict[str, npt.NDArray[Any]]
+SCHEMA = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("step", pa.int64()),
+        ("id", pa.int64()),
+        ("group", pa.string()),
+        ("chosen", pa.bool_()),
+        ("place", pa.int32()),
+        ("score", pa.float64()),
+        ("bonus", pa.float64()),
+        ("noise", pa.float64()),
+        ("rank", pa.int32()),
+        ("threshold", pa.float64()),
+        ("influence", pa.float64()),
+        ("reason", pa.string()),
+        ("round_flops", pa.float64()),
+        ("flops_before", pa.float64()),
+    ]
+)
+"""One row for each candidate that a round compared, measured or chose.
+
+``place`` is its place in training order, ``rank`` how many compared candidates had a larger sum of score, bonus and
+noise; for selectors that compare groups, score, bonus and rank are those of its group. ``round_flops`` is what the
+round cost and ``flops_before`` what the run had cost until then, over all ranks. What does not apply is null.
+"""
 
 
 @dataclass(frozen=True)
 class RoundDecisions:
-    """Everything that a round decided, and what it knew.
+    """The decisions of a round, and the data they were made from.
 
     Attributes:
         record: the round's line in the ledger.
         pool: the candidates.
         selection: what the selector returned.
-        plan: what was made of it.
+        plan: the plan made from it.
         measured: ``(m,)`` ids whose influence was measured.
         influence: ``(m,)`` their influence.
-        flops_before: what training and selection had cost when the round began, FLOPs over all ranks.
+        flops_before: cost of training and selection before the round, FLOPs over all ranks.
     """
 
     record: RoundRecord
@@ -50,206 +77,137 @@ class RoundDecisions:
     influence: Tensor
     flops_before: float = 0.0
 
+    @property
+    def compares_groups(self) -> bool:
+        """Whether scores are those of groups rather than of candidates."""
+        return {"reward", "bonus"} <= self.selection.group_metrics.keys()
 
-class DecisionTable:
-    """The rows of a round.
+    def groups_of(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the group code of each id."""
+        groups = self.pool.groups
+        return np.zeros(len(ids), np.int64) if groups is None else groups.numpy()[ids].astype(np.int64)
 
-    Compared candidates come first, in the order in which the selector compared them, then those that were chosen or
-    measured without being compared. Beside what the selector returned it needs 8 bytes for each compared candidate and
-    some 60 for each chosen one.
 
-    Args:
-        decisions: of the round.
-        most_rejected: of the rejected candidates only so many are told, those that came nearest.
+@dataclass
+class _Scores:
+    """The numbers by which candidates ``ids (n,)`` were compared, NaN for others; the sums ``keys`` decide.
 
-    Attributes:
-        threshold: the lowest sum of score, bonus and noise that was let through; NaN without scores.
-        left_out: rejected candidates that are not told.
-        words: the texts of the columns ``group`` and ``reason``, which hold their places.
+    ``ranked`` are the keys of all compared candidates, or of all groups: ranks are counted among them.
     """
 
-    def __init__(self, decisions: RoundDecisions, most_rejected: int) -> None:
-        self._round = decisions
-        selection = decisions.selection
-        self._by_group = {"reward", "bonus"} <= selection.group_metrics.keys()
-        self._group_values()
-        scored = selection.scored
-        if self._by_group or scored is None or selection.scores is None:
-            scored = torch.empty(0, dtype=torch.int64)
-        self._scored = scored.numpy()
-        self._chosen = _Lookup(decisions.plan.ids.numpy())
-        self._measured = _Lookup(decisions.measured.numpy())
-        self._forced = {why: _Lookup(ids.numpy()) for why, ids in selection.reasons.items()}
-        self._eligible = _Lookup((decisions.plan.ids if selection.eligible is None else selection.eligible).numpy())
-        self.words = {
-            "group": list(decisions.pool.group_names),
-            "reason": [*_REASONS, *self._forced],
-        }
-        self._sorted = np.empty(0)
-        self.threshold = np.nan
-        self._lowest = -np.inf
-        self.left_out = 0
-        self._compare(most_rejected)
+    ids: npt.NDArray[np.int64]
+    score: npt.NDArray[np.float64]
+    bonus: npt.NDArray[np.float64]
+    noise: npt.NDArray[np.float64]
+    keys: npt.NDArray[np.float64]
+    ranked: npt.NDArray[np.float64]
 
-    def pieces(self) -> Iterator[Columns]:
-        """Yield the columns, at most ``PIECE`` rows at a time."""
-        others = _distinct(np.concatenate([self._round.plan.ids.numpy(), self._round.measured.numpy()]))
-        among_others = _Lookup(others)
-        is_new = np.ones(len(others), dtype=np.bool_)
-        for start in range(0, len(self._scored), PIECE):
-            ids, scores, noise, keys = self._compared(start)
-            places = among_others.places(ids)
-            is_new[places[places >= 0]] = False
-            told = (places >= 0) | (_comparable(keys) >= self._lowest)
-            ranks = len(self._sorted) - np.searchsorted(self._sorted, _comparable(keys), side="right")
-            columns = self._columns(ids, scores, np.full(len(ids), np.nan), noise, ranks, keys)
-            yield {name: values[told] for name, values in columns.items()}
-        others = others[is_new]
-        for start in range(0, len(others), PIECE):
-            ids = others[start : start + PIECE]
-            scores, bonus, ranks = self._of_groups(ids)
-            yield self._columns(ids, scores, bonus, np.full(len(ids), np.nan), ranks, scores + bonus)
-
-    def _compare(self, most_rejected: int) -> None:
-        """Find the threshold and the ranks of the compared candidates."""
-        if self._by_group:
-            chosen = self._round.plan.ids.numpy()
-            scores, bonus, _ = self._of_groups(chosen[~self._is_forced(chosen)])
-            self.threshold = _lowest(scores + bonus)
-            return
-        if not len(self._scored):
-            return
-        keys = np.empty(len(self._scored))
-        lowest = np.inf
-        for start in range(0, len(keys), PIECE):
-            ids, _, _, piece = self._compared(start)
-            keys[start : start + PIECE] = _comparable(piece)
-            passed = self._eligible.holds(ids) & ~self._is_forced(ids)
-            lowest = min([lowest, *piece[passed & ~np.isnan(piece)].tolist()])
-        keys.sort()
-        self._sorted = keys
-        self.threshold = lowest if lowest < np.inf else np.nan
-        told = len(self._chosen) + most_rejected
-        if len(keys) > told:
-            self._lowest, self.left_out = float(keys[-told]), len(keys) - told
-
-    def _compared(self, start: int) -> tuple[npt.NDArray[Any], ...]:
-        """Return ids, scores, noise and their sum for a piece of the compared candidates."""
-        selection = self._round.selection
-        ids = self._scored[start : start + PIECE]
-        scores = np.full(len(ids), np.nan)
-        if selection.scores is not None:
-            scores = selection.scores[start : start + PIECE].double().numpy()
-        if selection.noise is None:
-            return ids, scores, np.full(len(ids), np.nan), scores
-        noise = selection.noise(start, start + len(ids)).double().numpy()
-        return ids, scores, noise, scores + noise
-
-    def _group_values(self) -> None:
-        if not self._by_group:
-            return
-        metrics = self._round.selection.group_metrics
-        self._rewards, self._bonuses = (metrics[name].double().numpy() for name in ("reward", "bonus"))
-        keys = _comparable(self._rewards + self._bonuses)
-        self._group_ranks = len(keys) - np.searchsorted(np.sort(keys), keys, side="right")
-
-    def _of_groups(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
-        """Return score, bonus and rank of the group of each id."""
-        if not self._by_group:
-            return np.full(len(ids), np.nan), np.full(len(ids), np.nan), np.full(len(ids), -1)
-        codes = self._codes(ids)
-        return self._rewards[codes], self._bonuses[codes], self._group_ranks[codes]
-
-    def _codes(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        groups = self._round.pool.groups
-        return np.zeros(len(ids), dtype=np.int64) if groups is None else groups[torch.from_numpy(ids)].long().numpy()
-
-    def _is_forced(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        return np.any([np.zeros(len(ids), dtype=bool), *(held.holds(ids) for held in self._forced.values())], axis=0)
-
-    def _columns(
-        self,
-        ids: npt.NDArray[np.int64],
-        scores: npt.NDArray[Any],
-        bonus: npt.NDArray[Any],
-        noise: npt.NDArray[Any],
-        ranks: npt.NDArray[Any],
-        keys: npt.NDArray[Any],
-    ) -> Columns:
-        record = self._round.record
-        chosen = self._chosen.holds(ids)
-        places = self._measured.places(ids)
-        influence = np.full(len(ids), np.nan)
-        influence[places >= 0] = self._round.influence.double().numpy()[places[places >= 0]]
-        return {
-            "round": np.full(len(ids), record.round, dtype=np.int32),
-            "step": np.full(len(ids), record.step, dtype=np.int64),
-            "id": ids,
-            "group": self._codes(ids),
-            "chosen": chosen,
-            "place": self._chosen.places(ids),
-            "score": scores,
-            "bonus": bonus,
-            "noise": noise,
-            "rank": ranks,
-            "threshold": np.full(len(ids), self.threshold),
-            "influence": influence,
-            "reason": self._reasons(ids, chosen, keys),
-            "round_flops": np.full(len(ids), record.total_flops),
-            "flops_before": np.full(len(ids), self._round.flops_before),
-        }
-
-    def _reasons(
-        self, ids: npt.NDArray[np.int64], chosen: npt.NDArray[np.bool_], keys: npt.NDArray[Any]
-    ) -> npt.NDArray[np.int64]:
-        """Return the place of each reason among the words."""
-        code = {reason: place for place, reason in enumerate(_REASONS)}
-        has_key = ~np.isnan(keys)
-        if self._by_group:
-            passed = _comparable(keys) >= self.threshold
-            otherwise = np.where(passed, code[GROUP_PASSED], np.where(has_key, code[GROUP_BELOW], code[ONLY_MEASURED]))
-        else:
-            otherwise = np.where(has_key, code[BELOW], code[ONLY_MEASURED])
-        if self._round.selection.eligible is not None:
-            otherwise[self._eligible.holds(ids)] = code[PASSED]
-        reasons = np.where(chosen, np.where(has_key, code[BY_SCORE], code[BY_SELECTOR]), otherwise)
-        for place, held in enumerate(self._forced.values(), len(_REASONS)):
-            reasons[chosen & held.holds(ids)] = place
-        return reasons
+    def take(self, rows: npt.NDArray[np.int64]) -> "_Scores":
+        """Return the numbers of some candidates."""
+        score, bonus, noise = self.score[rows], self.bonus[rows], self.noise[rows]
+        return _Scores(self.ids[rows], score, bonus, noise, self.keys[rows], self.ranked)
 
 
-class _Lookup:
-    """Finds ids among others, by their order in it."""
+def decision_rows(decisions: RoundDecisions, most_rejected: int) -> tuple[pa.Table, int]:
+    """Return the rows of a round, and the number of rejected candidates without one because of ``most_rejected``.
 
-    def __init__(self, ids: npt.NDArray[np.int64]) -> None:
-        self._order = ids.argsort(kind="stable")
-        self._ids = ids[self._order]
+    Compared candidates come first, in the selector's order, then those that were chosen or measured without being
+    compared. Columns of few values are dictionaries, to be cast to :data:`SCHEMA`.
+    """
+    record, plan, measured = decisions.record, decisions.plan.ids.numpy(), decisions.measured.numpy()
+    touched = pa.array(np.concatenate([plan, measured])).unique().to_numpy()
+    scores = _scores_of_groups(decisions, touched) if decisions.compares_groups else _scores(decisions, touched)
+    reasons, threshold = _reasons(decisions, scores)
+    ranked = np.sort(_sortable(scores.ranked))
+    left_out = 0 if decisions.compares_groups else max(0, len(ranked) - len(plan) - most_rejected)
+    if left_out:
+        kept = np.flatnonzero(_is_in(scores.ids, touched) | (_sortable(scores.keys) >= ranked[left_out]))
+        scores, reasons = scores.take(kept), reasons[kept]
+    ids = scores.ids
+    place = pc.index_in(pa.array(ids), value_set=pa.array(plan))
+    influence = pa.array(decisions.influence.double().numpy(), from_pandas=True)
+    ranks = len(ranked) - np.searchsorted(ranked, _sortable(scores.keys), side="right")
+    columns = {
+        "round": _repeated("round", record.round, len(ids)),
+        "step": _repeated("step", record.step, len(ids)),
+        "id": ids,
+        "group": pa.DictionaryArray.from_arrays(decisions.groups_of(ids), list(decisions.pool.group_names)),
+        "chosen": place.is_valid(),
+        "place": place,
+        "score": pa.array(scores.score, from_pandas=True),
+        "bonus": pa.array(scores.bonus, from_pandas=True),
+        "noise": pa.array(scores.noise, from_pandas=True),
+        "rank": pa.array(ranks, pa.int32(), mask=np.isnan(scores.keys)),
+        "threshold": _repeated("threshold", threshold, len(ids)),
+        "influence": influence.take(pc.index_in(pa.array(ids), value_set=pa.array(measured))),
+        "reason": pa.DictionaryArray.from_arrays(reasons, [*_REASONS, *decisions.selection.reasons]),
+        "round_flops": _repeated("round_flops", record.total_flops, len(ids)),
+        "flops_before": _repeated("flops_before", decisions.flops_before, len(ids)),
+    }
+    return pa.table(columns), left_out
 
-    def __len__(self) -> int:
-        return len(self._ids)
 
-    def places(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the place of each id, -1 where it is not held."""
-        if not len(self._ids):
-            return np.full(len(ids), -1)
-        found = np.searchsorted(self._ids, ids).clip(max=len(self._ids) - 1)
-        return np.where(self._ids[found] == ids, self._order[found], -1)
+def _scores(decisions: RoundDecisions, touched: npt.NDArray[np.int64]) -> _Scores:
+    """Return the scores of the compared candidates, then NaN for the ``touched`` ones that were not compared."""
+    selection = decisions.selection
+    if selection.scored is None or selection.scores is None:
+        compared, score, noise = np.empty(0, np.int64), np.empty(0), None
+    else:
+        compared, score, noise = selection.scored.numpy(), selection.scores.double().numpy(), selection.noise
+    drawn = None if noise is None else noise(0, len(compared)).double().numpy()
+    keys = score if drawn is None else score + drawn
+    others = touched[~_is_in(touched, compared)]
+    unknown = np.full(len(others), np.nan)
+    nothing = np.full(len(compared) + len(others), np.nan)
+    return _Scores(
+        ids=np.concatenate([compared, others]),
+        score=np.concatenate([score, unknown]),
+        bonus=nothing,
+        noise=nothing if drawn is None else np.concatenate([drawn, unknown]),
+        keys=np.concatenate([keys, unknown]),
+        ranked=keys,
+    )
 
-    def holds(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Return whether each id is held."""
-        return self.places(ids) >= 0
+
+def _scores_of_groups(decisions: RoundDecisions, touched: npt.NDArray[np.int64]) -> _Scores:
+    """Return the scores of the groups of the ``touched`` candidates."""
+    reward, bonus = (decisions.selection.group_metrics[name].double().numpy() for name in ("reward", "bonus"))
+    codes, keys = decisions.groups_of(touched), reward + bonus
+    return _Scores(touched, reward[codes], bonus[codes], np.full(len(codes), np.nan), keys[codes], keys)
 
 
-def _distinct(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return each id once, in the order in which they first come."""
-    return ids[np.sort(np.unique(ids, return_index=True)[1])]
+def _reasons(decisions: RoundDecisions, scores: _Scores) -> tuple[npt.NDArray[np.int8], float]:
+    """Return the index of each candidate's reason, and the threshold: the lowest key of an eligible candidate."""
+    selection, plan = decisions.selection, decisions.plan.ids.numpy()
+    chosen, has_key = _is_in(scores.ids, plan), ~np.isnan(scores.keys)
+    eligible = chosen if selection.eligible is None else _is_in(scores.ids, selection.eligible.numpy())
+    forced = np.full(len(scores.ids), -1, np.int8)
+    for place, ids in enumerate(selection.reasons.values(), len(_REASONS)):
+        forced[_is_in(scores.ids, ids.numpy())] = place
+    passed = scores.keys[eligible & has_key & (forced < 0)]
+    threshold = float(passed.min()) if len(passed) else np.nan
+    cases = [
+        (chosen & has_key, BY_SCORE),
+        (chosen, BY_SELECTOR),
+        (eligible, PASSED),
+        (has_key & (decisions.compares_groups & (scores.keys >= threshold)), GROUP_PASSED),
+        (has_key, GROUP_BELOW if decisions.compares_groups else BELOW),
+    ]
+    places = [_REASONS.index(reason) for _, reason in cases]
+    reasons = np.select([mask for mask, _ in cases], places, _REASONS.index(ONLY_MEASURED)).astype(np.int8)
+    return np.where(chosen & (forced >= 0), forced, reasons), threshold
 
 
-def _comparable(keys: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return keys that sort: what is not known comes last."""
+def _is_in(ids: npt.NDArray[np.int64], among: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    found: npt.NDArray[np.bool_] = pc.is_in(pa.array(ids), value_set=pa.array(among)).to_numpy(zero_copy_only=False)
+    return found
+
+
+def _sortable(keys: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the keys with -inf for unknown ones, which sort below all others."""
     return np.where(np.isnan(keys), -np.inf, keys)
 
 
-def _lowest(keys: npt.NDArray[Any]) -> float:
-    known = keys[~np.isnan(keys)]
-    return float(known.min()) if len(known) else np.nan
+def _repeated(column: str, value: float, length: int) -> pa.DictionaryArray:
+    values = pa.array([value], SCHEMA.field(column).type, from_pandas=True)
+    return pa.DictionaryArray.from_arrays(np.zeros(length, np.int8), values)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from liveselect.functional.updates import Clip, Moments, Rule, Vector, Whole
+from liveselect.functional.updates import Clip, Moments, Pull, Rule, Update, Vector, Whole
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class State:
     Attributes:
         parameters: by name.
         moments: of every parameter, in the order of its rule.
-        counts: how many updates each parameter has had.
+        counts: number of updates of each parameter so far.
     """
 
     parameters: Vector
@@ -96,18 +96,11 @@ class Dynamics:
         """
         raw, after, before = transition.gradient, transition.after, transition.before
         gradient = raw if self.clip is None else self.clip.apply(raw)
-        pulls = {
-            name: rule.pull_back(
-                costate.parameters[name],
-                costate.moments[name],
-                before.parameters[name],
-                gradient[name],
-                after.moments[name],
-                after.counts[name],
-                self._rate(rule, transition.index),
-            )
-            for name, rule in self.rules.items()
-        }
+        pulls: dict[str, Pull] = {}
+        for name, rule in self.rules.items():
+            rate = self._rate(rule, transition.index)
+            update = Update(before.parameters[name], gradient[name], after.moments[name], after.counts[name], rate)
+            pulls[name] = rule.pull_back(costate.parameters[name], costate.moments[name], update)
         toward = {name: pull.gradient for name, pull in pulls.items()}
         if self.clip is not None:
             toward = self.clip.pull_back(toward, raw)
@@ -120,9 +113,9 @@ class Dynamics:
     def damp(self, toward: Vector, transition: Transition, floor: float) -> Vector:
         """Return a gradient costate with the coordinates damped that the optimizer divided by next to nothing.
 
-        A denominator below ``floor`` times the root mean square of those of its parameter is taken for that. The exact
-        derivative in such a coordinate (the embedding of a token that training has hardly met) holds for the smallest
-        weights only: a real one fills the denominator itself.
+        That is a denominator below ``floor`` times the root mean square in its parameter. The exact derivative in such
+        a coordinate (the embedding of a rare token) holds for the smallest weights only: a real one fills the
+        denominator itself.
         """
         after = transition.after
         found = {name: rule.denominator(after.moments[name], after.counts[name]) for name, rule in self.rules.items()}

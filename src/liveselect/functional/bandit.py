@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def arm_means(rewards: Tensor, pulls: Tensor) -> Tensor:
-    """Return the mean reward of each arm, ``(K,)``; 0 where nothing was ever credited.
+    """Return the mean reward of each arm, ``(K,)``; 0 for an arm without credit.
 
     Args:
         rewards: ``(K,)`` sums of credited rewards.
@@ -51,7 +51,7 @@ def top_arms(scores: Tensor, k: int, generator: torch.Generator, open_arms: Tens
 
     Args:
         scores: ``(K,)``; +inf is allowed, so that arms never pulled come first, in an order that the generator draws.
-        k: how many arms.
+        k: number of arms.
         generator: advanced by one permutation of K.
         open_arms: ``(K,)`` bool, the arms that may be returned; fewer than ``k`` of them give fewer arms.
     """
@@ -62,7 +62,7 @@ def top_arms(scores: Tensor, k: int, generator: torch.Generator, open_arms: Tens
 
 
 def neighbour_weights(distances: Tensor, cutoff: float) -> Tensor:
-    """Return how much of a pull's outcome belongs to arms at ``distances (...)``: ``1 - d / cutoff``, at least 0.
+    """Return the share of a pull's outcome that arms at ``distances (...)`` get: ``1 - d / cutoff``, at least 0.
 
     Raises:
         ValueError: the cutoff is not positive.
@@ -111,14 +111,14 @@ def credit_pulls(
 def allocate(weights: Tensor, room: Tensor, budget: int) -> Tensor:
     """Share ``budget`` out in proportion to ``weights``, never more than ``room``; returns ``(K,)`` int64.
 
-    What an arm without room cannot take goes to the others in their proportions. Remainders go to the largest
-    fractions, of equal ones to the first arm. The result sums to ``budget``, or to all the room of arms with a positive
+    The shares of full arms go to the others in their proportions. Remainders go to the largest fractions, of equal ones
+    to the first arm. The result sums to ``budget``, or to all the room of arms with a positive
     weight when that is less.
 
     Args:
         weights: ``(K,)`` non-negative.
-        room: ``(K,)`` int64, what each arm can give.
-        budget: how much to share out.
+        room: ``(K,)`` int64, the limit of each arm.
+        budget: the number to share out.
     """
     counts = torch.zeros_like(room)
     is_open = (weights > 0) & (room > 0)
@@ -179,7 +179,7 @@ def follow_controls(
         moments: level and variance in the round before; None in the first one, whose values then stand alone.
         values: at least two.
         level_memory: in the level the past counts as much as this many values, if its spread was no larger.
-        spread_memory: likewise in the spread.
+        spread_memory: the same for the spread.
 
     Raises:
         ValueError: a value is not finite.
@@ -187,66 +187,9 @@ def follow_controls(
     level, variance = follow_moments(None, values)
     if moments is None or moments[1] == 0.0:
         return level, variance
-    if variance == 0.0:  # all alike: no scale to be seen
+    if variance == 0.0:  # all alike, which shows no scale
         return level, moments[1]
     past = level_memory * min(1.0, variance / moments[1])
     level = (len(values) * level + past * moments[0]) / (len(values) + past)
     fresh = len(values) / (len(values) + spread_memory)
     return level, math.exp(fresh * math.log(variance) + (1 - fresh) * math.log(moments[1]))
-
-
-def simulate_pulls(
-    means: Tensor,
-    k: int,
-    alpha: float,
-    generator: torch.Generator,
-    noise: float = 1.0,
-    discount: float = 1.0,
-    released: bool = False,
-) -> Tensor:
-    """Play rounds of ``k`` parallel pulls against arms with known means; returns the pulled arms, ``(rounds, k)``.
-
-    Args:
-        means: ``(rounds, K)`` mean reward of each arm in each round.
-        k: arms pulled in a round; their outcomes are known to the next round.
-        alpha: width of the bound.
-        generator: drives ties and the Gaussian noise.
-        noise: sd of a pull's reward around the arm's mean.
-        discount: what remains of old rewards and pulls after each round.
-        released: score as the released code does, which also begins with the first ``k`` arms.
-    """
-    rewards, pulls = torch.zeros(2, means.shape[1], dtype=torch.float64)
-    rounds = []
-    for index, truth in enumerate(means.double()):
-        rewards *= discount
-        pulls *= discount
-        arms = top_arms(ucb_scores(rewards, pulls, alpha, released), k, generator)
-        if released and index == 0:
-            arms = torch.arange(k)
-        outcomes = truth[arms] + noise * torch.randn(k, generator=generator, dtype=torch.float64)
-        credit_pulls(rewards, pulls, arms, outcomes)
-        rounds.append(arms)
-    return torch.stack(rounds)
-
-
-def ucb1_regret_bound(gaps: Tensor, pulls: int) -> float:
-    r"""Return the bound on the expected regret of UCB1 with rewards in [0, 1] and ``alpha = 1`` after ``pulls`` pulls.
-
-    .. math:: 8 \sum_{i: \Delta_i > 0} \frac{\ln n}{\Delta_i} + \left(1 + \frac{\pi^2}{3}\right) \sum_i \Delta_i
-
-    (Auer, Cesa-Bianchi and Fischer 2002, theorem 1), with ``gaps (K,)`` the :math:`\Delta_i` to the best mean.
-    """
-    positive = gaps[gaps > 0]
-    return float(8 * math.log(pulls) * (1 / positive).sum() + (1 + math.pi**2 / 3) * positive.sum())
-
-
-def pull_regret(means: Tensor, pulled: Tensor) -> Tensor:
-    """Return the mean regret of the pulls of each round, ``(rounds,)``: what the k best arms give, less what was got.
-
-    Args:
-        means: ``(K,)`` true means, or ``(rounds, K)`` where they drift.
-        pulled: ``(rounds, k)`` int64 distinct arms.
-    """
-    means = means.expand(len(pulled), -1)
-    best = means.topk(pulled.shape[1], dim=1).values.mean(dim=1)
-    return best - means.gather(1, pulled).mean(dim=1)

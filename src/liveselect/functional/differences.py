@@ -1,31 +1,34 @@
 """Derivatives along a direction by central differences: two passes, every architecture, every kernel.
 
 Parameters are displaced in place and put back from copies, bit for bit. The length of the displacement balances
-curvature, whose error grows with its square, against rounding, whose error grows with its inverse: :data:`SHARES` where
-nothing is known, :data:`NATS` where it is known how fast losses change along the direction.
+curvature, whose error grows with its square, against rounding, whose error grows with its inverse:
+:data:`DISPLACEMENT_SHARES` where nothing is known, :data:`LOSS_CHANGE_NATS` where the slope of the losses is known.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from liveselect.functional.gradients import LossFn, mean_gradient
+from liveselect.functional.gradients import match_direction, mean_gradient
+from liveselect.functional.layer_pass import LossFn, T
 from liveselect.functional.sharding import like, local, reshard
 
-SHARES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+DISPLACEMENT_SHARES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Length of the displacement as a share of that of the parameters, by the precision that losses are computed in."""
 
-NATS = {torch.float64: 1e-5, torch.float32: 2e-2, torch.bfloat16: 1e-1, torch.float16: 3e-2}
-"""By how much a displacement should change a loss, nats per token, likewise."""
+LOSS_CHANGE_NATS = {torch.float64: 1e-5, torch.float32: 2e-2, torch.bfloat16: 1e-1, torch.float16: 3e-2}
+"""By how much a displacement should change a loss, nats per token, by the same precision."""
 
-_FARTHEST = 10.0
-_MOST_CHANGE, _CHANGE = 0.05, 0.02  # of a gradient, from the middle to either end
-_ATTEMPTS = 3
+_MAX_LENGTHENING = 10.0  # times the displacement of DISPLACEMENT_SHARES: the slope is a guess, and may be far too small
+_MAX_GRADIENT_CHANGE = (
+    0.05  # share of a gradient, from the middle to either end; beyond, curvature spoils the difference
+)
+_AIMED_GRADIENT_CHANGE = 0.02  # clearly below, so that the next attempt need not be the last
+_MAX_ATTEMPTS = 3  # each costs two gradients
 
 Length = Callable[[Sequence[Tensor]], float]
 """The Euclidean length of several tensors together, of the whole of those that ranks hold in parts."""
@@ -37,7 +40,7 @@ def length_of(tensors: Sequence[Tensor]) -> float:
 
 
 def central_difference_product(
-    model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], vector: Mapping[str, Tensor], share: float | None = None
+    model: nn.Module, loss_fn: LossFn[T], batches: Sequence[T], vector: Mapping[str, Tensor], share: float | None = None
 ) -> dict[str, Tensor]:
     r"""Return :math:`\nabla^2 L \, v` in the parameters that ``vector`` names; L is the mean over all examples.
 
@@ -49,21 +52,22 @@ def central_difference_product(
         loss_fn: per-example losses, computed in float32 or finer.
         batches: walked twice.
         vector: for each parameter that takes part a tensor of its shape.
-        share: see :data:`SHARES`; by default that of the parameters' type, and less where the gradient changes much.
+        share: see :data:`DISPLACEMENT_SHARES`; by default that of the parameters' type, and less where the gradient
+            changes much.
     """
     return central_difference(model, vector, lambda: mean_gradient(model, loss_fn, batches), Reach(share))
 
 
 @dataclass
 class Reach:
-    """How far differences of gradients go, from one product to the next.
+    """How far differences of gradients reach, from one product to the next.
 
-    Where the loss is sharply curved along a vector, as it is along gradients, the share in :data:`SHARES` may be too
-    far: a gradient that changes by more than a twentieth on the way is measured again over a shorter one, and the
-    products after it begin with that.
+    Where the loss is sharply curved along a vector, as it is along gradients, the share in :data:`DISPLACEMENT_SHARES`
+    may be too large: a gradient that changes by more than a twentieth on the way is measured again over a shorter way,
+    with which later products begin.
 
     Attributes:
-        share: see :data:`SHARES`; None before the first product means that of the parameters' type.
+        share: see :data:`DISPLACEMENT_SHARES`; None before the first product means that of the parameters' type.
     """
 
     share: float | None = None
@@ -86,13 +90,14 @@ def central_difference(
         length: needed where ranks hold parameters in parts.
     """
     reach = Reach() if reach is None else reach
+    parameters = _named_in(model, vector)
 
     def size(parts: Mapping[str, Tensor]) -> float:
         return length([like(parts[name], value) for name, value in vector.items()])
 
-    reach.share = reach.share or SHARES[_dtype_of(model, vector)]
-    with _displaceable(model, vector, reach.share, length) as (h, displace):
-        for attempt in range(_ATTEMPTS):
+    reach.share = reach.share or DISPLACEMENT_SHARES[next(iter(parameters.values())).dtype]
+    with _displaceable(model, parameters, vector, reach.share, length) as (h, displace):
+        for attempt in range(_MAX_ATTEMPTS):
             displace(h)
             ahead = gradient()
             displace(-h)
@@ -101,21 +106,17 @@ def central_difference(
             difference = {name: ahead[name].sub_(behind[name]) for name in vector}
             apart = size(difference)
             change = apart / math.sqrt(max(squares - apart**2, torch.finfo(torch.float32).tiny))
-            if not _MOST_CHANGE < change < math.inf or attempt == _ATTEMPTS - 1:
+            if not _MAX_GRADIENT_CHANGE < change < math.inf or attempt == _MAX_ATTEMPTS - 1:
                 break
-            h *= _CHANGE / change
-            reach.share *= _CHANGE / change
+            h *= _AIMED_GRADIENT_CHANGE / change
+            reach.share *= _AIMED_GRADIENT_CHANGE / change
     return {name: value.div_(2 * h) for name, value in difference.items()}
-
-
-def _dtype_of(model: nn.Module, vector: Mapping[str, Tensor]) -> torch.dtype:
-    return next(parameter.dtype for name, parameter in model.named_parameters() if name in vector)
 
 
 def central_difference_dots(
     model: nn.Module,
-    loss_fn: LossFn,
-    batches: Callable[[], Iterable[Any]],
+    loss_fn: LossFn[T],
+    batches: Callable[[], Iterable[T]],
     vector: Mapping[str, Tensor],
     slope: float | None = None,
     dtype: torch.dtype | None = None,
@@ -131,22 +132,71 @@ def central_difference_dots(
         loss_fn: per-example losses ``(B,)``.
         batches: gives the same batches at each of two calls.
         vector: as in :func:`central_difference`.
-        slope: roughly how fast losses change along the vector. The displacement is then by :data:`NATS`, but no more
-            than ten times as long as :data:`SHARES` gives, which is the default.
-        dtype: that losses are computed in, under autocast; by default that of the parameters.
+        slope: roughly how fast losses change along the vector. The displacement is then by :data:`LOSS_CHANGE_NATS`,
+            but no more than ten times as long as by :data:`DISPLACEMENT_SHARES`, which is the default.
+        dtype: in which losses are computed under autocast; by default that of the parameters.
         length: needed where ranks hold parameters in parts.
     """
-    ends = []
-    eager = torch.compiler.set_stance("force_eager")
-    dtype = dtype or _dtype_of(model, vector)
-    with _displaceable(model, vector, SHARES[dtype], length) as (h, displace), torch.no_grad(), eager:
-        h = min(NATS[dtype] / slope, _FARTHEST * h) if slope else h
-        for signed in (h, -h):
-            displace(signed)
-            ends.append([loss_fn(model, batch) for batch in batches()])
+    parameters = _named_in(model, vector)
+    dtype = dtype or next(iter(parameters.values())).dtype
+    with _displaceable(model, parameters, vector, DISPLACEMENT_SHARES[dtype], length) as (h, displace):
+        h = min(LOSS_CHANGE_NATS[dtype] / slope, _MAX_LENGTHENING * h) if slope else h
+        ends = _losses_at_both_ends(model, loss_fn, batches, h, displace)
     if not ends[0]:
         return torch.empty(0)
     return (torch.cat(ends[0]) - torch.cat(ends[1])).div_(2 * h)
+
+
+def central_difference_dot(
+    model: nn.Module,
+    loss_fn: LossFn[T],
+    batch: T,
+    direction: Mapping[str, Tensor | None],
+    step: float = 1e-3,
+    length: Length = length_of,
+) -> Tensor:
+    r"""Return the products of :func:`~liveselect.functional.gradients.example_dot` by central differences, ``(B,)``.
+
+    Two forwards, any architecture, any parameters; with an error of order :math:`h^2` from curvature and :math:`1/h`
+    from rounding.
+
+    Args:
+        model: its parameters move while the call lasts.
+        loss_fn: per-example losses, computed in float32 or finer: 16-bit rounding is larger than the differences.
+        batch: passed to ``loss_fn``.
+        direction: as in ``example_dot``.
+        step: length of the displacement as a share of that of the parameters, :math:`|hV| / |\theta|`. In float32
+            1e-3 to 1e-2 is a plateau; in float64 1e-5.
+        length: needed where ranks hold parameters in parts.
+
+    Raises:
+        ValueError: unknown names or shapes that do not fit.
+    """
+    reshard(model)
+    parameters, values = match_direction(model, direction)
+    with _displaceable(model, parameters, values, step, length) as (h, displace):
+        (ahead,), (behind,) = _losses_at_both_ends(model, loss_fn, lambda: [batch], h, displace)
+    return (ahead - behind) / (2 * h)
+
+
+def _named_in(model: nn.Module, vector: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    reshard(model)  # else the model would show whole parameters
+    return {name: parameter for name, parameter in model.named_parameters() if name in vector}
+
+
+def _losses_at_both_ends(
+    model: nn.Module,
+    loss_fn: LossFn[T],
+    batches: Callable[[], Iterable[T]],
+    h: float,
+    displace: Callable[[float], None],
+) -> tuple[list[Tensor], list[Tensor]]:
+    def losses_at(by: float) -> list[Tensor]:
+        displace(by)
+        return [loss_fn(model, batch) for batch in batches()]
+
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return losses_at(h), losses_at(-h)
 
 
 @contextmanager
@@ -161,18 +211,20 @@ def parameters_kept(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[
     try:
         yield kept
     finally:
-        reshard(model)  # else the next forward would not see what is written
+        reshard(model)  # else the next forward would not read the restored parts
         torch._foreach_copy_(live, kept)
         torch.clear_autocast_cache()  # casts of the weights in between would be used again
 
 
 @contextmanager
 def _displaceable(
-    model: nn.Module, vector: Mapping[str, Tensor], share: float, length: Length
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    vector: Mapping[str, Tensor],
+    share: float,
+    length: Length,
 ) -> Iterator[tuple[float, Callable[[float], None]]]:
     """Open a block with the length h of a displacement, and the function that displaces all parameters by h v."""
-    reshard(model)
-    parameters = {name: parameter for name, parameter in model.named_parameters() if name in vector}
     live = [local(parameter) for parameter in parameters.values()]
     moves = [local(vector[name]).to(part) for name, part in zip(parameters, live, strict=True)]
     distance = length([vector[name] for name in parameters])

@@ -3,16 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liveselect.functional.kronecker import Curvature, add_gram_, rotated_squares
-from liveselect.functional.layer_pass import LayerPlan, LossFn, backward_through_layers
+from liveselect.functional.layer_pass import LayerPlan, LossFn, T, backward_through_layers
 
 Sums = dict[str, dict[str, Tensor]]
-"""By leader, then by what is summed: ``tokens`` (a number); ``inputs (I, I)``, an upper triangle, or ``trace`` (a
+"""By leader, then by kind of sum: ``tokens`` (a number); ``inputs (I, I)``, an upper triangle, or ``trace`` (a
 number); :func:`key` ``("outputs", layer, block)`` ``(O_b, O_b)``, an upper triangle, or ``("squares", layer, block)``
 ``(O_b, I)``. The sums of ranks and batches add up."""
 
@@ -52,7 +51,7 @@ class MatrixLayer:
         return weight if self.bias is None else torch.cat([weight, values[self.bias].unsqueeze(1)], dim=1)
 
     def by_name(self, matrix: Tensor) -> dict[str, Tensor]:
-        """Return what :meth:`matrix` joined, by parameter name."""
+        """Return the parts that :meth:`matrix` joins, by parameter name."""
         weight = matrix if self.bias is None else matrix[:, :-1]
         parts = {self.weight: (weight.t() if self.transposed else weight).contiguous()}
         return parts if self.bias is None else {**parts, self.bias: matrix[:, -1].contiguous()}
@@ -62,9 +61,9 @@ class MatrixLayer:
         return inputs if self.bias is None else torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
 
 
-def key(what: str, layer: str, block: int) -> str:
+def key(kind: str, layer: str, block: int) -> str:
     """Return the name of a sum that belongs to one block of a layer's outputs."""
-    return f"{what} {layer} {block}"
+    return f"{kind} {layer} {block}"
 
 
 def zero_sums(layers: Sequence[MatrixLayer], model: nn.Module, kinds: Sequence[str]) -> Sums:
@@ -100,8 +99,8 @@ def add_covariances(
     sums: Sums,
     layers: Sequence[MatrixLayer],
     model: nn.Module,
-    loss_fn: LossFn,
-    batch: Any,
+    loss_fn: LossFn[T],
+    batch: T,
     weights: Tensor,
     mask: Tensor,
     keep: Seen | None = None,
@@ -111,13 +110,13 @@ def add_covariances(
 
     Args:
         sums: added to in place.
-        layers: what to observe.
+        layers: the layers to observe.
         model: in evaluation mode.
         loss_fn: mean loss of each example.
         batch: examples.
         weights: ``(B,)``, the target tokens of each example: they turn mean losses into sums over tokens.
         mask: ``(B, T)`` bool on CPU, the tokens that count; the gradients of others are zero.
-        keep: where to put what was seen, for :func:`add_seen_squares`.
+        keep: a list that gets the observed tensors, for :func:`add_seen_squares`.
         check: look for uses of the layers' weights that no layer saw.
     """
     active = _ActiveTokens(mask)
@@ -140,8 +139,8 @@ def add_squares(
     sums: Sums,
     layers: Sequence[MatrixLayer],
     model: nn.Module,
-    loss_fn: LossFn,
-    batch: Any,
+    loss_fn: LossFn[T],
+    batch: T,
     weights: Tensor,
     mask: Tensor,
     curvature_of: Callable[[str, int], Curvature],
@@ -160,7 +159,7 @@ def add_squares(
 
 
 def add_seen_squares(sums: Sums, seen: Seen, mask: Tensor, curvature_of: Callable[[str, int], Curvature]) -> None:
-    """Do what :func:`add_squares` does with what :func:`add_covariances` kept, without passing through the model."""
+    """Do as :func:`add_squares`, on the tensors that :func:`add_covariances` kept and without a pass of the model."""
     active = _ActiveTokens(mask)
     for layer, x, delta in seen:
         _add_layer_squares(sums[layer.leader], layer, x, delta, active, curvature_of)

@@ -5,7 +5,7 @@ from torch import nn
 
 
 def matmul_parameters(model: nn.Module) -> int:
-    """Return how many weights of ``model`` take part in matrix products with every token.
+    """Return the number of weights of ``model`` that take part in matrix products with every token.
 
     Every use counts: a module registered under two names is counted twice, and an output head counts although its
     weight may be tied to an embedding. Embeddings, norms and biases do not count. Counted are ``nn.Linear`` and its

@@ -1,17 +1,14 @@
-"""Gradients of single examples, met with one direction in parameter space: exactly, and without forming them."""
+"""Products of single examples' gradients with one direction in parameter space: exact, and without forming them."""
 
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Generic
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from liveselect.functional.layer_pass import LayerPlan, LossFn, backward_through_layers
+from liveselect.functional.layer_pass import LayerPlan, LossFn, T, backward_through_layers
 from liveselect.functional.layers import Rule, any_dot, rule_for
-from liveselect.functional.sharding import local, reshard
 from liveselect.functional.taps import Observer
 
 Gather = Callable[[Tensor], Tensor]
@@ -23,8 +20,8 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 def example_dot(
     model: nn.Module,
-    loss_fn: LossFn,
-    batch: Any,
+    loss_fn: LossFn[T],
+    batch: T,
     direction: Mapping[str, Tensor | None],
     check: bool = True,
     whole: Gather = _as_it_is,
@@ -41,7 +38,7 @@ def example_dot(
         model: in the mode (train, eval) in which the gradient is wanted.
         loss_fn: per-example losses; examples must not influence each other.
         batch: a mapping of tensors with one row per example, ``input_ids`` among them or first.
-        direction: for each parameter that takes part a tensor of its shape; what is missing or None is left out.
+        direction: for each parameter that takes part a tensor of its shape; those missing or None are left out.
         check: look through the graph of the loss for uses of parameters that no layer saw; a few milliseconds.
         whole: gathers a tensor of the direction that ranks hold in parts, each time that a layer needs it.
 
@@ -61,7 +58,7 @@ def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None], whol
     Raises:
         ValueError: unknown names, shapes that do not fit, or parameters that no rule covers.
     """
-    parameters, values = _match(model, direction)
+    parameters, values = match_direction(model, direction)
     observers: dict[str, Observer] = {}
     holders: dict[str, list[str]] = {name: [] for name in parameters}
     opaque: set[str] = set()
@@ -86,81 +83,28 @@ def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None], whol
     return LayerPlan(observers, parameters, {n: tuple(h) for n, h in holders.items()}, frozenset(opaque), model)
 
 
-def uncovered_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the trainable parameters for which :func:`example_dot` has no rule."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    owners = _owners(model, parameters)
-    return sorted({name for _, module, own in owners if rule_for(module) is None for name in own.values()})
-
-
-def central_difference_dot(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batch: Any,
-    direction: Mapping[str, Tensor | None],
-    step: float = 1e-3,
-    length: Callable[[Sequence[Tensor]], float] | None = None,
-) -> Tensor:
-    r"""Return the products of :func:`example_dot` by finite differences, ``(B,)``: two forwards, any architecture.
-
-    :math:`(\ell_i(\theta + hV) - \ell_i(\theta - hV)) / 2h`, with an error of order :math:`h^2` from curvature and
-    :math:`1/h` from rounding. Parameters are displaced in place and put back from copies, bit for bit.
-
-    Args:
-        model: its parameters move while the call lasts.
-        loss_fn: per-example losses, computed in float32 or finer: 16-bit rounding is larger than the differences.
-        batch: passed to ``loss_fn``.
-        direction: as in :func:`example_dot`; any parameter may take part.
-        step: length of the displacement as a share of that of the parameters, :math:`|hV| / |\theta|`. In float32
-            1e-3 to 1e-2 is a plateau; in float64 1e-5.
-        length: of several tensors together, where ranks hold them in parts; each rank then moves its own.
-
-    Raises:
-        ValueError: unknown names or shapes that do not fit.
-    """
-    reshard(model)
-    parameters, values = _match(model, direction)
-    length = length or _length
-    distance = length([values[name] for name in parameters])
-    size = length([parameter.detach() for parameter in parameters.values()])
-    live = [local(parameter) for parameter in parameters.values()]
-    moves = [local(values[name]) for name in parameters]
-    kept = [parameter.clone() for parameter in live]
-    h = step * max(size, torch.finfo(live[0].dtype).tiny) / distance if distance else 1.0
-    losses = []
-    try:
-        for signed in (h, -h):
-            with torch.no_grad():
-                for parameter, start, move in zip(live, kept, moves, strict=True):
-                    parameter.copy_(start.add(move.to(start.dtype), alpha=signed))
-                torch.clear_autocast_cache()  # casts of the weights before the move would be used again
-                with torch.compiler.set_stance("force_eager"):
-                    losses.append(loss_fn(model, batch))
-                reshard(model)  # the next forward would not see what is written into the shards
-    finally:
-        torch._foreach_copy_(live, kept)
-        torch.clear_autocast_cache()
-    return (losses[0] - losses[1]) / (2 * h)
-
-
-def forward_mode_dot(model: nn.Module, loss_fn: LossFn, batch: Any, direction: Mapping[str, Tensor | None]) -> Tensor:
+def forward_mode_dot(model: nn.Module, loss_fn: LossFn[T], batch: T, direction: Mapping[str, Tensor | None]) -> Tensor:
     """Return the products of :func:`example_dot` by forward-mode AD, ``(B,)``: exact, any architecture, no backward.
 
     Attention runs in plain operations, since fused kernels have no forward-mode rule. Arguments are those of
     :func:`example_dot`; any parameter may take part.
     """
-    parameters, values = _match(model, direction)
+    parameters, values = match_direction(model, direction)
     primals = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     tangents = {f"model.{name}": values[name].to(parameter.dtype) for name, parameter in parameters.items()}
     holder = _LossOf(model, loss_fn)
-    evaluate = partial(_evaluate, holder, batch)
+
+    def evaluate(primals: dict[str, Tensor]) -> Tensor:
+        losses: Tensor = torch.func.functional_call(holder, primals, (batch,))
+        return losses
+
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         product: Tensor = torch.func.jvp(evaluate, (primals,), (tangents,))[1]
     return product
 
 
 def mean_loss_and_gradient(
-    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], weights: Iterable[Tensor] | None = None
+    model: nn.Module, loss_fn: LossFn[T], batches: Iterable[T], weights: Iterable[Tensor] | None = None
 ) -> tuple[float, dict[str, Tensor]]:
     """Return the weighted mean loss over all examples, and its gradient in every trainable parameter.
 
@@ -177,39 +121,13 @@ def mean_loss_and_gradient(
     Raises:
         ValueError: no trainable parameter, or the weights sum to zero.
     """
-    total_loss, total_weight, gradient = summed_loss_and_gradient(model, loss_fn, batches, weights)
-    if not total_weight > 0:
-        raise ValueError(f"expected weights with a positive sum for a mean gradient, got a sum of {total_weight}")
-    return total_loss / total_weight, {name: value / total_weight for name, value in gradient.items()}
-
-
-def mean_gradient(
-    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], weights: Iterable[Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Return the gradient half of :func:`mean_loss_and_gradient`."""
-    return mean_loss_and_gradient(model, loss_fn, batches, weights)[1]
-
-
-def summed_loss_and_gradient(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Any],
-    weights: Iterable[Tensor] | None = None,
-    names: Collection[str] | None = None,
-) -> tuple[float, float, dict[str, Tensor]]:
-    """Return the weighted sum of losses, the sum of weights, and the gradient of the former: what ranks add up.
-
-    Arguments and errors are those of :func:`mean_loss_and_gradient`; ``names`` are the parameters to differentiate in,
-    None for all that are trainable.
-    """
-    parameters = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and (names is None or name in names)
-    }
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
         raise ValueError("expected a model with trainable parameters, got none: unfreeze some")
-    sums = {name: _wide_zeros(parameter) for name, parameter in parameters.items()}
+    sums = {
+        name: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        for name, parameter in parameters.items()
+    }
     total_loss = total_weight = 0.0
     given = iter(weights) if weights is not None else None
     for batch in batches:
@@ -223,10 +141,19 @@ def summed_loss_and_gradient(
                 total.add_(gradient)
         total_loss += float(weighted.detach())
         total_weight += float(weight.sum(dtype=torch.float64))
-    return total_loss, total_weight, sums
+    if not total_weight > 0:
+        raise ValueError(f"expected weights with a positive sum for a mean gradient, got a sum of {total_weight}")
+    return total_loss / total_weight, {name: total / total_weight for name, total in sums.items()}
 
 
-def _match(
+def mean_gradient(
+    model: nn.Module, loss_fn: LossFn[T], batches: Iterable[T], weights: Iterable[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return the gradient half of :func:`mean_loss_and_gradient`."""
+    return mean_loss_and_gradient(model, loss_fn, batches, weights)[1]
+
+
+def match_direction(
     model: nn.Module, direction: Mapping[str, Tensor | None]
 ) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
     """Return the parameters that a direction moves, and the direction's tensors on their devices, both by name."""
@@ -274,26 +201,13 @@ def _bind(rule: Rule, module: nn.Module, direction: Mapping[str, Tensor], whole:
     return lambda inputs, delta: rule(module, inputs, delta, {name: whole(value) for name, value in direction.items()})
 
 
-def _length(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
-
-
-def _wide_zeros(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-
-
-class _LossOf(nn.Module):
+class _LossOf(nn.Module, Generic[T]):
     """Holds the model, so that ``functional_call`` can exchange its parameters while ``loss_fn`` is at work."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFn[T]) -> None:
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: T) -> Tensor:
         return self.loss_fn(self.model, batch)
-
-
-def _evaluate(holder: nn.Module, batch: Any, parameters: dict[str, Tensor]) -> Tensor:
-    losses: Tensor = torch.func.functional_call(holder, parameters, (batch,))
-    return losses

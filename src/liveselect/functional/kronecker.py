@@ -1,4 +1,4 @@
-r"""Kronecker-factored curvature of linear layers: covariances, eigenbases, damping, and what inverting them does.
+r"""Kronecker-factored curvature of linear layers: covariances, eigenbases, damping, and the inverse.
 
 A layer maps inputs :math:`x` (I entries, a constant 1 among them where the layer has a bias) to outputs (O entries);
 :math:`\delta` is the gradient of one token's or one example's *summed* loss in the outputs. With the activation
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_STRIPES = 4  # of a Gram matrix: 10 of 16 blocks are computed
-_NARROW = 64  # columns under which a stripe costs more than it saves
-_DOUBLE_UP_TO = 2048  # rows up to which an accelerator, slow in float64, solves in it
+_GRAM_STRIPES = 4  # 10 of 16 blocks are computed; more stripes would save little more
+_MIN_STRIPE_COLUMNS = 64  # a narrower stripe costs more than it saves
+_MAX_FLOAT64_ROWS = 2048  # accelerators are slow in float64: larger matrices are solved in float32 there
 
 
 class Eigen(NamedTuple):
@@ -35,7 +35,7 @@ class Curvature:
     Attributes:
         eigenvalues: the diagonal D as ``(O, I)``, or of a shape that broadcasts to it.
         outputs: :math:`Q_S (O, O)` with eigenvectors in columns; None is the identity.
-        inputs: :math:`Q_A (I, I)`, likewise.
+        inputs: :math:`Q_A (I, I)` in the same form.
     """
 
     eigenvalues: Tensor
@@ -44,13 +44,13 @@ class Curvature:
 
 
 def add_gram_(total: Tensor, rows: Tensor) -> None:
-    """Add ``rows^T rows`` to the upper triangle of ``total (n, n)``; what is below the diagonal is left undefined.
+    """Add ``rows^T rows`` to the upper triangle of ``total (n, n)``; entries below the diagonal are left undefined.
 
     The sum over ``rows (N, n)`` is computed in stripes that end at the diagonal, which saves three eighths of the work.
     :func:`mirrored` makes the sum whole.
     """
     n = rows.shape[1]
-    width = max(_NARROW, -(-n // _STRIPES))
+    width = max(_MIN_STRIPE_COLUMNS, -(-n // _GRAM_STRIPES))
     rows = rows.to(total.dtype)
     for start in range(0, n, width):
         stop = min(start + width, n)
@@ -73,7 +73,7 @@ def eigen(covariance: Tensor) -> Eigen:
             f"a covariance of {len(covariance)} entries holds values that are not finite: expected finite activations "
             "and gradients; leave out the batch that made them, or measure in a wider number format"
         )
-    double = covariance.device.type == "cpu" or len(covariance) <= _DOUBLE_UP_TO
+    double = covariance.device.type == "cpu" or len(covariance) <= _MAX_FLOAT64_ROWS
     exact = covariance.to(torch.float64 if double else torch.float32)
     values, vectors = torch.linalg.eigh((exact + exact.t()) / 2)
     return Eigen(values.clamp(min=0).to(covariance.dtype), vectors.to(covariance.dtype))

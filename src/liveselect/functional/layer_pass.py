@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from liveselect.functional.sharding import whole_twins
 from liveselect.functional.taps import Observer, TapLog, missed_uses, tapped
 
-LossFn = Callable[[nn.Module, Any], Tensor]
+T = TypeVar("T")
+
+LossFn = Callable[[nn.Module, T], Tensor]
 """Maps a model and a batch to ``(B,)`` losses, one for each example."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Which layers are observed, and which parameters that is meant to cover.
+    """Which layers are observed, and the parameters to cover with them.
 
     Attributes:
         observers: by module name.
-        parameters: what is to be covered, by name.
+        parameters: the parameters to cover, by name.
         holders: for each parameter name, the observed modules that hold it; tied weights have several.
         opaque: parameters of layers that may read them several times in one call.
         model: holds the parameters; needed to recognise those of a sharded model in a graph.
@@ -35,7 +37,7 @@ class LayerPlan:
 
 
 def backward_through_layers(
-    model: nn.Module, loss_fn: LossFn, batch: Any, plan: LayerPlan, weights: Tensor | None = None, check: bool = True
+    model: nn.Module, loss_fn: LossFn[T], batch: T, plan: LayerPlan, weights: Tensor | None = None, check: bool = True
 ) -> Tensor:
     """Show input and output gradient of every call of the plan's layers to their observers.
 
@@ -46,12 +48,12 @@ def backward_through_layers(
         model: in the mode (train, eval) in which gradients are wanted.
         loss_fn: per-example losses; examples must not influence each other.
         batch: a mapping of tensors with one row per example.
-        plan: what to observe.
+        plan: the layers to observe.
         weights: ``(B,)``; None is ones.
         check: look through the graph of the loss for uses of the plan's parameters that no layer saw.
 
     Returns:
-        ``(B,)``, the sum of what the observers returned.
+        ``(B,)``, the sum of the observers' results.
 
     Raises:
         ValueError: as :func:`check_coverage`, and when shapes do not fit.
@@ -75,19 +77,19 @@ def backward_through_layers(
 def check_coverage(plan: LayerPlan, loss: Tensor, log: TapLog) -> None:
     """Raise ValueError when ``loss`` depends on parameters of the plan in ways that its taps did not see.
 
-    These are layers that ran without gradients only (reentrant checkpointing), and weights that were used without a
-    call of their layer; the latter are found in the graph of the loss, in a few milliseconds.
+    That happens where layers ran without gradients only (reentrant checkpointing), or weights were used without a call
+    of their layer; the latter are found in the graph of the loss, in a few milliseconds.
     """
-    blind = sorted(log.unseen - set(log.calls))
-    if blind:
+    unobserved = sorted(log.unseen - set(log.calls))
+    if unobserved:
         raise ValueError(
-            f"modules {blind} ran without gradients, so their examples' gradients were not seen: use activation "
+            f"modules {unobserved} ran without gradients, so their examples' gradients were not seen: use activation "
             "checkpointing with use_reentrant=False, and compute the loss outside of torch.no_grad"
         )
     calls: Counter[str] = Counter()
     for name, modules in plan.holders.items():
         seen = sum(log.calls[module] for module in modules)
-        calls[name] = 1 << 30 if name in plan.opaque and seen else seen
+        calls[name] = 1 << 30 if name in plan.opaque and seen else seen  # any number of reads in one call is fine
     twins = {} if plan.model is None else whole_twins(plan.model)
     missed = missed_uses(loss, plan.parameters, calls, twins) if loss.requires_grad else {}
     if missed:
@@ -98,13 +100,13 @@ def check_coverage(plan: LayerPlan, loss: Tensor, log: TapLog) -> None:
         )
 
 
-def count_rows(batch: Any) -> int:
+def count_rows(batch: object) -> int:
     """Return B, the number of examples in a batch: the length of ``input_ids``, else of the first tensor."""
     if isinstance(batch, Tensor):
         return len(batch)
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    named = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    for value in (named, *values):
+    if isinstance(batch, Mapping):
+        batch = (batch.get("input_ids"), *batch.values())
+    for value in batch if isinstance(batch, Iterable) else ():
         if isinstance(value, Tensor) and value.dim() > 0:
             return len(value)
     raise ValueError(f"expected a batch that holds tensors with one row per example, got a {type(batch).__name__}")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-_LONG = 1 << 12  # entries of a row from which a call of its own pays
-_PIECE = 1 << 16  # entries of a product that are summed in one go: what stays in a cache, and rounds little
+_MIN_ENTRIES_FOR_DOT = 1 << 12  # of a row: shorter ones cost more as calls of their own than in one product
+_MAX_ENTRIES_PER_DOT = 1 << 16  # as many stay in a cache, and add up with little rounding
 
 Direction = Mapping[str, Tensor]
 """A direction in the parameters of one layer, by the layer's own names (``weight``, ``bias``)."""
@@ -23,12 +23,11 @@ D_out)``, the product of every example's gradient with the direction, summed ove
 def rule_for(module: nn.Module) -> Rule | None:
     """Return the rule for a layer's own parameters, None when there is none.
 
-    Layers whose forward is the library's have closed forms. Any other layer that holds its parameters itself, and no
-    layers with parameters below it, is differentiated forward through its own ``forward``: norms and embeddings of all
-    kinds come this way. Layers that mix the examples of a batch have no gradient of one example, and no rule; nor have
-    layers that do not map one tensor to one tensor.
+    Layers with torch's own forward have closed forms. Any other layer that holds its parameters itself, and no layers
+    with parameters below it, is differentiated by forward-mode AD: norms and embeddings of all kinds come this way.
+    Layers that mix the examples of a batch, or do not map one tensor to one tensor, have no rule.
     """
-    if isinstance(module, _WITHOUT_RULE) or getattr(module, "scale_grad_by_freq", False):
+    if isinstance(module, _MODULES_WITHOUT_RULE) or getattr(module, "scale_grad_by_freq", False):
         return None
     for kind, rule in _CLOSED_FORMS.items():
         if isinstance(module, kind) and _forward_is(module, kind):
@@ -102,7 +101,7 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
 
     Summed in float32 or finer. A row that all examples share, ``b (1, ...)``, is met by every row of ``a``.
     """
-    if a.shape == b.shape and _LONG <= a[:1].numel() <= _PIECE and _are_plain(a, b):
+    if a.shape == b.shape and _MIN_ENTRIES_FOR_DOT <= a[:1].numel() <= _MAX_ENTRIES_PER_DOT and _are_plain(a, b):
         return torch.stack([torch.dot(x, y) for x, y in zip(a.flatten(1), b.flatten(1), strict=True)])
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return (a.to(dtype) * b.to(dtype)).flatten(1).sum(dim=1)  # measured 4 times as fast as a batched product on CPU
@@ -113,7 +112,7 @@ def whole_dot(a: Tensor, b: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     if not _are_plain(a, b):
         return (a.to(dtype) * b.to(dtype)).sum()
-    pieces = zip(a.view(-1).split(_PIECE), b.view(-1).split(_PIECE), strict=True)
+    pieces = zip(a.view(-1).split(_MAX_ENTRIES_PER_DOT), b.view(-1).split(_MAX_ENTRIES_PER_DOT), strict=True)
     return torch.stack([torch.dot(x, y) for x, y in pieces]).sum(dtype=torch.float64)
 
 
@@ -158,11 +157,11 @@ def _in_full_precision(x: Tensor, delta: Tensor, direction: Direction) -> tuple[
 
 
 def _forward_is(module: nn.Module, kind: type[nn.Module]) -> bool:
-    # a subclass, or a patched instance, may scale or quantise what its parent computes
+    # a subclass, or a patched instance, may scale or quantise the result of its parent
     return type(module).forward is kind.forward and "forward" not in vars(module)
 
 
-_WITHOUT_RULE = (nn.modules.batchnorm._BatchNorm, nn.RNNBase, ParametrizationList)
+_MODULES_WITHOUT_RULE = (nn.modules.batchnorm._BatchNorm, nn.RNNBase, ParametrizationList)
 
 _CLOSED_FORMS: dict[type[nn.Module], Rule] = {
     nn.Linear: linear_dot,

@@ -1,10 +1,10 @@
-"""Token n-grams hashed into buckets: text features that cost next to nothing."""
+"""Token n-grams hashed into buckets: cheap text features."""
 
 import torch
 from torch import Tensor
 
 # odd 64-bit multipliers (as signed numbers); products wrap around, and the highest bits of the sum are the bucket
-_SINGLE, _FIRST, _SECOND, _OFFSET = (
+_TOKEN_FACTOR, _FIRST_FACTOR, _SECOND_FACTOR, _PAIR_OFFSET = (
     value - 2**64 if value >= 2**63 else value
     for value in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5)
 )
@@ -31,8 +31,8 @@ def hashed_ngrams(input_ids: Tensor, buckets: int, mask: Tensor | None = None) -
         raise ValueError(f"expected the number of buckets to be a power of two, got {buckets}")
     tokens = input_ids.long()
     counted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-    pairs = tokens[:, :-1] * _FIRST + tokens[:, 1:] * _SECOND + _OFFSET
-    mixed = torch.cat([tokens * _SINGLE, pairs], dim=1)
+    pairs = tokens[:, :-1] * _FIRST_FACTOR + tokens[:, 1:] * _SECOND_FACTOR + _PAIR_OFFSET
+    mixed = torch.cat([tokens * _TOKEN_FACTOR, pairs], dim=1)
     bucket = (mixed >> (65 - buckets.bit_length())) & (buckets - 1)
     counted = torch.cat([counted, counted[:, :-1] & counted[:, 1:]], dim=1)
     counts = torch.zeros(len(tokens), buckets, dtype=torch.int32, device=tokens.device)

@@ -1,4 +1,4 @@
-"""Ridge regression in closed form, with the predictions that every example would get if it were left out."""
+"""Ridge regression in closed form, with the prediction for every example by a fit without its fold."""
 
 from typing import NamedTuple
 

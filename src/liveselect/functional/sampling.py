@@ -8,18 +8,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# Part of every draw: the noise of candidate i is entry i % _CHUNK of the stream of chunk i // _CHUNK, so it depends on
-# neither the number of threads nor the order in which chunks are visited. 512 KiB of float64 stay in a core's cache.
-_CHUNK = 1 << 16
-_SAMPLE = 1 << 16  # at most so many keys, and one in 64, are drawn to guess where the k-th largest lies
-_HOTTEST = 1e300  # keys stay finite below it
-_MARGIN = 6.0  # standard deviations on either side of the guess: one draw in 10^8 needs a second pass
+# Part of every draw: the noise of candidate i is entry i % _CHUNK_ROWS of the stream of chunk i // _CHUNK_ROWS, so it
+# depends on neither the number of threads nor the order of the chunks. 512 KiB of float64 stay in a core's cache.
+_CHUNK_ROWS = 1 << 16
+_MAX_SAMPLE_SIZE = 1 << 16  # keys drawn to guess where the k-th largest lies, and no more than one in 64
+_MAX_TEMPERATURE = 1e300  # keys stay finite below it
+_BRACKET_DEVIATIONS = 6.0  # standard deviations on either side of the guess: one draw in 10^8 needs a second pass
 
 _Rows = slice | npt.NDArray[np.int64]
 _Keys = Callable[[_Rows, int, tuple[int, int]], npt.NDArray[np.float64]]
 # the keys of ``size`` rows of the candidates, with the noise of one (stream, chunk)
 
-_KEYS, _SAMPLE_KEYS, _SAMPLE_ROWS = range(3)  # the independent streams of noise
+_KEY_STREAM, _SAMPLE_KEY_STREAM, _SAMPLE_ROW_STREAM = range(3)  # the independent streams of noise
 
 
 def gumbel_topk(scores: Tensor, k: int, temperature: float, generator: torch.Generator) -> Tensor:
@@ -36,7 +36,7 @@ def gumbel_topk(scores: Tensor, k: int, temperature: float, generator: torch.Gen
 
     Args:
         scores: ``(n,)`` floating point, larger is better.
-        k: how many to draw, 0..n.
+        k: number to draw, 0..n.
         temperature: strength of the noise, in the unit of the scores.
         generator: advanced by one draw.
 
@@ -79,10 +79,10 @@ def uniform_subset(n: int, k: int, generator: torch.Generator) -> Tensor:
 
 
 class Noise:
-    """The noise of one draw, so that every decision can be told afterwards.
+    """The noise of one draw, so that every decision can be explained afterwards.
 
     The draw is that of :func:`gumbel_topk` (``sign=1``) or :func:`released_bottomk` (``sign=-1``) with an equal
-    generator and temperature: what it took are the ``k`` largest of ``scores + noise``.
+    generator and temperature, which took the ``k`` largest of ``scores + noise``.
 
     Args:
         temperature: strength of the noise, in the unit of the scores.
@@ -98,18 +98,18 @@ class Noise:
         """Return the noise of the candidates ``start .. stop - 1``, ``(stop - start,)`` float64."""
         if not self._scale or stop <= start:
             return torch.zeros(max(0, stop - start), dtype=torch.float64)
-        first, last = start // _CHUNK, (stop - 1) // _CHUNK
+        first, last = start // _CHUNK_ROWS, (stop - 1) // _CHUNK_ROWS
         # a short last chunk is the beginning of the whole one
-        drawn = [_gumbel(self._seed, (_KEYS, chunk), _CHUNK) for chunk in range(first, last)]
-        drawn.append(_gumbel(self._seed, (_KEYS, last), stop - last * _CHUNK))
-        return torch.from_numpy(self._scale * np.concatenate(drawn)[start - first * _CHUNK :])
+        drawn = [_gumbel(self._seed, (_KEY_STREAM, chunk), _CHUNK_ROWS) for chunk in range(first, last)]
+        drawn.append(_gumbel(self._seed, (_KEY_STREAM, last), stop - last * _CHUNK_ROWS))
+        return torch.from_numpy(self._scale * np.concatenate(drawn)[start - first * _CHUNK_ROWS :])
 
 
 def _perturbed_topk(scores: Tensor, k: int, temperature: float, generator: torch.Generator, sign: float) -> Tensor:
     if scores.dim() != 1 or not scores.is_floating_point():
         raise ValueError(f"expected scores (n,) of a floating point type, got {tuple(scores.shape)} {scores.dtype}")
-    if not 0.0 <= temperature <= _HOTTEST:
-        raise ValueError(f"expected a temperature in 0..{_HOTTEST:g}, got {temperature}")
+    if not 0.0 <= temperature <= _MAX_TEMPERATURE:
+        raise ValueError(f"expected a temperature in 0..{_MAX_TEMPERATURE:g}, got {temperature}")
     scores = scores.detach().cpu()
     _check_k(k, len(scores))
     _check_scores(scores, k)
@@ -171,7 +171,7 @@ def _gumbel(seed: int, place: tuple[int, int], size: int) -> npt.NDArray[np.floa
 
 
 def _chunks(n: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(n, start + _CHUNK)) for start in range(0, n, _CHUNK))
+    return ((start, min(n, start + _CHUNK_ROWS)) for start in range(0, n, _CHUNK_ROWS))
 
 
 class _Bound(NamedTuple):
@@ -194,20 +194,19 @@ class _Bound(NamedTuple):
 def _largest(n: int, k: int, keys: _Keys, seed: int) -> Tensor:
     """Return the positions of the ``k`` largest keys, ascending; of equal keys the first.
 
-    A sample of keys brackets the k-th largest; one pass takes what lies above the bracket and keeps what lies inside
-    to compare. Positions break ties, so a small share of the candidates lies inside whatever the scores, all equal
-    included.
+    A sample of keys brackets the k-th largest; one pass takes the candidates above the bracket and compares those
+    inside. Positions break ties, so only a small share of the candidates lies inside, even where all scores are equal.
     """
     if k in (0, n):
         return torch.arange(k)
-    margin = _MARGIN
+    margin = _BRACKET_DEVIATIONS
     while True:
         upper, lower = _bracket(n, k, keys, seed, margin)
         chosen = np.zeros(n, dtype=np.bool_)
         inside = [(np.empty(0), np.empty(0, dtype=np.int64))]
         above = 0
         for start, stop in _chunks(n):
-            values = keys(slice(start, stop), stop - start, (_KEYS, start // _CHUNK))
+            values = keys(slice(start, stop), stop - start, (_KEY_STREAM, start // _CHUNK_ROWS))
             positions = np.arange(start, stop)
             rows = np.flatnonzero(lower.precede(values, positions, inclusive=True))
             values, positions = values[rows], positions[rows]
@@ -234,11 +233,11 @@ def _first_largest(values: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.in
 def _bracket(n: int, k: int, keys: _Keys, seed: int, margin: float) -> tuple[_Bound, _Bound]:
     """Return an upper and a lower bound of the k-th largest key."""
     everything = _Bound(np.inf, -1), _Bound(-np.inf, n)
-    if n <= _CHUNK:
+    if n <= _CHUNK_ROWS:
         return everything
-    size = min(_SAMPLE, n // 64)
-    positions = (_uniform(seed, (_SAMPLE_ROWS, 0), size) * n).astype(np.int64)
-    values = keys(positions, size, (_SAMPLE_KEYS, 0))
+    size = min(_MAX_SAMPLE_SIZE, n // 64)
+    positions = (_uniform(seed, (_SAMPLE_ROW_STREAM, 0), size) * n).astype(np.int64)
+    values = keys(positions, size, (_SAMPLE_KEY_STREAM, 0))
     order = np.lexsort((positions, -values))
     share = k / n
     expected = share * size

@@ -1,17 +1,16 @@
 """Products of the Hessian of a mean loss with a vector, by differentiating twice."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from liveselect.functional.gradients import LossFn
+from liveselect.functional.layer_pass import LossFn, T
 
 
 def double_backward_product(
-    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], vector: Mapping[str, Tensor]
+    model: nn.Module, loss_fn: LossFn[T], batches: Iterable[T], vector: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     r"""Return :math:`\nabla^2 L \, v` in the parameters that ``vector`` names, exact; L is the mean over all examples.
 

@@ -3,9 +3,9 @@
 Nothing here communicates.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,11 @@ from torch import Tensor, nn
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+T = TypeVar("T")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -52,19 +57,19 @@ def shortest_cast(model: nn.Module) -> torch.dtype | None:
     return next((cast for cast in casts if cast is not None and cast.itemsize < 4), None)
 
 
-class ThroughRoot:
+class ThroughRoot(Generic[T]):
     """A loss that is computed inside of the forward of FSDP1's outermost wrapper, where parameters are whole.
 
     Args:
-        loss_fn: maps the module that is wrapped, and a batch, to losses.
+        loss_fn: maps the wrapped module and a batch to losses.
     """
 
-    def __init__(self, loss_fn: Callable[[nn.Module, Any], Tensor]) -> None:
+    def __init__(self, loss_fn: Callable[[nn.Module, T], Tensor]) -> None:
         self.loss_fn = loss_fn
 
-    def __call__(self, root: nn.Module, batch: Any) -> Tensor:
+    def __call__(self, root: nn.Module, batch: T) -> Tensor:
         """Return the losses of a batch; ``root`` is the wrapper."""
-        inner: Any = root.module
+        inner = root.get_submodule("module")
         kept = dict(vars(inner))
 
         def restore() -> None:
@@ -88,8 +93,8 @@ class ThroughRoot:
 def reshard(model: nn.Module) -> None:
     """Free the whole parameters that a forward without backward leaves behind in the root; no-op when not sharded.
 
-    The next forward would read them, and not see what was written into the shards since. While they are there,
-    ``model.parameters()`` yields them in place of those that the optimizer holds.
+    The next forward would read them, and miss later writes into the shards. Until then ``model.parameters()`` yields
+    them in place of the optimizer's parameters.
     """
     if not torch.distributed.is_available():
         return
@@ -98,7 +103,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
         elif isinstance(module, FullyShardedDataParallel):
             handle: Any = module._handle
-            # before its first forward a wrapper is sharded, and cannot be told to; on a single rank it never is
+            # before its first forward a wrapper is sharded, and has no shard to return to; on one rank it never is
             if hasattr(getattr(handle, "flat_param", None), "_local_shard") and handle.uses_sharded_strategy:
                 handle.reshard(True)  # no public way
 
@@ -134,33 +139,27 @@ def part_of(whole: Tensor, tensor: Tensor) -> Tensor:
     return spread
 
 
-def laid_out(wholes: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return tensors that were saved whole, by parameter name, on the devices and in the parts of the parameters."""
-    parameters = dict(model.named_parameters())
-    return {name: part_of(value.to(parameters[name].device), parameters[name]) for name, value in wholes.items()}
-
-
 def whole_twins(model: nn.Module) -> dict[int, int]:
-    """Return what stands in autograd's graphs for sharded parameters: id of the whole parameter -> id of the sharded.
+    """Return the id of each sharded parameter by that of the whole one, which stands for it in autograd's graphs.
 
     Empty for a model that is not sharded by ``fully_shard``, or was never run.
     """
     if not torch.distributed.is_available():
         return {}
     states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [group for state in states for group in _groups_of(state)]
-    pairs = [(getattr(each, "_unsharded_param", None), each.sharded_param) for group in groups for each in group]
+    found = [each for state in states for each in _parameters_of(state)]
+    pairs = [(getattr(each, "_unsharded_param", None), each.sharded_param) for each in found]
     return {id(twin): id(parameter) for twin, parameter in pairs if twin is not None}
 
 
-def _groups_of(state: Any) -> list[list[Any]]:
+def _parameters_of(state: object) -> "list[FSDPParam]":
     groups = getattr(state, "_fsdp_param_groups", None)  # several since torch 2.13, one or none before
     groups = [getattr(state, "_fsdp_param_group", None)] if groups is None else groups
-    return [group.fsdp_params for group in groups if group is not None]
+    return [each for group in groups if group is not None for each in group.fsdp_params]
 
 
 def copies(tensor: Tensor, ranks: int) -> int:
-    """Return how many of the ``ranks`` hold the same part of a tensor of a sharded model."""
+    """Return the number of ``ranks`` that hold the same part of a tensor of a sharded model."""
     if not (torch.distributed.is_available() and isinstance(tensor, DTensor)):
         return ranks
     count = ranks // tensor.device_mesh.size()

@@ -1,15 +1,15 @@
-"""How far an optimizer's step moves with the gradient that it is given, coordinate by coordinate."""
+"""How far an optimizer's step moves with its gradient, coordinate by coordinate."""
 
 from collections import defaultdict
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from liveselect.functional.sharding import local
 
-_WHOLESALE = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
-_INDEPENDENT = 1e-6
+# the single-tensor code of torch.optim takes float64 tensors of any device; the fast ones do not
+_PLAIN_LOOP_OPTIONS = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
+_COUPLING_TOLERANCE = 1e-6  # of the longest move: far above rounding in float64, far below any real coupling
 
 
 @torch.no_grad()
@@ -20,11 +20,11 @@ def step_slope(optimizer: torch.optim.Optimizer, parameter: Tensor, amplitude: T
 
     .. math:: \frac{A_j(a) - A_j(-a)}{2 a_j}
 
-    For plain SGD that is minus the learning rate whatever the amplitude. Where the step saturates, as that of Adam does
+    For plain SGD that is minus the learning rate for any amplitude. Where the step saturates, as that of Adam does
     in coordinates whose second moment is small against :math:`a_j^2`, it is the slope that a gradient of this size
     meets; as :math:`a \to 0` it becomes the derivative at a zero gradient. The step is taken by the optimizer's own
     code on copies in float64, with the live moments, counters and settings; nothing of the optimizer is touched. Of a
-    parameter that ranks hold in parts, this rank's part is looked at.
+    parameter that ranks hold in parts, this rank's part is stepped.
 
     Args:
         optimizer: any that treats the coordinates of a parameter apart.
@@ -43,7 +43,7 @@ def step_slope(optimizer: torch.optim.Optimizer, parameter: Tensor, amplitude: T
         half = torch.arange(amplitude.numel(), device=amplitude.device).view(amplitude.shape) % 2
         alone = _stepped(optimizer, parameter, (2 * half - 1) * amplitude)  # every second coordinate forth, others back
         apart = torch.where(half == 1, forth, back)
-        if float((alone - apart).abs().max()) > _INDEPENDENT * float((forth - back).abs().max()):
+        if float((alone - apart).abs().max()) > _COUPLING_TOLERANCE * float((forth - back).abs().max()):
             raise TypeError(
                 f"the step that {type(optimizer).__name__} takes in one coordinate depends on the gradients of others, "
                 'so it has no slope for each of them: take the steps themselves with engine="optimizer_step"'
@@ -56,17 +56,17 @@ def _stepped(optimizer: torch.optim.Optimizer, parameter: Tensor, gradient: Tens
     value = local(parameter).to(torch.float64, copy=True)
     value.grad = gradient
     group = next(group for group in optimizer.param_groups if any(each is parameter for each in group["params"]))
-    twin = object.__new__(type(optimizer))  # copy.copy would lose what a subclass keeps outside of its state
+    twin = object.__new__(type(optimizer))  # copy.copy would lose attributes of a subclass outside of its state
     vars(twin).update({name: item for name, item in vars(optimizer).items() if name != "step"})  # schedulers wrap step
-    twin.param_groups = [{**group, **{k: v for k, v in _WHOLESALE.items() if k in group}, "params": [value]}]
+    twin.param_groups = [{**group, **{k: v for k, v in _PLAIN_LOOP_OPTIONS.items() if k in group}, "params": [value]}]
     twin.state = defaultdict(dict)
     if parameter in optimizer.state:
-        twin.state[value] = {name: _own(item) for name, item in optimizer.state[parameter].items()}
+        twin.state[value] = {name: _copied(item) for name, item in optimizer.state[parameter].items()}
     type(optimizer).step(twin)
     return value
 
 
-def _own(item: Any) -> Any:
+def _copied(item: object) -> object:
     if not isinstance(item, Tensor):
         return item
     item = local(item)

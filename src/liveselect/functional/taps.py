@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 Observer = Callable[[Tensor, Tensor], Tensor | None]
-"""Called in the backward with a layer's input ``(B, ...)`` and output gradient ``(B, ...)``; what it returns is added
-to the gradient of the anchor. Inputs that all examples share (position ids) keep their own shape."""
+"""Called in the backward with a layer's input ``(B, ...)`` and output gradient ``(B, ...)``; its result is added to the
+gradient of the anchor. Inputs that all examples share (position ids) keep their own shape."""
 
 
 @dataclass
 class TapLog:
-    """What the taps met while they were in place.
+    """What the taps saw while they were in place.
 
     Attributes:
-        calls: how often each tapped module ran with gradients.
+        calls: number of calls with gradients of each tapped module.
         unseen: modules that ran while gradients were switched off.
     """
 
@@ -44,19 +45,19 @@ def tapped(
     output gradient of one layer at a time. With an observer that returns :math:`\langle\delta_i, z_i\rangle` for each
     example that gradient is the derivative of the loss when each output moves by :math:`z_i`.
 
-    What a tap needs in the backward is saved through autograd: activation checkpointing drops and recomputes it (the
-    block must then stay open during the backward), and calls in a recomputation count once.
+    The inputs that taps need in the backward are saved through autograd: activation checkpointing drops and recomputes
+    them (the block must then stay open during the backward), and calls in a recomputation count once.
 
     An output without a batch dimension, ``(1, ...)`` or an embedding of ``(L,)`` positions, is expanded to ``rows``, so
     that its gradient arrives for each example rather than summed over them.
 
     Args:
         model: holds the modules; it gets no hooks beyond the block.
-        observers: what to call, by module name.
+        observers: the functions to call, by module name.
         anchor: a leaf that requires a gradient.
         rows: B, the examples in the batch.
-        failed: told of errors in taps and observers, which then do nothing, in a forward and backward that must go on
-            whatever happens; None raises them from within.
+        failed: gets the errors of taps and observers, which then do nothing, so that forward and backward go on in any
+            case; None raises them from within.
 
     Raises:
         ValueError: from within the forward, when a tapped module's input or output does not have one row per example.
@@ -65,8 +66,8 @@ def tapped(
     modules = dict(model.named_modules(remove_duplicate=False))
     with ExitStack() as stack:
         for name, observe in observers.items():
-            spared = observe if failed is None else partial(_caught, observe, failed)
-            hook = _Hook(name, spared, anchor, rows, log, failed)
+            safe = observe if failed is None else partial(_caught, observe, failed)
+            hook = _Hook(name, safe, anchor, rows, log, failed)
             # first in line: the layer's own output, before other hooks may change it
             handle = modules[name].register_forward_hook(hook, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
@@ -82,7 +83,9 @@ class _Hook:
     log: TapLog
     failed: Callable[[Exception], None] | None
 
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
+    def __call__(
+        self, module: nn.Module, arguments: tuple[object, ...], options: dict[str, object], output: object
+    ) -> Tensor | None:
         if not torch.is_grad_enabled():
             self.log.unseen.add(self.name)
             return None
@@ -94,12 +97,12 @@ class _Hook:
                 raise
             self.failed(error)
             return None
-        # detached: an edge from the tap to the input's history would only tell the engine to wait for it
+        # detached: an edge from the tap to the input's history would only make the engine wait for it
         tied: Tensor = _Tap.apply(expanded, self.anchor, inputs.detach(), self.observe)
         return tied
 
     def _rows_of(
-        self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any
+        self, module: nn.Module, arguments: tuple[object, ...], options: dict[str, object], output: object
     ) -> tuple[Tensor, Tensor]:
         """Return the input of a call, and its output with one row for each example."""
         inputs = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
@@ -128,7 +131,7 @@ class _Tap(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(inputs)
         ctx.observe = observe
-        return output.detach()  # not a view of the output: what follows may then work in place
+        return output.detach()  # not a view of the output: later operations may then work in place
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -166,7 +169,7 @@ def missed_uses(
     calls: Mapping[str, int],
     twins: Mapping[int, int] | None = None,
 ) -> dict[str, int]:
-    """Return the parameters that the graph of ``loss`` uses more often than taps saw, and how often it does.
+    """Return the parameters that the graph of ``loss`` uses more often than taps saw, with the number of uses.
 
     A weight that is used without its module being called (``F.linear(x, module.weight)``, a fused kernel) is invisible
     to hooks; autograd's graph shows it. Parameters outside of the graph have no gradient and are not reported.
@@ -174,8 +177,9 @@ def missed_uses(
     Args:
         loss: any tensor computed under grad.
         parameters: by name.
-        calls: for each name, how many calls of modules that hold the parameter were tapped.
-        twins: what stands for parameters in the graph, as ids: :func:`~liveselect.functional.sharding.whole_twins`.
+        calls: for each name, the number of tapped calls of modules that hold the parameter.
+        twins: ids that stand for those of parameters in the graph:
+            :func:`~liveselect.functional.sharding.whole_twins`.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     names |= {twin: names[parameter] for twin, parameter in (twins or {}).items() if parameter in names}
@@ -184,14 +188,14 @@ def missed_uses(
 
 
 def _count_uses(loss: Tensor, names: Mapping[int, str]) -> Counter[str]:
-    """Return how many operations read each parameter; a cast, which autocast caches, counts as its readers do."""
-    readers: Counter[Any] = Counter()
-    edges: list[tuple[Any, Any]] = []
-    seen = {loss.grad_fn}
-    stack = [loss.grad_fn]
+    """Return the number of operations that read each parameter; for a cast, which autocast caches, its readers."""
+    readers: Counter[Node] = Counter()
+    edges: list[tuple[Node, Node]] = []
+    stack = [] if loss.grad_fn is None else [loss.grad_fn]
+    seen = set(stack)
     while stack:
         node = stack.pop()
-        for child, _ in node.next_functions if node is not None else ():
+        for child, _ in node.next_functions:
             if child is None:
                 continue
             readers[child] += 1

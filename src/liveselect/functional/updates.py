@@ -1,8 +1,8 @@
-"""What optimizers and clipping do to one gradient, and the transpose of it: plain tensor arithmetic.
+"""The steps of optimizers and clipping on one gradient, and their transposes: plain tensor arithmetic.
 
 A rule is the update of one parameter; a clip acts on the whole gradient before. Each comes with ``pull_back``, which
-takes how a later quantity F changes with what came out (costates) to how it changes with what went in. Vectors in
-parameter space are dicts from parameter names to tensors.
+maps the derivatives of a later quantity F in the outputs (costates) to those in the inputs. Vectors in parameter space
+are dicts from parameter names to tensors.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,19 @@ Whole = Callable[[Vector], Vector]
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by the norm plus this
 
 
+@dataclass(frozen=True)
+class Update:
+    """One update of a parameter: its value before, its gradient, the moments after, the number from 1, and the rate."""
+
+    parameter: Tensor
+    gradient: Tensor
+    moments: Moments
+    count: int
+    rate: float
+
+
 class Pull(NamedTuple):
-    r"""What one update hands back for one parameter, each of the parameter's shape.
+    r"""The pull-back of one update for one parameter, each of the parameter's shape.
 
     Attributes:
         gradient: part of :math:`p_t`, how F changes with the gradient that the optimizer was given.
@@ -35,12 +46,7 @@ class Pull(NamedTuple):
 
 
 class Rule(Protocol):
-    """The update of one parameter, elementwise, and its transpose.
-
-    Attributes:
-        rate: learning rate before any schedule.
-        moments: how many moments the optimizer keeps for a parameter.
-    """
+    """The update of one parameter, elementwise, and its transpose."""
 
     @property
     def rate(self) -> float:
@@ -48,36 +54,23 @@ class Rule(Protocol):
 
     @property
     def moments(self) -> int:
-        """How many moments there are."""
+        """Number of moments that the optimizer keeps for a parameter."""
 
     def denominator(self, moments_after: Moments, count: int) -> Tensor | None:
-        """Return what update number ``count`` was divided by, coordinate by coordinate, or None when by nothing."""
+        """Return the divisor of update number ``count``, coordinate by coordinate; None where there is none."""
 
     def step(
         self, parameter: Tensor, gradient: Tensor, moments: Moments, count: int, rate: float
     ) -> tuple[Tensor, Moments]:
         """Return parameter and moments after update number ``count`` (from 1) at learning rate ``rate``."""
 
-    def pull_back(
-        self,
-        costate: Tensor,
-        moment_costates: Moments,
-        parameter: Tensor,
-        gradient: Tensor,
-        moments_after: Moments,
-        count: int,
-        rate: float,
-    ) -> Pull:
-        r"""Return what the costates after the update are before it.
+    def pull_back(self, costate: Tensor, moment_costates: Moments, update: Update) -> Pull:
+        r"""Return the costates before the update.
 
         Args:
-            costate: :math:`\lambda_{t+1}`, as all tensors of the parameter's shape.
+            costate: :math:`\lambda_{t+1}`, of the parameter's shape.
             moment_costates: those of the moments after the update.
-            parameter: before the update.
-            gradient: that the update was given.
-            moments_after: moments after the update.
-            count: number of the update, from 1.
-            rate: its learning rate.
+            update: the update itself.
         """
 
 
@@ -111,21 +104,13 @@ class SGDRule:
         update = gradient.add(buffer, alpha=self.momentum) if self.nesterov else buffer
         return parameter.sub(update, alpha=rate), (buffer,)
 
-    def pull_back(
-        self,
-        costate: Tensor,
-        moment_costates: Moments,
-        parameter: Tensor,
-        gradient: Tensor,
-        moments_after: Moments,
-        count: int,
-        rate: float,
-    ) -> Pull:
+    def pull_back(self, costate: Tensor, moment_costates: Moments, update: Update) -> Pull:
         """See :class:`Rule`; needs neither the gradient nor the moments, because the update is linear in both."""
+        rate = update.rate
         before: Moments = ()
         if self.moments:
             through_buffer = moment_costates[0].sub(costate, alpha=rate * (self.momentum if self.nesterov else 1.0))
-            pulled = through_buffer.mul(self._gain(count))
+            pulled = through_buffer.mul(self._gain(update.count))
             if self.nesterov:
                 pulled.sub_(costate, alpha=rate)
             before = (through_buffer.mul_(self.momentum),)
@@ -169,24 +154,15 @@ class AdamRule:
         shrunk = parameter.mul(1 - rate * self.weight_decay) if self.decoupled else parameter
         return shrunk.addcdiv(first, denominator, value=-rate / (1 - self.beta1**count)), (first, second)
 
-    def pull_back(
-        self,
-        costate: Tensor,
-        moment_costates: Moments,
-        parameter: Tensor,
-        gradient: Tensor,
-        moments_after: Moments,
-        count: int,
-        rate: float,
-    ) -> Pull:
+    def pull_back(self, costate: Tensor, moment_costates: Moments, update: Update) -> Pull:
         """See :class:`Rule`."""
-        first, second = moments_after
+        (first, second), count, rate = update.moments, update.count, update.rate
         correction1, correction2 = 1 - self.beta1**count, 1 - self.beta2**count
         root, denominator = self._scale(second, count)
-        gradient = self._decayed(gradient, parameter)
+        gradient = self._decayed(update.gradient, update.parameter)
         to_first = moment_costates[0].addcdiv(costate, denominator, value=-rate / correction1)
         slope = first.div(denominator).div_(denominator).div_(root).mul_(rate / (2 * correction1 * correction2))
-        # where no gradient ever arrived the square root has no slope; the first moment is zero there as well
+        # the square root has no slope where there never was a gradient; the first moment is zero there as well
         slope = slope.where(second > 0, 0.0)
         to_second = moment_costates[1].addcmul(slope, costate)
         pulled = to_first.mul(1 - self.beta1).addcmul_(gradient, to_second, value=2 * (1 - self.beta2))
@@ -202,13 +178,13 @@ class AdamRule:
         return gradient.add(parameter, alpha=self.weight_decay)
 
     def _scale(self, second: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the corrected root of the second moment, and what the update is divided by."""
+        """Return the corrected root of the second moment, and the divisor of the update."""
         root = second.sqrt().div_((1 - self.beta2**count) ** 0.5)
         return root, root.add(self.eps)
 
 
 class Clip(Protocol):
-    """What happens to the whole gradient before the optimizer sees it, and its transpose."""
+    """A change of the whole gradient before the optimizer sees it, and its transpose."""
 
     def apply(self, gradient: Vector) -> Vector:
         """Return the clipped gradient."""

@@ -1,7 +1,7 @@
 """The curvature of all layers: averages of factors over refreshes, shared out over ranks by layer."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +19,11 @@ from liveselect.functional.kronecker import (
     mirrored,
     output_only,
 )
-from liveselect.protocols import NotMeasurableError
+from liveselect.grammar import NotMeasurableError, State
 
 Variant = Literal["kfac", "ekfac", "output_only", "diagonal", "identity"]
 
-_PASSES: dict[str, tuple[tuple[str, ...], ...]] = {
+_SUMS_BY_PASS: dict[str, tuple[tuple[str, ...], ...]] = {
     "kfac": (("inputs", "outputs"),),
     "ekfac": (("inputs", "outputs"), ("squares",)),
     "output_only": (("trace", "outputs"),),
@@ -36,7 +36,7 @@ class Blocks:
     """Keeps the factors of the layers that this rank owns, and makes curvature from them.
 
     Averages are exponential over refreshes: with decay b the k-th last refresh weighs in proportion to b^k. The
-    eigenvalues of ``ekfac`` belong to one eigenbasis and are measured anew with it. All means are over tokens, so that
+    eigenvalues of ``ekfac`` belong to one eigenbasis and are measured again with it. All means are over tokens, so that
     every variant approximates the Fisher matrix of one token, and damping and scores are of one scale.
 
     Args:
@@ -55,11 +55,11 @@ class Blocks:
 
     @property
     def passes(self) -> tuple[tuple[str, ...], ...]:
-        """What is summed in each pass over the examples."""
-        return _PASSES[self._variant]
+        """The kinds of sums of each pass over the examples."""
+        return _SUMS_BY_PASS[self._variant]
 
     def take(self, layers: Sequence[MatrixLayer], sums: Sums, kinds: tuple[str, ...]) -> float:
-        """Add up what all ranks measured in one pass, and mix it in; returns the tokens that all ranks saw.
+        """Add up the sums of all ranks from one pass, and mix them in; returns the tokens of all ranks.
 
         Every rank must call it, with sums of the same layers and kinds. The sums are emptied.
         """
@@ -82,11 +82,11 @@ class Blocks:
         return max(tokens.values())
 
     def basis(self, layer: str, block: int) -> Curvature:
-        """Return in which basis a block's squares are measured; the identity where it has none of its own."""
+        """Return the basis in which a block's squares are measured; the identity where it has none of its own."""
         return self._bases.get((layer, block)) or identity(torch.ones(()))
 
     def curvature(self, layer: MatrixLayer, block: int, device: torch.device) -> Curvature | None:
-        """Return the curvature of a block of a layer that this rank owns, None when no token was seen by it."""
+        """Return the curvature of a block of a layer that this rank owns, None when it has seen no token."""
         if layer.leader not in self._means:
             return None
         squares = key("squares", layer.name, block)
@@ -114,14 +114,14 @@ class Blocks:
             load[owners[leader]] += cost[leader]
         return owners
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the factors of all ranks as tensors and builtins; every rank must call it."""
         means: Sums = {}
         for part in distributed.gather_objects(_on_cpu(self._means)):
             means |= part
         return {"means": means}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore the factors, on any number of ranks; those of other ranks are dropped at the next refresh."""
         self._means = _on_cpu(state["means"])
         self._eigen.clear()
@@ -167,7 +167,7 @@ class Blocks:
 
 
 def _tokens_seen(leader: str, group: dict[str, Tensor]) -> float:
-    """Take the number of tokens out of a layer's sums, over all ranks; raise on every rank what one of them finds."""
+    """Take the number of tokens out of a layer's sums, over all ranks; raise on every rank where one is not finite."""
     count = group.pop("tokens")
     broken = sum(1.0 for value in group.values() if not value.isfinite().all())
     tokens, broken = distributed.sum_over_ranks(torch.tensor([float(count), broken], dtype=torch.float64)).tolist()

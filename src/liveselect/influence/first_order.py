@@ -2,24 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from liveselect import distributed
-from liveselect.functional.gradients import (
-    central_difference_dot,
-    example_dot,
-    forward_mode_dot,
-    plan_products,
-)
-from liveselect.functional.sharding import is_sharded, laid_out, like, local, refuse_flat
+from liveselect.functional.differences import central_difference_dot
+from liveselect.functional.gradients import forward_mode_dot, plan_products
 from liveselect.functional.slopes import step_slope
+from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, Round, State
+from liveselect.influence.direction import Direction
 from liveselect.influence.one_step import (
     Probe,
     StepSize,
@@ -27,20 +21,18 @@ from liveselect.influence.one_step import (
     refuse_unfit,
     trainable_parameters,
 )
-from liveselect.influence.reference import Precision, ReferencePass, batch_flops
-from liveselect.influence.reference_gradient import mean_reference_gradient
+from liveselect.influence.reference import Precision, ReferencePass, batch_flops, require_finite
 from liveselect.influence.step_sizes import typical_gradient
-from liveselect.protocols import Batch, NotMeasurableError, RoundContext
-from liveselect.snapshot import Snapshot, measuring
+from liveselect.preserve import Snapshot
 
 Engine = Literal["hooks", "central_difference", "forward_mode", "optimizer_step"]
 GradientAt = Literal["zero_step", "current"]
 SlopeOver = Literal["candidates", "zero"]
 
-_NEAR_ZERO = 1e-5  # share of the reference gradient: small enough for a derivative, large enough for float64
-_MOVES = {torch.float64: 1e-5, torch.float32: 1e-2}  # nats of the reference loss, between rounding and curvature
-_MOVE_IN_SHORT = 0.2  # where 16 bits hold a parameter: rounding swallows shorter moves
-_FORWARDS = {"hooks": 3, "central_difference": 2, "forward_mode": 3}
+_AMPLITUDE_SHARE_AT_ZERO = 1e-5  # of the reference gradient: small enough for a derivative, large enough for float64
+_LOSS_CHANGE_NATS = {torch.float64: 1e-5, torch.float32: 1e-2}  # of the reference loss, between rounding and curvature
+_LOSS_CHANGE_NATS_16_BIT = 0.2  # rounding swallows shorter moves of a parameter in 16 bits
+_FORWARDS_PER_EXAMPLE = {"hooks": 3, "central_difference": 2, "forward_mode": 3}
 _CHOICES = {
     "engine": Engine,
     "gradient_at": GradientAt,
@@ -55,27 +47,25 @@ class _Tangent:
     """The reference loss as a linear function around one point; takes the place of the reference pass in a probe."""
 
     parameters: Sequence[Tensor]
-    origin: Sequence[Tensor]  # the local parts
+    origin: Sequence[Tensor]
     gradient: Sequence[Tensor]
 
     @torch.no_grad()
-    def loss(self, context: RoundContext, precision: Precision = "float32") -> float:
-        """Return how far the loss lies from that at the origin, nats per token."""
-        triples = zip(self.parameters, self.origin, self.gradient, strict=True)
+    def loss(self, model: LiveModel, precision: Precision = "float32") -> float:
+        """Return the difference of the loss to that at the origin, nats per token."""
+        pairs = zip(self.parameters, self.origin, strict=True)
         # the difference first, and wide: it is a small one of large numbers
-        sums = [((local(now).double() - then) * local(slope)).sum() for now, then, slope in triples]
-        return _total(context.model, self.parameters, sums)
+        return model.view.dot((now.detach().double() - then for now, then in pairs), self.gradient)
 
 
 @dataclass(frozen=True)
 class _Fitted:
-    direction: dict[str, Tensor]
-    tangent: _Tangent | None
+    toward: Direction | _Tangent
     learning_rate: float
-    difference: float
+    difference: float = 0.0
 
 
-class FirstOrderInfluence:
+class FirstOrderInfluence(InfluenceEstimator):
     r"""Measures what :class:`OneStepInfluence` measures, to first order, for about three forwards of a candidate.
 
     With :math:`A(g)` the parameters after one step of the live optimizer on the gradient g, :math:`u_0` its
@@ -99,8 +89,8 @@ class FirstOrderInfluence:
     Clipping is part of the step. The products leave out that it shortens the gradients of some candidates more than
     those of others; in a real batch (``in_batch``) no single example is clipped unless its gradient is longer than N
     times the limit. ``engine="optimizer_step"`` leaves nothing out: it takes every candidate's step, clipping and
-    optimizer included, and meets the displacement with the reference gradient. It costs about five forwards and works
-    with every optimizer; what then remains between it and the exact probe is the curvature of the reference loss.
+    optimizer included, and multiplies the displacement with the reference gradient. It costs about five forwards and
+    works with every optimizer; it differs from the exact probe by the curvature of the reference loss only.
 
     Args:
         engine: ``hooks`` is exact and needs layers with known rules; ``central_difference`` (in full precision) and
@@ -108,7 +98,7 @@ class FirstOrderInfluence:
         gradient_at: where the reference gradient is taken: after the ``zero_step``, or at the ``current`` parameters.
         step: the form of :class:`OneStepInfluence` that is approximated; it sets the size of a candidate's gradient.
         slope_over: see above; ``optimizer_step`` has no use for it.
-        sampled: candidates whose gradients tell the sizes for the slope, over all ranks; they cost a forward and a
+        sampled: candidates whose gradients give the sizes for the slope, over all ranks; they cost a forward and a
             backward each.
         exclude: patterns of names of parameters, as in a shell, that take no part in the products.
         difference: length of the displacement of ``central_difference`` as a share of that of the parameters; by
@@ -117,7 +107,7 @@ class FirstOrderInfluence:
         reference_precision: as in :class:`OneStepInfluence`.
 
     Source: TracIn, Pruthi et al. 2020, arXiv 2002.08484, for the product of gradients; Xia et al. 2024, "LESS", arXiv
-    2402.04333, for Adam's preconditioner in it; what it approximates is the probe of Yu et al. 2024, arXiv 2406.06046.
+    2402.04333, for Adam's preconditioner in it; the approximated probe is that of Yu et al. 2024, arXiv 2406.06046.
     """
 
     def __init__(
@@ -146,24 +136,18 @@ class FirstOrderInfluence:
             raise ValueError(f"expected sampled of at least 1, got {sampled}")
         if difference is not None and not 0 < difference < math.inf:
             raise ValueError(f"expected a positive difference, got {difference}")
+        self.fit_lasts = self.has_direction = engine != "optimizer_step"
         self._fitted: _Fitted | None = None
-        self._restored: Mapping[str, Any] | None = None  # waits for the model
-        self._coverage_checked = False  # in this process, since the direction was made
 
-    @property
-    def direction(self) -> Mapping[str, Tensor]:
-        """The preconditioned reference gradient D by parameter name; its product with a gradient is an influence.
+    def direction(self) -> Mapping[str, Tensor] | None:
+        """Return the preconditioned reference gradient D by parameter name, None before a fit or where steps are taken.
 
-        Raises:
-            RuntimeError: before ``fit``, or for the engine that takes steps.
+        Its product with a gradient is an influence. Out of a checkpoint it is whole until it is first used.
         """
-        if self._fitted is None:
-            raise RuntimeError("FirstOrderInfluence has no direction before fit: call fit(context) once in each round")
-        if not self._fitted.direction:
-            raise RuntimeError('engine="optimizer_step" has no direction: ask one of the other engines')
-        return self._fitted.direction
+        toward = self._fitted.toward if self._fitted else None
+        return toward.values if isinstance(toward, Direction) else None
 
-    def fit(self, context: RoundContext) -> Mapping[str, float]:
+    def fit(self, model: LiveModel, round: Round) -> Mapping[str, float]:
         """Take the reference gradient, and pull it through the optimizer.
 
         Raises:
@@ -172,174 +156,154 @@ class FirstOrderInfluence:
             TypeError: the optimizer cannot take a step on a given gradient, or has no slope for each coordinate; or the
                 engine does not work with a sharded model.
         """
-        self._restored, self._coverage_checked = None, False
-        refuse_unfit(context)
-        refuse_flat(context.model, type(self).__name__)
-        if self.engine == "forward_mode" and is_sharded(context.model):
-            raise TypeError(
+        refuse_unfit(model)
+        model.view.refuse_flat(type(self).__name__)
+        if self.engine == "forward_mode":
+            model.view.refuse_parts(
                 'engine="forward_mode" does not work with parameters that are sharded over ranks (FSDP): use '
                 'engine="hooks", or "central_difference"'
             )
-        rate = live_learning_rate(context.optimizer)
-        parameters = self._parameters(context)
-        with measuring(context.model, context.optimizer):
-            reference = ReferencePass.load(context)
-            with context.meter.phase("reference gradient"):
-                loss, gradient, origin = self._reference_gradient(context, reference, parameters)
-            metrics = {
-                "reference_loss" if self.gradient_at == "current" else "reference_loss_zero_step": loss,
-                "reference_examples": float(reference.examples),
-                "reference_tokens": float(reference.targets),
-                "probe_learning_rate": rate,
-            }
-            if self.engine == "optimizer_step":
-                tangent = _Tangent(list(parameters.values()), origin, list(gradient.values()))
-                self._fitted = _Fitted({}, tangent, rate, 0.0)
-                return metrics
-            with context.meter.phase("precondition"):
-                direction = self._precondition(context, parameters, gradient, rate)
-        difference = self.difference or _difference(context.model, parameters, direction, gradient)
+        rate = live_learning_rate(model.optimizer)
+        parameters = self._parameters(model)
+        reference = ReferencePass.load(model, round)
+        with model.meter.phase("reference gradient"):
+            loss, gradient, origin = self._reference_gradient(model, reference, parameters)
+        metrics = {
+            "reference_loss" if self.gradient_at == "current" else "reference_loss_zero_step": loss,
+            "reference_examples": float(reference.examples),
+            "reference_tokens": float(reference.targets),
+            "probe_learning_rate": rate,
+        }
+        if self.engine == "optimizer_step":
+            tangent = _Tangent(list(parameters.values()), origin, list(gradient.values()))
+            self._fitted = _Fitted(tangent, rate)
+            return metrics
+        with model.meter.phase("precondition"):
+            direction = self._precondition(model, round, parameters, gradient, rate)
         if self.engine == "hooks":
-            plan_products(context.model, direction)  # what no rule covers is told here, not at the first candidate
-        self._fitted = _Fitted(direction, None, rate, difference)
-        total = sum(parameter.numel() for parameter in trainable_parameters(context.optimizer))
+            plan_products(model.module, direction)  # refuses layers without a rule now, not at the first candidate
+        difference = self.difference or _difference(model, parameters, direction, gradient)
+        self._fitted = _Fitted(Direction(direction), rate, difference)
+        total = sum(parameter.numel() for parameter in trainable_parameters(model.optimizer))
         return metrics | {
-            "direction_norm": _length(context.model, list(direction.values())),
+            "direction_norm": model.view.norm(list(direction.values())),
             "measured_share": sum(parameter.numel() for parameter in parameters.values()) / total,
         }
 
-    @property
-    def fit_lasts(self) -> bool:
-        """Whether the direction of one step may measure at later ones: all engines but the one that takes steps."""
-        return self.engine != "optimizer_step"
-
-    def fitted_state(self) -> dict[str, Any] | None:
-        """Return what :meth:`fit` found, for a measurement that goes on at later steps; None when it holds at one only.
+    def fitted_state(self) -> State | None:
+        """Return the last fit, for a measurement that goes on at later steps; None when it holds at one only.
 
         Every rank must call it.
         """
-        if self._fitted is None or self._fitted.tangent is not None:
+        fitted = self._fitted
+        if fitted is None or not isinstance(fitted.toward, Direction):
             return None
         return {
-            "direction": {name: distributed.whole(value).cpu() for name, value in self._fitted.direction.items()},
-            "learning_rate": self._fitted.learning_rate,
-            "difference": self._fitted.difference,
+            "direction": fitted.toward.on_cpu(),
+            "learning_rate": fitted.learning_rate,
+            "difference": fitted.difference,
         }
 
-    def load_fitted_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`fitted_state` returned; it is laid out like the model at the first use."""
-        self._restored, self._coverage_checked = state, False
+    def load_fitted_state(self, state: State) -> None:
+        """Restore a fit; its direction is laid out like the model at the first use."""
+        direction = Direction(state["direction"], is_whole=True)
+        self._fitted = _Fitted(direction, state["learning_rate"], state["difference"])
 
-    def score(self, context: RoundContext, batch: Batch) -> Tensor:
-        """Return the influence of each example, ``(B,)`` float32 on CPU.
+    def score(self, model: LiveModel, batch: Batch) -> Tensor:
+        """Return the influence of each example, ``(B,)``; NaN where its loss or product is not finite."""
+        fitted = self._fitted
+        if fitted is None:
+            raise RuntimeError("FirstOrderInfluence.score was called before fit: call fit(model, round) in each round")
+        if isinstance(fitted.toward, Direction):
+            with model.meter.phase("example gradients"):
+                influence = self._products(model, batch, fitted.toward, fitted.difference)
+        else:
+            weight = model.global_batch if self.step == "in_batch" else 1
+            probe = Probe(model, fitted.toward, self.reference_precision, weight)
+            influence = -weight * probe.losses_after_examples(batch) / fitted.learning_rate
+        return influence.where(influence.isfinite(), math.nan)
 
-        NaN stands where the loss or the product of an example is not finite.
-        """
-        if self._restored is not None:
-            state, self._restored = self._restored, None
-            direction = laid_out(state["direction"], context.model)
-            self._fitted = _Fitted(direction, None, state["learning_rate"], state["difference"])
-        if self._fitted is None:
-            raise RuntimeError("FirstOrderInfluence.score was called before fit: call fit(context) once in each round")
-        batch = context.to_device(batch)
-        with measuring(context.model, context.optimizer):
-            if self._fitted.tangent is not None:
-                influence = self._from_steps(context, batch, self._fitted.tangent)
-            else:
-                with context.meter.phase("example gradients"):
-                    influence = self._products(context, batch, self._fitted.direction, self._fitted.difference)
-        return influence.where(influence.isfinite(), math.nan).float().cpu()
-
-    def _products(
-        self, context: RoundContext, batch: Batch, direction: Mapping[str, Tensor], difference: float
-    ) -> Tensor:
+    def _products(self, model: LiveModel, batch: Batch, direction: Direction, difference: float) -> Tensor:
         finite: list[Tensor] = []
 
-        def loss_fn(model: nn.Module, rows: Batch) -> Tensor:
-            losses = context.loss_fn(model, rows)
+        def loss_fn(module: nn.Module, rows: Batch) -> Tensor:
+            losses = model.loss_fn(module, rows)
             finite.append(losses.detach().isfinite())
             return losses
 
-        context.meter.add_flops(_FORWARDS[self.engine] * batch_flops(context.model, batch))
+        model.meter.add_flops(_FORWARDS_PER_EXAMPLE[self.engine] * batch_flops(model.module, batch))
         if self.engine == "central_difference":
-            with _full_precision(context):
-                length = partial(_length, context.model)
-                return central_difference_dot(context.model, loss_fn, batch, direction, difference, length)
-        with context.forward_context():
+            with model.full_precision():
+                values = direction.on(model)
+                return central_difference_dot(model.module, loss_fn, batch, values, difference, model.view.norm)
+        with model.autocast():
             if self.engine == "forward_mode":
-                return forward_mode_dot(context.model, loss_fn, batch, direction)
-            check = not self._coverage_checked
-            influence = example_dot(context.model, loss_fn, batch, direction, check, whole=distributed.whole)
-            self._coverage_checked = True
-        return influence.where(finite[0], math.nan)
-
-    def _from_steps(self, context: RoundContext, batch: Batch, tangent: _Tangent) -> Tensor:
-        weight = context.global_batch if self.step == "in_batch" else 1
-        probe = Probe(context, tangent, self.reference_precision, weight)
-        rate = self._fitted.learning_rate if self._fitted else math.nan
-        return -weight * probe.losses_after_examples(batch) / rate
+                return forward_mode_dot(model.module, loss_fn, batch, direction.on(model))
+            return direction.products(model, loss_fn, batch).where(finite[0], math.nan)
 
     def _reference_gradient(
-        self, context: RoundContext, reference: ReferencePass, parameters: Mapping[str, nn.Parameter]
+        self, model: LiveModel, reference: ReferencePass, parameters: Mapping[str, nn.Parameter]
     ) -> tuple[float, dict[str, Tensor], list[Tensor]]:
-        """Return the mean reference loss where it is asked for, its gradient, and the parameters after the zero step.
+        """Return the mean reference loss at ``gradient_at``, its gradient, and the parameters after the zero step.
 
         Loss in nats per token, the token-weighted mean over the whole set, equal on all ranks.
         """
-        everything = trainable_parameters(context.optimizer)
-        snapshot = Snapshot(context.model, context.optimizer)
+        everything = trainable_parameters(model.optimizer)
+        snapshot = Snapshot(model.module, model.optimizer)
         try:
             if self.gradient_at == "current":
-                loss, gradient = self._summed(context, reference, parameters)
+                loss, gradient = self._mean_gradient(model, reference, parameters)
             for parameter in everything:
                 parameter.grad = torch.zeros_like(parameter)
-            context.clip_gradients(everything)
-            context.optimizer.step()
+            model.clip_gradients(everything)
+            model.optimizer.step()
             for parameter in everything:
                 parameter.grad = None
             torch.clear_autocast_cache()  # casts of the weights before the step would be used again
             if self.gradient_at == "zero_step":
-                loss, gradient = self._summed(context, reference, parameters)
+                loss, gradient = self._mean_gradient(model, reference, parameters)
             keep = self.engine == "optimizer_step"
-            return loss, gradient, [local(p).clone() for p in parameters.values()] if keep else []
+            return loss, gradient, [p.detach().clone() for p in parameters.values()] if keep else []
         finally:
             snapshot.restore()
 
-    def _summed(
-        self, context: RoundContext, reference: ReferencePass, parameters: Mapping[str, nn.Parameter]
+    def _mean_gradient(
+        self, model: LiveModel, reference: ReferencePass, parameters: Mapping[str, nn.Parameter]
     ) -> tuple[float, dict[str, Tensor]]:
-        with _full_precision(context) if self.reference_precision == "float32" else context.forward_context():
-            loss, gradient = mean_reference_gradient(context, reference, parameters)
-        if not math.isfinite(loss):
-            raise NotMeasurableError(
-                f"the reference loss {'after a step on zero gradients' if self.gradient_at == 'zero_step' else ''} is "
-                f"{loss}; influence cannot be measured from there: lower the learning rate, or look at the training "
-                "loss, the model may have diverged"
-            )
-        return loss, gradient
+        with model.full_precision() if self.reference_precision == "float32" else model.autocast():
+            loss, parts = reference.gradient(model, parameters)
+        when = "after a step on zero gradients" if self.gradient_at == "zero_step" else ""
+        require_finite(loss, "lower the learning rate, or look at the training loss: the model may have diverged", when)
+        return loss, model.view.spread(parts, parameters)
 
     def _precondition(
-        self, context: RoundContext, parameters: Mapping[str, nn.Parameter], gradient: dict[str, Tensor], rate: float
+        self,
+        model: LiveModel,
+        round: Round,
+        parameters: Mapping[str, nn.Parameter],
+        gradient: Mapping[str, Tensor],
+        rate: float,
     ) -> dict[str, Tensor]:
         """Return D, without the parameters in which it is zero."""
-        kept = 1.0
+        kept, view = 1.0, model.view
         if self.slope_over == "candidates":
-            everything = trainable_parameters(context.optimizer)
-            divisor = context.global_batch if self.step == "in_batch" else 1
-            sizes, kept = typical_gradient(context, everything, divisor, self.sampled)
+            everything = trainable_parameters(model.optimizer)
+            divisor = model.global_batch if self.step == "in_batch" else 1
+            sizes, kept = typical_gradient(model, round, everything, divisor, self.sampled)
             amplitudes = {id(parameter): size for parameter, size in zip(everything, sizes, strict=True)}
         else:
-            amplitudes = {id(p): _NEAR_ZERO * local(gradient[name]).abs() for name, p in parameters.items()}
-        direction = {}
+            amplitudes = {
+                id(p): _AMPLITUDE_SHARE_AT_ZERO * view.local(gradient[name]).abs() for name, p in parameters.items()
+            }
+        parts = {}
         for name, parameter in parameters.items():
             amplitude = amplitudes.pop(id(parameter))
-            least = torch.finfo(amplitude.dtype).tiny ** 0.5  # a square of it is still told from zero in float64
-            slope = step_slope(context.optimizer, parameter, amplitude.clamp(min=least))
-            direction[name] = like((-kept / rate * slope * local(gradient[name])).to(parameter.dtype), parameter)
-        moves = torch.stack([(local(value) != 0).any() for value in direction.values()]).double()
-        if is_sharded(context.model):
-            moves = distributed.sum_over_ranks(moves)
-        direction = {name: value for (name, value), any_ in zip(direction.items(), moves.tolist(), strict=True) if any_}
+            least = torch.finfo(amplitude.dtype).tiny ** 0.5  # its square is still above zero in float64
+            slope = step_slope(model.optimizer, parameter, amplitude.clamp(min=least))
+            parts[name] = (-kept / rate * slope * view.local(gradient[name])).to(parameter.dtype)
+        moves = view.sum(torch.stack([(part != 0).any() for part in parts.values()]).double()).tolist()
+        spread = view.spread(parts, parameters)
+        direction = {name: value for (name, value), any_ in zip(spread.items(), moves, strict=True) if any_}
         if not direction:
             raise ValueError(
                 "the reference loss does not change with any parameter that is measured: expected loss_fn to compute "
@@ -347,10 +311,10 @@ class FirstOrderInfluence:
             )
         return direction
 
-    def _parameters(self, context: RoundContext) -> dict[str, nn.Parameter]:
-        """Return what takes part, by name: all that is trained but for what is excluded."""
-        trained = {id(parameter) for parameter in trainable_parameters(context.optimizer)}
-        found = {name: p for name, p in context.model.named_parameters() if id(p) in trained}
+    def _parameters(self, model: LiveModel) -> dict[str, nn.Parameter]:
+        """Return the parameters that take part, by name: all trained ones but the excluded."""
+        trained = {id(parameter) for parameter in trainable_parameters(model.optimizer)}
+        found = {name: p for name, p in model.module.named_parameters() if id(p) in trained}
         for pattern in self.exclude:
             if not any(fnmatchcase(name, pattern) for name in found):
                 raise ValueError(f"the pattern {pattern!r} fits none of the parameters {sorted(found)}")
@@ -364,29 +328,17 @@ class FirstOrderInfluence:
 
 
 def _difference(
-    model: nn.Module, parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor], gradient: Mapping[str, Tensor]
+    model: LiveModel,
+    parameters: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    gradient: Mapping[str, Tensor],
 ) -> float:
-    """Return how far to go along the direction, as a share of the parameters' length, for a small change of the loss.
+    """Return the displacement along the direction for a small change of the loss, as a share of the parameters' length.
 
-    What moves the reference loss by so much moves those of candidates by as much or less, and all of them enough to be
-    told from rounding.
+    It moves the losses of candidates by as much or less, and enough to be distinguished from rounding.
     """
-    products = [(local(value).double() * local(gradient[name])).sum() for name, value in direction.items()]
-    slope = _total(model, list(direction.values()), products)
-    move = max(_MOVES.get(value.dtype, _MOVE_IN_SHORT) for value in direction.values())
-    start = _length(model, [parameters[name] for name in direction])
-    length = _length(model, list(direction.values()))
+    slope = model.view.dot(direction.values(), [gradient[name] for name in direction])
+    move = max(_LOSS_CHANGE_NATS.get(value.dtype, _LOSS_CHANGE_NATS_16_BIT) for value in direction.values())
+    start = model.view.norm([parameters[name] for name in direction])
+    length = model.view.norm(list(direction.values()))
     return move * length / max(abs(slope) * start, 1e-30)
-
-
-def _length(model: nn.Module, tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(_total(model, tensors, [local(tensor).double().square().sum() for tensor in tensors]))
-
-
-def _total(model: nn.Module, tensors: Sequence[Tensor], sums: Sequence[Tensor]) -> float:
-    """Return the sum of ``sums``, numbers of the local parts of ``tensors``, over all parts of a sharded model's."""
-    return float(distributed.total_of_parts(tensors, sums) if is_sharded(model) else sum(sums))
-
-
-def _full_precision(context: RoundContext) -> AbstractContextManager[Any]:
-    return torch.autocast(context.device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""What a Fisher matrix is taken over: which tokens count, and whose labels."""
+"""The tokens and the labels that a Fisher matrix is taken over."""
 
 from typing import Literal
 
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liveselect.grammar import IGNORE_INDEX, Batch
 from liveselect.losses import TARGET_COLUMNS, at_targets, shifted_targets, target_logits
-from liveselect.protocols import IGNORE_INDEX, Batch
 
 Labels = Literal["empirical", "sampled"]
 

@@ -1,9 +1,8 @@
-"""Influence under Kronecker-factored curvature: what a natural-gradient step on a candidate does to the reference."""
+"""Influence under Kronecker-factored curvature: the effect of a natural-gradient step on the reference loss."""
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,26 +17,21 @@ from liveselect.functional.factors import (
     add_squares,
     zero_sums,
 )
-from liveselect.functional.gradients import example_dot
 from liveselect.functional.kronecker import relative_damping, solve
-from liveselect.functional.sharding import is_sharded, laid_out, local, part_of, refuse_flat, reshard
+from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, State
 from liveselect.influence.blocks import Blocks, Variant
+from liveselect.influence.direction import Direction
 from liveselect.influence.fisher import Labels, active_tokens, with_sampled_labels
 from liveselect.influence.matrices import find_matrix_layers
-from liveselect.influence.reference import ReferencePass, batch_flops
-from liveselect.influence.reference_gradient import mean_reference_gradient
+from liveselect.influence.reference import ReferencePass, batch_flops, require_finite
 from liveselect.losses import target_counts
-from liveselect.protocols import Batch, NotMeasurableError, RoundContext
-from liveselect.snapshot import measuring
 
 FactorsOf = Literal["training", "candidates"]
 
-_KEPT_BYTES = (
-    1 << 29
-)  # of activations and gradients that may be kept from one pass over the factor examples to the next
+_MAX_KEPT_BYTES = 1 << 29  # of observed tensors, from one pass over the factor examples to the next
 
 
-class KFACInfluence:
+class KFACInfluence(InfluenceEstimator):
     r"""Measures influence to first order, with gradients compared under the curvature of the training loss.
 
     With :math:`g_i` the gradient of a candidate's mean loss, :math:`\bar g` that of the mean reference loss, and F a
@@ -68,11 +62,10 @@ class KFACInfluence:
         damping: :math:`\lambda` as a share of each block's mean eigenvalue, at which it does not depend on the scale of
             the loss; 0.01 to 1 rank alike.
         include: patterns of module names, as in a shell; a layer must match one.
-        exclude: likewise; a layer must match none.
+        exclude: patterns of the same form; a layer must match none.
         split_fused: give queries, keys and values made by one layer a block each.
         factor_examples: examples of one refresh of the factors, over all ranks.
-        factors_of: what they are drawn from: ``training``, whose loss the curvature is of, or ``candidates``, what
-            could be trained on next.
+        factors_of: their source: ``training``, the data that the curvature is of, or the ``candidates`` of the round.
         factor_decay: weight of the past at a refresh of the factors, 0 to forget it.
         factors_every: rounds between refreshes of the factors.
         reference_every: rounds between refreshes of the reference gradient, which also follow those of the factors.
@@ -80,6 +73,10 @@ class KFACInfluence:
     Source: Martens and Grosse 2015, arXiv 1503.05671; George et al. 2018, arXiv 1806.03884; for influence on language
     models Grosse et al. 2023, arXiv 2308.03296, and inside a bandit Zhang et al. 2024, "Quad", arXiv 2409.16986.
     """
+
+    fit_lasts = True  # factors and reference gradient have clocks of their own
+    rehearsed = False
+    has_direction = True
 
     def __init__(
         self,
@@ -126,92 +123,72 @@ class KFACInfluence:
         self._blocks = Blocks(curvature, factor_decay)
         self._factors_from: int | None = None  # round of the last refresh
         self._reference_from: int | None = None
-        self._direction: dict[str, Tensor] | None = None
-        self._coverage_checked = False  # in this process, since the direction was made
-        self._is_whole = False  # a direction out of a checkpoint waits for the model
+        self._direction: Direction | None = None
 
-    @property
-    def direction(self) -> Mapping[str, Tensor]:
-        """The preconditioned reference gradient by parameter name; its product with a gradient is an influence.
+    def direction(self) -> Mapping[str, Tensor] | None:
+        """Return the preconditioned reference gradient by parameter name, None before a fit.
+
+        Its product with a gradient is an influence. Out of a checkpoint it is whole until it is first used.
+        """
+        return None if self._direction is None else self._direction.values
+
+    def fit(self, model: LiveModel, round: Round) -> Mapping[str, float]:
+        """Refresh the factors and the reference gradient, each when it is due.
 
         Raises:
-            RuntimeError: before ``fit``.
+            ValueError: the patterns leave no layer, the loss uses layers in ways that cannot be observed, or the
+                reference set, its loss, or a factor cannot be used.
         """
-        if self._direction is None:
-            raise RuntimeError("KFACInfluence has no direction before fit: call fit(context) once in each round")
-        return self._direction
-
-    def fit(self, context: RoundContext) -> Mapping[str, float]:
-        """Refresh the factors and the reference gradient, each when its clock says so.
-
-        Raises:
-            ValueError: the patterns leave no layer, the loss uses layers in ways that cannot be seen, or the reference
-                set, its loss, or a factor cannot be used.
-        """
-        factors_due = self.curvature != "identity" and _is_due(self._factors_from, context.round, self.factors_every)
-        reference_due = factors_due or _is_due(self._reference_from, context.round, self.reference_every)
-        if not reference_due:
-            return {"reference_age": float(context.round - (self._reference_from or 0))}
+        now = round.index
+        factors_due = self.curvature != "identity" and _is_due(self._factors_from, now, self.factors_every)
+        if not factors_due and not _is_due(self._reference_from, now, self.reference_every):
+            return {"reference_age": float(now - (self._reference_from or 0))}
         metrics: dict[str, float] = {}
-        with measuring(context.model, context.optimizer):
-            reference = ReferencePass.load(context)
-            layers = self._layers(context, reference)
-            if factors_due:
-                with context.meter.phase("factors"):
-                    metrics["factor_tokens"] = self._refresh_factors(context, layers)
-                self._factors_from = context.round
-            with context.meter.phase("reference gradient"):
-                loss, gradient = _reference_gradient(context, reference, layers)
-            with context.meter.phase("precondition"):
-                self._direction, self._is_whole = self._precondition(context, layers, gradient), False
-            self._reference_from = context.round
-        self._coverage_checked = False
-        size = sum(value.numel() for value in self._direction.values())
-        squares = [local(value).double().square().sum() for value in self._direction.values()]
-        together = is_sharded(context.model)
-        length = distributed.total_of_parts(list(self._direction.values()), squares) if together else sum(squares)
+        reference = ReferencePass.load(model, round)
+        layers = self._layers(model, reference)
+        if factors_due:
+            with model.meter.phase("factors"):
+                metrics["factor_tokens"] = self._refresh_factors(model, round, layers)
+            self._factors_from = now
+        with model.meter.phase("reference gradient"):
+            loss, gradient = _reference_gradient(model, reference, layers)
+        with model.meter.phase("precondition"):
+            direction = self._precondition(model, layers, gradient)
+        self._direction, self._reference_from = Direction(direction), now
+        size = sum(value.numel() for value in direction.values())
         return metrics | {
             "reference_loss": loss,
             "reference_examples": float(reference.examples),
             "reference_tokens": float(reference.targets),
-            "factors_age": float(context.round - (context.round if self._factors_from is None else self._factors_from)),
-            "direction_norm": math.sqrt(float(length)),
-            "measured_share": size / sum(p.numel() for p in context.model.parameters() if p.requires_grad),
+            "factors_age": float(now - (now if self._factors_from is None else self._factors_from)),
+            "direction_norm": model.view.norm(list(direction.values())),
+            "measured_share": size / sum(p.numel() for p in model.module.parameters() if p.requires_grad),
         }
 
-    def check(self, context: RoundContext) -> None:
-        """Raise what :meth:`fit` would of the layers, without measuring or factoring curvature."""
-        with measuring(context.model, context.optimizer):
-            self._layers(context, ReferencePass.load(context))
+    def check(self, model: LiveModel, round: Round) -> None:
+        """Raise the errors of :meth:`fit` about layers, without measuring or factoring curvature."""
+        self._layers(model, ReferencePass.load(model, round))
 
-    def score(self, context: RoundContext, batch: Batch) -> Tensor:
-        """Return the influence of each example, ``(B,)`` float32 on CPU; NaN where it is not finite."""
-        if self._is_whole:
-            self._direction, self._is_whole = laid_out(self.direction, context.model), False
-        direction = self.direction
-        batch = context.to_device(batch)
-        with measuring(context.model, context.optimizer), context.meter.phase("example gradients"):
-            with context.forward_context():
-                check = not self._coverage_checked
-                influence = example_dot(
-                    context.model, context.loss_fn, batch, direction, check, whole=distributed.whole
-                )
-                self._coverage_checked = True
-            context.meter.add_flops(3 * batch_flops(context.model, batch))
-        return influence.where(influence.isfinite(), math.nan).float().cpu()
+    def score(self, model: LiveModel, batch: Batch) -> Tensor:
+        """Return the influence of each example, ``(B,)``; NaN where it is not finite."""
+        if self._direction is None:
+            raise RuntimeError("KFACInfluence.score was called before fit: call fit(model, round) in each round")
+        with model.meter.phase("example gradients"), model.autocast():
+            influence = self._direction.products(model, model.loss_fn, batch)
+            model.meter.add_flops(3 * batch_flops(model.module, batch))
+        return influence.where(influence.isfinite(), math.nan)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return factors, direction and clocks as tensors and builtins; every rank must call it."""
-        direction = self._direction
         return {
             "curvature": self.curvature,
             "factors_from": self._factors_from,
             "reference_from": self._reference_from,
-            "direction": None if direction is None else {n: distributed.whole(v).cpu() for n, v in direction.items()},
+            "direction": None if self._direction is None else self._direction.on_cpu(),
             "blocks": self._blocks.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore the state; raise ValueError when it was made with another form of curvature."""
         if state["curvature"] != self.curvature:
             raise ValueError(
@@ -220,47 +197,46 @@ class KFACInfluence:
             )
         self._factors_from = state["factors_from"]
         self._reference_from = state["reference_from"]
-        self._direction = None if state["direction"] is None else dict(state["direction"])
-        self._is_whole = self._direction is not None
+        self._direction = None if state["direction"] is None else Direction(state["direction"], is_whole=True)
         self._blocks.load_state_dict(state["blocks"])
 
-    def _layers(self, context: RoundContext, reference: ReferencePass) -> list[MatrixLayer]:
-        refuse_flat(context.model, type(self).__name__)
+    def fitted_state(self) -> State | None:
+        """Return that there is a fit, which :meth:`state_dict` holds; None before."""
+        return None if self._direction is None else {}
+
+    def load_fitted_state(self, state: State) -> None:
+        """Do nothing: :meth:`load_state_dict` has restored it."""
+
+    def _layers(self, model: LiveModel, reference: ReferencePass) -> list[MatrixLayer]:
+        model.view.refuse_flat(type(self).__name__)
         row = {name: value[:1] for name, value in reference.batches[0].items() if isinstance(value, Tensor)}
         layers = find_matrix_layers(
-            context.model,
-            lambda: context.loss_fn(context.model, row),
-            self.include,
-            self.exclude,
-            self.split_fused,
+            model.module, lambda: model.losses(row), self.include, self.exclude, self.split_fused
         )
-        reshard(context.model)
+        model.view.reshard()
         return layers
 
-    def _refresh_factors(self, context: RoundContext, layers: list[MatrixLayer]) -> float:
-        """Measure curvature on a few examples and mix it into the average; returns the tokens seen."""
-        ids = self._factor_ids(context)
-        mine = ids[distributed.shard(len(ids))]
-        together = is_sharded(context.model)
-        spare = partial(self._first, context, ids)
-        batches = list(distributed.in_step(context.candidate_batches(mine), spare, together))
+    def _refresh_factors(self, model: LiveModel, round: Round, layers: list[MatrixLayer]) -> float:
+        """Measure curvature on a few examples and mix it into the average; returns the number of tokens."""
+        ids = self._factor_ids(round)
+        mine = round.batches(ids[distributed.shard(len(ids))])
+        batches = list(model.view.in_step(mine, lambda: next(round.batches(ids[:1]))))
         if self.labels == "sampled":
-            generator = context.generator(f"labels of rank {distributed.rank()}")
-            with context.forward_context():
-                batches = [(with_sampled_labels(context.model, batch, generator), own) for batch, own in batches]
-        reshard(context.model)
+            generator = round.generator(f"labels of rank {distributed.rank()}")
+            with model.autocast():
+                batches = [(with_sampled_labels(model.module, batch, generator), own) for batch, own in batches]
+        model.view.reshard()
         seen = 0.0
         kept: list[Seen | None] = []
         for kinds in self._blocks.passes:
-            sums = zero_sums(layers, context.model, kinds)
+            sums = zero_sums(layers, model.module, kinds)
             for index, (batch, own) in enumerate(batches):
-                into = sums if own else zero_sums(layers, context.model, kinds)
+                into = sums if own else zero_sums(layers, model.module, kinds)
                 if "squares" in kinds:
-                    self._add_squares(context, into, layers, batch, kept[index] if kept else None)
+                    self._add_squares(model, into, layers, batch, kept[index] if kept else None)
                 else:
-                    found = self._add_covariances(context, into, layers, batch, _size(kept), check=index == 0)
-                    lost = found is None
-                    kept.append(None if together and distributed.any_rank(lost) else found)
+                    found = self._add_covariances(model, into, layers, batch, _size(kept), check=index == 0)
+                    kept.append(None if model.view.any(found is None) else found)
             seen = self._blocks.take(layers, sums, kinds)
             if not seen:
                 raise NotMeasurableError(
@@ -269,60 +245,55 @@ class KFACInfluence:
                 )
         return seen
 
-    @staticmethod
-    def _first(context: RoundContext, ids: Tensor) -> dict[str, Tensor]:
-        return next(context.candidate_batches(ids[:1]))
-
-    def _factor_ids(self, context: RoundContext) -> Tensor:
-        """Return the ids of the examples that a refresh of the factors looks at, ``(m,)``, equal on all ranks."""
-        draws, ids = context.generator("factors"), context.candidates[:0]
-        if self.factors_of == "training" and context.trained is not None:
-            ids = context.trained[torch.randperm(len(context.trained), generator=draws)[: self.factor_examples]]
+    def _factor_ids(self, round: Round) -> Tensor:
+        """Return the ids of the examples of a refresh of the factors, ``(m,)``, equal on all ranks."""
+        draws, ids = round.generator("factors"), round.candidates[:0]
+        if self.factors_of == "training" and round.trained is not None:
+            ids = round.trained[torch.randperm(len(round.trained), generator=draws)[: self.factor_examples]]
         missing = self.factor_examples - len(ids)
-        others = torch.randperm(len(context.candidates), generator=draws)[:missing]
-        return torch.cat([ids, context.candidates[others]])
+        others = torch.randperm(len(round.candidates), generator=draws)[:missing]
+        return torch.cat([ids, round.candidates[others]])
 
     def _add_covariances(
-        self, context: RoundContext, sums: Sums, layers: list[MatrixLayer], batch: Batch, size: int, check: bool
+        self, model: LiveModel, sums: Sums, layers: list[MatrixLayer], batch: Batch, size: int, check: bool
     ) -> Seen | None:
-        """Add one batch, and return what was seen if another pass needs it and ``size`` bytes kept leave room."""
-        keep: Seen | None = [] if len(self._blocks.passes) > 1 and size < _KEPT_BYTES else None
+        """Add one batch; return the observed tensors if another pass needs them and ``size`` kept bytes leave room."""
+        keep: Seen | None = [] if len(self._blocks.passes) > 1 and size < _MAX_KEPT_BYTES else None
         tokens = target_counts(batch), active_tokens(batch)
-        with context.forward_context():
-            add_covariances(sums, layers, context.model, context.loss_fn, batch, *tokens, keep=keep, check=check)
-        context.meter.add_flops(2 * batch_flops(context.model, batch))
+        with model.autocast():
+            add_covariances(sums, layers, model.module, model.loss_fn, batch, *tokens, keep=keep, check=check)
+        model.meter.add_flops(2 * batch_flops(model.module, batch))
         return keep
 
     def _add_squares(
-        self, context: RoundContext, sums: Sums, layers: list[MatrixLayer], batch: Batch, kept: Seen | None
+        self, model: LiveModel, sums: Sums, layers: list[MatrixLayer], batch: Batch, kept: Seen | None
     ) -> None:
         if kept is not None:
             add_seen_squares(sums, kept, active_tokens(batch), self._blocks.basis)
             return
-        arguments = (layers, context.model, context.loss_fn, batch, target_counts(batch), active_tokens(batch))
-        with context.forward_context():
+        arguments = (layers, model.module, model.loss_fn, batch, target_counts(batch), active_tokens(batch))
+        with model.autocast():
             add_squares(sums, *arguments, self._blocks.basis)
-        context.meter.add_flops(2 * batch_flops(context.model, batch))
+        model.meter.add_flops(2 * batch_flops(model.module, batch))
 
     def _precondition(
-        self, context: RoundContext, layers: list[MatrixLayer], gradient: Mapping[str, Tensor]
+        self, model: LiveModel, layers: list[MatrixLayer], gradient: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         if self.curvature == "identity":
             return dict(gradient)
         direction: dict[str, Tensor] = {}
         owners = self._blocks.owners(layers)
-        parameters = dict(context.model.named_parameters())
         for layer in layers:
-            matrix = layer.matrix({name: distributed.whole(gradient[name]) for name in layer.parameters})
+            matrix = layer.matrix({name: model.view.whole(gradient[name]) for name in layer.parameters})
             moved = torch.zeros_like(matrix)
             if owners[layer.leader] == distributed.rank():
                 for block, index in enumerate(layer.blocks):
-                    rows: Any = slice(None) if index is None else index.to(matrix.device)
+                    rows = slice(None) if index is None else index.to(matrix.device)
                     curvature = self._blocks.curvature(layer, block, matrix.device)
                     if curvature is not None:
                         moved[rows] = solve(curvature, matrix[rows], relative_damping(curvature, self.damping))
             moved = distributed.copy_from(moved, owners[layer.leader])
-            direction |= {name: part_of(value, parameters[name]) for name, value in layer.by_name(moved).items()}
+            direction |= model.view.lay_out(layer.by_name(moved))
         return direction
 
 
@@ -331,22 +302,18 @@ def _is_due(last: int | None, now: int, every: int) -> bool:
 
 
 def _reference_gradient(
-    context: RoundContext, reference: ReferencePass, layers: list[MatrixLayer]
+    model: LiveModel, reference: ReferencePass, layers: list[MatrixLayer]
 ) -> tuple[float, dict[str, Tensor]]:
     """Return the mean reference loss, nats per token, and its gradient in the layers' parameters."""
     names = {name for layer in layers for name in layer.parameters}
-    parameters = {name: parameter for name, parameter in context.model.named_parameters() if name in names}
-    with context.forward_context():
-        mean, gradient = mean_reference_gradient(context, reference, parameters)
-    if not math.isfinite(mean):
-        raise NotMeasurableError(
-            f"the reference loss is {mean}; influence cannot be measured from there: look at the training loss, the "
-            "model may have diverged"
-        )
-    return mean, gradient
+    parameters = {name: parameter for name, parameter in model.module.named_parameters() if name in names}
+    with model.autocast():
+        mean, parts = reference.gradient(model, parameters)
+    require_finite(mean, "look at the training loss: the model may have diverged")
+    return mean, model.view.spread(parts, parameters)
 
 
 def _size(kept: list[Seen | None]) -> int:
-    """Return the bytes of what is kept; layers that share an input share its memory."""
+    """Return the bytes of the kept tensors; layers that share an input share its memory."""
     tensors = {tensor.data_ptr(): tensor for seen in kept for entry in seen or [] for tensor in entry[1:]}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

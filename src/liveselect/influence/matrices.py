@@ -1,10 +1,9 @@
 """Finds the linear layers inside a model that get Kronecker factors, and how they belong together."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +12,18 @@ from liveselect.functional.factors import MatrixLayer
 from liveselect.functional.layers import linear_dot, rule_for, transposed_linear_dot
 from liveselect.losses import output_head
 
-_FUSED = ("qkv", "query_key_value", "c_attn")  # in the names of layers that make queries, keys and values at once
-_BY_HEAD = "query_key_value"  # lays its outputs out head by head; the others all queries, all keys, all values
+_FUSED_LAYER_NAMES = ("qkv", "query_key_value", "c_attn")  # parts of names of layers that make all three at once
+_INTERLEAVED_LAYER_NAME = "query_key_value"  # orders outputs by head; the others all queries, all keys, all values
 
 
 def find_matrix_layers(
     model: nn.Module,
-    run: Callable[[], Any],
+    run: Callable[[], object],
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     split_fused: bool = True,
 ) -> list[MatrixLayer]:
-    """Return the trainable linear layers inside a model, with what they share.
+    """Return the trainable linear layers inside a model, grouped by shared inputs.
 
     Output heads are left out, also where they are included by name: the covariance of their gradients has the size of
     the vocabulary, squared. A head is what the model calls its output embedding, a layer whose weight is used
@@ -34,7 +33,7 @@ def find_matrix_layers(
         model: where to look.
         run: calls the model, on one short example; it is called once, without gradients.
         include: patterns of module names as in a shell; a layer must match one.
-        exclude: likewise; a layer must match none.
+        exclude: patterns of the same form; a layer must match none.
         split_fused: treat queries, keys and values that one layer makes as blocks of their own.
 
     Raises:
@@ -63,7 +62,7 @@ def find_matrix_layers(
             f"no linear layer of {type(model).__name__} is left to factorise: found {sorted(found)}, of which "
             f"{sorted(heads)} are output heads; included {tuple(include)}, excluded {tuple(exclude)}"
         )
-    leaders: dict[tuple[Any, ...], str] = {}
+    leaders: dict[tuple[int, ...], str] = {}
     return [_led(layer, received.get(layer.name, []), leaders) for layer in chosen]
 
 
@@ -93,12 +92,12 @@ def _linear_layers(model: nn.Module, split_fused: bool) -> Iterator[tuple[str, M
         )
 
 
-def _received(model: nn.Module, names: Mapping[str, Any], run: Callable[[], Any]) -> dict[str, list[Any]]:
+def _received(model: nn.Module, names: Iterable[str], run: Callable[[], object]) -> dict[str, list[object]]:
     """Return the inputs of all calls by layer, for layers that were called, in the order of their last calls."""
     modules = dict(model.named_modules())
-    received: dict[str, list[Any]] = {}  # holds the tensors, so that no two of them share an id
+    received: dict[str, list[object]] = {}  # holds the tensors, so that no two of them share an id
 
-    def note(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def note(name: str, module: nn.Module, inputs: tuple[object, ...]) -> None:
         received[name] = [*received.pop(name, []), *inputs[:1]]
 
     handles = [modules[name].register_forward_pre_hook(partial(note, name)) for name in names]
@@ -111,7 +110,7 @@ def _received(model: nn.Module, names: Mapping[str, Any], run: Callable[[], Any]
     return received
 
 
-def _heads(model: nn.Module, layers: Mapping[str, MatrixLayer], received: Mapping[str, list[Any]]) -> set[str]:
+def _heads(model: nn.Module, layers: Mapping[str, MatrixLayer], received: Mapping[str, list[object]]) -> set[str]:
     modules = dict(model.named_modules())
     uses: dict[int, int] = {}
     for module in modules.values():
@@ -124,7 +123,7 @@ def _heads(model: nn.Module, layers: Mapping[str, MatrixLayer], received: Mappin
     return heads | {name for name in last if layers[name].outputs in vocabularies}
 
 
-def _led(layer: MatrixLayer, received: list[Any], leaders: dict[tuple[Any, ...], str]) -> MatrixLayer:
+def _led(layer: MatrixLayer, received: list[object], leaders: dict[tuple[int, ...], str]) -> MatrixLayer:
     """Return the layer with its leader: layers that receive one tensor have one covariance of inputs."""
     if not received:
         return layer
@@ -135,13 +134,13 @@ def _led(layer: MatrixLayer, received: list[Any], leaders: dict[tuple[Any, ...],
 def _fused_blocks(modules: Mapping[str, nn.Module], name: str, outputs: int, width: int) -> tuple[Tensor | None, ...]:
     """Return the output rows of queries, keys and values where one layer makes all three, else one block."""
     last = name.rsplit(".", 1)[-1].lower()
-    if not any(mark in last for mark in _FUSED):
+    if not any(mark in last for mark in _FUSED_LAYER_NAMES):
         return (None,)
     queries, keys = _attention_heads(modules, name, outputs, width)
     if not queries or outputs % (queries + 2 * keys):
         return (None,)
     rows = torch.arange(outputs).view(queries + 2 * keys, -1)
-    if last == _BY_HEAD:  # for each key: its queries, the key, the value
+    if last == _INTERLEAVED_LAYER_NAME:  # for each key: its queries, the key, the value
         grouped = rows.view(keys, queries // keys + 2, -1)
         return grouped[:, :-2].flatten(), grouped[:, -2].flatten(), grouped[:, -1].flatten()
     return tuple(part.flatten() for part in rows.split([queries, keys, keys]))

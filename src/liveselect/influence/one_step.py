@@ -1,20 +1,18 @@
-"""The locally probed oracle of MATES: take one optimizer step on a candidate and see what the reference loss does."""
+"""The local probe of MATES: take one optimizer step on a candidate and measure the reference loss after it."""
 
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-from liveselect import distributed
 from liveselect.functional.flops import forward_flops
-from liveselect.functional.sharding import backward, is_sharded, local
-from liveselect.influence.reference import Precision, ReferencePass
-from liveselect.protocols import Batch, NotMeasurableError, RoundContext
-from liveselect.snapshot import Snapshot, measuring, refuse_closure
+from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, on_device
+from liveselect.influence.reference import Precision, ReferencePass, require_finite, split_rows
+from liveselect.preserve import Snapshot, refuse_closure
 
 StepSize = Literal["published", "in_batch"]
 
@@ -26,11 +24,11 @@ class _Baseline:
     loss: float  # after the zero-gradient step
 
 
-class OneStepInfluence:
+class OneStepInfluence(InfluenceEstimator):
     r"""Measures influence exactly: one step of the live optimizer on one candidate, then the reference loss.
 
     The live moments, step counters, learning rate, weight decay and clipping take part. They move the model even when
-    the gradient is zero, so what a candidate does is told against that *zero-gradient step*. With :math:`L` the
+    the gradient is zero, so a candidate's step is compared with that *zero-gradient step*. With :math:`L` the
     reference loss and :math:`A(g)` the parameters after one step of the optimizer on the gradient :math:`g`,
 
     .. math:: I_i = \frac{L(A(0)) - L(A(g_i))}{\eta}  \qquad\text{(published)}
@@ -41,8 +39,8 @@ class OneStepInfluence:
     either form gives :math:`\nabla L(\theta + u_0) \cdot g_i`; both tend to the gradient dot product as
     :math:`\eta \to 0`. They differ in curvature: ``published`` steps as if the candidate were the whole batch, as in
     the paper's code, and overshoots where one example's gradient is large (no clipping, large learning rates);
-    ``in_batch`` steps by what the candidate has inside a real batch, and asks for exact arithmetic, because the
-    difference is N times smaller.
+    ``in_batch`` steps on the candidate's share of a real batch, and needs exact arithmetic, because the difference is N
+    times smaller.
 
     A candidate costs one forward and backward of one row, one step, and one pass over the reference set, which is
     nearly all of the time. Memory: a copy of the trainable parameters and of the optimizer's state, while a batch is
@@ -70,7 +68,7 @@ class OneStepInfluence:
         self.reference_precision: Precision = reference_precision
         self._baseline: _Baseline | None = None
 
-    def fit(self, context: RoundContext) -> Mapping[str, float]:
+    def fit(self, model: LiveModel, round: Round) -> Mapping[str, float]:
         """Load the reference set and measure its loss before and after the zero-gradient step.
 
         Raises:
@@ -78,15 +76,15 @@ class OneStepInfluence:
             ValueError: the optimizer has no learning rate, or nothing to train.
             TypeError: the optimizer cannot take a step on a given gradient.
         """
-        refuse_unfit(context)
-        learning_rate = live_learning_rate(context.optimizer)
-        with measuring(context.model, context.optimizer), context.meter.phase("reference pass"):
-            reference = ReferencePass.load(context)
-            before = reference.loss(context, self.reference_precision)
-            _require_finite(before, "before any step", "look at the training loss: the model may have diverged")
-            probe = Probe(context, reference, self.reference_precision)
+        refuse_unfit(model)
+        learning_rate = live_learning_rate(model.optimizer)
+        with model.meter.phase("reference pass"):
+            reference = ReferencePass.load(model, round)
+            before = reference.loss(model, self.reference_precision)
+            require_finite(before, "look at the training loss: the model may have diverged", "before any step")
+            probe = Probe(model, reference, self.reference_precision)
             after = probe.loss_after([None] * len(probe.parameters))
-        _require_finite(after, "after a step on zero gradients", "lower the learning rate")
+        require_finite(after, "lower the learning rate", "after a step on zero gradients")
         self._baseline = _Baseline(reference, learning_rate, after)
         return {
             "reference_loss": before,
@@ -96,87 +94,90 @@ class OneStepInfluence:
             "probe_learning_rate": learning_rate,
         }
 
-    def score(self, context: RoundContext, batch: Batch) -> Tensor:
-        """Return the influence of each example, ``(B,)`` float32 on CPU.
+    def score(self, model: LiveModel, batch: Batch) -> Tensor:
+        """Return the influence of each example, ``(B,)``.
 
         NaN stands where the loss or the gradient of an example, or the reference loss after its step, is not finite.
         """
         base = self._baseline
         if base is None:
-            raise RuntimeError("OneStepInfluence.score was called before fit: call fit(context) once in each round")
-        weight = context.global_batch if self.step == "in_batch" else 1
-        with measuring(context.model, context.optimizer):
-            probe = Probe(context, base.reference, self.reference_precision, weight)
-            after = probe.losses_after_examples(batch)
+            raise RuntimeError("OneStepInfluence.score was called before fit: call fit(model, round) in each round")
+        weight = model.global_batch if self.step == "in_batch" else 1
+        probe = Probe(model, base.reference, self.reference_precision, weight)
+        after = probe.losses_after_examples(batch)
         influence = weight * (base.loss - after) / base.learning_rate
-        return influence.where(influence.isfinite(), math.nan).float()
+        return influence.where(influence.isfinite(), math.nan)
 
 
 class Objective(Protocol):
-    """What is looked at after a step: :class:`ReferencePass`, or something in its place."""
+    """The loss to take after a step: :class:`ReferencePass`, or another in its place."""
 
-    def loss(self, context: RoundContext, precision: Precision) -> float:
+    def loss(self, model: LiveModel, precision: Precision) -> float:
         """Return the loss of the model as it stands, nats per token."""
 
 
 class Probe:
     """Takes steps from one state of the model and returns to it after each."""
 
-    def __init__(
-        self, context: RoundContext, reference: Objective, precision: Precision, gradient_divisor: int = 1
-    ) -> None:
-        self.parameters = trainable_parameters(context.optimizer)
-        self._context = context
+    def __init__(self, model: LiveModel, reference: Objective, precision: Precision, gradient_divisor: int = 1) -> None:
+        self.parameters = trainable_parameters(model.optimizer)
+        self._model = model
         self._reference = reference
-        self._precision = precision
+        self._precision: Precision = precision
         self._divisor = gradient_divisor
-        with context.meter.phase("snapshot"):
-            self._sharded = is_sharded(context.model)
-            self._snapshot = Snapshot(context.model, context.optimizer)
+        with model.meter.phase("snapshot"):
+            self._snapshot = Snapshot(model.module, model.optimizer)
             self._gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
 
     def losses_after_examples(self, batch: Batch) -> Tensor:
         """Return the reference loss after one step on each example, ``(B,)`` float64 on CPU.
 
-        NaN where the loss or the gradient of an example is not finite. For a sharded model it is a collective that goes
-        through the batches of all ranks, because a step on one example then takes all of them.
+        NaN where the loss or the gradient of an example is not finite. Ranks that hold parts of the parameters go
+        through the batches of all ranks together, because a step on one example then takes all of them.
         """
-        batches = distributed.gather_objects(_on_cpu(batch)) if self._sharded else [batch]
-        after = [[self._loss_after_example(row) for row in rows_of(self._context.to_device(b))] for b in batches]
-        own = after[distributed.rank() if self._sharded else 0]
-        return torch.tensor(own, dtype=torch.float64)
+        batches, own = self._model.view.gather(on_device(batch, torch.device("cpu")))
+        after = [
+            [self._loss_after_example(row) for row in split_rows(self._model.to_device(each), 1)] for each in batches
+        ]
+        return torch.tensor(after[own], dtype=torch.float64)
 
     def _loss_after_example(self, row: Batch) -> float:
-        context = self._context
-        with context.meter.phase("probe step"):
+        model = self._model
+        with model.meter.phase("probe step"):
             torch.clear_autocast_cache()
-            with context.forward_context():
-                loss = context.loss_fn(context.model, row).sum()
-            context.meter.add_flops(3 * forward_flops(context.model, row["input_ids"].numel()))
+            with model.autocast():
+                loss = model.losses(row).sum()
+            model.meter.add_flops(3 * forward_flops(model.module, row["input_ids"].numel()))
             if not loss.requires_grad:
                 raise ValueError(
                     "the loss of a candidate does not depend on any parameter that is trained: expected loss_fn to "
                     "compute with gradients (no torch.no_grad, no detach) from the model that the optimizer trains"
                 )
-            gradients = gradients_of(context.model, loss, self.parameters)
-            finite = _all_finite(loss, gradients)
-            if distributed.any_rank(not finite) if self._sharded else not finite:
+            gradients = model.view.gradients(loss, self.parameters)
+            if model.view.any(not self._all_finite(loss, gradients)):
                 return math.nan
         return self.loss_after(gradients)
 
+    def _all_finite(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> bool:
+        # one wait for the device; without it a gradient that clipping scales to zero would pass for no influence
+        parts = [self._model.view.local(gradient) for gradient in gradients if gradient is not None]
+        return bool(torch.stack([loss, *(norm.to(loss) for norm in torch._foreach_norm(parts))]).isfinite().all())
+
     def loss_after(self, gradients: list[Tensor | None]) -> float:
         """Return the reference loss after one step on the gradients of one example, and put the model back."""
-        context = self._context
+        model = self._model
         try:
-            with context.meter.phase("probe step"):
+            with model.meter.phase("probe step"):
                 self._put(gradients)
-                context.clip_gradients(self.parameters)
-                context.optimizer.step()
-            with context.meter.phase("reference pass"):
-                return self._reference.loss(context, self._precision)
+                model.clip_gradients(self.parameters)
+                model.optimizer.step()
+            with model.meter.phase("reference pass"):
+                return self._reference.loss(model, self._precision)
         finally:
-            with context.meter.phase("restore"):
+            with model.meter.phase("restore"):
                 self._snapshot.restore()
+                for parameter in self.parameters:
+                    parameter.grad = None
 
     @torch.no_grad()
     def _put(self, gradients: list[Tensor | None]) -> None:
@@ -189,6 +190,7 @@ class Probe:
         """
         for parameter, own in zip(self.parameters, self._gradients, strict=True):
             parameter.grad = own
+        local = self._model.view.local
         filled = [local(gradient) for gradient in self._gradients]
         torch._foreach_zero_(filled)
         given = [(to, local(new)) for to, new in zip(filled, gradients, strict=True) if new is not None]
@@ -196,18 +198,6 @@ class Probe:
             torch._foreach_copy_([to for to, _ in given], [new for _, new in given])
         if self._divisor != 1:
             torch._foreach_div_(filled, float(self._divisor))
-
-
-def gradients_of(model: nn.Module, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """Return the gradients of a loss in the parameters, None where it does not depend on them; ``.grad`` stays None.
-
-    For a sharded model it is a collective, and returns the mean over the losses of all ranks: give it the loss of one
-    and the same example.
-    """
-    if is_sharded(model):
-        return backward(loss, parameters)
-    # not backward(): it would run hooks on the accumulation of gradients, which may communicate or step
-    return list(torch.autograd.grad(loss, parameters, allow_unused=True))
 
 
 def trainable_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -242,48 +232,20 @@ def _learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
     return rates
 
 
-def refuse_unfit(context: RoundContext) -> None:
+def refuse_unfit(model: LiveModel) -> None:
     """Raise TypeError or ValueError when no step on a given gradient can be taken."""
-    refuse_closure(context.optimizer)
-    if not trainable_parameters(context.optimizer):
+    refuse_closure(model.optimizer)
+    if not trainable_parameters(model.optimizer):
         raise ValueError("expected an optimizer with parameters that require a gradient, got none: unfreeze some")
-    if not _learning_rates(context.optimizer):
-        optimizer = type(context.optimizer).__name__
+    if not _learning_rates(model.optimizer):
+        optimizer = type(model.optimizer).__name__
         raise ValueError(
             f"expected an optimizer with a learning rate, which is the unit of influence, and {optimizer} has none: "
             "set its lr"
         )
-    sparse = [name for name, module in context.model.named_modules() if getattr(module, "sparse", False) is True]
+    sparse = [name for name, module in model.module.named_modules() if getattr(module, "sparse", False) is True]
     if sparse:
         raise TypeError(
             f"modules {sparse} make sparse gradients, for which a zero-gradient step is not defined: "
             "build them with sparse=False"
         )
-
-
-def _all_finite(loss: Tensor, gradients: Sequence[Tensor | None]) -> bool:
-    # one wait for the device; without it a gradient that clipping scales to zero would pass for no influence
-    norms = torch._foreach_norm([local(gradient) for gradient in gradients if gradient is not None])
-    return bool(torch.stack([loss, *(norm.to(loss) for norm in norms)]).isfinite().all())
-
-
-def _require_finite(loss: float, when: str, cure: str) -> None:
-    if not math.isfinite(loss):
-        raise NotMeasurableError(
-            f"the reference loss {when} is {loss}; influence cannot be measured from there: {cure}"
-        )
-
-
-def rows_of(batch: Batch) -> list[Batch]:
-    """Return the examples of a batch as batches of one row."""
-    count = len(batch["input_ids"])
-
-    def row(value: Tensor, index: int) -> Tensor:
-        per_example = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
-        return value[index : index + 1] if per_example else value
-
-    return [{key: row(value, index) for key, value in batch.items()} for index in range(count)]
-
-
-def _on_cpu(batch: Batch) -> dict[str, Any]:
-    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -1,7 +1,9 @@
 """The loss over the reference set, arranged so that one pass costs little."""
 
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,22 +11,19 @@ from torch import Tensor, nn
 
 from liveselect import distributed
 from liveselect.functional.flops import forward_flops
-from liveselect.functional.sharding import is_sharded, reshard
-from liveselect.losses import (
-    TARGET_COLUMNS,
-    at_targets,
-    causal_lm_loss,
-    output_head,
-    reference_loss,
-    target_counts,
-)
-from liveselect.protocols import IGNORE_INDEX, Batch, RoundContext
+from liveselect.functional.layer_pass import count_rows
+from liveselect.functional.updates import Vector
+from liveselect.grammar import IGNORE_INDEX, Batch, LiveModel, NotMeasurableError, Round
+from liveselect.losses import TARGET_COLUMNS, at_targets, causal_lm_loss, output_head, reference_loss, target_counts
 
 Precision = Literal["float32", "training"]
 
-_WORTH_A_BATCH = 2048  # positions; smaller batches leave an accelerator idle
-_ALIKE = 0.8  # rows this much shorter than the longest of their batch are better served by the next one
-_PADDING = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "labels": IGNORE_INDEX}
+Weighted = tuple[Batch, Tensor]
+"""A batch, and the weight ``(B,)`` of each of its examples."""
+
+_MIN_BATCH_POSITIONS = 2048  # smaller batches leave an accelerator idle
+_MIN_LENGTH_RATIO = 0.8  # of a row to the longest of its batch: shorter ones need less padding in the next batch
+_PADDING_VALUES = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "labels": IGNORE_INDEX}
 
 
 @dataclass(frozen=True)
@@ -32,29 +31,29 @@ class ReferencePass:
     """The batches of the reference set, on the model's device.
 
     Attributes:
-        batches: what the loss is computed on.
-        counts: for each batch ``(B,)`` int64 on CPU, how many tokens of each example carry loss.
+        batches: the batches of the set.
+        counts: for each batch ``(B,)`` int64 on CPU, the tokens of each example that carry loss.
         tokens: positions that the model reads in one pass, padding included.
-        flops: floating point operations of one pass.
+        flops: for each batch, floating point operations of one forward.
     """
 
     batches: list[Batch]
     counts: list[Tensor]
     tokens: int
-    flops: float
+    flops: list[float]
 
     @classmethod
-    def load(cls, context: RoundContext) -> "ReferencePass":
+    def load(cls, model: LiveModel, round: Round) -> "ReferencePass":
         """Fetch the reference set once.
 
         For :func:`causal_lm_loss` rows are cut after their last target and grouped with rows of like length, which
-        changes no loss: nothing to the right of a target is seen by it. Any other loss gets the source's own batches.
+        changes no loss: a causal model looks only to the left. Any other loss gets the source's own batches.
 
         Raises:
             ValueError: no token of the reference set carries loss.
         """
-        batches = list(context.source.reference())
-        if getattr(context.loss_fn, "loss_fn", context.loss_fn) is causal_lm_loss:
+        batches = list(round.source.reference())
+        if model.view.inner_loss(model.loss_fn) is causal_lm_loss:
             batches = [at_targets(batch) for batch in group_by_length(batches)]
         counts = [target_counts(batch).cpu() for batch in batches]
         if not sum(int(count.sum()) for count in counts):
@@ -63,8 +62,8 @@ class ReferencePass:
                 f"{IGNORE_INDEX} beyond the first column. Check how the reference set is prepared and masked"
             )
         tokens = sum(batch["input_ids"].numel() for batch in batches)
-        flops = sum(batch_flops(context.model, batch) for batch in batches)
-        return cls([context.to_device(batch) for batch in batches], counts, tokens, flops)
+        flops = [batch_flops(model.module, batch) for batch in batches]
+        return cls([model.to_device(batch) for batch in batches], counts, tokens, flops)
 
     @property
     def examples(self) -> int:
@@ -77,39 +76,99 @@ class ReferencePass:
         return sum(int(count.sum()) for count in self.counts)
 
     @torch.no_grad()  # not inference_mode: tensors that a model caches in it cannot be used in training
-    def loss(self, context: RoundContext, precision: Precision = "float32") -> float:
+    def loss(self, model: LiveModel, precision: Precision = "float32") -> float:
         """Return the mean loss over all reference tokens, nats per token, and charge its FLOPs to the meter.
 
         ``float32`` switches autocast off and computes in the precision of the parameters; ``training`` computes as
-        training does. For a sharded model it is a collective: ranks share out the batches, and all get the same loss.
+        training does. Ranks that hold parts of the parameters share out the batches, and all get the same loss.
         """
         torch.clear_autocast_cache()  # casts of the weights made before the last step would be used again
-        full = torch.autocast(context.device.type, enabled=False)
-        with full if precision == "float32" else context.forward_context():
-            if is_sharded(context.model):
-                return self._shared_out(context)
-            losses = [context.loss_fn(context.model, batch) for batch in self.batches]
-        context.meter.add_flops(self.flops)
-        return reference_loss(losses, self.counts)
+        shares = model.view.share(list(zip(self.batches, self.counts, self.flops, strict=True)))
+        with model.full_precision() if precision == "float32" else model.autocast():
+            losses = [model.losses(batch) for (batch, _, _), _ in shares]
+        model.view.reshard()  # a step comes next
+        model.meter.add_flops(sum(flops for (_, _, flops), _ in shares))
+        weights = [count * own for (_, count, _), own in shares]
+        share = sum(int(weight.sum()) for weight in weights) / self.targets
+        mine = torch.tensor(reference_loss(losses, weights) * share, dtype=torch.float64)
+        return float(model.view.sum(mine))
 
-    def _shared_out(self, context: RoundContext) -> float:
-        losses, counts = [], []
-        for (batch, count), own in distributed.even_share(list(zip(self.batches, self.counts, strict=True))):
-            losses.append(context.loss_fn(context.model, batch).cpu().double())
-            counts.append(count.double() * own)
-            context.meter.add_flops(batch_flops(context.model, batch))
-        reshard(context.model)  # a step on the shards comes next
-        summed = torch.cat(losses) @ torch.cat(counts)
-        total, tokens = distributed.sum_over_ranks(torch.stack([summed, torch.cat(counts).sum()])).tolist()
-        return float(total / max(1.0, tokens))
+    def gradient(
+        self, model: LiveModel, parameters: Mapping[str, nn.Parameter], weights: Sequence[Tensor] | None = None
+    ) -> tuple[float, Vector]:
+        """Return the mean loss over the set, nats per token, and its gradient in the named ``parameters``.
+
+        Ranks share out the batches; for the form of the gradient see :func:`mean_loss_and_gradient`.
+
+        Args:
+            model: in the precision that is wanted.
+            parameters: to differentiate in, by name.
+            weights: for each batch ``(B,)``, of its examples; by default their numbers of tokens.
+        """
+        items = list(zip(self.batches, self.counts if weights is None else weights, strict=True))
+        mine = items[distributed.rank() :: distributed.world_size()]
+        return mean_loss_and_gradient(model, mine, lambda: items[0], parameters)
+
+
+def mean_loss_and_gradient(
+    model: LiveModel,
+    items: Sequence[Weighted],
+    spare: Callable[[], Weighted],
+    parameters: Mapping[str, nn.Parameter],
+) -> tuple[float, Vector]:
+    """Return the weighted mean loss over the examples of all ranks, and its gradient in the named ``parameters``.
+
+    The gradient is float32 or finer. It is whole on every rank, except for parameters of which ranks hold parts: each
+    then holds the same part of the gradient, as a plain tensor.
+
+    Args:
+        model: in the precision that is wanted.
+        items: of this rank; ranks may have unequally many.
+        spare: the item that a rank without further ones computes and does not count, where all ranks must compute.
+        parameters: to differentiate in, by name.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)  # of losses and of weights
+
+    def losses() -> Iterator[Tensor]:
+        for (batch, weights), counts in model.view.in_step(items, spare):
+            model.meter.add_flops(3 * batch_flops(model.module, batch))
+            each = model.losses(batch)
+            weighted = each @ (weights * counts).to(each)
+            yield weighted
+            sums.add_(torch.stack([weighted.detach().double().cpu(), weights.sum(dtype=torch.float64) * counts]))
+
+    gradient = model.view.summed_gradient(losses(), parameters)
+    loss, weight = distributed.sum_over_ranks(sums).tolist()
+    return loss / weight, {name: value.div_(weight) for name, value in gradient.items()}
 
 
 def batch_flops(model: nn.Module, batch: Batch) -> float:
-    """Return the FLOPs of one forward over a batch; a head that is told where the targets are computes only those."""
+    """Return the FLOPs of one forward over a batch; a head that knows where the targets are computes only those."""
     rows, width = batch["input_ids"].shape
     wanted = batch[TARGET_COLUMNS].shape[1] if TARGET_COLUMNS in batch else width
     head = output_head(model) if wanted < width - 1 else None
     return forward_flops(model, rows * width) - (forward_flops(head, rows * (width - wanted)) if head else 0.0)
+
+
+def split_rows(batch: Batch, rows: int | None) -> list[dict[str, Tensor]]:
+    """Return a batch in parts of at most ``rows`` examples; tensors without a row for each go into every part."""
+    count = count_rows(batch)
+    if rows is None or rows >= count:
+        return [dict(batch)]
+
+    def part(value: Tensor, begin: int) -> Tensor:
+        per_example = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+        return value[begin : begin + rows] if per_example else value
+
+    return [{key: part(value, begin) for key, value in batch.items()} for begin in range(0, count, rows)]
+
+
+def require_finite(loss: float, cure: str, when: str = "") -> None:
+    """Raise NotMeasurableError for a reference loss from which no influence can be measured."""
+    if not math.isfinite(loss):
+        raise NotMeasurableError(
+            f"the reference loss {when}{' ' if when else ''}is {loss}; influence cannot be measured from there: {cure}"
+        )
 
 
 def group_by_length(batches: list[Batch]) -> list[Batch]:
@@ -119,7 +178,7 @@ def group_by_length(batches: list[Batch]) -> list[Batch]:
     that :func:`causal_lm_loss` reads are kept. A mask that hides nothing to the left of a target is dropped, because
     attention is faster without one.
     """
-    keys = [key for key in _PADDING if key == "labels" or any(key in batch for batch in batches)]
+    keys = [key for key in _PADDING_VALUES if key == "labels" or any(key in batch for batch in batches)]
     if any(key not in batch or batch[key].dim() != 2 for batch in batches for key in keys if key != "labels"):
         return batches
     room = max((batch["input_ids"].numel() for batch in batches), default=0)
@@ -139,7 +198,7 @@ def _is_complete(group: list[dict[str, Tensor]], next_length: int, room: int) ->
     """Whether the next row begins a new group: there is no room, or much padding and enough rows without it."""
     width = _length(group[0])
     full = (len(group) + 1) * width > room
-    return full or (len(group) * width >= _WORTH_A_BATCH and next_length < _ALIKE * width)
+    return full or (len(group) * width >= _MIN_BATCH_POSITIONS and next_length < _MIN_LENGTH_RATIO * width)
 
 
 def _rows_to_last_target(batch: Batch, keys: list[str]) -> list[dict[str, Tensor]]:
@@ -159,9 +218,9 @@ def _length(row: dict[str, Tensor]) -> int:
     return len(row["input_ids"])
 
 
-def _stack(rows: list[dict[str, Tensor]], keys: list[str]) -> dict[str, Any]:
+def _stack(rows: list[dict[str, Tensor]], keys: list[str]) -> dict[str, Tensor]:
     width = _length(rows[0])
     return {
-        key: torch.stack([F.pad(row[key], (0, width - len(row[key])), value=_PADDING[key]) for row in rows])
+        key: torch.stack([F.pad(row[key], (0, width - len(row[key])), value=_PADDING_VALUES[key]) for row in rows])
         for key in keys
     }

@@ -1,5 +1,6 @@
-"""What a run's loggers are shown of its selection."""
+"""What the loggers of a run show of its selection."""
 
-from liveselect.monitoring.view import RoundView, evaluation_scalars, round_scalars, spread
+from liveselect.ledger import spread
+from liveselect.monitoring.view import RoundView, evaluation_scalars, round_scalars
 
 __all__ = ["RoundView", "evaluation_scalars", "round_scalars", "spread"]

@@ -1,11 +1,14 @@
 """Shows rounds in TensorBoard: histograms, and examples as text. Scalars go through the logger."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from liveselect.ledger import Histogram
-from liveselect.monitoring.view import EXAMPLE_COLUMNS, PREFIX, RoundView, example_rows
+from liveselect.monitoring.view import EXAMPLE_COLUMNS, PREFIX, Cell, RoundView, example_rows
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoardSink:
@@ -15,7 +18,7 @@ class TensorBoardSink:
         writer: ``TensorBoardLogger.experiment``.
     """
 
-    def __init__(self, writer: Any) -> None:
+    def __init__(self, writer: "SummaryWriter") -> None:
         self._writer = writer
 
     def round(self, view: RoundView, rich: bool) -> None:
@@ -29,7 +32,7 @@ class TensorBoardSink:
         if np.isfinite(influence).any():
             self._writer.add_histogram(f"{PREFIX}influence", influence[np.isfinite(influence)], record.step)
         if rich and view.examples:
-            rows = [EXAMPLE_COLUMNS, ["---"] * len(EXAMPLE_COLUMNS), *example_rows(view)]
+            rows: list[list[Cell]] = [[*EXAMPLE_COLUMNS], ["---"] * len(EXAMPLE_COLUMNS), *example_rows(view)]
             text = "\n".join("| " + " | ".join(_cell(value) for value in row) + " |" for row in rows)
             self._writer.add_text(f"{PREFIX}examples", text, record.step)
 
@@ -53,5 +56,5 @@ class TensorBoardSink:
         )
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Cell) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")

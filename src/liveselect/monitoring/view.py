@@ -1,24 +1,25 @@
-"""One round as numbers and tables, whoever shows them."""
+"""One round as numbers and tables, the same for every logger."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 from liveselect.ledger import Evaluation, Example, Ledger, RoundRecord
 
 PREFIX = "selection/"
 BY_FLOPS = "selection_by_flops/"
-OTHERS = "(others)"
-KEY_LENGTH = 80
+OTHER_GROUPS = "(others)"
+MAX_KEY_CHARACTERS = 80
+"""Of a group's name in a key: loggers cut long keys or refuse them."""
+EXAMPLE_COLUMNS = ["round", "step", "chosen", "score", "group", "id", "text"]
 
-T = TypeVar("T")
+Cell = int | float | str | bool | None
 
 
 @dataclass(frozen=True)
 class RoundView:
-    """What is shown of one round.
+    """One round, prepared for loggers.
 
     Attributes:
         record: the round's line in the ledger.
@@ -26,7 +27,7 @@ class RoundView:
         scalars: names with ``selection/`` in front, and numbers.
         decisions: file of every decision, where there is one.
         pool: fingerprint of the pool.
-        examples: chosen and rejected candidates, as many and as long as the monitor allows.
+        examples: chosen and rejected candidates, within the limits of the monitor.
     """
 
     record: RoundRecord
@@ -38,13 +39,7 @@ class RoundView:
 
 
 def round_scalars(record: RoundRecord, ledger: Ledger, names: Sequence[str]) -> dict[str, float]:
-    """Return the numbers of a round for a logger.
-
-    Args:
-        record: the round.
-        ledger: the run so far.
-        names: groups that have numbers of their own; the others are added up.
-    """
+    """Return the numbers of a round for a logger; groups that are not in ``names`` are added up."""
     found = {name: value for name, value in record.scalars().items() if not name.startswith("chosen_share/")}
     found |= {
         "step": float(record.step),
@@ -61,13 +56,13 @@ def round_scalars(record: RoundRecord, ledger: Ledger, names: Sequence[str]) -> 
 
 
 def evaluation_scalars(entry: Evaluation) -> dict[str, float]:
-    """Return the numbers of a validation beside its total cost."""
+    """Return the metrics of a validation, and the total cost by then."""
     total = entry.training_flops + entry.selection_flops
     return {f"{PREFIX}total_flops": total, **{BY_FLOPS + name: value for name, value in entry.metrics.items()}}
 
 
 def names_to_show(known: Sequence[str], record: RoundRecord, most: int) -> list[str]:
-    """Return the groups with numbers of their own: those known before, and the largest new ones while there is room."""
+    """Return the groups with numbers of their own: those of earlier rounds, then the largest new ones."""
     new = [name for name in record.groups if name not in known]
     new.sort(key=lambda name: -record.groups[name].get("chosen", 0))
     return [*known, *new][:most]
@@ -80,26 +75,18 @@ def shortened(examples: Sequence[Example], rows: int, characters: int) -> list[E
     return [Example(one.id, one.group, one.score, one.chosen, one.text[:characters]) for one in kept]
 
 
-def spread(items: Sequence[T], most: int) -> list[T]:
-    """Return at most ``most`` items, evenly spread, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
-
-
-def example_rows(view: RoundView) -> list[list[Any]]:
-    """Return the rows of the table of examples: round, step, chosen, score, group, id, text."""
+def example_rows(view: RoundView) -> list[list[Cell]]:
+    """Return the rows of the table of examples, of the columns ``EXAMPLE_COLUMNS``."""
     record = view.record
     return [[record.round, record.step, one.chosen, one.score, one.group, one.id, one.text] for one in view.examples]
 
 
-EXAMPLE_COLUMNS = ["round", "step", "chosen", "score", "group", "id", "text"]
-
-
 def key_of(name: str) -> str:
-    """Return a group's name as a logger's key takes it: one line, and no longer than 80 characters."""
+    """Return a group's name as part of a logger's key: one line of limited length."""
     printable = "".join(letter if letter.isprintable() else " " for letter in name).strip()
-    return (printable if len(printable) <= KEY_LENGTH else f"{printable[: KEY_LENGTH - 1]}…") or "(no name)"
+    if len(printable) > MAX_KEY_CHARACTERS:
+        printable = f"{printable[: MAX_KEY_CHARACTERS - 1]}…"
+    return printable or "(no name)"
 
 
 def _group_scalars(record: RoundRecord, names: Sequence[str]) -> dict[str, float]:
@@ -109,10 +96,10 @@ def _group_scalars(record: RoundRecord, names: Sequence[str]) -> dict[str, float
         return found
     for name in names:
         row = record.groups.get(name, {})
-        share = row.get("chosen", 0) / max(1, record.chosen)
+        share = record.share(name)
         shown += share
         found[f"mixture/{key_of(name)}"] = share
         found |= {f"arms/{key}/{key_of(name)}": row[key] for key in ("reward", "pulls", "bonus") if key in row}
     if set(record.groups) - set(names):
-        found[f"mixture/{OTHERS}"] = max(0.0, 1.0 - shown)
+        found[f"mixture/{OTHER_GROUPS}"] = max(0.0, 1.0 - shown)
     return found

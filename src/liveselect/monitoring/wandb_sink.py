@@ -2,25 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from liveselect.decisions import read_plan
-from liveselect.ledger import Evaluation, RoundRecord
-from liveselect.monitoring.view import (
-    BY_FLOPS,
-    EXAMPLE_COLUMNS,
-    PREFIX,
-    RoundView,
-    evaluation_scalars,
-    example_rows,
-    spread,
-)
+from liveselect.ledger import Evaluation, RoundRecord, spread
+from liveselect.monitoring.view import BY_FLOPS, EXAMPLE_COLUMNS, PREFIX, RoundView, evaluation_scalars, example_rows
 from liveselect.monitoring.workspace import save_in_background
 
-POINTS, LINES = 200, 8  # of a chart
-LARGEST_FILE = 256 * 2**20  # bytes; a larger file of decisions stays on the disk, and the artifact says where
+if TYPE_CHECKING:
+    import wandb
+
+POINTS_DRAWN, LINES_DRAWN = 200, 8
+"""Limits of a chart, which the browser draws."""
+MAX_UPLOAD_BYTES = 256 * 2**20
+"""A larger file of decisions stays on the disk, and the artifact says where."""
 
 
 class WandbSink:
@@ -30,15 +27,15 @@ class WandbSink:
         run: the run, ``WandbLogger.experiment``.
     """
 
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: "wandb.Run") -> None:
         import wandb
 
-        self._wandb: Any = wandb
+        self._wandb = wandb
         self._run = run
         self._pool: str | None = None
 
-    def begin(self, about: Mapping[str, Any]) -> None:
-        """Give the numbers of selection axes of their own, and the run's configuration what is known ``about`` it."""
+    def begin(self, about: Mapping[str, object]) -> None:
+        """Define the axes of the numbers of selection, and add ``about`` to the run's configuration."""
         self._run.config.update({"selection": dict(about)}, allow_val_change=True)
         for axis in ("step", "round", "total_flops"):
             self._run.define_metric(f"{PREFIX}{axis}")
@@ -54,11 +51,11 @@ class WandbSink:
 
     def round(self, view: RoundView, rich: bool) -> None:
         """Show a round; ``rich`` adds tables, charts and artifacts."""
-        found: dict[str, Any] = {**view.scalars, **self._histograms(view.record)}
+        found: dict[str, object] = {**view.scalars, **self._histograms(view.record)}
         found["trainer/global_step"] = view.record.step
         if rich:
             if view.examples:
-                found[f"{PREFIX}examples"] = self._wandb.Table(columns=EXAMPLE_COLUMNS, data=example_rows(view))
+                found[f"{PREFIX}examples"] = self._wandb.Table(columns=[*EXAMPLE_COLUMNS], data=example_rows(view))
             if view.record.groups:
                 found[f"{PREFIX}groups"] = self._groups(view.record)
             found |= self._charts(view)
@@ -83,8 +80,8 @@ class WandbSink:
 
     # ---- parts -------------------------------------------------------------------------------------------------
 
-    def _histograms(self, record: RoundRecord) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def _histograms(self, record: RoundRecord) -> dict[str, object]:
+        found: dict[str, object] = {}
         if record.histogram is not None:
             edges = record.histogram.edges
             for name, counts in (("scores", record.histogram.counts), ("scores_of_chosen", record.histogram.chosen)):
@@ -96,24 +93,24 @@ class WandbSink:
             found[f"{PREFIX}influence"] = self._wandb.Histogram(np_histogram=binned)
         return found
 
-    def _groups(self, record: RoundRecord) -> Any:
-        rows = sorted(record.groups.items(), key=lambda item: -item[1].get("chosen", 0))[:POINTS]
+    def _groups(self, record: RoundRecord) -> "wandb.Table":
+        rows = sorted(record.groups.items(), key=lambda item: -item[1].get("chosen", 0))[:POINTS_DRAWN]
         keys = list(dict.fromkeys(key for _, row in rows for key in row))
         data = [[record.round, name, *(row.get(key) for key in keys)] for name, row in rows]
         return self._wandb.Table(columns=["round", "group", *keys], data=data)
 
-    def _charts(self, view: RoundView) -> dict[str, Any]:
-        """Return charts that stand in the workspace without a click."""
+    def _charts(self, view: RoundView) -> dict[str, object]:
+        """Return charts, which W&B shows in the workspace without a click."""
         plot, ledger = self._wandb.plot, view.ledger
-        charts: dict[str, Any] = {}
-        rounds = spread(ledger.rounds, POINTS)
+        charts: dict[str, object] = {}
+        rounds = spread(ledger.rounds, POINTS_DRAWN)
         names = _largest_groups(rounds)
         if len(names) > 1:
-            ys = [[_share(record, name) for record in rounds] for name in names]
+            ys = [[record.share(name) for record in rounds] for name in names]
             charts["mixture"] = plot.line_series(
                 [record.round for record in rounds], ys, keys=names, title="What is chosen", xname="round"
             )
-        curves = _loss_curves(spread(ledger.evaluations, POINTS))
+        curves = _loss_curves(spread(ledger.evaluations, POINTS_DRAWN))
         if curves:
             xs, ys = [xs for xs, _ in curves.values()], [ys for _, ys in curves.values()]
             title = "Loss against total FLOPs, selection included"
@@ -127,7 +124,7 @@ class WandbSink:
         return {f"{PREFIX}charts/{name}": chart for name, chart in charts.items()}
 
     def _artifacts(self, view: RoundView) -> None:
-        """Store pool (once), scores and plan, each naming what it was made from."""
+        """Store pool (once), scores and plan, each with the names of its sources."""
         record = view.record
         if self._pool is None:
             self._pool = f"pool-{view.pool[:16]}".replace("/", "-")
@@ -151,11 +148,11 @@ class WandbSink:
             np.save(file, read_plan(view.decisions).ids.numpy())
         self._run.log_artifact(plan)
 
-    def _artifact(self, name: str, kind: str, metadata: Mapping[str, Any]) -> Any:
+    def _artifact(self, name: str, kind: str, metadata: Mapping[str, object]) -> "wandb.Artifact":
         return self._wandb.Artifact(f"{name}-{self._run.id}", type=kind, metadata=dict(metadata))
 
-    def _add(self, artifact: Any, path: Path) -> None:
-        if path.stat().st_size <= LARGEST_FILE:
+    def _add(self, artifact: "wandb.Artifact", path: Path) -> None:
+        if path.stat().st_size <= MAX_UPLOAD_BYTES:
             artifact.add_file(str(path))
         else:
             artifact.add_reference(path.resolve().as_uri(), name=path.name, checksum=False)
@@ -165,18 +162,14 @@ def _largest_groups(rounds: Sequence[RoundRecord]) -> list[str]:
     totals: dict[str, float] = {}
     for record in rounds:
         for name in record.groups:
-            totals[name] = totals.get(name, 0.0) + _share(record, name)
-    return sorted(totals, key=lambda name: -totals[name])[:LINES]
-
-
-def _share(record: RoundRecord, name: str) -> float:
-    return record.groups.get(name, {}).get("chosen", 0) / max(1, record.chosen)
+            totals[name] = totals.get(name, 0.0) + record.share(name)
+    return sorted(totals, key=lambda name: -totals[name])[:LINES_DRAWN]
 
 
 def _loss_curves(entries: Sequence[Evaluation]) -> dict[str, tuple[list[float], list[float]]]:
     names = [name for name in (entries[-1].metrics if entries else {}) if "loss" in name]
     curves = {}
-    for name in names[:LINES]:
+    for name in names[:LINES_DRAWN]:
         points = [(e.training_flops + e.selection_flops, e.metrics[name]) for e in entries if name in e.metrics]
         curves[name] = ([x for x, _ in points], [y for _, y in points])
     return curves

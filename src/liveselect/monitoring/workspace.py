@@ -1,18 +1,22 @@
-"""A saved view of a W&B project, in which the numbers of selection stand in sections. Needs ``wandb-workspaces``."""
+"""A saved view of a W&B project with sections for the numbers of selection. Needs ``wandb-workspaces``."""
 
 import logging
 import threading
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from liveselect.monitoring.view import BY_FLOPS, PREFIX
+
+if TYPE_CHECKING:
+    from wandb_workspaces.reports.v2.interface import PanelTypes
+    from wandb_workspaces.workspaces import Workspace
 
 log = logging.getLogger("liveselect")
 
 TITLE = "liveselect"
 NAME = "nw-liveselect-v"
-"""What W&B calls the view inside of its project; there is one of this name, whoever saves it."""
+"""W&B's name of the view inside its project: fixed, so that all runs of the project share one view."""
 INSTALL = "pip install wandb-workspaces"
 
 
@@ -21,10 +25,10 @@ class Panel:
     """One panel.
 
     Attributes:
-        title: what stands above it.
-        keys: what it shows, below ``selection/``; ``*`` at the end is all that begin so.
-        axis: what it is shown against, below ``selection/``.
-        kind: lines, areas on top of each other, or the table that was logged last.
+        title: text above it.
+        keys: names of its metrics below ``selection/``; ``*`` at the end stands for any ending.
+        axis: name of the x axis, below ``selection/``.
+        kind: lines, stacked areas, or the table that was logged last.
     """
 
     title: str
@@ -49,7 +53,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     ),
     "How fast preferences move": (
         Panel("Rank correlation of scores with the round before", ("drift/rank_correlation",), "round"),
-        Panel("Share of the plan that was in the plan before", ("drift/overlap",), "round"),
+        Panel("Share of the plan that was also in the previous plan", ("drift/overlap",), "round"),
         Panel("Distance of the mixture from the round before", ("drift/mixture",), "round"),
         Panel("Influence of canaries", ("canary/*",)),
     ),
@@ -66,10 +70,8 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
 }
 
 
-def build_workspace(entity: str, project: str) -> Any:
-    """Return the view as a :class:`wandb_workspaces.workspaces.Workspace` that is not saved yet.
-
-    Panels for everything else that runs log follow below, as W&B makes them by itself.
+def build_workspace(entity: str, project: str) -> "Workspace":
+    """Return the view, not saved yet; below its sections W&B adds panels for all other metrics.
 
     Raises:
         ModuleNotFoundError: wandb-workspaces is not installed.
@@ -85,36 +87,35 @@ def build_workspace(entity: str, project: str) -> Any:
         for index, (title, panels) in enumerate(SECTIONS.items())
     ]
     view = ws.Workspace(entity=entity, project=project, name=TITLE, sections=sections, auto_generate_panels=True)
-    view._internal_name = NAME
+    view._internal_name = NAME  # without a fixed name, each run would save another view
     return view
 
 
 def save_workspace(entity: str, project: str, replace: bool = False) -> str:
-    """Save the view in the project, and return its address; one that is there already stays as somebody left it.
-
-    Args:
-        entity: user or team.
-        project: of W&B.
-        replace: put an existing view back to what it was at first.
+    """Save the view in the project, and return its address; an existing one is not changed, unless ``replace`` is set.
 
     Raises:
         ModuleNotFoundError: wandb-workspaces is not installed.
         Exception: what W&B raises without a network, a key or the right to write.
     """
     view = build_workspace(entity, project)
-    found = _saved(entity, project)
-    if found is None or replace:
-        view._internal_id = "" if found is None else found
+    url = str(view.url)
+    try:
+        saved = type(view).from_url(url)
+    except ValueError as error:
+        if "not found in project" not in str(error):
+            raise
         view.save()
-    return str(view.url)
+        return url
+    if replace:
+        for part in ("name", "sections", "settings", "runset_settings"):
+            setattr(saved, part, getattr(view, part))
+        saved.save()
+    return url
 
 
 def save_in_background(entity: str, project: str) -> threading.Thread | None:
-    """Save the view in a thread that nobody waits for; failing costs a line in the log.
-
-    Returns:
-        The thread; None when wandb-workspaces is not installed.
-    """
+    """Save the view in a daemon thread and return it, None without wandb-workspaces; a failure is only logged."""
     try:
         build_workspace(entity, project)
     except ModuleNotFoundError:
@@ -123,7 +124,7 @@ def save_in_background(entity: str, project: str) -> threading.Thread | None:
     def save() -> None:
         try:
             log.info("selection in W&B: %s", save_workspace(entity, project))
-        except Exception as error:  # whatever the network brings: training matters more
+        except Exception as error:  # W&B raises many kinds, and none of them may stop the training
             log.warning("the view of selection could not be saved in W&B, training goes on without it: %s", error)
 
     thread = threading.Thread(target=save, name="liveselect-workspace", daemon=True)
@@ -131,32 +132,21 @@ def save_in_background(entity: str, project: str) -> threading.Thread | None:
     return thread
 
 
-def _saved(entity: str, project: str) -> str | None:
-    """Return the id of the view that is saved in the project, None when there is none."""
-    from wandb_workspaces.workspaces import internal
-
-    try:
-        found = internal.View.from_name(entity, project, NAME)
-    except ValueError as error:
-        if "not found in project" in str(error):
-            return None
-        raise
-    return str(found.id)
-
-
-def _panel(panel: Panel) -> Any:
+def _panel(panel: Panel) -> "PanelTypes":
     import wandb_workspaces.reports.v2 as wr
 
     if panel.kind == "table":
         return wr.WeavePanelSummaryTable(table_name=_full(panel.keys[0]), layout=wr.Layout(w=12, h=9))
-    settings: dict[str, Any] = {"title": panel.title, "x": _full(panel.axis)}
-    if panel.keys[0].endswith("*"):
-        settings["metric_regex"] = f"^{_full(panel.keys[0]).removesuffix('*')}.*"
-    else:
-        settings["y"] = [_full(key) for key in panel.keys]
-    if panel.kind == "stacked":
-        settings["plot_type"] = "stacked-area"
-    return wr.LinePlot(**settings, layout=wr.Layout(w=8, h=6))
+    names = [_full(key) for key in panel.keys]
+    is_pattern = names[0].endswith("*")
+    return wr.LinePlot(
+        title=panel.title,
+        x=_full(panel.axis),
+        y=[] if is_pattern else [*names],
+        metric_regex=f"^{names[0].removesuffix('*')}.*" if is_pattern else None,
+        plot_type="stacked-area" if panel.kind == "stacked" else None,
+        layout=wr.Layout(w=8, h=6),
+    )
 
 
 def _full(key: str) -> str:

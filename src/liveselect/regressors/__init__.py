@@ -1,4 +1,4 @@
-"""Guess influence where it was not measured."""
+"""Predict influence where it was not measured."""
 
 from liveselect.regressors.encoder import EncoderRegressor
 from liveselect.regressors.hashed import HashedRidgeRegressor

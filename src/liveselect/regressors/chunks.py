@@ -1,69 +1,47 @@
-"""Texts of any length for an encoder of fixed length: even chunks, batches of similar length, no empty row."""
+"""Texts of any length for an encoder of limited length: even chunks, batches of similar length, one mean per text."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 
-class Chunks(NamedTuple):
-    """The chunks of some texts as one padded batch.
+def even_chunks(texts: Sequence[Tensor], longest: int) -> tuple[Tensor, Tensor]:
+    """Cut ``texts``, token ids ``(L_i,)`` each, into the fewest chunks of at most ``longest`` tokens, in order.
 
-    Attributes:
-        input_ids: ``(C, L)`` int64; every row holds at least one token.
-        mask: ``(C, L)`` bool, True at tokens.
-        owner: ``(C,)`` int64, the text that a chunk belongs to.
-        texts: number of texts; one without tokens has no chunk.
+    Returns token ids ``(C, L)`` int64 and their mask ``(C, L)`` bool, True at tokens. The chunks of a text differ by at
+    most one token: less padding, and no chunk of a few words. A text without tokens has no chunk.
     """
-
-    input_ids: Tensor
-    mask: Tensor
-    owner: Tensor
-    texts: int
-
-    def to(self, device: torch.device) -> "Chunks":
-        """Return the same chunks on another device."""
-        return Chunks(self.input_ids.to(device), self.mask.to(device), self.owner.to(device), self.texts)
-
-
-def chunk(texts: Sequence[Tensor], longest: int) -> Chunks:
-    """Cut ``texts``, token ids ``(L_i,)`` each, into the fewest chunks of at most ``longest`` tokens.
-
-    The chunks of a text differ by at most one token: less padding, and no chunk of a few words.
-    """
-    parts = [(part, i) for i, text in enumerate(texts) for part in _cut(text, longest)]
-    if not parts:
-        none = torch.empty(0, 0, dtype=torch.int64)
-        return Chunks(none, none.bool(), torch.empty(0, dtype=torch.int64), len(texts))
-    lengths = torch.tensor([len(part) for part, _ in parts])
-    input_ids = pad_sequence([part.long() for part, _ in parts], batch_first=True)
-    mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
-    return Chunks(input_ids, mask, torch.tensor([owner for _, owner in parts]), len(texts))
+    chunks = [part for text in texts if len(text) for part in text.long().tensor_split(-(-len(text) // longest))]
+    if not chunks:
+        return torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.bool)
+    tokens = [torch.ones(len(chunk), dtype=torch.bool) for chunk in chunks]
+    return pad_sequence(chunks, batch_first=True), pad_sequence(tokens, batch_first=True)
 
 
 def length_groups(lengths: Sequence[int], longest: int, tokens: int) -> list[list[int]]:
     """Group texts of similar length so that the padded chunks of a group hold at most ``tokens`` tokens.
 
-    A text that is larger than that by itself is a group of its own. Every position in ``lengths`` appears once.
+    A text that exceeds this by itself is a group of its own. Every position in ``lengths`` appears once.
     """
-
-    def shape(length: int) -> tuple[int, int]:
-        chunks = -(-length // longest)
-        return -(-length // chunks) if chunks else 0, chunks
-
+    chunks = [-(-length // longest) for length in lengths]
+    widths = [-(-length // max(1, count)) for length, count in zip(lengths, chunks, strict=True)]
     groups: list[list[int]] = []
-    held = 0
-    for i in sorted(range(len(lengths)), key=lambda i: shape(lengths[i])):
-        width, chunks = shape(lengths[i])  # ascending, so the width of the newest is the width of the group
-        if not groups or (held + chunks) * width > tokens:
+    held = 0  # chunks in the last group
+    for i in sorted(range(len(lengths)), key=widths.__getitem__):  # ascending: the last one is the widest of its group
+        if not groups or (held + chunks[i]) * widths[i] > tokens:
             groups.append([])
             held = 0
         groups[-1].append(i)
-        held += chunks
+        held += chunks[i]
     return groups
 
 
-def _cut(text: Tensor, longest: int) -> Sequence[Tensor]:
-    return text.tensor_split(-(-len(text) // longest)) if len(text) else ()
+def mean_over_tokens(hidden: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+    """Return the mean of ``hidden (C, L, D)`` over the tokens of each text, ``(len(lengths), D)``.
+
+    Zeros for a text without tokens. Padding has no part in value or gradient.
+    """
+    # sums in a fixed order, unlike index_add on GPUs: equal runs stay equal
+    return torch.segment_reduce(hidden[mask], "mean", lengths=lengths, initial=0)

@@ -1,45 +1,50 @@
 """The data influence model: a text encoder that learns to predict measured influence."""
 
-import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from liveselect.distributed import rank
-from liveselect.protocols import Batch, RoundContext
-from liveselect.regressors.encoder_model import InfluenceNetwork, build_network, encoder_config, own_random_state
-from liveselect.regressors.encoder_text import TextReader
-from liveselect.regressors.encoder_training import Examples, Precision, Runner, Schedule, train
+from liveselect.grammar import Batch, InfluenceRegressor, Round, State
+from liveselect.regressors.encoder_model import (
+    InfluenceNetwork,
+    Precision,
+    encoder_config,
+    own_random_state,
+)
+from liveselect.regressors.encoder_training import Examples, Schedule, accumulate_gradients, predict, train
 from liveselect.regressors.targets import distinct_targets, standardized
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-_TRIED = 4  # texts that a trial trains on
-_ENOUGH_HELD_OUT = 32  # below this a rank correlation says little: its standard error is 1 / sqrt(32 - 1)
+_MAX_CHUNK_TOKENS = 512  # of BERT; other encoders may take more, at a cost that grows with the square
+_TRIAL_TEXTS = 4  # trained on in a check: enough to need padding, few enough for seconds
+_MIN_HELD_OUT_TEXTS = 32  # with fewer a rank correlation says little: its standard error is 1 / sqrt(32 - 1)
 
 
-class EncoderRegressor:
+class EncoderRegressor(InfluenceRegressor):
     """Predicts influence, in units of its standard deviation, from text with an encoder such as BERT.
 
     A candidate is decoded, tokenised for the encoder, cut into even chunks that the encoder can take, encoded, averaged
     over all its tokens, and mapped to a number. Training minimises the squared error to standardised influence with
-    AdamW and a linearly falling learning rate, looks at the held-out rank correlation ``evaluations`` times and keeps
-    the weights of the best look. ``spearman`` is that correlation: the best of several looks, so a little too high.
+    AdamW and a linearly falling learning rate, evaluates the held-out rank correlation ``evaluations`` times and keeps
+    the weights of the best. ``spearman`` is that correlation: the best of several, so a little too high.
 
     All ranks train one network together, each on its share of every batch. The random state of training is not
-    touched. The network is no part of the LightningModule; it lives beside the model, in float32, and is saved in
+    touched. The network is no part of the LightningModule; it stays beside the model, in float32, and is saved in
     checkpoints (440 MB for BERT base).
 
     Args:
-        encoder: hub name or local path of a pretrained encoder; or the fields (``model_type`` among them) or the
+        encoder: hub name or folder of a pretrained encoder; or the fields (``model_type`` among them) or the
             configuration of one that begins with random weights.
-        tokenizer: name or path of the encoder's tokenizer. By default the one that comes with a named encoder; an
-            encoder given by configuration then reads the language model's token ids.
+        tokenizer: hub name or folder of the encoder's tokenizer; by default that of a named encoder. An encoder given
+            by configuration reads the language model's token ids.
         epochs: passes over the measured candidates in each round.
         learning_rate: of the first step.
         weight_decay: on matrices; biases and norms are not decayed.
@@ -47,18 +52,20 @@ class EncoderRegressor:
         dropout: probability of dropping a pooled feature before the head.
         held_out: share of the measured candidates that is held out, but at least 32 of them, or a quarter if that is
             less.
-        evaluations: how often one fit looks at the held-out candidates. The best of many looks at few candidates is
-            often an early, hardly trained network that was lucky: look often only where many are held out.
-        warm_start: whether a round continues from the network of the round before, or begins anew.
+        evaluations: evaluations of one fit. The best of many on few candidates is often an early, hardly trained
+            network that was lucky: evaluate often only where many are held out.
+        warm_start: whether a round continues from the network of the last round, or starts from the encoder again.
         max_tokens: tokens of a text that are read; the rest is cut off.
-        chunk_tokens: longest chunk; by default what the encoder can take, up to 512.
+        chunk_tokens: longest chunk; by default the encoder's own limit, up to 512.
         tokens_per_forward: padded tokens in one forward; lower it when memory runs out, results stay the same up to
             rounding and dropout.
         precision: ``bfloat16`` computes under autocast; ``auto`` does so on CUDA devices that support it.
 
     Source: Yu et al. 2024, "MATES", arXiv 2406.06046; the defaults are those of the released code (bert-base-uncased,
-    two chunks of 512 tokens), except that it looks every 20 steps at 8,000 candidates and restarts in every round.
+    two chunks of 512 tokens), except that it evaluates every 20 steps on 8,000 candidates and restarts in every round.
     """
+
+    rehearsed = False  # a fit takes minutes; check() tries one batch
 
     def __init__(
         self,
@@ -77,145 +84,163 @@ class EncoderRegressor:
         tokens_per_forward: int = 16_384,
         precision: Precision = "auto",
     ) -> None:
-        for name, value in (
-            *(("epochs", epochs), ("batch_size", batch_size), ("evaluations", evaluations), ("max_tokens", max_tokens)),
-            *(
-                ("chunk_tokens", 1 if chunk_tokens is None else chunk_tokens),
-                ("tokens_per_forward", tokens_per_forward),
-            ),
-        ):
-            if value < 1:
+        counts = {"epochs": epochs, "batch_size": batch_size, "evaluations": evaluations, "max_tokens": max_tokens}
+        limits = {"chunk_tokens": chunk_tokens, "tokens_per_forward": tokens_per_forward}
+        for name, value in {**counts, **limits}.items():
+            if value is not None and value < 1:
                 raise ValueError(f"expected {name} to be at least 1, got {value}")
         if not 0.0 < held_out < 1.0:
             raise ValueError(f"expected held_out, a share of the measured candidates, between 0 and 1, got {held_out}")
         if precision not in get_args(Precision):
             raise ValueError(f"expected precision to be one of {get_args(Precision)}, got {precision!r}")
         self.encoder = encoder
-        self.dropout = dropout
-        self.held_out = held_out
-        self.warm_start = warm_start
-        self.chunk_tokens = chunk_tokens
-        self.tokens_per_forward = tokens_per_forward
+        self.tokenizer = tokenizer or (encoder if isinstance(encoder, str) else None)
+        self.dropout, self.held_out, self.warm_start = dropout, held_out, warm_start
+        self.max_tokens, self.chunk_tokens, self.tokens_per_forward = max_tokens, chunk_tokens, tokens_per_forward
         self.precision: Precision = precision
         self.schedule = Schedule(epochs, learning_rate, weight_decay, batch_size, evaluations)
-        own = encoder if isinstance(encoder, str) else None
-        self._reader = TextReader(own if tokenizer is None else tokenizer, max_tokens)
         self._network: InfluenceNetwork | None = None
-        self._restored: Mapping[str, Any] | None = None  # a state that waits for the first use
+        self._restored: State = {}  # a state that waits for the first use
 
-    def check(self, context: RoundContext) -> None:
-        """Read the context's candidates, which are to be few, and let a network of the same making learn from some.
+    def check(self, round: Round) -> None:
+        """Read the round's candidates, which should be few, and let a network of the same making learn from some.
 
-        The network is let go of; the run's own comes with a fit.
+        The network is discarded; the run's own comes with a fit.
 
         Raises:
-            OSError: the hub or the path does not hold what was named.
+            OSError: neither the hub nor the path holds the encoder.
             ValueError: the encoder cannot be used, or a token id is outside of its vocabulary.
         """
-        kept = self.state_dict() if self.warm_start else {}
-        trial = copy.copy(self)  # shares the tokenizer
-        trial._network, trial._restored = None, kept or None
-        network = trial._ready(context)
+        network = self._built(self.state_dict() if self.warm_start else {}, round.device, seed=0)
         texts: list[Tensor] = []
-        for batch in context.source.candidates(context.candidates):
-            texts += self._reader.read(context, network.config, batch)
-        tried = Examples(texts[:_TRIED], torch.zeros(min(_TRIED, len(texts))))
-        with torch.enable_grad(), own_random_state(0, context.device):
-            self._runner(context, network).accumulate_gradients(tried, torch.arange(len(tried.texts)))
+        for batch in round.source.candidates(round.candidates):
+            texts += self._read(batch, round.source.decode, network.config.vocab_size)
+        tried = Examples(texts[:_TRIAL_TEXTS], torch.zeros(min(_TRIAL_TEXTS, len(texts))))
+        with torch.enable_grad(), own_random_state(0, round.device):
+            accumulate_gradients(network, tried, torch.arange(len(tried.texts)), round.meter.add_flops)
 
-    def fit(self, context: RoundContext, ids: Tensor, influence: Tensor) -> Mapping[str, float]:
+    def fit(self, round: Round, ids: Tensor, influence: Tensor) -> Mapping[str, float]:
         """Learn from ``ids (m,)`` and ``influence (m,)``; repeated ids are averaged.
 
         Returns ``spearman`` (NaN when fewer than 3 candidates are held out or nothing varies; the last weights are
-        kept then), the optimizer's ``best_step`` that it belongs to, and how many were ``held_out``.
+        kept then), the optimizer's ``best_step`` that it belongs to, and the number ``held_out``.
 
         Raises:
             ValueError: an influence is not finite, there are fewer than 8 distinct candidates, or a token id is
                 outside of the encoder's vocabulary.
         """
         known = distinct_targets(ids, influence)
-        network = self._ready(context, anew=not self.warm_start)
-        with context.phase("read measured candidates", len(known.ids), "candidates") as advance:
+        if not self.warm_start:
+            self.load_state_dict({})
+        network = self._ready(round.device, round.generator("regressor/init").initial_seed())
+        with round.meter.tracked("read measured candidates", len(known.ids), "candidates") as advance:
             texts: list[Tensor] = []
-            for batch in context.source.candidates(known.ids):
-                texts += self._reader.read(context, network.config, batch)
+            for batch in round.source.candidates(known.ids):
+                texts += self._read(batch, round.source.decode, network.config.vocab_size)
                 advance(len(batch["input_ids"]))
-        learned, held_out = self._split(context, texts, known.influence)
-        if bool((learned.targets == 0).all()):  # nothing varies
+        m = len(texts)
+        count = max(math.ceil(self.held_out * m), min(_MIN_HELD_OUT_TEXTS, m // 4))
+        held_out, learned = torch.randperm(m, generator=round.generator("regressor/split")).tensor_split([count])
+        mean, std = float(known.influence[learned].mean()), float(known.influence[learned].std(correction=0))
+        examples = Examples(texts, standardized(known.influence, mean, std).float())
+        if not examples.targets[learned].any():  # nothing varies
             nn.init.zeros_(network.head.weight)
             nn.init.zeros_(network.head.bias)
-            return {"spearman": math.nan, "held_out": float(len(held_out.texts))}
+            return {"spearman": math.nan, "held_out": float(count)}
+        order = round.generator("regressor/order")
         # a seed for each rank, because each drops features of other examples
-        with torch.enable_grad(), own_random_state(_seed(context, f"dropout/{rank()}"), context.device):
-            found = train(self._runner(context, network), self.schedule, learned, held_out)
-        return {**found, "held_out": float(len(held_out.texts))}
+        seed = round.generator(f"regressor/dropout/{rank()}").initial_seed()
+        with (
+            torch.enable_grad(),
+            own_random_state(seed, round.device),
+            round.meter.tracked("fit regressor", self.schedule.steps(len(learned)), "batches") as advance,
+        ):
+            found = train(network, self.schedule, examples, learned, held_out, order, round.meter.add_flops, advance)
+        return {**found, "held_out": float(count)}
 
-    def predict(self, context: RoundContext, batch: Batch) -> Tensor:
+    def predict(self, round: Round, batch: Batch) -> Tensor:
         """Return the predicted influence of each example, ``(B,)`` float32 on CPU, standardised.
 
         Raises:
             RuntimeError: nothing was fitted or restored.
         """
-        if self._network is None and self._restored is None:
-            raise RuntimeError("EncoderRegressor.predict was called before fit: call fit(context, ids, influence)")
-        network = self._ready(context)
-        return self._runner(context, network).predict(self._reader.read(context, network.config, batch))
+        if self._network is None and not self._restored:
+            raise RuntimeError("EncoderRegressor.predict was called before fit: call fit(round, ids, influence)")
+        network = self._ready(round.device, seed=0)
+        texts = self._read(batch, round.source.decode, network.config.vocab_size)
+        return predict(network, texts, round.meter.add_flops)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the weights and the encoder's configuration, as tensors and builtins; empty before the first fit."""
         if self._network is None:
-            return dict(self._restored or {})
+            return dict(self._restored)
         weights = {name: value.detach().cpu().clone() for name, value in self._network.state_dict().items()}
         return {"config": self._network.config.to_json_string(use_diff=False), "weights": weights}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; the network is built at its first use."""
-        self._network = None
-        self._restored = dict(state) or None
+    def load_state_dict(self, state: State) -> None:
+        """Restore a state; the network is built at its first use."""
+        self._network, self._restored = None, dict(state)
 
-    def _ready(self, context: RoundContext, anew: bool = False) -> InfluenceNetwork:
-        """Return the network on the model's device: as it is, as it was saved, or new."""
-        if anew:
-            self._network = self._restored = None
+    def _ready(self, device: torch.device, seed: int) -> InfluenceNetwork:
+        """Return the network on the model's device: the current one, the saved one, or a new one."""
         if self._network is None:
-            with own_random_state(_seed(context, "init"), context.device):
-                self._network = self._build()
-            self._restored = None
-        return self._network.to(context.device)
+            self._network = self._built(self._restored, device, seed)
+            self._restored = {}
+        return self._network.to(device)
 
-    def _build(self) -> InfluenceNetwork:
-        if self._restored is None:
-            return build_network(self.encoder, encoder_config(self.encoder), self.dropout, pretrained=True)
-        saved = json.loads(self._restored["config"])
-        # a saved network needs no hub; a configuration given by hand may hold more than its JSON (attention kernel)
-        config = encoder_config(saved if isinstance(self.encoder, str) else self.encoder)
-        network = build_network(self.encoder, config, self.dropout, pretrained=False)
+    def _built(self, state: State, device: torch.device, seed: int) -> InfluenceNetwork:
+        """Return a network in float32 and training mode: the one saved in ``state``, a new one when that is empty."""
+        from transformers import AutoModel
+
+        saved = json.loads(state["config"]) if state else {}
+        name = self.encoder if isinstance(self.encoder, str) else None
+        # a saved network needs no hub; a user's configuration may hold more than its JSON (attention kernel)
+        config = encoder_config(saved if saved and name else self.encoder)
+        with own_random_state(seed, device):
+            if name is None or saved:
+                encoder = AutoModel.from_config(config, dtype=torch.float32)
+            else:
+                encoder = AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
+            longest = self.chunk_tokens or self._longest_chunk(config)
+            network = InfluenceNetwork(encoder, self.dropout, longest, self.tokens_per_forward, self.precision)
         try:
-            network.load_state_dict(self._restored["weights"])
+            if state:
+                network.load_state_dict(state["weights"])
         except RuntimeError as error:
             raise ValueError(
                 f"the checkpoint's regressor ({saved['model_type']}, {saved.get('hidden_size')} wide) does not fit the "
                 f"encoder of this run ({config.model_type}): resume with the encoder that the run began with"
             ) from error
-        return network
+        return network.train().to(device)  # from_pretrained leaves the encoder in eval mode
 
-    def _runner(self, context: RoundContext, network: InfluenceNetwork) -> Runner:
-        longest = self.chunk_tokens or self._reader.longest_chunk(network.config)
-        return Runner(context, network, longest, self.tokens_per_forward, self.precision)
-
-    def _split(self, context: RoundContext, texts: list[Tensor], influence: Tensor) -> tuple[Examples, Examples]:
-        """Return what is learned from and what is held out, in units of the standard deviation of the first."""
-        m = len(texts)
-        count = max(math.ceil(self.held_out * m), min(_ENOUGH_HELD_OUT, m // 4))
-        order = torch.randperm(m, generator=context.generator("regressor/split"))
-        held_out, learned = order[:count], order[count:]
-        mean, std = float(influence[learned].mean()), float(influence[learned].std(correction=0))
-        targets = standardized(influence, mean, std).float()
-        return (
-            Examples([texts[i] for i in learned.tolist()], targets[learned]),
-            Examples([texts[i] for i in held_out.tolist()], targets[held_out]),
+    def _longest_chunk(self, config: "PretrainedConfig") -> int:
+        """Return the number of tokens that the encoder can take at once, up to 512."""
+        positions = getattr(config, "max_position_embeddings", None) or _MAX_CHUNK_TOKENS
+        return min(
+            _MAX_CHUNK_TOKENS, positions, self._tokenizer.model_max_length if self.tokenizer else _MAX_CHUNK_TOKENS
         )
 
+    @cached_property
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
+        from transformers import AutoTokenizer
 
-def _seed(context: RoundContext, purpose: str) -> int:
-    return context.generator(f"regressor/{purpose}").initial_seed()
+        return AutoTokenizer.from_pretrained(self.tokenizer)
+
+    def _read(self, batch: Batch, decode: Callable[[Tensor], list[str]], vocab_size: int) -> list[Tensor]:
+        """Return the encoder's token ids of each example, ``(L_i,)`` int32 on CPU; masked tokens are not read."""
+        rows, mask = list(batch["input_ids"].cpu()), batch.get("attention_mask")
+        if mask is not None:
+            rows = [row[keep] for row, keep in zip(rows, mask.cpu().bool(), strict=True)]
+        if self.tokenizer is None:
+            texts = [row[: self.max_tokens].int() for row in rows]
+        else:
+            decoded = [decode(row.unsqueeze(0))[0] for row in rows]
+            encoded = self._tokenizer(decoded, truncation=True, max_length=self.max_tokens)["input_ids"]
+            texts = [torch.tensor(tokens, dtype=torch.int32) for tokens in encoded]
+        largest = max((int(text.max()) for text in texts if len(text)), default=0)
+        if largest >= vocab_size:
+            cure = f"the tokenizer {self.tokenizer!r} belongs to another encoder"
+            if self.tokenizer is None:
+                cure = f"give the encoder a vocab_size above {largest}, or a tokenizer of its own"
+            raise ValueError(f"expected token ids below the encoder's vocab_size {vocab_size}, got {largest}: {cure}")
+        return texts

@@ -1,68 +1,77 @@
-"""The network of the encoder regressor: an encoder, masked mean pooling over chunks, a linear head."""
+"""The network of the encoder regressor: an encoder of transformers, the mean over a text's tokens, a linear head."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from liveselect.regressors.chunks import Chunks
+from liveselect.functional.flops import forward_flops
+from liveselect.grammar import State
+from liveselect.regressors.chunks import even_chunks, length_groups, mean_over_tokens
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class InfluenceNetwork(nn.Module):
-    """Maps the chunks of texts to one number for each text.
+    """Maps texts, token ids ``(L_i,)``, to one number each, in parts of bounded size.
+
+    Not a sequence classifier of transformers: those read one chunk of a text, and most of them its first token alone.
 
     Args:
         encoder: takes ``input_ids`` and ``attention_mask``, returns ``last_hidden_state`` (C, L, D).
         dropout: probability of dropping a pooled feature.
+        longest: most tokens of a chunk.
+        tokens: most padded tokens of one forward.
+        precision: of the encoder's computation.
     """
 
-    def __init__(self, encoder: nn.Module, dropout: float) -> None:
+    def __init__(
+        self, encoder: "PreTrainedModel", dropout: float, longest: int, tokens: int, precision: Precision
+    ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.dropout = nn.Dropout(dropout)
-        # told explicitly: training may have another default type
-        self.head = nn.Linear(self.config.hidden_size, 1, dtype=torch.float32)
+        self.encoder, self.config, self.dropout = encoder, encoder.config, nn.Dropout(dropout)
+        self.longest, self.tokens, self.precision = longest, tokens, precision
+        self.head = nn.Linear(self.config.hidden_size, 1, dtype=torch.float32)  # training may have another default type
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    @property
-    def config(self) -> "PretrainedConfig":
-        """The configuration of the encoder."""
-        return self.encoder.config  # type: ignore[return-value]
+    def parts(self, texts: Sequence[Tensor], add_flops: Callable[[float], None]) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield positions in ``texts`` and their outputs, ``(g,)`` float32, for all texts.
 
-    def forward(self, chunks: Chunks) -> Tensor:
-        """Return ``(texts,)`` float32; a text without tokens gets what the head says of zeros."""
-        if len(chunks.input_ids):
-            hidden = self.encoder(input_ids=chunks.input_ids, attention_mask=chunks.mask.long()).last_hidden_state
-        else:
-            hidden = self.head.weight.new_zeros(0, 0, self.head.in_features)
-        with torch.autocast(hidden.device.type, enabled=False):  # pooling and head stay in float32
-            return self.head(self.dropout(mean_over_tokens(hidden.float(), chunks))).squeeze(-1)
+        Charges three times the cost of a forward in training mode, for the backward that is to come.
+        """
+        for group in length_groups([len(text) for text in texts], self.longest, self.tokens):
+            input_ids, mask = even_chunks([texts[i] for i in group], self.longest)
+            add_flops((3 if self.training else 1) * forward_flops(self.encoder, input_ids.numel()))
+            yield group, self(input_ids, mask, torch.tensor([len(texts[i]) for i in group]))
+
+    def forward(self, input_ids: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+        """Return ``(len(lengths),)`` float32 for texts of ``lengths`` tokens, given as chunks ``(C, L)``, from CPU.
+
+        A text without tokens gets the head's output for zeros.
+        """
+        device = self.head.weight.device
+        input_ids, mask, lengths = input_ids.to(device), mask.to(device), lengths.to(device)
+        automatic = self.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        hidden = torch.zeros(0, 0, self.head.in_features, device=device, dtype=torch.float32)
+        if len(input_ids):
+            with torch.autocast(device.type, torch.bfloat16, enabled=automatic or self.precision == "bfloat16"):
+                hidden = self.encoder(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+        with torch.autocast(device.type, enabled=False):  # training may have it enabled; pooling and head are float32
+            return self.head(self.dropout(mean_over_tokens(hidden.float(), mask, lengths))).squeeze(-1)
 
 
-def mean_over_tokens(hidden: Tensor, chunks: Chunks) -> Tensor:
-    """Return the mean of ``hidden (C, L, D)`` over the tokens of all chunks of each text, ``(texts, D)``.
-
-    A text without chunks gets zeros. Padding has no part in value or gradient.
-    """
-    summed = (hidden * chunks.mask.unsqueeze(-1)).sum(dim=1)
-    # a product with 0/1 instead of index_add, whose order of summation changes from call to call on GPUs
-    belongs = (chunks.owner == torch.arange(chunks.texts, device=hidden.device)[:, None]).to(hidden.dtype)
-    tokens = belongs @ chunks.mask.sum(dim=1, keepdim=True).to(hidden.dtype)
-    return belongs @ summed / tokens.clamp(min=1)
-
-
-def encoder_config(encoder: "str | dict[str, Any] | PretrainedConfig") -> "PretrainedConfig":
+def encoder_config(encoder: "str | State | PretrainedConfig") -> "PretrainedConfig":
     """Return the configuration of an encoder that is given by name, path, fields or configuration.
 
     Raises:
-        OSError: nothing is to be had under the name.
+        OSError: neither the path, the hub nor its cache holds the encoder.
         ValueError: the fields name no ``model_type``, or the model also has a decoder.
     """
     from transformers import AutoConfig
@@ -73,9 +82,9 @@ def encoder_config(encoder: "str | dict[str, Any] | PretrainedConfig") -> "Pretr
         except OSError as error:
             raise OSError(
                 f"the encoder {encoder!r} cannot be loaded: expected the path of a saved model, or a name on the hub "
-                f"with a way to the hub or its cache. HashedRidgeRegressor() needs no download. {error}"
+                f"with access to the hub or its cache. HashedRidgeRegressor() needs no download. {error}"
             ) from error
-    elif isinstance(encoder, dict):
+    elif isinstance(encoder, Mapping):
         if "model_type" not in encoder:
             raise ValueError(f"expected the encoder's fields to name its model_type, such as 'bert', got {encoder}")
         config = AutoConfig.for_model(**encoder)
@@ -88,22 +97,9 @@ def encoder_config(encoder: "str | dict[str, Any] | PretrainedConfig") -> "Pretr
     return config
 
 
-def build_network(
-    encoder: "str | dict[str, Any] | PretrainedConfig", config: "PretrainedConfig", dropout: float, pretrained: bool
-) -> InfluenceNetwork:
-    """Return the network in float32 and training mode, on CPU; ``pretrained`` loads the weights of a named encoder."""
-    from transformers import AutoModel
-
-    if pretrained and isinstance(encoder, str):
-        body = AutoModel.from_pretrained(encoder, config=config, dtype=torch.float32)
-    else:
-        body = AutoModel.from_config(config, dtype=torch.float32)
-    return InfluenceNetwork(body, dropout).train()  # from_pretrained leaves the encoder in eval mode
-
-
 @contextmanager
 def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Open a block with freshly seeded global generators, of CPU and of a CUDA ``device``, and put them back after.
+    """Open a block with freshly seeded global generators, of CPU and of a CUDA ``device``, and restore them after it.
 
     Initialisation and dropout draw from the global generators and take no other.
     """

@@ -1,27 +1,27 @@
-"""A regressor that costs next to nothing: hashed token n-grams and a ridge regression in closed form."""
+"""A regressor of negligible cost: hashed token n-grams and a ridge regression in closed form."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from liveselect.functional.correlation import spearman
 from liveselect.functional.ngrams import hashed_ngrams
 from liveselect.functional.ridge import fit_ridge
-from liveselect.protocols import Batch, RoundContext
-from liveselect.regressors.targets import distinct_targets, rank_correlation, standardized
+from liveselect.grammar import Batch, InfluenceRegressor, Round, State
+from liveselect.regressors.targets import distinct_targets, standardized
 
-_MOST_FOLDS = 10
-_SMALLEST_FOLD = 4
-_PENALTIES = torch.logspace(-2, 3, 11, dtype=torch.float64)
+_MAX_FOLDS = 10  # more would hardly change the chosen penalty, and each costs a solve for every penalty
+_MIN_FOLD_EXAMPLES = 4  # a rank correlation needs 3, and two always correlate perfectly
+_PENALTIES = torch.logspace(-2, 3, 11, dtype=torch.float64)  # from nearly none to predictions near the mean
 
 
-class HashedRidgeRegressor:
+class HashedRidgeRegressor(InfluenceRegressor):
     """Predicts influence, in units of its standard deviation, from the tokens and token pairs of a candidate.
 
     A row becomes the normalised ``log(1 + count)`` of its hashed tokens and pairs of neighbours. Tokens outside of
     ``attention_mask``, where a batch has one, do not count. The penalty is the one with the lowest squared error on ten
-    held-out folds. Every fit starts anew.
+    held-out folds. Every fit starts afresh.
 
     ``spearman`` is the mean over the folds of the rank correlation within a fold, between targets and the predictions
     of a fit that did not see the fold. (Pooled over folds, or with single examples left out, it would lie below zero
@@ -40,7 +40,7 @@ class HashedRidgeRegressor:
         self._weights: Tensor | None = None
         self._intercept = 0.0
 
-    def fit(self, context: RoundContext, ids: Tensor, influence: Tensor) -> Mapping[str, float]:
+    def fit(self, round: Round, ids: Tensor, influence: Tensor) -> Mapping[str, float]:
         """Learn from ``ids (m,)`` and ``influence (m,)``; repeated ids are averaged.
 
         Returns ``spearman`` (NaN when all targets are equal, and predictions are then 0), ``r2`` of the held-out
@@ -56,21 +56,21 @@ class HashedRidgeRegressor:
             self._weights, self._intercept = torch.zeros(self.buckets, dtype=torch.float32), 0.0
             return {"spearman": float("nan"), "r2": float("nan"), "penalty": float("nan")}
         m = len(targets)
-        count = min(_MOST_FOLDS, m // _SMALLEST_FOLD)
-        folds = torch.randperm(m, generator=context.generator("regressor/folds")) % count
-        with context.phase("fit regressor", m, "candidates") as advance:
+        count = min(_MAX_FOLDS, m // _MIN_FOLD_EXAMPLES)
+        folds = torch.randperm(m, generator=round.generator("regressor/folds")) % count
+        with round.meter.tracked("fit regressor", m, "candidates") as advance:
             features = torch.zeros(m, self.buckets, dtype=torch.float32)
             row = 0
-            for batch in context.source.candidates(known.ids):
+            for batch in round.source.candidates(known.ids):
                 bucket, weight = self._features(batch)
                 features[row : row + len(bucket)].scatter_add_(1, bucket, weight)
                 row += len(bucket)
                 advance(len(bucket))
             found = fit_ridge(features, targets, folds, _PENALTIES)
             rank = min(m, self.buckets)
-            context.meter.add_flops(2.0 * m * rank * self.buckets + 9.0 * rank**3)  # Gram matrix, eigendecomposition
+            round.meter.add_flops(2.0 * m * rank * self.buckets + 9.0 * rank**3)  # Gram matrix, eigendecomposition
         self._weights, self._intercept = found.weights, found.intercept
-        within = [rank_correlation(found.held_out[folds == f], targets[folds == f]) for f in range(count)]
+        within = [spearman(found.held_out[folds == f], targets[folds == f]) for f in range(count)]
         defined = [value for value in within if value == value]
         return {
             "spearman": sum(defined) / len(defined) if defined else float("nan"),
@@ -78,18 +78,18 @@ class HashedRidgeRegressor:
             "penalty": found.penalty,
         }
 
-    def predict(self, context: RoundContext, batch: Batch) -> Tensor:
+    def predict(self, round: Round, batch: Batch) -> Tensor:
         """Return the predicted influence of each example, ``(B,)`` float32 on CPU, standardised.
 
         Raises:
             RuntimeError: nothing was fitted or restored.
         """
         if self._weights is None:
-            raise RuntimeError("HashedRidgeRegressor.predict was called before fit: call fit(context, ids, influence)")
+            raise RuntimeError("HashedRidgeRegressor.predict was called before fit: call fit(round, ids, influence)")
         bucket, weight = self._features(batch)
         return ((self._weights.to(bucket.device)[bucket] * weight).sum(dim=1) + self._intercept).cpu()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the fitted function as tensors and builtins."""
         return {
             "buckets": self.buckets,
@@ -97,8 +97,8 @@ class HashedRidgeRegressor:
             "intercept": self._intercept,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
+    def load_state_dict(self, state: State) -> None:
+        """Restore a fitted function.
 
         Raises:
             ValueError: it was fitted with another number of buckets.

@@ -1,12 +1,11 @@
-"""What regressors share: targets of unit variance, and how well their order was guessed."""
+"""Distinct targets of unit variance, for all regressors."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-FEWEST_MEASURED = 8
-"""Fewer measurements than this cannot be split into a part to learn from and a part to check on."""
+from liveselect.grammar import MIN_MEASUREMENTS
 
 
 class Targets(NamedTuple):
@@ -20,7 +19,7 @@ def distinct_targets(ids: Tensor, influence: Tensor) -> Targets:
     """Return every candidate once, with the mean of its measurements: a split must not put one on both sides.
 
     Raises:
-        ValueError: the shapes differ, an influence is not finite, or fewer than 8 candidates are left.
+        ValueError: the shapes differ, an influence is not finite, or there are fewer than 8 distinct candidates.
     """
     if ids.shape != influence.shape or ids.dim() != 1:
         raise ValueError(f"expected ids (m,) and influence (m,), got {tuple(ids.shape)} and {tuple(influence.shape)}")
@@ -30,9 +29,9 @@ def distinct_targets(ids: Tensor, influence: Tensor) -> Targets:
             f"expected finite influence, got {broken} of {len(ids)} that are not: leave them out of the fit"
         )
     unique, place, repeats = torch.unique(ids.cpu(), return_inverse=True, return_counts=True)
-    if len(unique) < FEWEST_MEASURED:
+    if len(unique) < MIN_MEASUREMENTS:
         raise ValueError(
-            f"expected at least {FEWEST_MEASURED} distinct measured candidates to learn from, got {len(unique)}: "
+            f"expected at least {MIN_MEASUREMENTS} distinct measured candidates to learn from, got {len(unique)}: "
             "measure more (probes)"
         )
     sums = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, place, influence.double().cpu())
@@ -42,12 +41,3 @@ def distinct_targets(ids: Tensor, influence: Tensor) -> Targets:
 def standardized(values: Tensor, mean: float, std: float) -> Tensor:
     """Return ``(values - mean) / std``; zeros when nothing varies."""
     return (values - mean) / std if std > 0 else torch.zeros_like(values)
-
-
-def rank_correlation(predicted: Tensor, actual: Tensor) -> float:
-    """Return Spearman's correlation of two ``(m,)`` tensors; NaN below 3 values or when either is constant."""
-    if len(actual) < 3 or bool((predicted == predicted[0]).all()) or bool((actual == actual[0]).all()):
-        return float("nan")
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(predicted.numpy(), actual.numpy()).statistic)

@@ -4,14 +4,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from liveselect.report import pictures
-from liveselect.report.page import build_page, style
+from liveselect.report.page import build_page
 from liveselect.report.runs import Run, load_runs
 
 __all__ = ["Run", "build_page", "is_report", "load_runs", "write_pictures", "write_report"]
 
 
 def is_report(path: Path) -> bool:
-    """Return whether the file is a report, of any version."""
+    """Return whether the file is a report of any version of liveselect."""
     with path.open("rb") as file:
         return b": liveselect report</title>" in file.read(1 << 16)
 
@@ -19,7 +19,7 @@ def is_report(path: Path) -> bool:
 def write_report(paths: Iterable[Path], out: Path, metric: str | None = None) -> Path:
     """Write the report about the ledgers in ``paths`` to ``out`` and return it.
 
-    In a folder the page is called ``report.html``.
+    If ``out`` is a folder, the page in it is called ``report.html``.
 
     Raises:
         FileNotFoundError: a path does not exist or holds no ledger.
@@ -41,6 +41,7 @@ def write_pictures(paths: Iterable[Path], folder: Path, metric: str | None = Non
         FileNotFoundError: a path does not exist or holds no ledger.
         ValueError: a file is not a ledger, or no run evaluated ``metric``.
     """
-    with pictures.written_to(folder, style()) as files:
-        build_page(load_runs(paths), metric)
-    return files.written
+    runs = load_runs(paths)
+    with pictures.written_to(folder) as written:
+        build_page(runs, metric)
+    return written

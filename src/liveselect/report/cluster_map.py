@@ -1,22 +1,22 @@
-"""A map of the pool: its clusters in two dimensions, coloured by influence, sized by what was chosen."""
+"""A map of the pool: its clusters in two dimensions, coloured by influence, sized by their share of the plan."""
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import yaml
 
-from liveselect.ledger import RoundRecord
-from liveselect.report import elements, pictures, words
-from liveselect.report.choices import spread
-from liveselect.report.runs import Run
+from liveselect.ledger import RoundRecord, spread
+from liveselect.report import pictures, words
+from liveselect.report.runs import Run, Section
 
-MOST_MAPS, NAMED = 4, 3
+MAPS_DRAWN = 4
+CLUSTERS_NAMED = 3
+"""Clusters below a map that gave most to the plan."""
 DEFAULT_CLUSTERS = "clusters"
 
 
@@ -36,8 +36,8 @@ class ClusterMap:
 def find_map(config: str, near: Path | None = None) -> ClusterMap | None:
     """Return the map of the pool that a configuration file names, None when it has no clusters or lies elsewhere.
 
-    A relative path was relative to where the run was started: it is looked for from here, and from all folders above
-    ``near``, the run's own.
+    A relative path starts where the run was started, which is not recorded: the current folder and all folders above
+    ``near``, the folder of the run, are tried.
     """
     try:
         data = yaml.safe_load(config)["data"]["init_args"]
@@ -65,47 +65,29 @@ def flattened(points: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
 
 
-def where_it_looked(run: Run) -> str:
-    """Return the section with maps of some rounds; empty when the pool has no clusters that can be found."""
+def map_section(run: Run) -> Section | None:
+    """Return the section with maps of some rounds; None when the pool has no clusters that can be found."""
     found = find_map(run.config, run.folder)
-    rounds = [
-        record for record in run.ledger.rounds if any(name in (found.names if found else ()) for name in record.groups)
-    ]
-    if found is None or not rounds:
-        return ""
-    # what arms are worth is not known while data are drawn, and two kinds of colour would be compared
+    if found is None:
+        return None
+    rounds = [record for record in run.ledger.rounds if any(name in found.names for name in record.groups)]
+    # rounds of a warm-up know no rewards, and their maps would have colours of another meaning
     rounds = [record for record in rounds if _rewards(record)] or rounds
     figures, what = [], ""
-    for record in spread(rounds, MOST_MAPS):
+    for record in spread(rounds, MAPS_DRAWN):
         title = f"Round {record.round}, step {words.number(record.step)}"
         values, what = _values(record, found.names)
-        sizes = [record.groups.get(name, {}).get("chosen", 0) / max(1, record.chosen) for name in found.names]
+        sizes = [record.share(name) for name in found.names]
         chart = pictures.scatter(found.places.tolist(), values, sizes, f"{title}: clusters of {run.name}")
-        figures.append(elements.figure(chart, title, _most(record)))
-    return (
-        f"<section><h2>Where {words.escaped(run.name)} looked</h2>"
-        + elements.paragraph(
-            "Each dot is a cluster of the pool; clusters that lie near each other hold similar text (the first two "
-            "principal components of the centroids). The larger a dot, the more of the plan came from it; its colour "
-            f"tells {what}.",
-            "note",
-        )
-        + elements.legend(
-            {
-                "above average": elements.AREA_KEY.format(colour="var(--series-0)", opacity=0.9),
-                "below average": elements.AREA_KEY.format(colour="var(--series-1)", opacity=0.9),
-            }
-        )
-        + elements.grid(figures, small=True)
-        + "</section>"
-    )
+        figures.append((chart, title, _most(record)))
+    return Section(f"Where {run.name} looked", "map", {"figures": figures, "what": what}) if figures else None
 
 
 def _most(record: RoundRecord) -> str:
-    """Return which clusters gave most to the plan."""
+    """Return the sentence about the clusters that gave most to the plan."""
     worth = _rewards(record)
     order = sorted(record.groups, key=lambda name: (-record.groups[name].get("chosen", 0), -worth.get(name, 0.0)))
-    named = [name for name in order[:NAMED] if record.groups[name].get("chosen", 0)]
+    named = [name for name in order[:CLUSTERS_NAMED] if record.groups[name].get("chosen", 0)]
     return f"most came from {', '.join(named)}" if named else ""
 
 
@@ -114,19 +96,18 @@ def _rewards(record: RoundRecord) -> dict[str, float]:
 
 
 def _values(record: RoundRecord, names: Sequence[str]) -> tuple[list[float], str]:
-    """Return a number in -1..1 for each cluster, NaN where nothing is known, and what it tells."""
+    """Return a number in -1..1 for each cluster, NaN where nothing is known, and what it means."""
     rewards = _rewards(record)
     if rewards:
         middle = sum(rewards.values()) / len(rewards)
         known = {name: value - middle for name, value in rewards.items()}
         what = "the mean reward of the cluster, against the average of all"
     else:
-        known = {name: _lift(row, record) for name, row in record.groups.items() if row.get("available")}
+        known = {name: _lift(record, name) for name, row in record.groups.items() if row.get("available")}
         what = "how much more of it was chosen than it is of the pool"
     largest = max((abs(value) for value in known.values()), default=0.0) or 1.0
     return [known.get(name, math.nan) / largest for name in names], what
 
 
-def _lift(row: dict[str, Any], record: RoundRecord) -> float:
-    chosen, available = row["chosen"] / max(1, record.chosen), row["available"] / max(1, record.candidates)
-    return math.log2((chosen + 1e-4) / (available + 1e-4))
+def _lift(record: RoundRecord, name: str) -> float:
+    return math.log2((record.share(name) + 1e-4) / (record.share(name, "available") + 1e-4))

@@ -1,127 +1,91 @@
-"""Where the cost of the runs went: a bar for each run on one scale, and a table of its phases."""
+"""The cost of the runs by phase: a bar for each run on one scale, and a table."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from liveselect.report import elements, pictures, words
-from liveselect.report.runs import Run
+from liveselect.report import pictures, words
+from liveselect.report.runs import Run, Section
 
 TRAINING, REST = "training", "other selection"
 PHASES_DRAWN = 4
-SMALL = 0.01
-"""Of the time of a run; phases below it are told together."""
-_TRAINING_COLOUR, _REST_COLOUR = "var(--faint)", "var(--muted)"
-
-NO_TRAINING_TIME = (
-    "Training time is written down at the end of each round and at each validation, and the record of this run stops "
-    "before the first: what follows is selection alone."
-)
+"""Phases with a colour of their own: more colours are hard to tell apart."""
+SMALL_PHASE_SHARE = 0.01
+"""Share of a run's time below which phases are added up in one line."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a run spent, by phase; training is one of them.
+class Phase(NamedTuple):
+    """The cost of one phase of a run: wall-clock seconds, and FLOPs over all ranks (0 where not counted)."""
 
-    Attributes:
-        seconds: wall-clock.
-        flops: over all ranks; phases without a count are missing.
-    """
-
-    seconds: Mapping[str, float]
-    flops: dict[str, float]
+    name: str
+    seconds: float
+    flops: float
 
 
-def cost_of(run: Run) -> Cost:
-    """Return what a run spent, training first, then the phases from the longest to the shortest."""
+def phases_of(run: Run) -> list[Phase]:
+    """Return the phases of a run, training first, then from the longest to the shortest."""
     ledger = run.ledger
-    seconds, flops = {TRAINING: ledger.training_seconds}, {TRAINING: ledger.training_flops}
-    spent: list[tuple[Mapping[str, float], Mapping[str, float]]] = [
-        (_before(ledger.before_seconds), _before(ledger.before_flops)),
-        (ledger.around_seconds, {}),
-        *((record.seconds, record.flops) for record in ledger.rounds),
-    ]
-    for of_seconds, of_flops in spent:
-        for phase, amount in of_seconds.items():
-            seconds[phase] = seconds.get(phase, 0.0) + amount
-        for phase, amount in of_flops.items():
-            seconds.setdefault(phase, 0.0)
-            flops[phase] = flops.get(phase, 0.0) + amount
-    order = sorted(seconds, key=lambda phase: (phase != TRAINING, -seconds[phase]))
-    return Cost({phase: seconds[phase] for phase in order}, flops)
-
-
-def where_the_cost_went(runs: Sequence[Run]) -> str:
-    """Return the section about cost."""
-    costs = [cost_of(run) for run in runs]
-    colours = _colours(costs)
-    longest = max(sum(cost.seconds.values()) for cost in costs)
-    bars = "".join(_bar(run, cost, colours, longest) for run, cost in zip(runs, costs, strict=True))
-    tables = "".join(f"<div>{_table(run, cost)}</div>" for run, cost in zip(runs, costs, strict=True))
-    keys = {phase: elements.AREA_KEY.format(colour=colour, opacity=1) for phase, colour in colours.items()}
-    return (
-        '<section id="cost"><h2>Where the cost went</h2>'
-        + elements.paragraph("Validation is not counted: it is neither training nor selection.", "note")
-        + elements.legend(keys)
-        + f'<div class="stacks">{bars}</div><div class="pair tables">{tables}</div></section>'
+    before_seconds, before_flops = (
+        {f"before training: {phase}": amount for phase, amount in spent.items()}
+        for spent in (ledger.before_seconds, ledger.before_flops)
     )
+    in_rounds = [record.seconds for record in ledger.rounds]
+    seconds = _sums([{TRAINING: ledger.training_seconds}, before_seconds, ledger.around_seconds, *in_rounds])
+    flops = _sums([{TRAINING: ledger.training_flops}, before_flops, *(record.flops for record in ledger.rounds)])
+    phases = [Phase(name, seconds.get(name, 0.0), flops.get(name, 0.0)) for name in seconds | flops]
+    return sorted(phases, key=lambda phase: (phase.name != TRAINING, -phase.seconds))
 
 
-def _before(spent: Mapping[str, float]) -> dict[str, float]:
-    return {f"before training: {phase}": amount for phase, amount in spent.items()}
-
-
-def _colours(costs: Sequence[Cost]) -> dict[str, str]:
-    """Return a colour for training, for the longest phases of all runs together, and for the rest."""
-    totals: dict[str, float] = {}
-    for cost in costs:
-        for phase, amount in cost.seconds.items():
-            totals[phase] = totals.get(phase, 0.0) + amount
-    selection = {phase: amount for phase, amount in totals.items() if phase != TRAINING and amount > 0}
-    drawn = sorted(selection, key=lambda phase: -selection[phase])[:PHASES_DRAWN]
-    # the first colours belong to the runs, in the legend of the losses
-    colours = {phase: f"var(--series-{(index + 1) % pictures.SERIES_COLOURS})" for index, phase in enumerate(drawn)}
-    rest = {REST: _REST_COLOUR} if len(selection) > len(drawn) else {}
-    return {TRAINING: _TRAINING_COLOUR, **colours, **rest}
-
-
-def _bar(run: Run, cost: Cost, colours: Mapping[str, str], longest: float) -> str:
-    drawn = [(cost.seconds[phase], colour) for phase, colour in colours.items() if phase in cost.seconds]
-    rest = sum(amount for phase, amount in cost.seconds.items() if phase not in colours)
-    share = f", {words.percent(run.ledger.selection_share)} of it selection" if run.knows_its_cost else ""
-    text = words.escaped(words.duration(sum(cost.seconds.values())) + share)
-    return f"<p><b>{words.escaped(run.name)}</b> {text}</p>" + elements.stack([*drawn, (rest, _REST_COLOUR)], longest)
-
-
-def _table(run: Run, cost: Cost) -> str:
-    """Return the table of the phases that matter, and folded away that of all."""
-    total = sum(cost.seconds.values())
-    small = [phase for phase, amount in cost.seconds.items() if phase != TRAINING and amount < SMALL * total]
-    if len(small) > 2:
-        name = f"{len(small)} phases below {words.percent(SMALL)}"
-        merged = Cost(
-            {p: amount for p, amount in cost.seconds.items() if p not in small}
-            | {name: sum(cost.seconds[phase] for phase in small)},
-            cost.flops | {name: sum(cost.flops.get(phase, 0.0) for phase in small)},
-        )
-        shown = _rows(merged, cost, f"Cost of {run.name}")
-        shown += elements.details("All phases", _rows(cost, cost, f"Cost of {run.name}, all phases"))
-    else:
-        shown = _rows(cost, cost, f"Cost of {run.name}")
-    note = "" if run.knows_its_cost else elements.paragraph(NO_TRAINING_TIME, "note")
-    return f"<h3>{words.escaped(run.name)}</h3>{note}{shown}"
-
-
-def _rows(cost: Cost, whole: Cost, caption: str) -> str:
-    total = sum(whole.seconds.values())
-    shares = [amount / total if total else 0.0 for amount in cost.seconds.values()]
-    rows = [
-        [
-            words.escaped(phase),
-            words.duration(amount),
-            words.percent(share),
-            words.flops(cost.flops[phase]) if cost.flops.get(phase) else "–",
-        ]
-        for (phase, amount), share in zip(cost.seconds.items(), shares, strict=True)
+def cost_section(runs: Sequence[Run]) -> Section:
+    """Return the section about cost."""
+    phases = {run.name: phases_of(run) for run in runs}
+    colours = _colours(phases.values())
+    shown = [
+        {
+            "run": run,
+            "phases": phases[run.name],
+            "shown": _with_small_ones_added_up(phases[run.name]),
+            "total": _total(phases[run.name]),
+            "parts": _parts(phases[run.name], colours),
+        }
+        for run in runs
     ]
-    rows.append(["total", words.duration(total), "", words.flops(sum(whole.flops.values()))])
-    return elements.table(["phase", "time", "share", "FLOPs"], rows, caption, total=True, bars=(2, shares))
+    longest = max(_total(spent).seconds for spent in phases.values())
+    return Section("Where the cost went", "cost", {"runs": shown, "colours": colours, "longest": longest})
+
+
+def _parts(phases: Sequence[Phase], colours: Mapping[str, str]) -> list[tuple[str, float]]:
+    """Return the parts of a bar: a colour and seconds, in the order of the ``colours``."""
+    spent = _sums({phase.name if phase.name in colours else REST: phase.seconds} for phase in phases)
+    return [(colour, spent[name]) for name, colour in colours.items() if spent.get(name)]
+
+
+def _sums(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for part in parts:
+        for name, amount in part.items():
+            totals[name] = totals.get(name, 0.0) + amount
+    return totals
+
+
+def _total(phases: Sequence[Phase]) -> Phase:
+    return Phase("total", sum(phase.seconds for phase in phases), sum(phase.flops for phase in phases))
+
+
+def _colours(costs: Iterable[Sequence[Phase]]) -> Mapping[str, str]:
+    """Return a colour for training, for the longest phases of all runs together, and for the rest."""
+    totals = _sums({phase.name: phase.seconds for phase in phases if phase.name != TRAINING} for phases in costs)
+    selection = sorted((name for name, amount in totals.items() if amount > 0), key=lambda name: -totals[name])
+    drawn = selection[:PHASES_DRAWN]
+    # the first colours belong to the runs, in the legend of the losses
+    colours = {name: f"series-{(index + 1) % pictures.SERIES_COLOURS}" for index, name in enumerate(drawn)}
+    return {TRAINING: "faint", **colours, **({REST: "muted"} if len(selection) > len(drawn) else {})}
+
+
+def _with_small_ones_added_up(phases: Sequence[Phase]) -> list[Phase]:
+    """Return the phases, with small ones as one line if there are more than two of these."""
+    least = SMALL_PHASE_SHARE * _total(phases).seconds
+    small = [phase for phase in phases if phase.name != TRAINING and phase.seconds < least]
+    if len(small) <= 2:
+        return list(phases)
+    added_up = _total(small)._replace(name=f"{len(small)} phases below {words.percent(SMALL_PHASE_SHARE)}")
+    return [*(phase for phase in phases if phase not in small), added_up]

@@ -1,28 +1,33 @@
-"""The report: one page that tells what a run's data selection brought and what it cost."""
+"""The report: one page that shows the effect and the cost of a run's data selection."""
 
 import json
-import re
+import math
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from itertools import count
-from typing import Any
+from itertools import chain
 
-from liveselect.report import elements, pictures, words
-from liveselect.report.alarms import what_was_wrong
-from liveselect.report.arms import what_arms_were_worth
-from liveselect.report.choices import spread, what_it_chose
-from liveselect.report.cluster_map import where_it_looked
-from liveselect.report.cost import where_the_cost_went
-from liveselect.report.drift import how_it_moved
-from liveselect.report.runs import Axis, Run, choose_metric
-from liveselect.report.summary import what_came_out
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-LISTED = 200
-"""Evaluations and notes of a run that are listed; of more, so many, evenly spread."""
-DRAWN = 400
-"""Points of a curve."""
-ABOUT_A_RUN = (what_arms_were_worth, what_it_chose, where_it_looked, how_it_moved)
-_TITLES: dict[Axis, str] = {"step": "training steps", "seconds": "total time", "flops": "total FLOPs"}
+from liveselect.ledger import Alarm, spread
+from liveselect.report import pictures, words
+from liveselect.report.arms import arms_section
+from liveselect.report.choices import choices_section, drift_section
+from liveselect.report.cluster_map import map_section
+from liveselect.report.cost import cost_section
+from liveselect.report.runs import Axis, Run, Section, choose_metric
+from liveselect.report.summary import summary_of
+
+ROWS_LISTED = 200
+"""Evaluations of a run, and notes, evenly spread: a page of thousands of rows is slow and not read."""
+ALARMS_LISTED = 100
+"""Alarms of a kind, evenly spread."""
+POINTS_DRAWN = 400
+"""Points of a curve, whose picture is a few hundred pixels wide."""
+SECTIONS_OF_A_RUN = (arms_section, choices_section, map_section, drift_section)
+_AXES: dict[Axis, tuple[str, str]] = {
+    "step": ("training steps", "training steps"),
+    "seconds": ("total time", "seconds, selection included"),
+    "flops": ("total FLOPs", "FLOPs, selection included"),
+}
 
 
 def build_page(runs: Sequence[Run], metric: str | None = None) -> str:
@@ -37,136 +42,88 @@ def build_page(runs: Sequence[Run], metric: str | None = None) -> str:
     """
     if not runs:
         raise ValueError("expected at least one run to report about, got none")
-    known = sorted({name for run in runs for entry in run.ledger.evaluations for name in entry.metrics})
+    known = _metric_names(runs)
     if metric is not None and metric not in known:
-        raise ValueError(f"no run evaluated {metric!r}; evaluated were {', '.join(known) or 'no metrics'}")
+        raise ValueError(f"no run evaluated {metric!r}; evaluated were {', '.join(sorted(known)) or 'no metrics'}")
     metric = metric or choose_metric(runs)
     selecting = [run for run in runs if not run.is_random] or list(runs)
     sections = [
-        what_came_out(runs, metric),
-        _loss(runs, metric),
-        where_the_cost_went(runs),
-        what_was_wrong(runs),
-        *(about(run) for run in selecting for about in ABOUT_A_RUN),
-        _notes(runs),
-        _settings(runs),
+        _loss_section(runs, metric),
+        cost_section(runs),
+        Section("Alarms", "alarms", {"alarms": _alarms(runs), "limit": ALARMS_LISTED}),
+        *(about(run) for run in selecting for about in SECTIONS_OF_A_RUN),
+        Section("Notes and warnings", "notes", {"notes": _notes(runs), "limit": ROWS_LISTED}),
+        Section("Settings", "settings", {"runs": runs, "rows": _settings(runs)}),
     ]
-    numbers = count(1)
-    body = re.sub("<section>", lambda _: f'<section id="part-{next(numbers)}">', "\n".join(sections))
-    css, script = style(), _resource("search.js")
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{words.escaped(' and '.join(run.name for run in runs))}: liveselect report</title>\n"
-        f"<style>\n{css}</style>\n</head>\n<body>\n<main>\n"
-        f'<p class="kicker">liveselect report</p>\n{_contents(body)}\n{body}'
-        f"\n</main>\n<script>\n{script}</script>\n</body>\n</html>\n"
+    templates = Environment(
+        loader=PackageLoader("liveselect.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=words.visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = (words.number, words.decimals, words.loss, words.percent, words.duration, words.flops, words.plural)
+    templates.filters |= {each.__name__: each for each in (*filters, spread)}
+    shown = [section for section in sections if section is not None]
+    used = [section.template for section in shown]
+    templates.tests["finite"] = math.isfinite
+    return templates.get_template("page.html").render(
+        title=" and ".join(run.name for run in runs),
+        summary=summary_of(runs, metric),
+        sections={name if used.count(name) == 1 else f"{name}-{i}": shown[i] for i, name in enumerate(used)},
     )
 
 
-def style() -> str:
-    """Return the style sheet of the page."""
-    return _resource("style.css")
-
-
-def _contents(body: str) -> str:
-    """Return links to the sections."""
-    found = re.findall(r'<section id="([\w-]+)"><h2>(.*?)</h2>', body)
-    links = "".join(f'<a href="#{place}">{title}</a>' for place, title in found)
-    return f'<nav aria-label="Sections">{links}</nav>'
-
-
-def _resource(name: str) -> str:
-    return resources.files("liveselect.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _loss(runs: Sequence[Run], metric: str | None) -> str:
+def _loss_section(runs: Sequence[Run], metric: str | None) -> Section | None:
     if metric is None:
-        return ""
+        return None
     figures = []
-    labels: dict[Axis, str] = {
-        "step": "training steps",
-        "seconds": "seconds, selection included",
-        "flops": "FLOPs, selection included",
-    }
-    for axis, label in labels.items():
+    for axis, (title, label) in _AXES.items():
+        curves = (spread(run.curve(metric, axis), POINTS_DRAWN) for run in runs)
         lines = [
-            pictures.Line(spread(run.curve(metric, axis), DRAWN), index, run.name) for index, run in enumerate(runs)
+            pictures.Line(curve, index, run.name) for index, (curve, run) in enumerate(zip(curves, runs, strict=True))
         ]
         if any(line.points and line.points[-1][0] > 0 for line in lines):
-            title = f"{metric} against {_TITLES[axis]}"
+            title = f"{metric} against {title}"
             description = f"{title}, for {', '.join(run.name for run in runs)}"
-            chart = pictures.line_chart(lines, label, description, shorten=axis == "flops")
-            figures.append(elements.figure(chart, title))
-    keys = {
-        run.name: elements.LINE_KEY.format(
-            colour=f"var(--series-{index % pictures.SERIES_COLOURS})", dash=pictures.HTML_DASHES[index % 4]
-        )
-        for index, run in enumerate(runs)
-    }
-    rows = [
-        [
-            words.escaped(run.name),
-            words.number(entry.step),
-            words.duration(entry.training_seconds),
-            words.duration(entry.selection_seconds),
-            *(words.number(entry.metrics.get(name)) for name in _metric_names(runs)),
-        ]
-        for run in runs
-        for entry in spread(run.ledger.evaluations, LISTED)
-    ]
-    columns = ["run", "step", "training", "selection", *_metric_names(runs)]
-    return (
-        '<section id="loss"><h2>Loss</h2>'
-        + (elements.legend(keys) + elements.grid(figures) if figures else "")
-        + elements.details(f"All evaluations{_of_many(runs)}", elements.table(columns, rows, "All evaluations"))
-        + "</section>"
-    )
-
-
-def _of_many(runs: Sequence[Run]) -> str:
-    most = max(len(run.ledger.evaluations) for run in runs)
-    return f" ({LISTED} of a run, evenly spread)" if most > LISTED else ""
+            figures.append((pictures.line_chart(lines, label, description, shorten=axis == "flops"), title, ""))
+    rows = [(run, entry) for run in runs for entry in spread(run.ledger.evaluations, ROWS_LISTED)]
+    about = {"figures": figures, "rows": rows, "metrics": _metric_names(runs), "limit": ROWS_LISTED, "runs": runs}
+    return Section("Loss", "loss", {**about, "dashes": pictures.HTML_DASHES, "colours": pictures.SERIES_COLOURS})
 
 
 def _metric_names(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for entry in run.ledger.evaluations for name in entry.metrics))
 
 
-def _notes(runs: Sequence[Run]) -> str:
+def _alarms(runs: Sequence[Run]) -> dict[str, dict[str, list[Alarm]]]:
+    """Return the alarms by run and kind, the rounds in order."""
+    found: dict[str, dict[str, list[Alarm]]] = {}
+    for run in runs:
+        for alarm in chain.from_iterable(record.alarms for record in run.ledger.rounds):
+            found.setdefault(run.name, {}).setdefault(alarm.kind, []).append(alarm)
+    return found
+
+
+def _notes(runs: Sequence[Run]) -> dict[str, list[int]]:
+    """Return the rounds of each note."""
     rounds: dict[str, list[int]] = {}
     for run in runs:
         for record in run.ledger.rounds:
             for note in record.notes:
                 rounds.setdefault(f"{run.name}: {note}", []).append(record.round)
-    notes = [f"{note} ({_rounds(found)})" for note, found in list(rounds.items())[:LISTED]]
-    said = elements.bullets(notes) if notes else elements.paragraph("Nothing unusual was noted.")
-    more = len(rounds) - len(notes)
-    said += elements.paragraph(f"and {more} more") if more else ""
-    return f'<section id="notes"><h2>Notes and warnings</h2>{said}</section>'
+    return rounds
 
 
-def _rounds(indices: Sequence[int]) -> str:
-    shown = ", ".join(map(str, indices[:5]))
-    more = f" and {len(indices) - 5} more" if len(indices) > 5 else ""
-    return f"round{'s' if len(indices) > 1 else ''} {shown}{more}"
-
-
-def _settings(runs: Sequence[Run]) -> str:
+def _settings(runs: Sequence[Run]) -> list[list[str]]:
+    """Return one row for each setting: its name, and its value in each run."""
     flat = [_flat(run.ledger.about) for run in runs]
-    names = list(dict.fromkeys(name for about in flat for name in about))
-    rows = [[words.escaped(name), *(words.escaped(about.get(name, "–")) for about in flat)] for name in names]
-    shown = elements.table(["setting", *(run.name for run in runs)], rows, "Settings of the runs")
-    configs = [
-        elements.details(f"Configuration of {run.name}", elements.article(["config.yaml"], run.config, "whole"))
-        for run in runs
-        if run.config
-    ]
-    told = shown if rows else elements.paragraph("None were recorded.")
-    return f'<section id="settings"><h2>Settings</h2>{told}{"".join(configs)}</section>'
+    names = dict.fromkeys(name for settings in flat for name in settings)
+    return [[name, *(settings.get(name, "–") for settings in flat)] for name in names]
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:

@@ -1,45 +1,49 @@
-"""Pictures of the report: SVG that stands inside the page and takes its colours from it.
+"""Pictures of the report: SVG inside the page, in the colours of the page.
 
-Only numbers and fixed labels are drawn; names and texts of the user stay in the HTML around the pictures.
+Pictures hold numbers and fixed labels only; names and texts of the user are in the HTML around them.
 """
 
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
+from importlib import resources
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
+import matplotlib.style
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from liveselect.ledger import Histogram
-from liveselect.report.png import PictureFiles
 from liveselect.report.runs import Point
-from liveselect.report.words import escaped
+from liveselect.report.words import visible
 
-# Colours that nobody would draw with: each is replaced by a variable of the page, so that dark mode works.
-_INK, _MUTED, _FAINT = "#010203", "#010204", "#010205"
-_SERIES = tuple(f"#0102{16 + index:02x}" for index in range(6))
-_VARIABLES = {_INK: "currentColor", _MUTED: "var(--muted)", _FAINT: "var(--line)"}
-_VARIABLES |= {colour: f"var(--series-{index})" for index, colour in enumerate(_SERIES)}
+_CSS = resources.files("liveselect.report").joinpath("templates/style.css").read_text(encoding="utf-8")
+_PALETTE = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", _CSS.split("@media")[0]))
+"""Colours of the light page by name. Pictures are drawn in them; in the page each becomes its CSS variable."""
+_INK, _MUTED = _PALETTE["ink"], _PALETTE["muted"]
+_SERIES = [colour for name, colour in _PALETTE.items() if name.startswith("series-")]
 SERIES_COLOURS = len(_SERIES)
 _DASHES = ("solid", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))  # colour is never the only difference
-HTML_DASHES = ("none", "9 3", "3 3", "11 3 3 3")  # the same for keys in the page
+HTML_DASHES = ("none", "9 3", "3 3", "11 3 3 3")  # the same for the legend in the page
 _MARKERS = ("o", "s", "^", "D")
-MARKED = 60
-"""Points of a line that get a mark each; more would hide the line."""
+MAX_POINTS_WITH_MARKERS = 60
+"""A line of more points has no markers, which would hide it."""
+PNG_DOTS_PER_INCH = 200
 
-_STYLE: dict[Any, Any] = {
+_STYLE = {
     "svg.fonttype": "none",
     "font.size": 9.5,
     "text.color": _INK,
+    "text.parse_math": False,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _MUTED,
     "xtick.color": _MUTED,
@@ -50,53 +54,52 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _FAINT,
+    "grid.color": _PALETTE["line"],
     "grid.linewidth": 0.7,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 3.5,
     "axes.formatter.useoffset": False,
-    "axes.unicode_minus": True,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "figure.titlesize": 8.5,
 }
 
-
-_files: ContextVar[PictureFiles | None] = ContextVar("_files", default=None)
+_png_files: ContextVar[tuple[Path, list[Path]] | None] = ContextVar("_png_files", default=None)
 
 
 @contextmanager
-def written_to(folder: Path, css: str) -> Iterator[PictureFiles]:
-    """Write every picture that is drawn in the block to ``folder`` too, in the light colours of the style sheet."""
-    light = dict(re.findall(r"--([\w-]+):\s*(#[0-9a-f]{6})", css.split("@media")[0]))
-    colours = {_INK: light["ink"], _MUTED: light["muted"], _FAINT: light["line"]}
-    colours |= {colour: light[f"series-{index}"] for index, colour in enumerate(_SERIES)}
-    files = PictureFiles(folder, colours)
-    token = _files.set(files)
+def written_to(folder: Path) -> Iterator[list[Path]]:
+    """Also write each picture of the block to ``folder`` as a PNG file in light colours; yield a list of the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    token = _png_files.set((folder, written))
     try:
-        yield files
+        yield written
     finally:
-        _files.reset(token)
+        _png_files.reset(token)
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: its points, the number of its colour, dash and marker, and whose it is."""
+    """One line of a chart: its points, the number of its colour, dash and marker, and the name of its run."""
 
     points: Sequence[Point]
     colour: int = 0
     name: str = ""
 
 
-def line_chart(lines: Sequence[Line], x_label: str, description: str, shorten: bool = False) -> str:
-    """Return a chart of the lines; ``shorten`` writes large numbers on the x axis with G, T and the like."""
+def line_chart(lines: Sequence[Line], x_label: str, description: str, shorten: bool = False) -> Markup:
+    """Return a chart of the lines; ``shorten`` writes large numbers on the x axis with G, T and so on."""
     with _picture(3.5, 2.6, description) as (axes, finish):
         for line in lines:
             style = line.colour % len(_DASHES)
             axes.plot(
                 [x for x, _ in line.points],
                 [y for _, y in line.points],
-                color=_SERIES[line.colour % len(_SERIES)],
+                color=_SERIES[line.colour % SERIES_COLOURS],
                 linestyle=_DASHES[style],
-                marker=_MARKERS[style] if len(line.points) <= MARKED else "",
-                markersize=3.5,
-                linewidth=1.8,
-                label=_label(line.name),
+                marker=_marker(_MARKERS[style], line.points),
+                label=f" {line.name}",  # matplotlib hides labels that begin with an underscore
             )
         _room_for_flat_lines(axes, [y for line in lines for _, y in line.points])
         axes.set_xlabel(x_label)
@@ -107,25 +110,22 @@ def line_chart(lines: Sequence[Line], x_label: str, description: str, shorten: b
         return finish()
 
 
-def bounded_chart(line: Line, x_label: str, description: str) -> str:
-    """Return a small chart of a number that is at most 1 in size, on an axis that shows where zero is."""
-    values = [y for _, y in line.points if math.isfinite(y)]
+def bounded_chart(points: Sequence[Point], description: str) -> Markup:
+    """Return a small chart over rounds of a number in -1..1, on an axis that includes zero."""
+    values = [y for _, y in points if math.isfinite(y)]
     low, high = min([0.0, *values]), max([0.0, *values])
+    if low == high:  # zero throughout
+        high = 1.0
+    room = 0.08 * (high - low)
     with _picture(2.6, 1.7, description) as (axes, finish):
-        marker = "o" if len(line.points) <= MARKED else ""
-        axes.plot(*zip(*line.points, strict=True), color=_SERIES[line.colour], marker=marker, markersize=3.5)
-        if low == high:  # zero throughout
-            high = 1.0
-        room = 0.08 * (high - low)
+        axes.plot(*zip(*points, strict=True), color=_SERIES[0], marker=_marker("o", points))
         axes.set_ylim(low - (room if low < 0 else 0.0), high + (room if high > 0 else 0.0))
         axes.axhline(0.0, color=_MUTED, linewidth=0.8)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlabel(x_label)
+        _round_axis(axes)
         return finish()
 
 
-def histogram(scores: Histogram, x_label: str, description: str) -> str:
+def histogram(scores: Histogram, x_label: str, description: str) -> Markup:
     """Return the histogram of all scores with that of the chosen ones in front."""
     with _picture(2.6, 1.9, description) as (axes, finish):
         axes.stairs(scores.counts, scores.edges, fill=True, color=_MUTED, alpha=0.45, label="compared")
@@ -134,8 +134,8 @@ def histogram(scores: Histogram, x_label: str, description: str) -> str:
         return finish()
 
 
-def value_histogram(values: Sequence[float], x_label: str, description: str) -> str:
-    """Return the histogram of finite ``values``, with a line at zero when they lie on both sides of it."""
+def value_histogram(values: Sequence[float], x_label: str, description: str) -> Markup:
+    """Return the histogram of finite ``values``, with a line at zero if they lie on both sides of it."""
     values = [value for value in values if math.isfinite(value)]
     with _picture(2.6, 1.9, description) as (axes, finish):
         axes.hist(values, bins=min(40, max(8, math.isqrt(2 * len(values)))), color=_SERIES[1], alpha=0.9)
@@ -145,28 +145,25 @@ def value_histogram(values: Sequence[float], x_label: str, description: str) -> 
         return finish()
 
 
-def shares(rounds: Sequence[int], chosen: Sequence[float], available: Sequence[float], top: float, text: str) -> str:
+def shares(rounds: Sequence[int], chosen: Sequence[float], available: Sequence[float], top: float, text: str) -> Markup:
     """Return one source's share of the chosen over the rounds, and of the available; the axis ends at ``top``."""
     with _picture(2.6, 1.7, text) as (axes, finish):
-        axes.plot(rounds, available, color=_MUTED, linestyle=(0, (2, 2)), linewidth=1.5, label="of what was left")
-        marker = "o" if len(rounds) <= MARKED else ""
-        axes.plot(rounds, chosen, color=_SERIES[0], marker=marker, markersize=3.5, linewidth=1.8, label="of the chosen")
+        axes.plot(rounds, available, color=_MUTED, linestyle=(0, (2, 2)), linewidth=1.5, label="of the available")
+        axes.plot(rounds, chosen, color=_SERIES[0], marker=_marker("o", rounds), label="of the chosen")
         axes.set_ylim(0, max(top, 0.01) * 1.05)
-        axes.yaxis.set_major_locator(MaxNLocator(4))
+        _round_axis(axes)
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_xlabel("round")
         return finish()
 
 
 def scatter(
     places: Sequence[Sequence[float]], values: Sequence[float], sizes: Sequence[float], description: str
-) -> str:
-    """Return dots at ``places (K, 2)``: their colour and strength tell ``values`` in -1..1 (NaN: none), their area
+) -> Markup:
+    """Return dots at ``places (K, 2)``: their colour and strength show ``values`` in -1..1 (NaN: none), their area
     ``sizes`` in 0..1.
     """
     with _picture(3.0, 2.8, description) as (axes, finish):
-        order = sorted(range(len(sizes)), key=lambda index: -sizes[index])  # small dots stand before large ones
+        order = sorted(range(len(sizes)), key=lambda index: -sizes[index])  # large dots go below small ones
         colours = [_shade(values[index]) for index in order]
         area = [8 + 900 * sizes[index] for index in order]
         axes.scatter([places[i][0] for i in order], [places[i][1] for i in order], s=area, c=colours, linewidths=0)
@@ -175,23 +172,28 @@ def scatter(
         return finish()
 
 
+def _marker(kind: str, points: Sequence[object]) -> str:
+    return kind if len(points) <= MAX_POINTS_WITH_MARKERS else ""
+
+
 def _room_for_flat_lines(axes: Axes, values: Sequence[float]) -> None:
-    """Let an axis show at least a hundredth of what it measures: else it would be about the last digits of a number."""
+    """Make an axis span at least a hundredth of its values, so that rounding does not look like a change."""
     if values:
         middle, least = (min(values) + max(values)) / 2, 0.005 * (max(map(abs, values)) or 1.0)
         if (max(values) - min(values)) / 2 < least:
             axes.set_ylim(middle - least, middle + least)
 
 
-def _label(name: str) -> str:
-    """Return a name that matplotlib shows: those that begin with an underscore are hidden from legends."""
-    return f" {name}" if name.startswith("_") else name
-
-
 def _shade(value: float) -> tuple[float, float, float, float]:
     if math.isnan(value):
         return to_rgba(_MUTED, 0.25)
     return to_rgba(_SERIES[0 if value >= 0 else 1], 0.2 + 0.75 * min(1.0, abs(value)))
+
+
+def _round_axis(axes: Axes) -> None:
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
 def _count_axis(axes: Axes, x_label: str) -> None:
@@ -203,43 +205,39 @@ def _count_axis(axes: Axes, x_label: str) -> None:
 
 
 @contextmanager
-def _picture(width: float, height: float, description: str) -> Iterator[tuple[Axes, "_Finish"]]:
-    """Open axes of a figure of ``width`` by ``height`` inches; what is yielded beside them turns it into SVG."""
-    with mpl.rc_context():
-        mpl.rcdefaults()  # the look does not depend on a user's matplotlibrc
-        mpl.rcParams.update(_STYLE)
+def _picture(width: float, height: float, description: str) -> Iterator[tuple[Axes, Callable[[], Markup]]]:
+    """Open axes of ``width`` by ``height`` inches, in a fixed style, and yield them and a function to SVG."""
+    with matplotlib.style.context({**_STYLE, "svg.hashsalt": description}, after_reset=True):
         figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure.subplots(), _Finish(figure, description)
+        yield figure.subplots(), partial(_finished, figure, description)
 
 
-class _Finish:
-    """Turns a figure into an ``<svg>`` element."""
-
-    def __init__(self, figure: Figure, description: str) -> None:
-        self._figure = figure
-        self._description = description
-
-    def __call__(self) -> str:
-        files = _files.get()
-        if files is not None:
-            files.write(self._figure, self._description)
-        buffer = io.StringIO()
-        with mpl.rc_context({"svg.hashsalt": self._description}):
-            self._figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        return _inline(buffer.getvalue(), self._description)
-
-
-def _inline(document: str, description: str) -> str:
-    """Return an SVG document as an element of an HTML page: without references, in the page's colours and fonts."""
-    svg = document[document.index("<svg") :]
-    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
+def _finished(figure: Figure, description: str) -> Markup:
+    """Return the figure as an element of an HTML page: without references, in the page's colours and fonts."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r'\s(width|height)="[\d.]+pt"', "", svg, count=2)
     svg = svg.replace("xlink:href", "href")
-    used = set(re.findall(r"#([\w.]+)", svg))  # other ids repeat from picture to picture
+    used = set(re.findall(r"#([\w.]+)", svg))  # ids must be unique in the page, and matplotlib repeats unused ones
     svg = re.sub(r'\sid="([^"]*)"', lambda found: found.group() if found.group(1) in used else "", svg)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r"font-family: [^;\"]*;?\s*", "", svg)
-    for sentinel, variable in _VARIABLES.items():
-        svg = svg.replace(sentinel, variable)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escaped(description)}"', 1).strip()
+    for name, colour in _PALETTE.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    if (files := _png_files.get()) is not None:
+        _write_png(figure, description, *files)
+    return Markup('<svg role="img" aria-label="{}"{}').format(visible(description), Markup(svg.strip()[len("<svg") :]))
+
+
+def _write_png(figure: Figure, description: str, folder: Path, written: list[Path]) -> None:
+    """Write a figure with a title and a legend, which the page has in its HTML."""
+    figure.suptitle(textwrap.fill(description, round(15 * figure.get_figwidth())))
+    for axes in figure.axes:
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend()
+    name = re.sub(r"[^\w.-]+", "-", description.lower()).strip("-")[:80].strip("-")
+    written.append(folder / f"{len(written) + 1:03d}-{name}.png")
+    figure.savefig(written[-1], dpi=PNG_DOTS_PER_INCH, facecolor="white")

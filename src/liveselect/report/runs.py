@@ -2,24 +2,30 @@
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from liveselect.ledger import Evaluation, Ledger, RoundRecord
-from liveselect.run_paths import record_folder
+from liveselect.ledger import Evaluation, Ledger, RoundRecord, record_folder
 
 LEDGER_NAME = "ledger.jsonl"
 CONFIG_NAME = "config.yaml"
 DEFAULT_FOLDER = "selection"
-"""Where DataSelection puts the ledger inside of the run's folder; says nothing about the run."""
+"""Where DataSelection puts the ledger inside the run's folder; the name says nothing about the run."""
 PREFERRED_METRIC = "val_loss"
-RANDOM = "UniformSelector"
 
 Axis = Literal["step", "seconds", "flops"]
 Point = tuple[float, float]
+
+
+class Section(NamedTuple):
+    """A part of the page: its title, the name of its template, and what that shows as ``about``."""
+
+    title: str
+    template: str
+    about: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Run:
     """One training run.
 
     Attributes:
-        name: what the reader calls it; distinct among the runs of a report.
+        name: its name in the report, distinct among the runs.
         ledger: its record.
         config: the configuration file that LightningCLI left beside it, empty when there is none.
         folder: where its record was found, None when it was not read from a file.
@@ -41,24 +47,28 @@ class Run:
     @property
     def method(self) -> str:
         """How it chose: the preset, or else the selector that its ledger names."""
-        about = self.ledger.about
-        names = [str(about[key]) for key in ("preset", "selector") if about.get(key)]
-        return "random" if self.is_random else next((name for name in names if name != "DataSelection"), self.name)
+        names = [str(self.ledger.about[key]) for key in ("preset", "selector") if self.ledger.about.get(key)]
+        name = next((name for name in names if name != "DataSelection"), self.name)
+        return "random" if name == "UniformSelector" else name
 
     @property
     def is_random(self) -> bool:
-        """Whether it chose at random in all rounds, which makes it a baseline."""
-        chose = self.ledger.about.get("selector") or {record.selector for record in self.ledger.rounds}
-        return chose in (RANDOM, {RANDOM})
+        """Whether no round compared scores or measured anything, which makes it a baseline.
+
+        A warm-up is drawn by another selector than the run's own, and a replay follows what another run chose.
+        """
+        about, rounds = self.ledger.about, self.ledger.rounds
+        own = all(record.selector == about.get("selector", record.selector) for record in rounds)
+        return bool(rounds) and own and about.get("preset") != "Replay" and all(map(_is_drawn, rounds))
 
     @property
     def knows_its_cost(self) -> bool:
-        """Whether the cost of training was written down at least once; shares mean nothing before."""
+        """Whether the cost of training was recorded at least once; shares mean nothing before."""
         return self.ledger.training_seconds > 0
 
     @property
     def last_step(self) -> int:
-        """The last optimizer step that the record knows of."""
+        """The last optimizer step of the record."""
         ledger = self.ledger
         return max([0, *(entry.step for entry in ledger.evaluations), *(record.step for record in ledger.rounds)])
 
@@ -75,8 +85,8 @@ class Run:
     def curve(self, metric: str, axis: Axis) -> list[Point]:
         """Return ``metric`` against steps or total cost, ascending; values that are not finite are left out.
 
-        The cost of a loss is what was spent to get that model: a round that ran at the same step is paid by the steps
-        after it. The loss stays where it is while such a round runs, which is a level piece of the curve.
+        The cost of a loss is what was spent to get that model, without a round at the same step, which serves the steps
+        after it. The loss does not change while such a round runs, so the curve has a level piece there.
         """
         points: dict[float, float] = {}
         costs = _Costs(self.ledger, axis)
@@ -89,7 +99,7 @@ class Run:
 
 
 class _Costs:
-    """Tells what had been spent when a metric was evaluated."""
+    """Computes what had been spent when a metric was evaluated."""
 
     def __init__(self, ledger: Ledger, axis: Axis) -> None:
         self._axis = axis
@@ -97,7 +107,7 @@ class _Costs:
         self._steps = [record.step for record in rounds]
         before = sum((ledger.before_seconds if axis == "seconds" else ledger.before_flops).values())
         self._spent = list(accumulate((_cost(record, axis) for record in rounds), initial=before))
-        # a round that was measured between the steps before was paid for by then, all but its end
+        # a round that was measured between earlier steps makes no pause, so its cost is in what was spent by then
         pauses = (_cost(record, axis) if "staleness/max" not in record.metrics else 0.0 for record in rounds)
         self._pauses = list(accumulate(pauses, initial=0.0))
 
@@ -158,6 +168,15 @@ def reaches(curve: Sequence[Point], level: float) -> float | None:
     return None
 
 
+def has_arms(record: RoundRecord) -> bool:
+    """Return whether the round compared groups by their rewards."""
+    return any("reward" in row for row in record.groups.values())
+
+
+def _is_drawn(record: RoundRecord) -> bool:
+    return record.histogram is None and not (record.measured or record.overheard or has_arms(record))
+
+
 def _cost(record: RoundRecord, axis: Axis) -> float:
     return record.total_seconds if axis == "seconds" else record.total_flops
 
@@ -184,7 +203,7 @@ def _config_of(ledger: Path) -> str:
 
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Name each folder by as many of its last parts as tell it from the others."""
+    """Name each folder by as few of its last parts as make all names distinct."""
     for depth in range(1, max((len(folder.parts) for folder in folders), default=1) + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
         if len(set(names)) == len(names):

@@ -1,4 +1,4 @@
-"""What the numbers of two runs say, and what they do not."""
+"""The comparison of two runs in words, and its limits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from typing import Literal
 from liveselect.report import words
 from liveselect.report.runs import Axis, Run, reaches, value_at
 
-CLOSE = 0.002
-"""Losses closer than this share of each other are called equal: rounding in print is of that size."""
+EQUAL_LOSS_TOLERANCE = 0.002
+"""Relative difference up to which losses are called equal: rounding to three decimals has that size."""
 
-ALIKE = 1.2
-"""Times of the same training further apart than this factor tell about the machine, not about the method."""
+MAX_SPEED_RATIO = 1.2
+"""If the same training takes longer than this factor in one run, the machine differed and times cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Comparison:
     @property
     def outcome(self) -> Literal["lower", "higher", "equal"]:
         """How the other run's loss compares with the baseline's."""
-        if abs(self.other - self.baseline) <= CLOSE * abs(self.baseline):
+        if abs(self.other - self.baseline) <= EQUAL_LOSS_TOLERANCE * abs(self.baseline):
             return "equal"
         return "lower" if self.other < self.baseline else "higher"
 
 
 def baseline_of(runs: Sequence[Run]) -> Run | None:
-    """Return the run that the others are held against: the first random one, or else the first of several."""
+    """Return the run to compare the others with: the first random one, or else the first of several."""
     return next((run for run in runs if run.is_random), runs[0] if len(runs) > 1 else None)
 
 
@@ -56,7 +56,7 @@ def compare(baseline: Run, other: Run, metric: str, axis: Axis) -> Comparison | 
 
 
 def headline(runs: Sequence[Run], metric: str | None) -> str:
-    """Return the one sentence that a reader should take home."""
+    """Return the main result in one sentence."""
     if not runs or metric is None or not any(run.curve(metric, "step") for run in runs):
         if metric is not None and any(metric in entry.metrics for run in runs for entry in run.ledger.evaluations):
             return f"{metric} was not a number in any evaluation: training has diverged, or the metric is broken."
@@ -69,7 +69,7 @@ def headline(runs: Sequence[Run], metric: str | None) -> str:
 
 
 def caveats(runs: Sequence[Run], metric: str | None) -> list[str]:
-    """Return what limits the verdict."""
+    """Return sentences about the limits of the comparison."""
     said = [
         f"{run.name} was stopped, or is still running: its record ends at step {words.number(run.last_step)}, and what "
         "came after its last round or validation is not counted."
@@ -78,36 +78,29 @@ def caveats(runs: Sequence[Run], metric: str | None) -> list[str]:
     ]
     if len(runs) == 1:
         said.append(
-            "There is one run here. Train the same with random data (UniformSelector) and report both: without it, "
-            "nothing can be said about what selection brought."
+            "This report covers one run. Train the same with random data (UniformSelector) and report both: without "
+            "it, nothing can be said about the effect of selection."
         )
     if len(runs) > 1 and len({run.method for run in runs}) == len(runs):
-        said.append("There is one seed of each: how much of a difference is chance is not known.")
+        said.append("There is one seed of each method, so how much of a difference is chance is not known.")
     baseline = baseline_of(runs)
-    said += [_slower(baseline, run) for run in runs if baseline is not None and not _same_speed(baseline, run)]
+    said += [text for run in runs if baseline is not None and (text := _speed_difference(baseline, run))]
     if metric is not None and any(_ends_above_its_best(run, metric) for run in runs):
         said.append("At least one run ends above its own best loss: its last value is not its best.")
     return said
 
 
-def _same_speed(baseline: Run, other: Run) -> bool:
-    """Return whether training, selection aside, took about the same time for the same FLOPs, as far as it is known."""
-    paces = [_pace(run) for run in (baseline, other)]
-    return not all(paces) or max(paces) <= ALIKE * min(paces)
-
-
-def _pace(run: Run) -> float:
-    """Return the seconds of training for one FLOP of it, 0 where they were not recorded."""
-    ledger = run.ledger
-    return ledger.training_seconds / ledger.training_flops if ledger.training_flops > 0 else 0.0
-
-
-def _slower(baseline: Run, other: Run) -> str:
-    slow, fast = sorted((baseline, other), key=_pace, reverse=True)
+def _speed_difference(*runs: Run) -> str:
+    """Return a sentence if the same training, selection aside, took much longer in one of two runs, or an empty one."""
+    if not all(run.ledger.training_flops > 0 and run.ledger.training_seconds > 0 for run in runs):
+        return ""
+    paces = sorted((run.ledger.training_seconds / run.ledger.training_flops, run.name) for run in runs)
+    (least, fast), (most, slow) = paces
+    if most <= MAX_SPEED_RATIO * least:
+        return ""
     return (
-        f"The same training, selection aside, took {_pace(slow) / _pace(fast):.1f} times as long in {slow.name} as in "
-        f"{fast.name}: the machine was slower or busier then, so their times cannot be compared. Compare at equal "
-        "FLOPs."
+        f"The same training, selection aside, took {most / least:.1f} times as long in {slow} as in {fast}: the "
+        "machine was slower or busier then, so their times cannot be compared. Compare at equal FLOPs."
     )
 
 
@@ -128,45 +121,41 @@ def _against(baseline: Run, other: Run, metric: str) -> str:
     by_step = compare(baseline, other, metric, "step")
     if by_step is None:
         return f"{other.name} and {baseline.name} were not evaluated over the same steps."
-    parts = [f"After {words.number(by_step.at)} steps, {other.name} {_outcome(by_step, baseline.name, metric)}"]
+    values = _values(by_step)
+    said = f"After {words.number(by_step.at)} steps, {other.name} "
+    if by_step.outcome == "equal":
+        said += f"and {baseline.name} have the same {metric}: {values}"
+    else:
+        said += f"has a {by_step.outcome} {metric} than {baseline.name}: {values}"
+    cost = f"; selection took {words.percent(other.ledger.selection_share)} of its time"
     by_time = compare(baseline, other, metric, "seconds")
-    cost = f"selection took {words.percent(other.ledger.selection_share)} of its time"
-    first, end = (run.curve(metric, "seconds") for run in (other, baseline))
-    if by_time is None and first and end and first[0][0] > end[-1][0] > 0:
-        parts.append(
-            f"{cost}, and {baseline.name} had ended ({words.duration(end[-1][0])}) before it was evaluated first "
-            f"({words.duration(first[0][0])})"
-        )
     if by_time is not None:
-        same = _same_direction(by_step, by_time)
-        joint = "and" if same else "but"
-        parts.append(f"{cost}, {joint} at equal total time ({words.duration(by_time.at)}) it {_short(by_time)}")
-    return "; ".join(parts) + "."
+        joint = "and" if by_step.outcome == by_time.outcome else "but"
+        outcome = "level" if by_time.outcome == "equal" else by_time.outcome
+        said += (
+            f"{cost}, {joint} at equal total time ({words.duration(by_time.at)}) it is {outcome}: {_values(by_time)}"
+        )
+    else:
+        first, end = (run.curve(metric, "seconds") for run in (other, baseline))
+        if first and end and first[0][0] > end[-1][0] > 0:
+            said += (
+                f"{cost}, and {baseline.name} had ended ({words.duration(end[-1][0])}) before it was evaluated first "
+                f"({words.duration(first[0][0])})"
+            )
+    return said + "."
 
 
-def _outcome(found: Comparison, baseline: str, metric: str) -> str:
-    values = f"{words.loss(found.other)} against {words.loss(found.baseline)}"
-    if found.outcome == "equal":
-        return f"and {baseline} have the same {metric}: {values}"
-    return f"has a {found.outcome} {metric} than {baseline}: {values}"
-
-
-def _short(found: Comparison) -> str:
-    values = f"{words.loss(found.other)} against {words.loss(found.baseline)}"
-    return f"is level: {values}" if found.outcome == "equal" else f"is {found.outcome}: {values}"
-
-
-def _same_direction(first: Comparison, second: Comparison) -> bool:
-    return first.outcome == second.outcome
+def _values(found: Comparison) -> str:
+    return f"{words.loss(found.other)} against {words.loss(found.baseline)}"
 
 
 def _ends_above_its_best(run: Run, metric: str) -> bool:
     values = [y for _, y in run.curve(metric, "step")]
-    return bool(values) and values[-1] > min(values) * (1 + CLOSE)
+    return bool(values) and values[-1] > min(values) * (1 + EQUAL_LOSS_TOLERANCE)
 
 
 def savings(baseline: Run, other: Run, metric: str) -> list[tuple[Axis, float, float]]:
-    """Return where the baseline ended and where the other run was first as good, for each axis where it ever was."""
+    """Return where the baseline ended and where the other run first reached that loss, for each axis where it did."""
     found: list[tuple[Axis, float, float]] = []
     for axis in ("step", "seconds", "flops"):
         curve = baseline.curve(metric, axis)

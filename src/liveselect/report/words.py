@@ -1,24 +1,25 @@
-"""Numbers and foreign text as a person reads them."""
+"""Numbers, and text of unknown origin, in readable form; the templates of the page use these as filters."""
 
-import html
 import math
+
+from markupsafe import Markup
 
 _FLOP_UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP", "YFLOP")
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-_VISIBLE |= dict.fromkeys([*range(0x80, 0xA0), 0x202D, 0x202E], 0xFFFD)  # the last two turn text around
-
+_VISIBLE |= dict.fromkeys([*range(0x80, 0xA0), 0x202D, 0x202E], 0xFFFD)  # the last two reverse the direction of text
 
 MINUS = "\u2212"
 
 
-def escaped(text: object) -> str:
-    """Return any text safe to stand in HTML: markup is escaped, control characters become visible signs."""
-    clean = str(text).encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n").translate(_VISIBLE)
-    return html.escape(clean, quote=True)
+def visible(value: object) -> object:
+    """Return a value as text with its control characters made visible; markup stays as it is."""
+    if isinstance(value, Markup):
+        return value
+    return str(value).encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n").translate(_VISIBLE)
 
 
 def number(value: float | int | None, digits: int = 4) -> str:
-    """Return a number with ``digits`` significant digits; integers whole, with thin groups; None as a dash."""
+    """Return a number with ``digits`` significant digits; integers in full, with thin spaces; None as a dash."""
     if value is None:
         return "–"
     if isinstance(value, float) and not math.isfinite(value):
@@ -28,13 +29,26 @@ def number(value: float | int | None, digits: int = 4) -> str:
     return f"{value:.{digits}g}".replace("-", MINUS)
 
 
+def decimals(value: float, places: int = 2) -> str:
+    """Return a number with a fixed count of decimals, so that those of a column align."""
+    if not math.isfinite(value):
+        return number(value)
+    text = f"{value:.{places}f}"
+    return text.replace("-", MINUS) if float(text) else text.replace("-", "")
+
+
+def plural(count: int, noun: str) -> str:
+    """Return how many of something there are, such as "3 rounds"."""
+    return f"{number(count)} {noun}{'' if count == 1 else 's'}"
+
+
 def loss(value: float | None) -> str:
     """Return a loss in nats per token, three decimals."""
     return "–" if value is None else (f"{value:.3f}" if math.isfinite(value) else number(value)).replace("-", MINUS)
 
 
 def percent(share: float) -> str:
-    """Return a share of one as per cent; small ones keep a decimal, and none that is not zero looks like it."""
+    """Return a share of one as per cent; small ones keep a decimal, and only zero is shown as zero."""
     if not math.isfinite(share):
         return "–"
     if 0 < share < 0.0005:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from liveselect.protocols import CandidateSource
+from liveselect.pool import CandidatePool
 from liveselect.seeding import generator_for
 
 
@@ -30,13 +30,12 @@ class Arms:
     fingerprint: str
 
     @classmethod
-    def of(cls, source: CandidateSource, seed: int) -> "Arms":
-        """Return the groups of the source's pool as arms.
+    def of(cls, pool: CandidatePool, seed: int) -> "Arms":
+        """Return the groups of the pool as arms.
 
         Raises:
             ValueError: the pool has a single group.
         """
-        pool = source.pool
         count = len(pool.group_names)
         if pool.groups is None or count < 2:
             raise ValueError(

@@ -1,8 +1,8 @@
 """Regression selection: measure a few candidates, learn to predict the rest, draw by predicted influence."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,15 +10,12 @@ from torch import Tensor
 from liveselect.distributed import gather_objects, gather_shards, shard
 from liveselect.functional.sampling import Noise as DrawnNoise
 from liveselect.functional.sampling import gumbel_topk, released_bottomk, uniform_subset
-from liveselect.protocols import InfluenceRegressor, RoundContext, Selection
-from liveselect.selectors.leftovers import fill_up
+from liveselect.grammar import MIN_MEASUREMENTS, NO_IDS, InfluenceRegressor, Round, Selection, Selector, State
+from liveselect.parts import check_part, restore_part, save_part
 from liveselect.selectors.trial import check_predictions, try_regressor
-from liveselect.selectors.uniform import check_budget, training_order, uniform_selection
+from liveselect.selectors.uniform import uniform_selection
 
 Noise = Literal["gumbel_topk", "released_bottomk"]
-
-FEWEST_MEASURED = 8
-"""With fewer finite measurements nothing is learned from them and the round is drawn uniformly."""
 
 _DRAW: dict[str, Callable[[Tensor, int, float, torch.Generator], Tensor]] = {
     "gumbel_topk": gumbel_topk,
@@ -28,15 +25,18 @@ _SIGN: dict[str, float] = {"gumbel_topk": 1.0, "released_bottomk": -1.0}
 
 
 @dataclass
-class _Measured:
-    """What one round has measured so far: ``ids (m,)`` and ``influence (m,)``."""
+class _Found:
+    """Influence that is known: ``ids (m,)`` and ``influence (m,)``."""
 
-    round: int = -1
-    ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    ids: Tensor = field(default_factory=lambda: NO_IDS)
     influence: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
 
+    def add(self, ids: Tensor, influence: Tensor) -> None:
+        self.ids = torch.cat([self.ids, ids.cpu()])
+        self.influence = torch.cat([self.influence, influence.float().cpu()])
 
-class RegressionSelector:
+
+class RegressionSelector(Selector):
     """Selects by the influence that a regressor predicts; the policy of MATES and PDS.
 
     Each round measures ``probes`` random candidates, fits the regressor, predicts the influence of a random window of
@@ -46,9 +46,10 @@ class RegressionSelector:
 
     Only ``temperature / std(predictions)`` decides how hard a round selects. Regressors predict targets of unit
     variance, shrunk by what they do not know: left alone, a poor regressor selects softly; ``standardize`` selects
-    equally hard whatever it knows.
+    equally hard in every case.
 
-    What training steps told of their own examples since the last round (:meth:`overhear`) is learned from as well.
+    What training steps have shown of their own examples since the last round (:meth:`observe_step`) is learned from as
+    well.
 
     Args:
         regressor: learns from the measured influence.
@@ -66,8 +67,7 @@ class RegressionSelector:
     Gu et al. 2024, "PDS", arXiv 2410.07064 (ratio 0.4, temperature 0.1).
     """
 
-    measures = True
-    """It proposes candidates, so a run of it needs an estimator."""
+    needs_estimator = True
 
     def __init__(
         self,
@@ -79,175 +79,144 @@ class RegressionSelector:
         standardize: bool = False,
         min_spearman: float | None = 0.0,
     ) -> None:
-        if probes < FEWEST_MEASURED:
-            raise ValueError(f"expected at least {FEWEST_MEASURED} probes in a round to learn from, got {probes}")
+        if probes < MIN_MEASUREMENTS:
+            raise ValueError(f"expected at least {MIN_MEASUREMENTS} probes in a round to learn from, got {probes}")
         if not 0.0 < ratio <= 1.0:
             raise ValueError(f"expected ratio, the share that is chosen, above 0 and up to 1, got {ratio}")
         if not 0.0 <= temperature < float("inf"):
             raise ValueError(f"expected a finite temperature of at least 0, got {temperature}")
         if noise not in _DRAW:
             raise ValueError(f"expected noise to be one of {get_args(Noise)}, got {noise!r}")
-        self.regressor = regressor
+        self.regressor = check_part(regressor, InfluenceRegressor, "regressor")
         self.probes = probes
         self.ratio = ratio
         self.temperature = temperature
         self.noise: Noise = noise
         self.standardize = standardize
         self.min_spearman = min_spearman
-        self._measured = _Measured()
-        self._heard = _Measured()  # since the last round
+        self._asked = -1  # round of the last question
+        self._measured = _Found()
+        self._captured = _Found()  # from training steps since the last round
 
-    def check(self, context: RoundContext) -> None:
+    def check(self, round: Round, budget: int) -> None:
         """Try the regressor on few candidates, before anything is measured."""
-        try_regressor(self.regressor, context)
+        try_regressor(self.regressor, round)
 
-    def propose(self, context: RoundContext) -> Tensor:
-        """Return random candidates, ``(m,)`` ascending, and nothing more once they were measured in this round."""
-        if self._measured.round == context.round and len(self._measured.ids):
-            return torch.empty(0, dtype=torch.int64)
-        self._measured = _Measured(context.round)
-        probes = min(self.probes, len(context.candidates))
-        return context.candidates[uniform_subset(len(context.candidates), probes, context.generator("probes"))]
+    def propose(self, round: Round) -> Tensor:
+        """Return random candidates, ``(m,)`` ascending, once in a round."""
+        if self._asked == round.index:
+            return NO_IDS
+        self._asked, self._measured = round.index, _Found()
+        probes = min(self.probes, len(round.candidates))
+        return round.candidates[uniform_subset(len(round.candidates), probes, round.generator("probes"))]
 
     def observe(self, ids: Tensor, influence: Tensor) -> None:
-        """Take note of the influence ``(m,)`` of ``ids (m,)``; NaN and infinities are left out of the fit."""
-        known = self._measured
-        self._measured = _Measured(
-            known.round, torch.cat([known.ids, ids.cpu()]), torch.cat([known.influence, influence.float().cpu()])
-        )
+        """Keep the influence ``(m,)`` of ``ids (m,)`` for the fit."""
+        self._measured.add(ids, influence)
 
-    def overhear(self, ids: Tensor, influence: Tensor) -> None:
-        """Take note of the influence ``(m,)`` of candidates ``ids (m,)`` that were trained on since the last round.
+    def observe_step(self, ids: Tensor, influence: Tensor) -> None:
+        """Keep the influence ``(m,)`` of candidates ``ids (m,)`` that were trained on since the last round.
 
-        The next round learns from it beside what it measures; so it should come from the same estimator. What is not
-        finite is left out.
+        The next round learns from it beside what it measures; so it should come from the same estimator.
         """
-        finite, known = influence.isfinite(), self._heard
-        self._heard = _Measured(
-            ids=torch.cat([known.ids, ids[finite].cpu()]),
-            influence=torch.cat([known.influence, influence[finite].float().cpu()]),
-        )
+        self._captured.add(ids, influence)
 
-    def select(self, context: RoundContext, budget: int) -> Selection:
-        """Fit, predict and draw ``budget`` of the context's candidates, in random training order.
+    def select(self, round: Round, budget: int) -> Selection:
+        """Fit, predict and draw ``budget`` of the round's candidates.
 
         Raises:
-            ValueError: there are fewer candidates than the budget, or the regressor returned another number of
-                predictions than it was given candidates.
+            ValueError: the regressor returned another number of predictions than it was given candidates.
         """
-        check_budget(context, budget)
-        return fill_up(context, budget, self._fit_and_draw)
-
-    def _fit_and_draw(self, context: RoundContext, budget: int) -> Selection:
-        measured, self._measured = self._measured, _Measured()  # told once: another run may use this selector next
-        heard, self._heard = self._heard, _Measured()
-        finite = measured.influence.isfinite()
-        ids, influence = measured.ids[finite], measured.influence[finite]
-        metrics = _describe(influence, dropped=len(finite) - len(ids))
-        notes = _note_dropped(len(finite) - len(ids), len(finite))
-        if len(ids) < FEWEST_MEASURED:
-            reason = f"{len(ids)} finite measurements are fewer than the {FEWEST_MEASURED} that a regressor needs"
-            return _uniform(context, budget, metrics, notes, reason)
+        # used once: another run may use this selector next
+        measured, captured = self._measured, self._captured
+        self._asked, self._measured, self._captured = -1, _Found(), _Found()
+        ids, influence = measured.ids, measured.influence
+        metrics = _describe(influence)
+        if len(ids) < MIN_MEASUREMENTS:
+            reason = f"{len(ids)} finite measurements are fewer than the {MIN_MEASUREMENTS} that a regressor needs"
+            return _uniform(round, budget, metrics, (), reason)
         if bool((influence == influence[0]).all()):
-            return _uniform(context, budget, metrics, notes, "all measured influences are equal")
-        others = ~torch.isin(heard.ids, ids)  # what is known at the model of today counts
-        if len(heard.ids):
+            return _uniform(round, budget, metrics, (), "all measured influences are equal")
+        others = ~torch.isin(captured.ids, ids)  # what is known at the model of today counts
+        if len(captured.ids):
             metrics["overheard"] = float(others.sum())
-        ids = torch.cat([ids, heard.ids[others]])
-        influence = torch.cat([influence, heard.influence[others]])
+        ids = torch.cat([ids, captured.ids[others]])
+        influence = torch.cat([influence, captured.influence[others]])
         # what the ranks report may differ in the last bits; the decision below must not
-        fitted = gather_objects(dict(self.regressor.fit(context, ids, influence)))[0]
+        fitted = gather_objects(dict(self.regressor.fit(round, ids, influence)))[0]
         metrics |= {f"regressor/{name}": value for name, value in fitted.items()}
         if self._distrusts(spearman := fitted.get("spearman", float("nan"))):
             reason = f"the regressor's held-out Spearman {spearman:.3f} is not above {self.min_spearman}"
-            return _uniform(context, budget, metrics, notes, reason)
-        return self._select_by_prediction(context, budget, metrics, notes)
+            return _uniform(round, budget, metrics, (), reason)
+        return self._select_by_prediction(round, budget, metrics)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the measurements of the current round, what was overheard, and the regressor's state if it has one."""
-        stateful = hasattr(self.regressor, "state_dict")
+    def state_dict(self) -> State:
+        """Return the measurements of the current round, those captured from steps, and the regressor's state."""
         return {
-            "round": self._measured.round,
-            "ids": self._measured.ids.clone(),
-            "influence": self._measured.influence.clone(),
-            "heard": [self._heard.ids.clone(), self._heard.influence.clone()],
-            "regressor": self.regressor.state_dict() if stateful else None,  # type: ignore[attr-defined]
+            "asked": self._asked,
+            "measured": [self._measured.ids.clone(), self._measured.influence.clone()],
+            "captured": [self._captured.ids.clone(), self._captured.influence.clone()],
+            "regressor": save_part(self.regressor),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: the state was made with a regressor that keeps state and this one does not, or the reverse.
-        """
-        stateful = hasattr(self.regressor, "load_state_dict")
-        if stateful != (state["regressor"] is not None):
-            raise ValueError(
-                f"the checkpoint holds {'no' if stateful else 'a'} regressor state, which does not fit "
-                f"{type(self.regressor).__name__}: resume with the regressor that the run began with"
-            )
-        self._measured = _Measured(state["round"], state["ids"].clone(), state["influence"].clone())
-        self._heard = _Measured(-1, *(each.clone() for each in state["heard"]))
-        if stateful:
-            self.regressor.load_state_dict(state["regressor"])  # type: ignore[attr-defined]
+    def load_state_dict(self, state: State) -> None:
+        """Restore what :meth:`state_dict` returned; raise ValueError when it was made with another regressor."""
+        self._asked = state["asked"]
+        self._measured = _Found(*(each.clone() for each in state["measured"]))
+        self._captured = _Found(*(each.clone() for each in state["captured"]))
+        restore_part(self.regressor, state["regressor"], "regressor")
 
     def _distrusts(self, spearman: float) -> bool:
         return self.min_spearman is not None and not spearman > self.min_spearman
 
-    def _select_by_prediction(
-        self, context: RoundContext, budget: int, metrics: dict[str, float], notes: tuple[str, ...]
-    ) -> Selection:
-        available = len(context.candidates)
-        wanted = max(budget, round(budget / self.ratio))
-        window = context.candidates[uniform_subset(available, min(wanted, available), context.generator("window"))]
+    def _select_by_prediction(self, round: Round, budget: int, metrics: dict[str, float]) -> Selection:
+        available, notes = len(round.candidates), tuple[str, ...]()
+        wanted = max(budget, _window_size(budget, self.ratio))
+        window = round.candidates[uniform_subset(available, min(wanted, available), round.generator("window"))]
         metrics["ratio"] = budget / max(1, len(window))
         if wanted > available:
-            notes += (
+            notes = (
                 f"{budget} of all {available} candidates are chosen, a ratio of {metrics['ratio']:.3f} instead of "
                 f"{self.ratio:g}, which would need {wanted} candidates",
             )
-        predictions = self._predict(context, window)
+        predictions = self._predict(round, window)
         broken = int((~predictions.isfinite()).sum())
         if broken:
             reason = f"{broken} of {len(window)} predictions are not finite"
-            return _uniform(context, budget, metrics, notes, reason)
+            return _uniform(round, budget, metrics, notes, reason)
         metrics["predictions/std"] = std = float(predictions.double().std(correction=0))
         if std == 0.0:
-            return _uniform(context, budget, metrics, notes, "all predictions are equal")
+            return _uniform(round, budget, metrics, notes, "all predictions are equal")
         temperature = self.temperature * (std if self.standardize else 1.0)  # as if the predictions were divided by std
         metrics["temperature_over_std"] = temperature / std
-        drawn = _DRAW[self.noise](predictions, budget, temperature, context.generator("select"))
-        added = DrawnNoise(temperature, context.generator("select"), _SIGN[self.noise])
-        return Selection(training_order(context, window[drawn]), window, predictions, metrics, notes, noise=added)
+        drawn = _DRAW[self.noise](predictions, budget, temperature, round.generator("select"))
+        added = DrawnNoise(temperature, round.generator("select"), _SIGN[self.noise])
+        return Selection(window[drawn], window, predictions, metrics, notes, noise=added)
 
-    def _predict(self, context: RoundContext, ids: Tensor) -> Tensor:
+    def _predict(self, round: Round, ids: Tensor) -> Tensor:
         """Return the predicted influence of ``ids (n,)``, ``(n,)`` float32, each rank predicting its share."""
         mine = ids[shard(len(ids))]
         parts = [torch.empty(0, dtype=torch.float32)]
-        with context.phase("predict influence", len(mine), "candidates") as advance:
-            for batch in context.candidate_batches(mine):
-                predicted = self.regressor.predict(context, batch)
+        with round.meter.tracked("predict influence", len(mine), "candidates") as advance:
+            for batch in round.batches(mine):
+                predicted = self.regressor.predict(round, batch)
                 check_predictions(self.regressor, predicted, len(batch["input_ids"]))
                 parts.append(predicted.float().cpu())
                 advance(len(parts[-1]))
             return gather_shards(torch.cat(parts), len(ids))
 
 
-def _describe(influence: Tensor, dropped: int) -> dict[str, float]:
-    metrics = {"measured": float(len(influence)), "dropped": float(dropped)}
+def _window_size(budget: int, ratio: float) -> int:
+    return round(budget / ratio)
+
+
+def _describe(influence: Tensor) -> dict[str, float]:
+    metrics = {"measured": float(len(influence))}
     if len(influence):
         values = influence.double()
         metrics |= {"influence/mean": float(values.mean()), "influence/std": float(values.std(correction=0))}
     return metrics
 
 
-def _note_dropped(dropped: int, measured: int) -> tuple[str, ...]:
-    if not dropped:
-        return ()
-    return (f"{dropped} of {measured} measured influences are not finite and were left out",)
-
-
-def _uniform(
-    context: RoundContext, budget: int, metrics: dict[str, float], notes: tuple[str, ...], reason: str
-) -> Selection:
-    return uniform_selection(context, budget, metrics, (*notes, f"drawn uniformly: {reason}"))
+def _uniform(round: Round, budget: int, metrics: dict[str, float], notes: tuple[str, ...], reason: str) -> Selection:
+    return uniform_selection(round, budget, metrics, (*notes, f"drawn uniformly: {reason}"))

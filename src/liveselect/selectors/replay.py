@@ -1,27 +1,27 @@
 """Replay: train on recorded plans, without measuring anything."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from liveselect.decisions import RecordedPlan, find_decisions, lacking_rounds, read_about, read_plan, rounds_in
+from liveselect.grammar import Round, Selection, Selector, State
 from liveselect.pool import CandidatePool
-from liveselect.protocols import RoundContext, Selection
 
 
-class ReplaySelector:
+class ReplaySelector(Selector):
     """Follows the plans that another run recorded, in their order; measures nothing.
 
     The recorded plans are one long list of candidates, from which every round takes the next ones: with rounds of the
-    recorded sizes each plan comes back as it was, whatever the model; with others the order stays the same and only the
+    recorded sizes each plan comes back as it was, for any model; with others the order stays the same and only the
     borders move. The plans are read when they are first needed, 8 bytes for each choice.
 
     Args:
         run: folder of the run whose plans are followed, or its ledger.
     """
+
+    engine_orders = False
 
     def __init__(self, run: str | Path) -> None:
         self.run = run
@@ -29,14 +29,14 @@ class ReplaySelector:
         self._ids = torch.empty(0, dtype=torch.int64)
         self._position = 0
 
-    def check(self, context: RoundContext) -> None:
+    def check(self, round: Round, budget: int) -> None:
         """Read the plans, and see that they are of this pool.
 
         Raises:
             FileNotFoundError: there are none.
             ValueError: they are damaged, or of another pool.
         """
-        self._read(context.source.pool)
+        self._read(round.pool)
 
     def _read(self, pool: CandidatePool) -> None:
         if self._plans is not None:
@@ -44,7 +44,7 @@ class ReplaySelector:
         folder = find_decisions(self.run)
         plans = [read_plan(path) for path in rounds_in(folder).values()]
         if [plan.round for plan in plans] != list(range(len(plans))):
-            raise ValueError(f"{folder} cannot be followed from the start, it lacks {lacking_rounds(folder).told()}")
+            raise ValueError(f"{folder} cannot be followed from the start, it lacks {lacking_rounds(folder)}")
         if pool.fingerprint != plans[0].pool:
             raise ValueError(
                 f"the plans in {folder} are of the pool {plans[0].pool!r}, this run has the pool {pool.fingerprint!r}: "
@@ -59,7 +59,7 @@ class ReplaySelector:
         """
         self._read(pool)
         planned = self._ids[self._position : self._position + budget]
-        if len(planned.unique()) < budget:  # told when it is chosen
+        if len(planned.unique()) < budget:  # reported when it is chosen
             return None
         if int(pool.uses[planned].max()) <= int(pool.uses[pool.available(budget)].max()):
             return None
@@ -75,29 +75,22 @@ class ReplaySelector:
                 "for fewer steps (max_steps), or with a smaller global batch"
             )
 
-    def propose(self, context: RoundContext) -> Tensor:
-        """Return no ids, ``(0,)``: everything was decided before."""
-        return torch.empty(0, dtype=torch.int64)
-
-    def observe(self, ids: Tensor, influence: Tensor) -> None:
-        """Take no note."""
-
-    def select(self, context: RoundContext, budget: int) -> Selection:
+    def select(self, round: Round, budget: int) -> Selection:
         """Return the next ``budget`` recorded candidates, in their order.
 
         Raises:
             FileNotFoundError: there are no plans.
             ValueError: they are damaged, of another pool, or used up, or a round would hold a candidate twice.
         """
-        self.check(context)
-        if context.round == 0:  # another run of the same selector
+        self._read(round.pool)
+        if round.index == 0:  # another run of the same selector
             self._position = 0
         ids = self._ids[self._position : self._position + budget].clone()
         if len(ids) < budget:
             self.check_length(budget)
         if len(ids.unique()) < budget:
             raise ValueError(
-                f"round {context.round} would hold {budget - len(ids.unique())} candidates twice, because its border "
+                f"round {round.index} would hold {budget - len(ids.unique())} candidates twice, because its border "
                 f"is none of the recorded ones: choose every_n_steps so that a round takes {self._sizes()} candidates"
             )
         borders = {0, *torch.tensor([len(plan.ids) for plan in self._plans or []]).cumsum(0).tolist()}
@@ -108,11 +101,11 @@ class ReplaySelector:
         )
         return Selection(ids, notes=notes, reasons={"recorded plan": ids})
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return how many of the recorded choices were taken."""
         return {"position": self._position}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._position = state["position"]
 

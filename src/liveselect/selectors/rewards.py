@@ -1,13 +1,12 @@
 """Rewards: what measured influence says about each arm, in units that stay the same while the model learns."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from liveselect.functional.bandit import arm_means, credit_pulls, exploration_bonus, follow_controls, follow_moments
+from liveselect.grammar import State
 
 CONTROL = -1
 """Stands for the arm of a candidate that was measured as a control."""
@@ -81,12 +80,12 @@ class Rewards:
         unit = math.sqrt(variance / self._probes if self._has_controls else variance) or 1.0
         credit_pulls(self.sums, self.pulls, arms, (outcomes - level) / unit, self.neighbours, self._released)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return sums, pulls and moments."""
         moments = None if self.moments is None else list(self.moments)
         return {"sums": self.sums.clone(), "pulls": self.pulls.clone(), "moments": moments}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.sums, self.pulls = state["sums"].clone(), state["pulls"].clone()
         self.moments = None if state["moments"] is None else (state["moments"][0], state["moments"][1])

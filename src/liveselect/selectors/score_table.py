@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from liveselect.functional.sampling import gumbel_topk
+from liveselect.grammar import Round, SelectionWarning
 from liveselect.pool import CandidatePool
-from liveselect.protocols import RoundContext, SelectionWarning
 from liveselect.scores import Scores, read_scores
 
 
@@ -102,7 +101,7 @@ class ScoreTable:
         values = self.values(pool)
         return None if self._count == pool.size else values > -torch.inf
 
-    def better_part(self, context: RoundContext, ratio: float, temperature: float, at_least: int) -> BetterPart:
+    def better_part(self, round: Round, ratio: float, temperature: float, at_least: int) -> BetterPart:
         """Draw the share ``ratio`` of the pool by score, and return the round's candidates among the drawn.
 
         The draw is one of all candidates that may be chosen, used or not, so that the share means the same in every
@@ -111,20 +110,24 @@ class ScoreTable:
         Raises:
             ValueError: fewer than ``at_least`` of the round's candidates may be chosen at all.
         """
-        values = self.values(context.source.pool)
-        candidates = context.candidates
+        values = self.values(round.pool)
+        candidates = round.candidates
         kept = torch.zeros(len(values), dtype=torch.bool)
-        kept[gumbel_topk(values, max(1, round(ratio * self._count)), temperature, context.generator("scores"))] = True
+        kept[gumbel_topk(values, max(1, self._share(ratio)), temperature, round.generator("scores"))] = True
         is_kept = kept[candidates]
         beyond = max(0, at_least - int(is_kept.sum()))
         from_below = candidates[:0]
         if beyond:
             rest = (~is_kept & (values[candidates] > -torch.inf)).nonzero().flatten()
-            _check_enough(context, at_least, int(is_kept.sum()) + len(rest))
-            generator = context.generator("scores beyond the ratio")
+            _check_enough(round, at_least, int(is_kept.sum()) + len(rest))
+            generator = round.generator("scores beyond the ratio")
             below = rest[gumbel_topk(values[candidates[rest]], beyond, temperature, generator)]
             is_kept[below], from_below = True, candidates[below]
         return BetterPart(candidates[is_kept], beyond, from_below)
+
+    def _share(self, ratio: float) -> int:
+        """Return how many candidates a share of those that may be chosen is."""
+        return round(ratio * self._count)
 
     def _in_groups(self, pool: CandidatePool) -> Tensor:
         unknown = sorted(set(self.groups or ()) - set(pool.group_names))
@@ -136,19 +139,6 @@ class ScoreTable:
         return torch.isin(pool.groups, codes.to(pool.groups.dtype))
 
 
-def restrict(context: RoundContext, eligible: Tensor | None, budget: int) -> RoundContext:
-    """Return the context with those candidates only that are ``eligible (size,)``; None for all.
-
-    Raises:
-        ValueError: these are fewer than ``budget``.
-    """
-    if eligible is None:
-        return context
-    candidates = context.candidates[eligible[context.candidates]]
-    _check_enough(context, budget, len(candidates))
-    return replace(context, candidates=candidates)
-
-
 def _deviation(values: Tensor) -> float:
     """Return the standard deviation of ``values (n,)`` float64, which may be as large as float64 goes."""
     # near 1 the squares neither overflow nor vanish, and a power of two rounds nothing
@@ -156,9 +146,9 @@ def _deviation(values: Tensor) -> float:
     return float((values / scale).std(correction=0)) * scale
 
 
-def _check_enough(context: RoundContext, needed: int, found: int) -> None:
+def _check_enough(round: Round, needed: int, found: int) -> None:
     if found < needed:
         raise ValueError(
-            f"round {context.round} needs {needed} candidates, but of the {len(context.candidates)} that are left "
+            f"round {round.index} needs {needed} candidates, but of the {len(round.candidates)} that are left "
             f"{found} may be chosen by their scores and groups: name more groups, or train for fewer steps"
         )

@@ -1,6 +1,6 @@
 """Selection by precomputed scores, drawn live, and scores as a prior of another selector."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,22 +9,22 @@ from torch import Tensor
 
 from liveselect.cost import added
 from liveselect.functional.sampling import Noise, uniform_subset
+from liveselect.grammar import Around, CostByPhase, Round, Selection, Selector, State
+from liveselect.parts import check_part, restore_part, save_part
 from liveselect.pool import CandidatePool
-from liveselect.protocols import RoundContext, Selection, Selector
-from liveselect.selectors.leftovers import fill_up
-from liveselect.selectors.score_table import BetterPart, ScoreTable, restrict
-from liveselect.selectors.uniform import check_budget, training_order
+from liveselect.selectors.score_table import BetterPart, ScoreTable
 
-_REACH = 5.0  # so many temperatures below the threshold a candidate is drawn once in 150 times
+NOISE_REACH = 5.0
+"""Temperatures below the threshold at which a candidate is still drawn once in 150 times."""
 
 
-class ScoredSelector:
+class ScoredSelector(Selector):
     """Draws by scores that were made before training; measures nothing. The policy of PDS.
 
     In every round the share ``ratio`` of the pool is drawn with fresh noise, with weights ``exp(score / temperature)``
     and without replacement, and the round's budget is taken at random from what is left of it. Candidates that were
     trained on do not come again before the share was, so a run that consumes it trains on it once, as a pool that was
-    filtered before training would be; what the noise decides near its edge is decided anew in each round. A run that
+    filtered before training would be; the noise near its edge is drawn afresh in each round. A run that
     consumes more trains on the same candidates again and again, and says so; with ``repeat=False`` it goes on with the
     next best, down to the worst.
 
@@ -77,15 +77,16 @@ class ScoredSelector:
         self.anneal_rounds = anneal_rounds
         self.random_share = random_share
         self.repeat = repeat
+        self.uses_groups = groups is not None
 
-    def check_pool(self, pool: CandidatePool) -> None:
+    def check(self, round: Round, budget: int) -> None:
         """Read the scores, and see that they are of this pool.
 
         Raises:
             FileNotFoundError: there are no scores.
             ValueError: the file is not what it should be, or belongs to another pool.
         """
-        self._table.values(pool)
+        self._table.values(round.pool)
 
     def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
         """Return which candidates may be drawn, ``(size,)`` bool: those of the groups with a score above -inf.
@@ -106,58 +107,38 @@ class ScoredSelector:
         noise = max(self.temperature, self.final_temperature or 0.0)
         return _used_up(pool, eligible, self.ratio, budget, self._table.values(pool), noise)
 
-    @property
-    def uses_groups(self) -> bool:
-        """Whether only some groups of the pool may be chosen."""
-        return self._table.groups is not None
-
-    def cost_before_training(self) -> Mapping[str, Mapping[str, float]]:
+    def cost_before_training(self) -> CostByPhase:
         """Return what making the scores cost, ``seconds`` and ``flops`` by phase; empty where they do not say."""
         return self._table.cost
 
-    def propose(self, context: RoundContext) -> Tensor:
-        """Return no ids, ``(0,)``: the scores are there already."""
-        return torch.empty(0, dtype=torch.int64)
-
-    def observe(self, ids: Tensor, influence: Tensor) -> None:
-        """Take no note."""
-
-    def select(self, context: RoundContext, budget: int) -> Selection:
-        """Draw ``budget`` of the context's candidates, in random training order.
+    def select(self, round: Round, budget: int) -> Selection:
+        """Draw ``budget`` of the round's candidates.
 
         Raises:
             ValueError: the scores are not of this pool, or too few candidates may be chosen.
         """
-        check_budget(context, budget)
-        context = restrict(context, self.eligible(context.source.pool, budget), budget)
-        return fill_up(context, budget, self._draw)
-
-    def _draw(self, context: RoundContext, budget: int) -> Selection:
-        """Draw from candidates that may all be chosen and were used equally often."""
-        temperature = self.temperature_in(context.round)
-        by_score = budget - round(self.random_share * budget)
-        pool = context.source.pool
-        again = _all_in(context, self._used(pool, self._table.eligible(pool)))
-        better = _all_of(context) if again else self._table.better_part(context, self.ratio, temperature, by_score)
-        values = self._table.values(context.source.pool)
-        drawn = better.ids[uniform_subset(len(better.ids), by_score, context.generator("select"))]
-        scored = context.candidates
+        temperature = self.temperature_in(round.index)
+        by_score = budget - _part_of(self.random_share, budget)
+        again = _all_in(round, self._used(round.pool, self._table.eligible(round.pool)))
+        better = _all_of(round) if again else self._table.better_part(round, self.ratio, temperature, by_score)
+        values = self._table.values(round.pool)
+        drawn = better.ids[uniform_subset(len(better.ids), by_score, round.generator("select"))]
+        scored = round.candidates
         rest = scored[~torch.isin(scored, drawn)]
-        others = rest[uniform_subset(len(rest), budget - by_score, context.generator("random share"))]
-        ids = training_order(context, torch.cat([drawn, others]))
+        others = rest[uniform_subset(len(rest), budget - by_score, round.generator("random share"))]
         metrics = {
             "temperature": temperature,
             "scores/std": float(values[scored].double().std(correction=0)),
             "left_in_ratio": float(len(better.ids) - better.beyond),
             "beyond_ratio": float(better.beyond),
         }
-        noise = Noise(temperature, context.generator("scores"))  # of all candidates of the pool, used ones too
+        noise = Noise(temperature, round.generator("scores"))  # of all candidates of the pool, used ones too
         return Selection(
-            ids,
+            torch.cat([drawn, others]),
             scored,
             values[scored].float(),
             metrics,
-            _notes(context, self.ratio, better.beyond, again),
+            _notes(round, self.ratio, better.beyond, again),
             noise=lambda start, stop: _at(noise, scored[start:stop]),
             eligible=better.ids,
             reasons={"drawn uniformly": others, "the share that is drawn from is used up": better.from_below},
@@ -170,16 +151,16 @@ class ScoredSelector:
         done = min(1.0, round_index / self.anneal_rounds)
         return self.temperature + done * (self.final_temperature - self.temperature)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return which scores are drawn from."""
         return {"scores": self._table.scores.digest}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Raise ValueError when the checkpoint was made with other scores."""
         _check_same_scores(self._table, state)
 
 
-class PriorSelector:
+class PriorSelector(Around):
     """Lets another selector choose from the better part of the pool, by scores that were made before training.
 
     A cheap quality score narrows the pool; a method that measures the live model, or arms, chooses from what is left.
@@ -208,18 +189,18 @@ class PriorSelector:
         column: str = "score",
         repeat: bool = True,
     ) -> None:
+        super().__init__(check_part(selector, Selector, "selector"))
         self._table = ScoreTable(scores, column, groups, standardize)
         self._table.check(ratio, temperature)
-        self.selector = selector
         self.ratio = ratio
         self.temperature = temperature
         self.repeat = repeat
+        self.uses_groups |= groups is not None
 
-    def check_pool(self, pool: CandidatePool) -> None:
-        """See that the scores, and those of the selector if it has any, are of this pool; raise as they do."""
-        self._table.values(pool)
-        if hasattr(self.selector, "check_pool"):
-            self.selector.check_pool(pool)
+    def check(self, round: Round, budget: int) -> None:
+        """See that the scores are of this pool, and let the selector check."""
+        self._table.values(round.pool)
+        super().check(round, budget)
 
     def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
         """Return which candidates may be chosen, ``(size,)`` bool: what prior and selector let through.
@@ -236,83 +217,52 @@ class PriorSelector:
         return _used_up(pool, eligible, self.ratio, budget, self._table.values(pool), self.temperature)
 
     def _let_through(self, pool: CandidatePool, budget: int) -> Tensor | None:
-        mine = self._table.eligible(pool)
-        other = self.selector.eligible(pool, budget) if hasattr(self.selector, "eligible") else None
+        mine, other = self._table.eligible(pool), super().eligible(pool, budget)
         return other if mine is None else mine if other is None else mine & other
 
-    def check(self, context: RoundContext) -> None:
-        """Let the selector say what it would fail of, if it can tell before anything is measured."""
-        if hasattr(self.selector, "check"):
-            self.selector.check(context)
+    def cost_before_training(self) -> CostByPhase:
+        """Return what making the scores cost, and the selector's own cost."""
+        return added(self._table.cost, super().cost_before_training())
 
-    @property
-    def uses_groups(self) -> bool:
-        """Whether the selector, or the choice of candidates for it, goes by the groups of the pool."""
-        return self._table.groups is not None or getattr(self.selector, "uses_groups", False)
-
-    def cost_before_training(self) -> Mapping[str, Mapping[str, float]]:
-        """Return what making the scores cost, and those of the selector if it has any; empty where they do not say."""
-        inner = self.selector.cost_before_training() if hasattr(self.selector, "cost_before_training") else {}
-        return added(self._table.cost, inner)
-
-    def propose(self, context: RoundContext) -> Tensor:
+    def propose(self, round: Round) -> Tensor:
         """Return what the selector wants measured among the kept candidates."""
-        return self.selector.propose(self._narrowed(context, 1)[0])
+        return super().propose(self._narrowed(round, 1)[0])
 
-    def observe(self, ids: Tensor, influence: Tensor) -> None:
-        """Tell the selector."""
-        self.selector.observe(ids, influence)
-
-    def overhear(self, ids: Tensor, influence: Tensor) -> None:
-        """Tell the selector what training steps told, if it listens."""
-        if hasattr(self.selector, "overhear"):
-            self.selector.overhear(ids, influence)
-
-    def select(self, context: RoundContext, budget: int) -> Selection:
+    def select(self, round: Round, budget: int) -> Selection:
         """Let the selector choose ``budget`` of the kept candidates.
 
         Raises:
             ValueError: the scores are not of this pool, or too few candidates may be chosen.
         """
-        check_budget(context, budget)
-        context = restrict(context, self.eligible(context.source.pool, budget), budget)
-        return fill_up(context, budget, self._choose)
-
-    def _choose(self, context: RoundContext, budget: int) -> Selection:
-        narrowed, beyond, again = self._narrowed(context, budget)
-        selection = self.selector.select(narrowed, budget)
+        narrowed, beyond, again = self._narrowed(round, budget)
+        chosen = super().select(narrowed, budget)
+        selection = Selection(chosen) if isinstance(chosen, Tensor) else chosen
         metrics = {**selection.metrics, "prior/candidates": float(len(narrowed.candidates))}
-        return replace(selection, metrics=metrics, notes=selection.notes + _notes(context, self.ratio, beyond, again))
+        return replace(selection, metrics=metrics, notes=selection.notes + _notes(round, self.ratio, beyond, again))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return which scores are the prior, and the selector's state if it has one."""
-        stateful = hasattr(self.selector, "state_dict")
-        state = self.selector.state_dict() if stateful else None  # type: ignore[attr-defined]
-        return {"scores": self._table.scores.digest, "selector": state}
+    def state_dict(self) -> State:
+        """Return which scores are the prior, and the selector's state."""
+        return {"scores": self._table.scores.digest, "selector": save_part(self.selector)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore the selector's state.
 
         Raises:
             ValueError: the checkpoint was made with other scores, or with another kind of selector.
         """
         _check_same_scores(self._table, state)
-        stateful = hasattr(self.selector, "load_state_dict")
-        if stateful != (state["selector"] is not None):
-            raise ValueError(
-                f"the checkpoint holds {'no' if stateful else 'a'} selector state, which does not fit "
-                f"{type(self.selector).__name__}: resume with the selector that the run began with"
-            )
-        if stateful:
-            self.selector.load_state_dict(state["selector"])  # type: ignore[attr-defined]
+        restore_part(self.selector, state["selector"], "selector inside the prior")
 
-    def _narrowed(self, context: RoundContext, at_least: int) -> tuple[RoundContext, int, bool]:
-        """Return the context of the kept candidates, how many of them are from below, and whether all come again."""
-        pool = context.source.pool
-        if _all_in(context, self._used(pool, self._let_through(pool, at_least), at_least)):
-            return context, 0, True
-        better = self._table.better_part(context, self.ratio, self.temperature, at_least)
-        return replace(context, candidates=better.ids), better.beyond, False
+    def _narrowed(self, round: Round, at_least: int) -> tuple[Round, int, bool]:
+        """Return the round with the kept candidates, how many of them are from below, and whether all come again."""
+        if _all_in(round, self._used(round.pool, self._let_through(round.pool, at_least), at_least)):
+            return round, 0, True
+        better = self._table.better_part(round, self.ratio, self.temperature, at_least)
+        return replace(round, candidates=better.ids), better.beyond, False
+
+
+def _part_of(share: float, budget: int) -> int:
+    return round(share * budget)
 
 
 def _at(noise: Noise, ids: Tensor) -> Tensor:
@@ -341,27 +291,27 @@ def _used_up(
         return None
     if values is not None:
         among = values if eligible is None else values[eligible]
-        used &= values >= float(among.topk(count).values[-1]) - _REACH * temperature
+        used &= values >= float(among.topk(count).values[-1]) - NOISE_REACH * temperature
     return used if int(used.sum()) >= count else None
 
 
-def _all_in(context: RoundContext, used: Tensor | None) -> bool:
-    return used is not None and bool(used[context.candidates].all())
+def _all_in(round: Round, used: Tensor | None) -> bool:
+    return used is not None and bool(used[round.candidates].all())
 
 
-def _all_of(context: RoundContext) -> BetterPart:
-    return BetterPart(context.candidates, 0, context.candidates[:0])
+def _all_of(round: Round) -> BetterPart:
+    return BetterPart(round.candidates, 0, round.candidates[:0])
 
 
-def _notes(context: RoundContext, ratio: float, beyond: int, again: bool) -> tuple[str, ...]:
-    if again and int(context.source.pool.uses.max()) == 1:  # said once
+def _notes(round: Round, ratio: float, beyond: int, again: bool) -> tuple[str, ...]:
+    if again and int(round.pool.uses.max()) == 1:  # said once
         return (f"the best {ratio:.0%} of the pool were trained on: from now on they are trained on again",)
     if not beyond:
         return ()
     return (f"too few of the best {ratio:.0%} of the pool are left: {beyond} candidates come from below",)
 
 
-def _check_same_scores(table: ScoreTable, state: Mapping[str, Any]) -> None:
+def _check_same_scores(table: ScoreTable, state: State) -> None:
     if state["scores"] != table.scores.digest:
         raise ValueError(
             f"the checkpoint was made with other scores than those of {table.scores.name}: resume with the scores that "

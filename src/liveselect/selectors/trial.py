@@ -1,4 +1,4 @@
-"""A trial of a regressor before anything is measured: what cannot work is told in seconds, and not after hours."""
+"""A trial of a regressor before anything is measured: what cannot work is reported in seconds, and not after hours."""
 
 import copy
 from collections.abc import Mapping
@@ -6,40 +6,36 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from liveselect.protocols import InfluenceRegressor, RoundContext
-
-FEWEST = 8  # a regressor may refuse to learn from fewer
+from liveselect.grammar import MIN_MEASUREMENTS, InfluenceRegressor, Round
 
 
-def try_regressor(regressor: InfluenceRegressor, context: RoundContext) -> None:
-    """Ask the regressor's ``check``, if it has one; else fit a copy to made-up influence, and predict.
+def try_regressor(regressor: InfluenceRegressor, round: Round) -> None:
+    """Let the regressor check, and a copy of it learn from made-up influence and predict.
 
-    The copy sees the context's candidates, which are to be few. A regressor that cannot be copied, or a pool that is
-    too small to learn from, is not tried.
+    The copy sees the round's candidates, which are to be few. A regressor that cannot be copied, or a pool that is too
+    small to learn from, is not tried.
 
     Raises:
-        Exception: whatever fitting and predicting would raise.
+        Exception: what checking, fitting and predicting would raise.
         TypeError: fitting returned no mapping, or predicting no tensor.
         ValueError: predicting returned another number of values than it was given candidates.
     """
-    if hasattr(regressor, "check"):
-        regressor.check(context)
+    regressor.check(round)
+    ids = round.candidates
+    if not regressor.rehearsed or len(ids) < MIN_MEASUREMENTS:
         return
-    ids = context.candidates
     try:
         trial = copy.deepcopy(regressor)
     except Exception:  # such as one that holds a connection
         return
-    if len(ids) < FEWEST:
-        return
-    metrics = trial.fit(context, ids, torch.randn(len(ids), generator=context.generator("trial")))
+    metrics = trial.fit(round, ids, torch.randn(len(ids), generator=round.generator("trial")))
     if not isinstance(metrics, Mapping):
         raise TypeError(
             f"expected {type(regressor).__name__}.fit to return a mapping of metrics, 'spearman' among them, got "
             f"{type(metrics).__name__}"
         )
-    for batch in context.candidate_batches(ids):
-        check_predictions(regressor, trial.predict(context, batch), len(batch["input_ids"]))
+    for batch in round.batches(ids):
+        check_predictions(regressor, trial.predict(round, batch), len(batch["input_ids"]))
 
 
 def check_predictions(regressor: InfluenceRegressor, predictions: Tensor, rows: int) -> None:

@@ -3,18 +3,17 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from liveselect.functional.bandit import allocate, neighbour_weights, top_arms
 from liveselect.functional.sampling import uniform_subset
-from liveselect.protocols import RoundContext, Selection
+from liveselect.grammar import NO_IDS, Round, Selection, Selector, State
+from liveselect.pool import CandidatePool
 from liveselect.selectors.arms import Arms, OpenArms
-from liveselect.selectors.leftovers import fill_up
 from liveselect.selectors.rewards import CONTROL, Rewards
-from liveselect.selectors.uniform import check_budget, training_order, uniform_selection
+from liveselect.selectors.uniform import uniform_selection
 
 
 @dataclass
@@ -25,25 +24,25 @@ class _Round:
         index: of the round.
         open: what may be taken from each arm.
         pulls_left: arms that may still be pulled.
-        heard: ``(K,)`` bool, arms whose outcome training has shown already.
+        captured: ``(K,)`` bool, arms whose outcome training steps have shown already.
         given: ``(K,)`` int64, candidates of each arm that were proposed as its probes.
-        asked: ``(m,)`` the arm of each candidate that was proposed last.
-        dropped: influences that were not finite.
+        proposed: ``(m,)`` the candidates that were proposed last.
+        asked: ``(m,)`` the arm of each of them.
     """
 
     index: int
     open: OpenArms
     pulls_left: int
-    heard: Tensor
+    captured: Tensor
     given: Tensor
-    asked: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    dropped: int = 0
+    proposed: Tensor = field(default_factory=lambda: NO_IDS)
+    asked: Tensor = field(default_factory=lambda: NO_IDS)
 
 
-class UCBSelector:
+class UCBSelector(Selector):
     r"""Pulls the groups of the pool as arms of a bandit, and trains on those that promise most; the policy of Quad.
 
-    A pull measures ``probes`` candidates of an arm. Its outcome is their mean influence, told in standard errors above
+    A pull measures ``probes`` candidates of an arm. Its outcome is their mean influence, in standard errors above
     that of random candidates: ``controls`` of these are measured in every round, and with :math:`m` and :math:`s` the
     running mean and sd of their influence,
 
@@ -73,7 +72,7 @@ class UCBSelector:
         pulls: arms pulled in each round.
         at_once: arms pulled before their outcomes are looked at; with several ranks, enough to keep them all busy.
         probes: candidates measured in a pull.
-        controls: random candidates measured in each round. 0 measures none, and tells rewards in units of the running
+        controls: random candidates measured in each round. 0 measures none, and counts rewards in units of the running
             root mean square of outcomes: cheaper, and only for influence whose level is near zero.
         arms: how many arms share the budget; more take part when these hold too little.
         gamma: largest share of an arm that one round may train on, above 0 and up to 1.
@@ -88,11 +87,8 @@ class UCBSelector:
     (Quad), arXiv 2409.16986; the bound of Auer, Cesa-Bianchi and Fischer 2002.
     """
 
-    measures = True
-    """It proposes candidates, so a run of it needs an estimator."""
-
+    needs_estimator = True
     uses_groups = True
-    """It chooses by the groups of the pool, so what making them cost is a cost of its runs."""
 
     def __init__(
         self,
@@ -136,25 +132,25 @@ class UCBSelector:
         self._fingerprint: str | None = None
         self._rewards = Rewards(0, probes, controls > 0, released)
         self._cursors = torch.zeros(0, dtype=torch.int64)
-        self._overheard: list[tuple[Tensor, Tensor]] = []  # since the last round
+        self._captured: list[tuple[Tensor, Tensor]] = []  # since the last round
 
-    # ---- ask, tell, choose -------------------------------------------------------------------------------------
+    # ---- propose, observe, select --------------------------------------------------------------------------------
 
-    def check(self, context: RoundContext) -> None:
+    def check(self, round: Round, budget: int) -> None:
         """Raise what the first round would of the arms, and of the state of a checkpoint."""
-        self._check_arms(Arms.of(context.source, context.seed))
-        self._weigh_neighbours(context)
+        self._check_arms(Arms.of(round.pool, round.seed))
+        self._weigh_neighbours(round.pool)
 
-    def propose(self, context: RoundContext) -> Tensor:
+    def propose(self, round: Round) -> Tensor:
         """Return the probes of the next arms, ``(m,)``, controls first; ``(0,)`` when the round's pulls are spent."""
-        current = self._enter(context)
+        current = self._enter(round)
         number = min(self.at_once, current.pulls_left)
-        ties = context.generator(f"pull {current.pulls_left}")
+        ties = round.generator(f"pull {current.pulls_left}")
         left = current.open.room - current.given  # nothing is measured twice in a round
-        arms = top_arms(self._scores(), number, ties, (left > 0) & ~current.heard).tolist()
+        arms = top_arms(self._scores(), number, ties, (left > 0) & ~current.captured).tolist()
         if not arms:
-            return torch.empty(0, dtype=torch.int64)
-        ids = [self._draw_controls(context) if current.pulls_left == self.pulls else current.asked[:0]]
+            return NO_IDS
+        ids = [self._draw_controls(round) if current.pulls_left == self.pulls else NO_IDS]
         asked = [torch.full_like(ids[0], CONTROL)]
         for arm in arms:
             count = min(self.probes, int(left[arm]))
@@ -163,67 +159,56 @@ class UCBSelector:
             ids.append(probes)
             asked.append(torch.full_like(probes, arm))
         current.pulls_left -= len(arms)
-        current.asked = torch.cat(asked)
-        return torch.cat(ids)
+        current.proposed, current.asked = torch.cat(ids), torch.cat(asked)
+        return current.proposed
 
     def observe(self, ids: Tensor, influence: Tensor) -> None:
-        """Credit the influence ``(m,)`` of the proposed ``ids (m,)``; what is not finite is left out.
+        """Credit the influence ``(m,)`` of proposed ``ids (m,)``.
 
         Raises:
-            ValueError: these are not as many as were proposed.
+            ValueError: these were not proposed.
         """
         current = self._round
-        asked = 0 if current is None else len(current.asked)
-        if current is None or len(influence) != asked:
-            raise ValueError(f"expected the influence of the {asked} proposed candidates, got {len(influence)}")
-        finite = influence.isfinite()
-        current.dropped += int((~finite).sum())
-        self._rewards.credit(current.asked[finite], influence[finite].double())
+        if current is None or not torch.isin(ids, current.proposed).all():
+            raise ValueError(f"expected the influence of proposed candidates, got that of {len(ids)} others")
+        answered = torch.isin(current.proposed, ids)  # a control may be a probe as well, and counts as both
+        order = ids.argsort()
+        place = order[torch.searchsorted(ids[order], current.proposed[answered])]
+        self._rewards.credit(current.asked[answered], influence.double()[place])
 
-    def overhear(self, ids: Tensor, influence: Tensor) -> None:
-        """Take note of the influence ``(m,)`` of candidates ``ids (m,)`` that were trained on since the last round.
+    def observe_step(self, ids: Tensor, influence: Tensor) -> None:
+        """Keep the influence ``(m,)`` of candidates ``ids (m,)`` that were trained on since the last round.
 
         The next round credits their arms, each with one pull, against the level of the controls of the last round, and
         spends its own pulls on other arms. So they should be measured as that round measured: with its model, against
-        its reference gradient. What is not finite is left out.
+        its reference gradient.
         """
-        finite = influence.isfinite()
-        self._overheard.append((ids[finite].cpu(), influence[finite].double().cpu()))
+        self._captured.append((ids.cpu(), influence.double().cpu()))
 
-    def select(self, context: RoundContext, budget: int) -> Selection:
-        """Share ``budget`` among the arms that promise most, in random training order.
-
-        Raises:
-            ValueError: there are fewer candidates than the budget.
-        """
-        check_budget(context, budget)
-        return fill_up(context, budget, self._choose)
-
-    def _choose(self, context: RoundContext, budget: int) -> Selection:
-        current = self._enter(context)
+    def select(self, round: Round, budget: int) -> Selection:
+        """Share ``budget`` among the arms that promise most."""
+        current = self._enter(round)
         room, means = current.open.room, self._rewards.means
         known = self._rewards.known & (room > 0)
-        notes: tuple[str, ...] = ()
-        if current.dropped:
-            notes = (f"{current.dropped} measured influences are not finite and were left out",)
         if not known.any():
-            return uniform_selection(context, budget, {}, (*notes, "drawn uniformly: no arm has a reward yet"))
+            return uniform_selection(round, budget, {}, ("drawn uniformly: no arm has a reward yet",))
+        notes: tuple[str, ...] = ()
         accepted = known & (means >= (-math.inf if self.tau is None else self.tau))
-        counts, spilled = self._share_out(context, current, accepted, known, budget)
+        counts, spilled = self._share_out(round, current, accepted, known, budget)
         if 2 * spilled > budget:
-            notes += (
+            notes = (
                 f"{spilled} of {budget} candidates go beyond tau or gamma: the {int(accepted.sum())} arms with a mean "
                 "reward of at least tau hold too few",
             )
         chosen = {arm: current.open.first(arm, int(counts[arm])) for arm in counts.nonzero().flatten().tolist()}
         scored = self._rewards.known.nonzero().flatten()
         return Selection(
-            training_order(context, torch.cat(list(chosen.values()))),
-            scored=_shown(context, current.open.arms, chosen)[scored],
+            torch.cat(list(chosen.values())),
+            scored=_shown(round.pool, current.open.arms, chosen)[scored],
             scores=means[scored].float(),
             metrics={
                 **self._metrics(room > 0, accepted, counts),
-                "arms/overheard": float(current.heard.sum()),
+                "arms/overheard": float(current.captured.sum()),
                 "spilled": float(spilled),
             },
             group_metrics={
@@ -236,29 +221,29 @@ class UCBSelector:
 
     # ---- state -------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return rewards, pulls, units, cursors and what was overheard; the orders of the arms follow from the seed."""
+    def state_dict(self) -> State:
+        """Return rewards, pulls, units, cursors and what steps have shown; orders follow from the seed."""
         return {
             "fingerprint": self._fingerprint,
             "unit": self._unit,
             "rewards": self._rewards.state_dict(),
             "cursors": self._cursors.clone(),
-            "overheard": [[ids.clone(), influence.clone()] for ids, influence in self._overheard],
+            "captured": [[ids.clone(), influence.clone()] for ids, influence in self._captured],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore what :meth:`state_dict` returned; :meth:`check` refuses arms that are not those of the state.
 
         Raises:
-            ValueError: the rewards of the state were told in another unit.
+            ValueError: the rewards of the state are in another unit.
         """
         if state["fingerprint"] is not None and state.get("unit", self._unit) != self._unit:
             raise ValueError(
-                f"the checkpoint told rewards {state['unit']}, this run tells them {self._unit}, and the two cannot be "
-                "added up: resume with the probes and controls that the run began with, or start a new run"
+                f"the checkpoint holds rewards {state['unit']}, this run counts them {self._unit}, and the two cannot "
+                "be added up: resume with the probes and controls that the run began with, or start a new run"
             )
         self._arms = self._round = None
-        self._overheard = [(ids.clone(), influence.clone()) for ids, influence in state["overheard"]]
+        self._captured = [(ids.clone(), influence.clone()) for ids, influence in state["captured"]]
         self._fingerprint = state["fingerprint"]
         self._rewards.load_state_dict(state["rewards"])
         self._cursors = state["cursors"].clone()
@@ -269,39 +254,39 @@ class UCBSelector:
 
     # ---- parts of a round --------------------------------------------------------------------------------------
 
-    def _enter(self, context: RoundContext) -> _Round:
-        """Return the round of the context, begun when it is new."""
+    def _enter(self, round: Round) -> _Round:
+        """Return the round in the making, begun when it is new."""
         if self._arms is None:
-            self._arms = self._open_arms(context)
-        if self._round is not None and self._round.index == context.round:
-            if int(self._round.open.room.sum()) != len(context.candidates):  # a prior lets more through for the choice
-                self._round.open = OpenArms(self._arms, context.candidates, context.source.pool.uses)
+            self._arms = self._open_arms(round)
+        if self._round is not None and self._round.index == round.index:
+            if int(self._round.open.room.sum()) != len(round.candidates):  # a prior lets more through for the choice
+                self._round.open = OpenArms(self._arms, round.candidates, round.pool.uses)
             return self._round
         self._rewards.forget(self.discount)
-        is_open = OpenArms(self._arms, context.candidates, context.source.pool.uses)
-        heard = self._credit_overheard(self._arms)
-        self._round = _Round(context.round, is_open, self.pulls, heard, torch.zeros_like(is_open.room))
+        is_open = OpenArms(self._arms, round.candidates, round.pool.uses)
+        captured = self._credit_captured(self._arms)
+        self._round = _Round(round.index, is_open, self.pulls, captured, torch.zeros_like(is_open.room))
         return self._round
 
-    def _credit_overheard(self, arms: Arms) -> Tensor:
-        """Credit what training has shown of its arms; return which these are, ``(K,)`` bool."""
-        heard = torch.zeros(len(arms), dtype=torch.bool)
-        if self._overheard and self._rewards.moments is not None:
-            ids, influence = (torch.cat(parts) for parts in zip(*self._overheard, strict=True))
+    def _credit_captured(self, arms: Arms) -> Tensor:
+        """Credit what training steps have shown of their arms; return which these are, ``(K,)`` bool."""
+        shown = torch.zeros(len(arms), dtype=torch.bool)
+        if self._captured and self._rewards.moments is not None:
+            ids, influence = (torch.cat(parts) for parts in zip(*self._captured, strict=True))
             codes = arms.codes[ids].long()
-            heard[codes] = True
+            shown[codes] = True
             self._rewards.credit(codes, influence)
-        self._overheard.clear()
-        return heard
+        self._captured.clear()
+        return shown
 
-    def _open_arms(self, context: RoundContext) -> Arms:
-        arms = Arms.of(context.source, context.seed)
+    def _open_arms(self, round: Round) -> Arms:
+        arms = Arms.of(round.pool, round.seed)
         if self._fingerprint is None:
             self._fingerprint = arms.fingerprint
             self._rewards = Rewards(len(arms), self.probes, self.controls > 0, self.released)
             self._cursors = torch.zeros(len(arms), dtype=torch.int64)
         self._check_arms(arms)
-        self._rewards.neighbours = self._weigh_neighbours(context)
+        self._rewards.neighbours = self._weigh_neighbours(round.pool)
         return arms
 
     def _check_arms(self, arms: Arms) -> None:
@@ -312,9 +297,9 @@ class UCBSelector:
                 "rewards would mean other texts. Pass the groups (clusters) that the run began with, or start a new run"
             )
 
-    def _weigh_neighbours(self, context: RoundContext) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _weigh_neighbours(self, pool: CandidatePool) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return who learns from whom, see :func:`~liveselect.functional.bandit.credit_pulls`."""
-        geometry = context.source.pool.geometry
+        geometry = pool.geometry
         if geometry is None or self.cutoff is None:
             return None
         if self.cutoff > geometry.reach:
@@ -324,20 +309,20 @@ class UCBSelector:
             )
         return geometry.starts, geometry.columns, neighbour_weights(geometry.distances.double(), self.cutoff)
 
-    def _draw_controls(self, context: RoundContext) -> Tensor:
-        number = min(self.controls, len(context.candidates))
-        return context.candidates[uniform_subset(len(context.candidates), number, context.generator("controls"))]
+    def _draw_controls(self, round: Round) -> Tensor:
+        number = min(self.controls, len(round.candidates))
+        return round.candidates[uniform_subset(len(round.candidates), number, round.generator("controls"))]
 
     def _scores(self) -> Tensor:
         return self._rewards.means + self._rewards.bonus(self.alpha)
 
     def _share_out(
-        self, context: RoundContext, current: _Round, accepted: Tensor, known: Tensor, budget: int
+        self, round: Round, current: _Round, accepted: Tensor, known: Tensor, budget: int
     ) -> tuple[Tensor, int]:
         """Return how many candidates each arm gives, ``(K,)``, and how many of them are beyond what was meant."""
         room = current.open.room
         quota = torch.minimum(room, (self.gamma * current.open.arms.sizes).ceil().long())
-        ties = context.generator("mixture")
+        ties = round.generator("mixture")
         order = top_arms(self._scores(), len(room), ties, accepted)
         missing = max(0, self.arms - len(order))
         order = torch.cat([order, top_arms(self._scores(), missing, ties, ~self._rewards.known & (room > 0))])
@@ -366,9 +351,9 @@ class UCBSelector:
         return metrics
 
 
-def _shown(context: RoundContext, arms: Arms, chosen: Mapping[int, Tensor]) -> Tensor:
+def _shown(pool: CandidatePool, arms: Arms, chosen: Mapping[int, Tensor]) -> Tensor:
     """Return one candidate to show for each arm, ``(K,)``: a chosen one where there is any."""
-    geometry = context.source.pool.geometry
+    geometry = pool.geometry
     shown = arms.first_members() if geometry is None else geometry.typical.clone()
     for arm, ids in chosen.items():
         shown[arm] = ids[0 if geometry is None else int(geometry.offsets[ids].argmin())]

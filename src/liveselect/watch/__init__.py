@@ -1,4 +1,4 @@
-"""Looks at every round of selection, and raises an alarm where something is wrong."""
+"""Checks every round of selection, and raises alarms."""
 
 from liveselect.watch.watching import Scene, Watch
 

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from liveselect.protocols import Batch, InfluenceEstimator, RoundContext
+from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, Round
 
-SHARE = 0.01
-"""Of what selection measures, so much may be spent on canaries."""
-LOOKED_AT = 64
-"""Candidates that random tokens are drawn like: from 0 up to their largest."""
+MEASURED_SHARE = 0.01
+"""Share of what selection measures that may be spent on canaries."""
+VOCABULARY_CANDIDATES = 64
+"""Candidates whose largest token bounds the random tokens."""
 KINDS = ("reference", "shuffled", "repeated", "random")
 
 
@@ -16,10 +16,10 @@ class Canaries:
     """Makes canaries from the reference set and measures them.
 
     ``reference`` are rows of the reference set itself; ``shuffled`` the same words in another order; ``repeated`` one
-    of their words again and again; ``random`` tokens drawn uniformly. Nothing helps the reference loss like the first.
+    of their words repeated; ``random`` tokens drawn uniformly. Nothing lowers the reference loss as much as the first.
 
     Args:
-        each: how many of each kind; 0 for none.
+        each: number of each kind; 0 for none.
     """
 
     def __init__(self, each: int) -> None:
@@ -28,24 +28,24 @@ class Canaries:
         self.each = each
 
     def affordable(self, measured: int) -> bool:
-        """Whether canaries are due after so many other measurements."""
-        return self.each > 0 and SHARE * measured >= self.each * len(KINDS)
+        """Whether canaries are due after ``measured`` other measurements."""
+        return self.each > 0 and MEASURED_SHARE * measured >= self.each * len(KINDS)
 
-    def measure(self, estimator: InfluenceEstimator, context: RoundContext) -> dict[str, float]:
+    def measure(self, estimator: InfluenceEstimator, model: LiveModel, round: Round) -> dict[str, float]:
         """Return the mean influence of each kind."""
         found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        for batch in self.batches(context):
-            scores = estimator.score(context, context.to_device(batch)).float().cpu().tolist()
+        for batch in self.batches(round):
+            scores = estimator.score(model, model.to_device(batch)).float().cpu().tolist()
             for kind, score in zip(KINDS, scores, strict=True):
                 found[kind].append(score)
         return {kind: sum(scores) / len(scores) for kind, scores in found.items()}
 
-    def batches(self, context: RoundContext) -> list[Batch]:
+    def batches(self, round: Round) -> list[Batch]:
         """Return a batch for each canary of a kind, with one row of each kind in the order of ``KINDS``."""
-        generator = context.generator("canaries")
-        rows = [row for batch in context.source.reference() for row in _rows(batch)]
+        generator = round.generator("canaries")
+        rows = [row for batch in round.source.reference() for row in _rows(batch)]
         drawn = torch.randperm(len(rows), generator=generator)[: self.each].tolist()
-        some = context.source.candidates(context.candidates[:LOOKED_AT])
+        some = round.source.candidates(round.candidates[:VOCABULARY_CANDIDATES])
         vocabulary = 1 + max(int(batch["input_ids"].max()) for batch in some)
         return [_four_kinds(rows[index], vocabulary, generator) for index in drawn]
 

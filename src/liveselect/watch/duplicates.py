@@ -5,18 +5,18 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from liveselect.protocols import IGNORE_INDEX, Batch
+from liveselect.grammar import IGNORE_INDEX, Batch
 
-FEWEST_DISTINCT = 8
-"""Tokens of a passage that must differ: padding and rules of dashes are shared by texts that have nothing in common."""
+MIN_DISTINCT_TOKENS = 8
+"""Of a passage: padding and lines of dashes are shared by texts that have nothing else in common."""
 UNKNOWN = -1
-_BASE = 0x9E3779B97F4A7C15  # odd: no token is forgotten
+_HASH_BASE = 0x9E3779B97F4A7C15  # odd, so that its powers modulo 2^64 never vanish and every token counts
 
 Passages = npt.NDArray[np.int64]
 
 
 class Shared(NamedTuple):
-    """A passage ``tokens (length,)`` that a row holds, and the number of what holds it in the set, or UNKNOWN."""
+    """A passage ``tokens (length,)`` of a row, and the number of the record in the set that contains it, or UNKNOWN."""
 
     tokens: npt.NDArray[np.int64]
     holder: int
@@ -47,7 +47,7 @@ class PassageSet:
         self._holders = np.concatenate([self._holders, *holders])[first]
 
     def shared(self, batch: Batch) -> list[Shared | None]:
-        """Return a passage of the set that each row of the batch holds, ``B`` of them, None where it holds none."""
+        """Return, for each of the ``B`` rows of the batch, a passage that it shares with the set, or None."""
         return [self._held_by(self._of(row)) for row in _rows(batch)]
 
     def _held_by(self, passages: Passages) -> Shared | None:
@@ -58,8 +58,8 @@ class PassageSet:
         common = np.flatnonzero(self._hashes[places] == hashes)
         ordered = np.sort(passages[common], axis=1)
         distinct = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
-        telling = common[distinct >= min(FEWEST_DISTINCT, passages.shape[1])]
-        return Shared(passages[telling[0]], int(self._holders[places[telling[0]]])) if len(telling) else None
+        common = common[distinct >= min(MIN_DISTINCT_TOKENS, passages.shape[1])]
+        return Shared(passages[common[0]], int(self._holders[places[common[0]]])) if len(common) else None
 
     def _of(self, row: npt.NDArray[np.int64]) -> Passages:
         """Return the passages of a row, ``(n, tokens)``."""
@@ -69,13 +69,13 @@ class PassageSet:
 
 def _hashes(passages: Passages) -> npt.NDArray[np.uint64]:
     length = passages.shape[1]
-    powers = np.array([pow(_BASE, i, 2**64) for i in range(1, length + 1)], dtype=np.uint64)
+    powers = np.array([pow(_HASH_BASE, i, 2**64) for i in range(1, length + 1)], dtype=np.uint64)
     hashes: npt.NDArray[np.uint64] = (passages.astype(np.uint64) * powers).sum(axis=1, dtype=np.uint64)
     return hashes ^ np.uint64(length)
 
 
 def _rows(batch: Batch) -> list[npt.NDArray[np.int64]]:
-    """Return the tokens of each row, without padding where the batch tells it."""
+    """Return the tokens of each row, without padding where the batch marks it."""
     ids = batch["input_ids"].cpu().numpy().astype(np.int64)
     if "attention_mask" in batch:
         keep = batch["attention_mask"].cpu().numpy().astype(bool)

@@ -1,0 +1,35 @@
+"""Arguments that mean the same in every preset, typed once."""
+
+from pathlib import Path
+from typing import TypedDict, TypeVar, get_type_hints
+
+from liveselect.grammar import LossFn
+
+
+class RunArguments(TypedDict, total=False):
+    """Arguments of :class:`DataSelection` that mean the same in every preset."""
+
+    loss_fn: LossFn | None
+    seed: int
+    dirpath: str | Path | None
+
+
+class SpreadRunArguments(RunArguments, total=False):
+    """Those of a preset whose rounds may be measured between training steps."""
+
+    probes_between_steps: int | None
+    max_overhead: float | None
+
+
+R = TypeVar("R", bound=RunArguments)
+
+
+def only(run: R, kind: type[R]) -> R:
+    """Return the arguments of a run; raise TypeError for one that a preset would have to ignore."""
+    for name in run:
+        if name not in get_type_hints(kind):
+            raise TypeError(
+                f"unexpected keyword argument {name!r}: expected arguments of this preset, or of every run "
+                f"({', '.join(get_type_hints(kind))})"
+            )
+    return run

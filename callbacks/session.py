@@ -1,0 +1,302 @@
+"""What selection holds from ``setup`` on: the run and its data, the live model, the clock, the place of its records."""
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+
+from liveselect.callbacks.clipping import clip_gradients
+from liveselect.callbacks.clock import TrainingClock
+from liveselect.callbacks.compatibility import callable_model, requeue_signals
+from liveselect.callbacks.preemption import SignalGate
+from liveselect.callbacks.records import carry_earlier_decisions, keep_older_ledger, write_ledger
+from liveselect.decisions import DecisionLedger
+from liveselect.functional.flops import forward_flops
+from liveselect.grammar import (
+    CandidateSource,
+    InfluenceEstimator,
+    LiveModel,
+    LossFn,
+    Round,
+    SelectionWarning,
+    Selector,
+    State,
+)
+from liveselect.parts import save_part
+from liveselect.plan import Plan
+from liveselect.rehearsal import rehearse
+from liveselect.rounds import SelectionRun
+from liveselect.selectors import UniformSelector
+from liveselect.watch import Watch
+
+LEDGER_FILE = "ledger.jsonl"
+
+
+class Session:
+    """A run of selection inside a Trainer; it outlives a fit, so that another one may go on with it.
+
+    Args:
+        selector: of the run.
+        estimator: of the run.
+        about: describes the run in the ledger; ``every_n_steps``, ``warmup_rounds`` and ``seed`` among it.
+        source: the data.
+
+    Attributes:
+        run: the state between rounds.
+        clock: counts training.
+        resumed: whether a checkpoint was loaded and training has not begun since.
+        gate: holds signals back where a checkpoint would be wrong.
+        counted_step: the last optimizer step whose batches are all counted.
+        saved_batch: examples of an optimizer step, of the checkpoint until training begins; 0 before both.
+        in_batch: whether a batch is under way.
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        estimator: InfluenceEstimator | None,
+        about: State,
+        source: CandidateSource,
+    ) -> None:
+        rounds, seed = int(about["warmup_rounds"]), int(about["seed"])
+        self.run = SelectionRun(selector, estimator, UniformSelector(), rounds, source, seed, watch=Watch())
+        self.clock = TrainingClock()
+        self.gate = SignalGate()
+        self.resumed = False
+        self.counted_step = -1
+        self.saved_batch = 0
+        self._mixed_round = -1  # a round whose steps had several sizes: its cursor does not follow from its steps
+        self.in_batch = False
+        self._in_step = False
+        self._every_n_steps = int(about["every_n_steps"])
+        self._about = about
+        self._first_states = [copy.deepcopy(part.state_dict()) for part in self._parts()]
+        self._ledger_path: Path | None = None
+        self._model: LiveModel | None = None
+        self._flops_per_token = 0.0
+        self._describe()
+
+    # ---- life --------------------------------------------------------------------------------------------------
+
+    def use(self, source: CandidateSource, goes_on: bool) -> None:
+        """Take the data of a fit: those of a fit before that this one continues, or others, from the start."""
+        used = self.run.pool
+        if goes_on and used.fingerprint == source.pool.fingerprint:
+            source.pool.uses, self.run.source = used.uses, source  # a new datamodule of the same pool
+        elif used is not source.pool:
+            self.start_over(source)
+
+    def start_over(self, source: CandidateSource | None = None) -> None:
+        """Begin with no plan, no record, an unused pool, and parts that know nothing."""
+        for part, state in zip(self._parts(), self._first_states, strict=True):
+            part.load_state_dict(copy.deepcopy(state))
+        old = self.run
+        self.run = SelectionRun(
+            old.selector,
+            old.estimator,
+            old.warmup,
+            old.warmup_rounds,
+            source or old.source,
+            old.seed,
+            decisions=old.decisions,
+            watch=old.watch,
+            interrupted=old.interrupted,
+        )
+        self.run.pool.uses.zero_()
+        self._describe()
+
+    def write_to(self, folder: Path) -> None:
+        """Keep the records in ``folder``."""
+        self._ledger_path = folder / LEDGER_FILE
+        self.run.decisions = DecisionLedger(folder / "decisions")
+
+    def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss_fn: LossFn) -> None:
+        """Take hold of the live model, and bring the records along.
+
+        Raises:
+            TypeError: a part's state cannot be saved, which would come up at the first checkpoint otherwise.
+        """
+        for part in self._parts():
+            save_part(part)
+        starts_over = trainer.global_step == 0 and not self.resumed and self.run.plan is not None
+        self._flops_per_token = 3 * forward_flops(pl_module, 1)  # backward costs twice the forward
+        self.counted_step, self.in_batch, self._in_step = trainer.global_step, False, False
+        if starts_over:
+            self.start_over()  # another fit of the same callback
+        if not self.resumed:
+            keep_older_ledger(self._ledger_path)
+        if self.resumed:
+            self._check_place(trainer)
+        self.saved_batch = self.global_batch(trainer)
+        self.resumed, self.run.ledger.finished = False, False
+        self.run.interrupted = lambda: self._interrupted(trainer)
+        self.gate.install(trainer, *requeue_signals(trainer))
+        module, loss_fn = callable_model(trainer, pl_module, loss_fn)
+        self._model = LiveModel(
+            module=module,
+            optimizer=trainer.optimizers[0],
+            loss_fn=loss_fn,
+            global_batch=self.global_batch(trainer),
+            clip_gradients=lambda parameters: clip_gradients(trainer, pl_module, parameters),
+            autocast=trainer.precision_plugin.forward_context,
+        )
+        self.charge("check data", self.run.source.setup_seconds)
+        with self.charged("bookkeeping"):
+            carry_earlier_decisions(self.run)
+
+    def _parts(self) -> list[Selector | InfluenceEstimator]:
+        run = self.run
+        return [run.selector] if run.estimator is None else [run.selector, run.estimator]
+
+    def _describe(self) -> None:
+        run = self.run
+        run.ledger.about = dict(self._about)
+        run.ledger.charge_before(run.selector.cost_before_training())
+        if run.selector.uses_groups:
+            run.ledger.charge_before(run.source.cost_before_training())
+
+    # ---- rounds ------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> LiveModel:
+        """The live model; raises RuntimeError before training begins."""
+        if self._model is None:
+            raise RuntimeError("there is no live model before training begins")
+        return self._model
+
+    @property
+    def plan(self) -> Plan:
+        """What is being trained on; raises RuntimeError before the first round."""
+        if self.run.plan is None:
+            raise RuntimeError("training has begun without a plan: DataSelection.on_train_start did not run")
+        return self.run.plan
+
+    def global_batch(self, trainer: pl.Trainer) -> int:
+        """Return the examples of one optimizer step."""
+        return self.run.source.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
+    def batch_of_round(self) -> int:
+        """Return the examples of each optimizer step of the present round; 0 where they had several sizes."""
+        plan = self.run.plan
+        return 0 if plan is not None and plan.round == self._mixed_round else self.saved_batch
+
+    def next_begins(self, trainer: pl.Trainer) -> int:
+        """Return the step at which the next round begins."""
+        plan = self.run.plan
+        left = 0 if plan is None else len(plan.ids) - plan.cursor
+        return trainer.global_step + left // self.global_batch(trainer)
+
+    def budget(self, trainer: pl.Trainer, begins: int) -> int:
+        """Return how many candidates a round that begins at step ``begins`` trains on."""
+        steps = int(min(self._every_n_steps, trainer.estimated_stepping_batches - begins))
+        return max(1, steps) * self.global_batch(trainer)
+
+    def open_round(self, trainer: pl.Trainer, budget: int, selector: Selector | None = None) -> Round:
+        """Return the round to come, as it stands at the present step."""
+        return self.run.open_round(trainer.global_step, budget, selector=selector, device=self.model.device)
+
+    def rehearse(self, trainer: pl.Trainer) -> None:
+        """Try, small, the first round that measures."""
+        run = self.run
+        begins = max(self.next_begins(trainer), run.warmup_rounds * self._every_n_steps)
+        needed = self.budget(trainer, begins) if begins < trainer.estimated_stepping_batches else 1
+        round = self.open_round(trainer, needed, run.selector)
+        rehearse(run.selector, run.estimator, self.model, round, needed)
+
+    def at_step(self, round: Round, trainer: pl.Trainer) -> Round:
+        """Return a round that was opened at an earlier step as it stands now."""
+        return replace(round, step=trainer.global_step)
+
+    def begin_batch(self) -> None:
+        """Hold signals from the first batch of an optimizer step until the step is counted."""
+        if not self._in_step:
+            self.gate.hold()
+        self._in_step = self.in_batch = True
+
+    def count_batch(self, trainer: pl.Trainer, tokens: int) -> bool:
+        """Count a batch that was trained on; returns whether an optimizer step ended with it."""
+        self.plan.advance(self.run.source.batch_size * trainer.world_size)
+        self.run.ledger.training_flops += self._flops_per_token * tokens * trainer.world_size
+        stepped = trainer.global_step != self.counted_step
+        self.counted_step, self.in_batch = trainer.global_step, False
+        return stepped
+
+    def end_step(self) -> None:
+        """Let signals through when an optimizer step is over, with what is measured after it."""
+        if self._in_step:
+            self._in_step = False
+            self.gate.release()
+
+    def _check_place(self, trainer: pl.Trainer) -> None:
+        """Raise ValueError when the plan of a checkpoint stands elsewhere than its step; warn of another batch size."""
+        plan, batch = self.run.plan, self.global_batch(trainer)
+        if plan is None:
+            return
+        if not self.saved_batch:
+            self._mixed_round = plan.round
+            return
+        if batch != self.saved_batch:
+            self._mixed_round = plan.round
+            rank_zero_warn(
+                f"the run is resumed with {batch} examples in an optimizer step, the checkpoint was written with "
+                f"{self.saved_batch}: rounds to come hold other candidates than those of the original run",
+                category=SelectionWarning,
+            )
+            return
+        trained = (trainer.global_step - self.run.ledger.rounds[-1].step) * batch
+        # inside an accumulation window some batches of the step are counted already; check_rest refuses that
+        if not trained <= plan.cursor < trained + batch:
+            raise ValueError(
+                f"the checkpoint stands at step {trainer.global_step}, at which {trained} candidates of round "
+                f"{plan.round} are trained on, and its plan counts {plan.cursor}: it was put together from two, or "
+                "changed. Resume from another checkpoint"
+            )
+
+    def _interrupted(self, trainer: pl.Trainer) -> bool:
+        """Let signals through between two measured batches, and say whether one of them asks to stop.
+
+        Not between steps: a run that is resumed in the middle of such a piece would measure the rest at a later step.
+        """
+        if not self._in_step:
+            self.gate.let_through()
+        return trainer.received_sigterm
+
+    # ---- records -----------------------------------------------------------------------------------------------
+
+    def charge_training(self) -> None:
+        """Add the seconds of training until now to the ledger."""
+        self.run.ledger.training_seconds += self.clock.take()
+
+    def stop_training(self) -> None:
+        """Stop the clock of training, and add its seconds to the ledger."""
+        self.clock.stop()
+        self.charge_training()
+
+    def charge(self, name: str, seconds: float) -> None:
+        """Count seconds that were spent around the rounds to selection, and not to training."""
+        if seconds:
+            around = self.run.ledger.around_seconds
+            around[name] = around.get(name, 0.0) + seconds
+            self.clock.discount(seconds)
+
+    @contextmanager
+    def charged(self, name: str) -> Iterator[None]:
+        """Count the seconds inside the block to selection."""
+        began = time.perf_counter()
+        yield
+        self.charge(name, time.perf_counter() - began)
+
+    def write_ledger(self) -> None:
+        """Write the ledger."""
+        write_ledger(self.run.ledger, self._ledger_path)
+
+    def time_share(self) -> float:
+        """Return the share of selection in the time of training and selection until now, 0..1."""
+        ledger = self.run.ledger
+        training = ledger.training_seconds + self.clock.read()
+        return ledger.selection_seconds / max(1e-9, ledger.selection_seconds + training)

@@ -1,0 +1,446 @@
+"""The grammar of liveselect: who measures, who predicts, who chooses, and what each of them is given.
+
+Every round asks which candidates would lower the reference loss most. An :class:`InfluenceEstimator` measures the few
+candidates that a :class:`Selector` proposes; the selector is given the results and chooses; an
+:class:`InfluenceRegressor` predicts what was not measured; a :class:`CandidateSource` serves the data. Inherit from
+these four and override what you need: one method is abstract in a selector, one in an estimator, two in a regressor.
+Every other method is optional and has its default here, with a sentence that says when it is called.
+
+The engine keeps these rules, so that no part has to know them:
+
+- each candidate is trained on once before any is trained on twice, and what a pass over the pool left over comes first;
+- a selector is given candidates that were used equally often; the engine shuffles what it chose;
+- what a selector proposes is measured once, though it be named twice; what it chooses is checked: distinct ids, all of
+  them candidates, as many as asked for;
+- only finite measurements reach a selector;
+- ``fit`` and ``score`` run inside :func:`~liveselect.preserve.measuring`, which the engine alone opens: modules in eval
+  mode, no gradients, random states and buffers put back afterwards. Whoever moves parameters puts them back;
+- all ranks decide from the same numbers, and a check fails if they ever differ.
+
+Shape letters, used everywhere: ``B`` batch rows, ``T`` tokens, ``V`` vocabulary, ``n`` candidates, ``m`` measured,
+``k`` chosen, ``R`` ranks. Influence is *larger = lowers the reference loss more*, in nats per unit learning rate;
+methods whose papers use another sign are converted in one place each.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liveselect.cost import CostMeter
+from liveselect.parameters import ParameterView
+from liveselect.plan import Plan
+from liveselect.pool import CandidatePool
+from liveselect.seeding import generator_for
+
+Batch = Mapping[str, Tensor]
+"""``id (B,)`` int64, ``input_ids (B, T)``, ``labels (B, T)`` with -100 where no loss is taken; others pass through."""
+
+LossFn = Callable[[nn.Module, Batch], Tensor]
+"""Maps a model and a batch to ``(B,)`` mean losses, nats per token, one for each example."""
+
+State = Mapping[str, Any]
+"""What a part remembers, as tensors and builtins: checkpoints are loaded with ``weights_only=True``."""
+
+CostByPhase = Mapping[str, Mapping[str, float]]
+"""``seconds`` and ``flops`` by phase."""
+
+IGNORE_INDEX = -100
+"""The label of a token that carries no loss."""
+
+MIN_MEASUREMENTS = 8
+"""Finite measurements from which a regressor learns; a round with fewer is drawn uniformly."""
+
+NO_IDS = torch.empty(0, dtype=torch.int64)
+"""No candidates, ``(0,)``."""
+
+
+class SelectionWarning(UserWarning):
+    """Something about selection is not as it should be, and training goes on."""
+
+
+class NotMeasurableError(ValueError):
+    """Influence cannot be measured with the model as it is in this round; a later round may be able to.
+
+    An estimator raises it on all ranks alike. A run goes on, and the selector is given no measurements.
+    """
+
+
+class RoundInterruptedError(RuntimeError):
+    """The run was asked to stop while a round was measuring; what was measured is kept."""
+
+
+# ---- what parts are given ----------------------------------------------------------------------------------------
+
+
+class CandidateSource(ABC):
+    """The data as the engine sees it; a datamodule implements it.
+
+    Attributes:
+        pool: the candidates.
+        batch_size: rows in the training batch of one rank.
+        setup_seconds: seconds that reading and checking the data took, which the ledger charges to selection.
+        reference_fingerprint: identifies the reference set; a resumed run reports when it has changed.
+        before_batch: called in the training process when the trainer asks for its next batch; the callback sets it.
+    """
+
+    pool: CandidatePool
+    batch_size: int
+    setup_seconds: float = 0.0
+    reference_fingerprint: str | None = None
+    before_batch: Callable[[], None] | None = None
+
+    @abstractmethod
+    def candidates(self, ids: Tensor) -> Iterable[Batch]:
+        """Yield batches of the candidates ``ids (n,)``, in their order."""
+
+    @abstractmethod
+    def reference(self) -> Iterable[Batch]:
+        """Yield the batches of the reference set, the same ones in the same order at each call."""
+
+    @abstractmethod
+    def decode(self, input_ids: Tensor) -> list[str]:
+        """Return the text of the token rows ``input_ids (B, T)``."""
+
+    @abstractmethod
+    def follow(self, plan: Plan) -> None:
+        """Serve training batches from ``plan``, starting at its cursor."""
+
+    def check_model(self, module: nn.Module) -> None:  # noqa: B027 - optional
+        """Raise what would fail when the module is trained on these data; called before it is trained or scored."""
+
+    def cost_before_training(self) -> CostByPhase:
+        """Return what making the pool's groups cost; asked once, when the selector uses groups."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Round:
+    """What those who choose may look at during one round.
+
+    Attributes:
+        index: index of the round.
+        step: optimizer steps done.
+        seed: seed of the selection; :meth:`generator` derives generators from it.
+        candidates: ``(n,)`` ascending ids that may be chosen, all used equally often.
+        source: the data.
+        leftovers: ``(l,)`` ids that the last pass over the pool left over. The engine trains on them in this round,
+            so the selector is asked for ``l`` fewer.
+        trained: ``(k,)`` ids of the plan that was trained on last; None before the first.
+        device: where :meth:`batches` puts tensors.
+        meter: where costs are charged, and the progress display.
+    """
+
+    index: int
+    step: int
+    seed: int
+    candidates: Tensor
+    source: CandidateSource
+    leftovers: Tensor = NO_IDS
+    trained: Tensor | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    meter: CostMeter = field(default_factory=CostMeter)
+
+    @property
+    def pool(self) -> CandidatePool:
+        """All candidates, their groups, and how often each was used."""
+        return self.source.pool
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return a fresh CPU generator for one purpose of this round, equal on all ranks and after a resume."""
+        return generator_for(self.seed, self.index, purpose)
+
+    def batches(self, ids: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Yield the candidates ``ids (n,)`` in batches on the round's device; nothing on a rank without ids."""
+        if not len(ids):
+            return iter(())
+        return (on_device(batch, self.device) for batch in self.source.candidates(ids))
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """What those who measure may use: the model and the optimizer as training has left them.
+
+    Attributes:
+        module: the live model, unwrapped; the module that ``loss_fn`` takes.
+        optimizer: the live optimizer, unwrapped.
+        loss_fn: per-example loss.
+        global_batch: examples of one optimizer step, over accumulation and all ranks.
+        clip_gradients: clips the ``.grad`` of the given parameters in place, as training does.
+        autocast: opens the precision context of training.
+        meter: where costs are charged, and the progress display.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss_fn: LossFn
+    global_batch: int
+    clip_gradients: Callable[[list[nn.Parameter]], None] = lambda parameters: None
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    meter: CostMeter = field(default_factory=CostMeter)
+
+    @cached_property
+    def view(self) -> ParameterView:
+        """The parameters, whole or in parts that ranks hold (FSDP), as one object."""
+        return ParameterView(self.module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return next(self.module.parameters()).device
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Return the loss of each example, ``(B,)`` nats per token, in the precision context that is open."""
+        return self.loss_fn(self.module, batch)
+
+    def to_device(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the batch with its tensors on the model's device."""
+        return on_device(batch, self.device)
+
+    def full_precision(self) -> AbstractContextManager[object]:
+        """Return a context without autocast: differences of losses are lost in 16 bits."""
+        return torch.autocast(self.device.type, enabled=False)
+
+
+def on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Return the batch with its tensors on ``device``."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
+
+
+# ---- parts -------------------------------------------------------------------------------------------------------
+
+
+class Part(ABC):  # noqa: B024 - what is abstract is declared by the kinds of parts
+    """What a selection is made of. A part without memory keeps the default state."""
+
+    def state_dict(self) -> State:
+        """Return what the part remembers between rounds; called for every checkpoint, on every rank."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore what :meth:`state_dict` returned; called when a run is resumed or starts over."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint holds {sorted(state)} for it")
+
+
+class InfluenceEstimator(Part):
+    """Measures influence with the live model.
+
+    Attributes:
+        fit_lasts: whether a fit at one optimizer step may measure at later ones; then :meth:`fitted_state` is needed.
+            If not, a round that is measured between steps fits again at each of them.
+        spreadable: whether a round may be measured between training steps at all.
+        at_once: whether :meth:`score_ids` measures many candidates for less than :meth:`score` does batch by batch.
+        rehearsed: whether a copy is fitted and scores two candidates before training starts. Where that costs too
+            much, say False and let :meth:`check` raise what would fail.
+        has_direction: whether influence is the product of a gradient with :meth:`direction`.
+    """
+
+    fit_lasts: bool = False
+    spreadable: bool = True
+    at_once: bool = False
+    rehearsed: bool = True
+    has_direction: bool = False
+
+    @abstractmethod
+    def score(self, model: LiveModel, batch: Batch) -> Tensor:
+        """Return the influence of each example, ``(B,)``, nats per unit learning rate; NaN where it has none."""
+
+    def check(self, model: LiveModel, round: Round) -> None:
+        """Raise what a round would raise; called before training starts, with a few candidates."""
+
+    def fit(self, model: LiveModel, round: Round) -> Mapping[str, float]:
+        """Prepare to score, and return metrics for the ledger; called before a round's first score.
+
+        Raises:
+            NotMeasurableError: with the model as it is now nothing can be measured.
+        """
+        return {}
+
+    def score_ids(self, model: LiveModel, round: Round, ids: Tensor) -> Tensor:
+        """Return the influence of the candidates ``ids (m,)``, ``(m,)``; called instead of ``score`` if ``at_once``."""
+        scores = [self.score(model, batch).float().cpu() for batch in round.batches(ids)]
+        return torch.cat(scores) if scores else torch.empty(0)
+
+    def direction(self) -> Mapping[str, Tensor] | None:
+        """Return what gradients are compared with, by parameter name, or None when there is nothing yet.
+
+        Asked at the beginning of training steps whose examples are scored out of their own backward.
+        """
+        return None
+
+    def fitted_state(self) -> State | None:
+        """Return the last fit, for a measurement that a checkpoint interrupts; None to fit again after a resume."""
+        return None
+
+    def load_fitted_state(self, state: State) -> None:
+        """Restore what :meth:`fitted_state` returned."""
+
+    def release(self) -> None:
+        """Free what only this round needed; called when a round is over."""
+
+
+class InfluenceRegressor(Part):
+    """Predicts influence where it was not measured.
+
+    Attributes:
+        rehearsed: whether a copy learns from a few candidates before training starts; if not, :meth:`check` says what
+            would fail.
+    """
+
+    rehearsed: bool = True
+
+    @abstractmethod
+    def fit(self, round: Round, ids: Tensor, influence: Tensor) -> Mapping[str, float]:
+        """Learn from the finite ``influence (m,)`` of ``ids (m,)``; called when enough was measured in a round.
+
+        Returns:
+            Metrics for the ledger. ``spearman`` among them is the rank correlation on measurements held out of the fit.
+        """
+
+    @abstractmethod
+    def predict(self, round: Round, batch: Batch) -> Tensor:
+        """Return the predicted influence of each example, ``(B,)``; only order and relative size are used."""
+
+    def check(self, round: Round) -> None:
+        """Raise what a round would raise; called before training starts, with a few candidates."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selector chose, and what it knew when it did.
+
+    Attributes:
+        ids: ``(k,)`` int64 distinct ids.
+        scored: ``(n,)`` ids that were compared, or None when the choice used no scores.
+        scores: ``(n,)`` float32, their scores before any noise; larger is better.
+        metrics: scalars for the ledger.
+        notes: sentences for the ledger, such as the reason of a fallback.
+        group_metrics: ``(G,)`` numbers for the ledger, one for each group of the pool; NaN where there is none.
+            ``reward`` and ``bonus`` among them say that groups were compared by their sum.
+        noise: returns what was added to ``scores[start:stop]``, ``(stop - start,)`` float64, when it is called with
+            these two; None when nothing was.
+        eligible: ids that the scores let through, when they are more than the chosen ones.
+        reasons: why ids were chosen, where it was something else than their scores.
+    """
+
+    ids: Tensor
+    scored: Tensor | None = None
+    scores: Tensor | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    group_metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    noise: Callable[[int, int], Tensor] | None = None
+    eligible: Tensor | None = None
+    reasons: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Selector(Part):
+    """Decides what to measure and what to train on.
+
+    Attributes:
+        needs_estimator: whether it proposes candidates, so that a run without an estimator is refused.
+        uses_groups: whether it chooses by the groups of the pool, whose cost then belongs to the run.
+        engine_orders: whether the engine keeps the pass over the pool and shuffles what was chosen. A selector that
+            follows recorded plans says False: its ids are trained on as they are.
+    """
+
+    needs_estimator: bool = False
+    uses_groups: bool = False
+    engine_orders: bool = True
+
+    @abstractmethod
+    def select(self, round: Round, budget: int) -> "Selection | Tensor":
+        """Choose ``budget`` of the round's candidates: a :class:`Selection`, or the ids alone, ``(budget,)``."""
+
+    def check(self, round: Round, budget: int) -> None:
+        """Raise what a round would raise; called before training starts, with a few candidates.
+
+        A round trains on ``budget`` candidates.
+        """
+
+    def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
+        """Return which candidates may ever be chosen, ``(size,)`` bool, or None for all; called before each round."""
+        return None
+
+    def propose(self, round: Round) -> Tensor:
+        """Return ids to measure, ``(m,)``; called again after each :meth:`observe` until there are none."""
+        return NO_IDS
+
+    def observe(self, ids: Tensor, influence: Tensor) -> None:
+        """Take the finite influence ``(m,)`` of proposed ``ids (m,)``, both on CPU; called after each measurement."""
+
+    def observe_step(self, ids: Tensor, influence: Tensor) -> None:
+        """Take the influence ``(m,)`` of ``ids (m,)`` as training steps on them have shown it; called between rounds.
+
+        Steps are captured only where ``overhear`` asks for it. The numbers are as old as the step.
+        """
+
+    def cost_before_training(self) -> CostByPhase:
+        """Return what making the scores that are drawn from cost; asked once, when a run begins."""
+        return {}
+
+
+class Around(Selector):
+    """A selector around another one: it delegates everything, so override only what you change.
+
+    Args:
+        selector: the one inside.
+    """
+
+    def __init__(self, selector: Selector) -> None:
+        if not isinstance(selector, Selector):
+            raise TypeError(f"expected a Selector inside {type(self).__name__}, got {selector!r}")
+        self.selector = selector
+        # what either of the two declares holds for both
+        self.needs_estimator = type(self).needs_estimator or selector.needs_estimator
+        self.uses_groups = type(self).uses_groups or selector.uses_groups
+        self.engine_orders = type(self).engine_orders and selector.engine_orders
+
+    def select(self, round: Round, budget: int) -> Selection | Tensor:
+        """Let the inner selector choose."""
+        return self.selector.select(round, budget)
+
+    def check(self, round: Round, budget: int) -> None:
+        """Let the inner selector check."""
+        self.selector.check(round, budget)
+
+    def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
+        """Return what the inner selector may choose."""
+        return self.selector.eligible(pool, budget)
+
+    def propose(self, round: Round) -> Tensor:
+        """Return what the inner selector proposes."""
+        return self.selector.propose(round)
+
+    def observe(self, ids: Tensor, influence: Tensor) -> None:
+        """Pass the measurements on."""
+        self.selector.observe(ids, influence)
+
+    def observe_step(self, ids: Tensor, influence: Tensor) -> None:
+        """Pass on what training steps have shown."""
+        self.selector.observe_step(ids, influence)
+
+    def cost_before_training(self) -> CostByPhase:
+        """Return the inner selector's cost."""
+        return self.selector.cost_before_training()
+
+    def state_dict(self) -> State:
+        """Return the inner selector's class and state."""
+        return {"inside": type(self.selector).__name__, "state": self.selector.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore the inner selector's state; raise ValueError when it was another class."""
+        if state["inside"] != type(self.selector).__name__:
+            raise ValueError(
+                f"the checkpoint holds the state of {state['inside']} inside {type(self).__name__}, this run has "
+                f"{type(self.selector).__name__} there: resume with the selector that the run began with"
+            )
+        self.selector.load_state_dict(state["state"])

@@ -1,0 +1,115 @@
+"""Put back what a measurement with the live model disturbs."""
+
+import random
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
+
+from liveselect.functional.sharding import reshard
+from liveselect.preserve.attributes import attributes_kept
+from liveselect.preserve.snapshot import Inventory
+
+
+@contextmanager
+def measuring(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Open a block in which forward, backward and optimizer steps leave no trace outside of parameters and moments.
+
+    Inside, all modules are in eval mode, gradients start as None, hooks on the optimizer's step are silent (averages of
+    the weights, loggers) and torch.compile is bypassed, because unusual shapes would recompile the training graph. On
+    exit, also after an exception, these are as before: the very ``.grad`` tensors (backward adds into them in place, so
+    copies would not do), buffers, each module's training flag, and the random states of torch (CPU, CUDA), numpy and
+    Python. So are the plain attributes of modules, which forwards and hooks may change (a history of gradient norms),
+    within the limits of :class:`~liveselect.preserve.attributes.Attributes`, unless the parameters are sharded.
+    Parameters and the optimizer's state belong to :class:`~liveselect.preserve.Snapshot`; a GradScaler is not touched.
+    A sharded model enters and leaves the block with all of its parameters sharded.
+    """
+    with ExitStack() as stack:
+        reshard(model)
+        stack.callback(reshard, model)
+        stack.enter_context(_buffers_kept(model))
+        stack.enter_context(attributes_kept(model))
+        stack.enter_context(_random_states_kept())
+        stack.enter_context(_eval_mode(model))
+        optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        stack.enter_context(_gradients_set_aside([*model.parameters(), *optimized]))
+        stack.enter_context(_step_hooks_silenced(optimizer))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    buffers = Inventory()
+    for module in model.modules():
+        buffers.add(module._buffers)
+    buffers.save()
+    try:
+        yield
+    finally:
+        buffers.restore()
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    on_cpu, on_cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
+    in_numpy, in_python = np.random.get_state(), random.getstate()  # noqa: NPY002 - the global state is kept
+    try:
+        yield
+    finally:
+        torch.set_rng_state(on_cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(on_cuda)
+        np.random.set_state(in_numpy)  # noqa: NPY002
+        random.setstate(in_python)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    # flags, not model.eval(): some modules do work in train() (merge adapters, freeze layers), and a blanket
+    # model.train() afterwards would undo the user's own eval mode of some modules
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def _gradients_set_aside(parameters: list[Tensor]) -> Iterator[None]:
+    gradients = {parameter: parameter.grad for parameter in parameters}
+    try:
+        for parameter in gradients:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+
+@contextmanager
+def _step_hooks_silenced(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    own = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    everywhere: list[dict] = [torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks]
+    kept = {name: getattr(optimizer, name) for name in own}
+    kept_everywhere = [dict(hooks) for hooks in everywhere]
+    try:
+        for name in own:
+            setattr(optimizer, name, OrderedDict())
+        for hooks in everywhere:
+            hooks.clear()
+        yield
+    finally:
+        for name, own_hooks in kept.items():
+            setattr(optimizer, name, own_hooks)
+        for hooks, entries in zip(everywhere, kept_everywhere, strict=True):
+            hooks.update(entries)
