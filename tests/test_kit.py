@@ -12,10 +12,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WORKFLOWS = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
 
 
+def printed_by_make(*target: str) -> str:
+    command = ["make", "--no-print-directory", *target]  # which `make test` would print otherwise
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def targets() -> set[str]:
     """The targets that ``make`` lists when it is called without one."""
-    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return set(re.findall(r"^  make (\S+) +\S", listed, re.MULTILINE))
+    return set(re.findall(r"^  make (\S+) +\S", printed_by_make(), re.MULTILINE))
 
 
 def test_make_lists_every_target_with_a_line():
@@ -34,8 +38,9 @@ def test_every_target_that_documents_and_workflows_name_exists():
 
 
 def test_make_lists_every_benchmark():
-    listed = subprocess.run(["make", "bench"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert {line.split()[0] for line in listed.splitlines()} == {path.stem for path in ROOT.glob("benchmarks/*.py")}
+    assert {line.split()[0] for line in printed_by_make("bench").splitlines()} == {
+        path.stem for path in ROOT.glob("benchmarks/*.py")
+    }
 
 
 def test_the_workflows_test_the_oldest_and_the_newest_python_of_the_project():

@@ -108,10 +108,22 @@ def test_fewer_scores_than_a_round_needs_are_told_before_training(tmp_path, warm
 @pytest.mark.filterwarnings("ignore::liveselect.grammar.SelectionWarning")
 def test_a_short_last_round_needs_no_more_than_it_trains_on(tmp_path):
     few = torch.where(torch.arange(POOL) < 7, 0.0, -torch.inf)
-    for steps in (7, 4):  # the only round that scores decide takes 3 steps; there is none
+    for steps in (3, 4):  # a round of 4 steps would take 8 candidates
         folder = tmp_path / str(steps)
         folder.mkdir()
-        fit(folder, PDS(few, every_n_steps=4, warmup_rounds=1, dirpath=folder / "s"), max_steps=steps)
+        selection = PDS(few, every_n_steps=4, dirpath=folder / "s")
+        if steps == 3:
+            fit(folder, selection, max_steps=steps)
+        else:
+            with pytest.raises(ValueError, match=r"needs 8 distinct candidates .* of which 7 may be chosen"):
+                fit(folder, selection, max_steps=steps)
+
+
+def test_a_warm_up_trains_on_nothing_that_may_never_be_chosen(tmp_path):
+    known = torch.arange(POOL) < 9
+    selection = PDS(torch.where(known, 0.0, -torch.inf), every_n_steps=4, warmup_rounds=1, dirpath=tmp_path / "s")
+    _, _, trained_on = fit(tmp_path, selection, max_steps=6)
+    assert known[torch.tensor(trained_on)].all()
 
 
 def test_what_making_the_scores_cost_is_part_of_what_selection_costs(tmp_path):
