@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, and of this one, because torch is imported later
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is looked up nowhere, and fails at once
 
 import pytest
 import torch

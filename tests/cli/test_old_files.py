@@ -31,6 +31,13 @@ def test_live_pds_of_the_first_version_is_refused_with_its_new_name(tmp_path, ca
     assert "Traceback" not in said
 
 
+def test_a_preset_among_the_callbacks_of_the_trainer_is_looked_at_too(tmp_path, capsys):
+    path = tmp_path / "old.yaml"
+    preset = {"class_path": "liveselect.callbacks.PDS", "init_args": {"live": True}}
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": [preset]}}))
+    assert "`live: true` of liveselect 0.1 is the preset LivePDS" in refusal(capsys, f"--config={path}")
+
+
 @pytest.mark.parametrize("name", ["probes", "estimator", "regressor", "min_spearman"])
 def test_arguments_that_pds_no_longer_takes_are_named(tmp_path, capsys, name):
     said = refusal(capsys, select(tmp_path, scores="scores/pds", **{name: 1}))

@@ -26,15 +26,22 @@ def refuse_old_files(arguments: Sequence[str]) -> None:
             settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             continue
-        select = settings.get("select") if isinstance(settings, Mapping) else None
+        if not isinstance(settings, Mapping):
+            continue
+        trainer = settings.get("trainer")
+        callbacks = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
+        for callback in callbacks if isinstance(callbacks, list) else []:
+            if isinstance(callback, Mapping):
+                _check_class(file, callback.get("class_path"), callback.get("init_args"))
+        select = settings.get("select")
         if isinstance(select, Mapping):
             class_path = select.get("class_path", class_path)  # a later file may only change some arguments
-            given = select.get("init_args")
-            if class_path in ("PDS", "liveselect.callbacks.PDS") and isinstance(given, Mapping):
-                _check_arguments(file, given)
+            _check_class(file, class_path, select.get("init_args"))
 
 
-def _check_arguments(file: str, given: Mapping[str, object]) -> None:
+def _check_class(file: str, class_path: object, given: object) -> None:
+    if class_path not in ("PDS", "liveselect.callbacks.PDS") or not isinstance(given, Mapping):
+        return
     if given.get("live"):
         raise ValueError(
             f"{file}: `live: true` of liveselect 0.1 is the preset LivePDS since 0.2: write class_path: "
