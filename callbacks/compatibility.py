@@ -181,7 +181,8 @@ def keep_checkpoints_out_of_windows(trainer: pl.Trainer) -> None:
 
 def warn_inside_window(trainer: pl.Trainer) -> None:
     """Warn when some batches of an optimizer step are done and others are not, at which a checkpoint is written."""
-    if trainer.fit_loop.epoch_loop.batch_progress.current.processed % trainer.accumulate_grad_batches:
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+    if done % trainer.accumulate_grad_batches:
         rank_zero_warn(
             f"a checkpoint of step {trainer.global_step} is written inside an accumulation window of "
             f"{trainer.accumulate_grad_batches} batches. Lightning saves no gradients, so a resume from it could "
