@@ -74,14 +74,14 @@ class TokenSum(InfluenceEstimator):
 class Fixed(Selector):
     """Chooses the same ids whatever the round."""
 
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
+    def __init__(self, ids: Tensor, **shown) -> None:
+        self.ids, self.shown = ids, shown
 
     def observe(self, ids: Tensor, influence: Tensor) -> None:
         raise NotImplementedError
 
     def select(self, round: Round, budget: int) -> Selection:
-        return Selection(self.ids)
+        return Selection(self.ids, **self.shown)
 
 
 def a_run(selector=None, estimator=None, warmup_rounds=0, **source_arguments):
@@ -233,6 +233,25 @@ def test_warm_up_rounds_use_the_other_selector():
 )
 def test_a_choice_that_is_no_plan_is_refused_and_changes_nothing(ids, message):
     run, source = a_run(selector=Fixed(ids))
+    with pytest.raises(ValueError, match=message):
+        play(run, 5)
+    assert run.plan is None
+    assert not source.pool.uses.any()
+    assert not run.ledger.rounds
+
+
+@pytest.mark.parametrize(
+    ("shown", "message"),
+    [
+        ({"scored": torch.arange(5), "scores": torch.zeros(4)}, r"scored \(5,\) and scores \(4,\)"),
+        ({"scored": torch.arange(5)}, r"scored \(5,\) and scores None"),
+        ({"scores": torch.zeros(5)}, r"scored None and scores \(5,\)"),
+        ({"notes": "all alike"}, "got the text 'all alike'"),
+        ({"group_metrics": {"reward": torch.zeros(99)}}, r"number of reward for each of \d+ groups, got 99"),
+    ],
+)
+def test_a_selection_that_cannot_be_recorded_is_refused_and_changes_nothing(shown, message):
+    run, source = a_run(selector=Fixed(torch.arange(5), **shown))
     with pytest.raises(ValueError, match=message):
         play(run, 5)
     assert run.plan is None

@@ -248,6 +248,7 @@ def _choose(selector: Selector, round: Round, budget: int) -> Selection:
         )
     selection = Selection(chosen) if isinstance(chosen, Tensor) else chosen
     _validate(selection.ids, round.candidates, wanted, selector)
+    _validate_explanation(selection, round.pool, selector)
     if not selector.engine_orders:
         return selection
     ids = torch.cat([round.leftovers, selection.ids.cpu()])
@@ -275,6 +276,25 @@ def _validate(ids: object, candidates: Tensor, wanted: int, selector: Selector) 
     is_candidate[candidates] = True  # isin would sort all candidates in every round
     if int(ids.min()) < 0 or not is_candidate[ids].all():
         raise ValueError(f"{name} chose ids that are not among the round's {len(candidates)} candidates")
+
+
+def _validate_explanation(selection: Selection, pool: CandidatePool, selector: Selector) -> None:
+    """Raise ValueError when what a selection says of its choice cannot be recorded."""
+    name = type(selector).__name__
+    scored, scores = (None if part is None else tuple(part.shape) for part in (selection.scored, selection.scores))
+    if scored != scores:
+        raise ValueError(
+            f"expected {name} to return one score for each scored id, or neither, got scored {scored} and scores "
+            f"{scores}"
+        )
+    if isinstance(selection.notes, str):
+        raise ValueError(f"expected {name} to return notes as a tuple of sentences, got the text {selection.notes!r}")
+    for key, values in selection.group_metrics.items():
+        if len(values) != len(pool.group_names):
+            raise ValueError(
+                f"expected {name} to return a number of {key} for each of {len(pool.group_names)} groups, got "
+                f"{len(values)}"
+            )
 
 
 def _record(
