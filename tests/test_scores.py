@@ -342,6 +342,14 @@ def test_files_that_hold_no_scores_are_told_apart(tmp_path):
         read_scores("")
 
 
+def test_a_column_of_something_that_has_none_is_refused(tmp_path):
+    np.save(tmp_path / "s.npy", VALUES)
+    write_scores(tmp_path / "folder", VALUES, "p", {})
+    for source in (VALUES, torch.from_numpy(VALUES), [1.0], str(tmp_path / "s.npy"), tmp_path / "folder"):
+        with pytest.raises(ValueError, match=r"expected a \.parquet file where column='edu'.* leave column out"):
+            read_scores(source, "edu")
+
+
 def test_tensors_that_hold_no_numbers_to_take_are_refused_in_a_sentence():
     for tensor in (torch.zeros(3).to_sparse(), torch.zeros(3, device="meta")):
         with pytest.raises(ValueError, match="a dense tensor of float32"):

@@ -85,8 +85,16 @@ def read_scores(source: object, column: str = "score") -> Scores:
 
     Raises:
         FileNotFoundError: there is no such file, or the folder is incomplete.
-        ValueError: the file is no score file, or a score is NaN, +inf or an integer that no float64 holds.
+        ValueError: the file is no score file, a column is named of something else than a Parquet file, or a score is
+            NaN, +inf or an integer that no float64 holds.
     """
+    is_path = isinstance(source, (str, Path))
+    if column != "score" and not (is_path and Path(str(source)).suffix.lower() == ".parquet"):
+        got = f"scores at {source}" if is_path else f"scores in memory ({type(source).__name__})"
+        raise ValueError(
+            f"expected a .parquet file where column={column!r} names its scores, got {got}: pass such a file, or leave "
+            "column out"
+        )
     if not isinstance(source, (str, Path)):
         return _checked(_array(source), "an array")
     if not str(source):
