@@ -1,0 +1,151 @@
+"""Whether a mean differs from a number, with an error rate that holds however often one looks."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+MIN_VALUES = 12
+"""Values from which their autocorrelation can be measured; before, nothing is said of their mean."""
+
+MIN_BLOCKS = 6
+"""Blocks from which the noise of their means is known well enough to say something."""
+
+MAX_BLOCK_CORRELATION = 0.1
+"""Of the means of neighbouring blocks: what is left of it adds to the errors."""
+
+_STANDARD_ERRORS = 1.5  # by which the autocorrelation is taken higher than it was measured: few values hide it
+_LONGEST_BLOCK = 64
+_MIXTURE_VARIANCE = 1.0  # of the effect, in squared units of noise, over which evidence is averaged
+_BLOCKS_AT_ONE_SD = 11.0
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """A confidence sequence at one look.
+
+    Attributes:
+        mean: of the values.
+        low: lower bound of the mean; -inf where nothing can be said yet.
+        high: upper bound; inf likewise.
+        noise: standard deviation of the mean of a block; NaN with fewer than two blocks.
+        blocks: number of whole blocks.
+        length: values in a block.
+    """
+
+    mean: float
+    low: float
+    high: float
+    noise: float
+    blocks: int
+    length: int
+
+
+def confidence_sequence(values: Tensor, error: float = 0.05) -> Confidence:
+    """Return bounds of the mean of ``values (n,)`` that hold at all looks together, with probability ``1 - error``.
+
+    Each bound by itself is missed with probability ``error / 2``. Values are averaged over blocks long enough for
+    their means to be nearly independent; see :func:`block_length`. The bounds are those of the normal mixture whose
+    noise is not known: :func:`mixture_bounds`.
+
+    Raises:
+        ValueError: the values are no finite ``(n,)``, or the error is not between 0 and 1.
+    """
+    if values.dim() != 1 or not bool(values.isfinite().all()):
+        raise ValueError(f"expected finite values (n,), got {tuple(values.shape)} {values.tolist()[:4]}")
+    length = block_length(values)
+    means = block_means(values, length)
+    mean = float(values.double().mean()) if len(values) else math.nan
+    noise = float(means.std()) if len(means) > 1 else math.nan
+    low, high = -math.inf, math.inf
+    if len(values) >= MIN_VALUES and len(means) >= MIN_BLOCKS:
+        low, high = mixture_bounds(means, error)
+    return Confidence(mean, low, high, noise, len(means), length)
+
+
+def mixture_bounds(values: Tensor, error: float, variance: float = _MIXTURE_VARIANCE) -> tuple[float, float]:
+    r"""Return the means that the mixture martingale of independent ``values (n,)`` does not rule out, as an interval.
+
+    The martingale is the ratio of two likelihoods of the values less a mean: with an effect of
+    :math:`\mathcal{N}(0, \text{variance})` units of noise, and without one, the noise averaged over :math:`1 / \sigma`
+    in both. It has expectation 1 at the true mean for any noise, so it exceeds ``1 / error`` at any look with
+    probability ``error`` at most.
+
+    Source: Lai 1976, "On Confidence Sequences"; Wang and Ramdas 2023, "Anytime-valid t-tests", arXiv 2310.03722.
+    """
+    if not 0 < error < 1 or variance <= 0:
+        raise ValueError(f"expected an error between 0 and 1 and a variance above 0, got {error} and {variance}")
+    count, values = len(values), values.double()
+    if not count:
+        return -math.inf, math.inf
+    mean = float(values.mean())
+    squares = float((values - mean).square().sum())
+    prior = 1 / variance
+    limit = math.exp(2 / count * (0.5 * math.log1p(count / prior) - math.log(error)))
+    slack = 1 - limit * prior / (count + prior)
+    if slack <= 0:
+        return -math.inf, math.inf
+    radius = math.sqrt((limit - 1) * squares / (count * slack))
+    return mean - radius, mean + radius
+
+
+def mixture_log_evidence(values: Tensor, mean: float = 0.0, variance: float = _MIXTURE_VARIANCE) -> float:
+    """Return the logarithm of the mixture martingale against ``mean``, for independent ``values (n,)``.
+
+    The bounds of :func:`mixture_bounds` are where it reaches ``-log(error)``.
+    """
+    count, values, prior = len(values), values.double() - mean, 1 / variance
+    total, square = float(values.sum()), float(values.square().sum())
+    if not square:
+        return 0.0
+    explained = total * total / ((count + prior) * square)
+    return -0.5 * math.log1p(count / prior) - 0.5 * count * math.log1p(-min(explained, 1 - 1e-15))
+
+
+def autocorrelation(values: Tensor) -> float:
+    """Return the correlation of neighbouring ``values (n,)``, freed of the bias of short series; NaN below 3 values."""
+    if len(values) < 3:
+        return math.nan
+    centered = values.double() - values.double().mean()
+    square = float(centered.square().sum())
+    if not square:
+        return 0.0
+    found = float((centered[1:] * centered[:-1]).sum()) / square
+    return found + (1 + 3 * found) / len(values)
+
+
+def block_length(values: Tensor) -> int:
+    """Return how many neighbouring ``values (n,)`` to average, so that the means are nearly independent.
+
+    It follows from the measured autocorrelation, taken higher by 1.5 standard errors because a short series hides it,
+    as if each value depended on the one before only.
+    """
+    found = autocorrelation(values)
+    if math.isnan(found):
+        return 1
+    assumed = min(max(found + _STANDARD_ERRORS / math.sqrt(len(values)), 0.0), 0.95)
+    length = 1
+    while length < _LONGEST_BLOCK and _block_correlation(assumed, length) > MAX_BLOCK_CORRELATION:
+        length += 1
+    return length
+
+
+def block_means(values: Tensor, length: int) -> Tensor:
+    """Return the means of whole blocks of ``length`` neighbouring ``values (n,)``, ``(n // length,)`` float64."""
+    whole = len(values) // length
+    return values[: whole * length].double().reshape(whole, length).mean(dim=1)
+
+
+def blocks_needed(effect: float, noise: float) -> float:
+    """Return about how many blocks it takes to tell an effect from 0: 11 (noise / effect)^2, never fewer than 6."""
+    if not effect or math.isnan(effect) or math.isnan(noise):
+        return math.inf
+    return max(float(MIN_BLOCKS), _BLOCKS_AT_ONE_SD * (noise / effect) ** 2)
+
+
+def _block_correlation(first: float, length: int) -> float:
+    """Return the correlation of neighbouring block means of a first-order autoregression."""
+    if not first:
+        return 0.0
+    decayed = 1 - first**length
+    return first * decayed**2 / (length * (1 - first * first) - 2 * first * decayed)
