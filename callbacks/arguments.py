@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TypedDict, TypeVar, get_type_hints
 
 from liveselect.grammar import LossFn
+from liveselect.verdict import Verdict
 
 
 class RunArguments(TypedDict, total=False):
@@ -12,6 +13,7 @@ class RunArguments(TypedDict, total=False):
     loss_fn: LossFn | None
     seed: int
     dirpath: str | Path | None
+    verdict: Verdict | None
 
 
 class SpreadRunArguments(RunArguments, total=False):

@@ -124,6 +124,11 @@ class SignalGate:
         if not self._closed:
             self.deliver()
 
+    @property
+    def waits(self) -> bool:
+        """Whether a signal waits."""
+        return bool(self._pending)
+
     def let_through(self) -> None:
         """Run the handlers of what has come; called inside of :meth:`measuring` where nothing is displaced."""
         if not self._pending:

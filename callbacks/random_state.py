@@ -69,6 +69,13 @@ class RandomStates:
         if not self._begun:
             self.begin_batch()
 
+    def set_as_next_batch(self) -> None:
+        """Set the random states to those with which the next batch will begin; the caller puts back what there was."""
+        loaded = self._loaded or []
+        state = loaded[distributed.rank()] if distributed.rank() < len(loaded) else self._next
+        if state is not None:
+            set_random_state(state)
+
     def end_batch(self) -> None:
         """Note what the batch has left."""
         self._next, self._begun, self._saved = random_state(), False, False

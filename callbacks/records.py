@@ -15,6 +15,7 @@ from liveselect.decisions import carry_decisions
 from liveselect.grammar import SelectionWarning
 from liveselect.ledger import Ledger, RoundRecord
 from liveselect.rounds import SelectionRun
+from liveselect.verdict import Answer
 
 log = logging.getLogger("liveselect")
 
@@ -50,6 +51,13 @@ def log_end(trainer: pl.Trainer, ledger: Ledger) -> None:
         ledger.training_seconds,
         100 * ledger.selection_share,
     )
+
+
+def log_verdict(trainer: pl.Trainer, answer: Answer, is_new: bool) -> None:
+    """Send the numbers of a verdict to every logger, and say it."""
+    _log(trainer, {f"verdict/{name}": value for name, value in answer.numbers().items()})
+    if trainer.is_global_zero:
+        log.log(logging.WARNING if is_new and answer.said == "not paying" else logging.INFO, answer.sentence())
 
 
 def record_captured(trainer: pl.Trainer, record: RoundRecord, ids: Tensor, influence: Tensor) -> None:

@@ -1,11 +1,9 @@
 """DataSelection: runs selection rounds inside a Lightning training loop."""
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -28,10 +26,13 @@ from liveselect.callbacks.random_state import RandomStates
 from liveselect.callbacks.records import log_end, log_round
 from liveselect.callbacks.session import Session
 from liveselect.callbacks.settings import check_arguments, check_measures, check_saved, damage_reported, settings_of
+from liveselect.callbacks.verdict import Judging, check_verdict
 from liveselect.grammar import Batch, InfluenceEstimator, LossFn, Selector, State
 from liveselect.losses import causal_lm_loss
 from liveselect.plan import Plan
 from liveselect.rounds import SelectionRun
+from liveselect.verdict import Verdict
+from liveselect.verdict.arms import tokens_in
 
 STATE_VERSION = 2
 """Version of the checkpoint entry; 1 was that of liveselect 0.1."""
@@ -73,6 +74,9 @@ class DataSelection(Callback):
             it, and arms and regressors learn from it. Needs an estimator that compares gradients
             with a direction, and at most 1 with rounds that are measured between steps. The numbers of later steps are
             as old as the round.
+        verdict: find out in the run whether selection beats random data at equal total cost, and act on it; see
+            :class:`~liveselect.verdict.Verdict`. Selection then sees a half of the reference set, and the other half
+            judges it. Not by default, because of that half.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class DataSelection(Callback):
         probes_between_steps: int | None = None,
         max_overhead: float | None = None,
         overhear: int = 0,
+        verdict: Verdict | None = None,
     ) -> None:
         pace = Pace(probes_between_steps, max_overhead)
         check_arguments(selector, estimator, every_n_steps, warmup_rounds, loss_fn)
@@ -103,6 +108,8 @@ class DataSelection(Callback):
         self.ahead = Ahead(pace)
         self.overhearing = Overhearing(int(overhear), self.loss_fn)
         self._random_states = RandomStates()
+        self.verdict = check_verdict(verdict)
+        self._judging = Judging(verdict, seed, warmup_rounds, every_n_steps, self._random_states)
         self._session: Session | None = None  # made in setup, when the data are known
 
     # ---- state -------------------------------------------------------------------------------------------------
@@ -147,6 +154,7 @@ class DataSelection(Callback):
             "run": self.run.state_dict(),
             "overhearing": self.overhearing.state_dict(self.run),
             "random_states": self._random_states.state_dict(),
+            "verdict": self._judging.state_dict(),
         }
 
     def load_state_dict(self, state_dict: State) -> None:
@@ -160,6 +168,7 @@ class DataSelection(Callback):
         changed = check_saved(state_dict, STATE_VERSION, self.seed, self._settings())
         self.overhearing.forget()
         with damage_reported():
+            self._judging.load_state_dict(state_dict["verdict"])  # first: it says who chooses in the round to come
             self.run.load_state_dict(state_dict["run"])
             self.overhearing.load_state_dict(state_dict["overhearing"], self.estimator)
             self._random_states.load_state_dict(state_dict["random_states"])
@@ -199,6 +208,7 @@ class DataSelection(Callback):
             }
             self._session = Session(self.selector, self.estimator, about, source)
         self._session.use(source, goes_on=trainer.global_step > 0)
+        self._session.run.at_random = self._judging.at_random
         self._session.write_to(run_folder(trainer) / "selection" if self.dirpath is None else Path(self.dirpath))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -210,7 +220,9 @@ class DataSelection(Callback):
         session.run.source.before_batch = self._random_states.begin_batch
         if not session.resumed:
             self.overhearing.forget()
+        self._judging.begin_fit(starts_over=not session.resumed and trainer.global_step == 0)
         session.begin_fit(trainer, pl_module, self.loss_fn)
+        self._judging.begin_training(session, trainer, pl_module)
         if self.plan is not None:
             check_rest(self.plan, session.global_batch(trainer), trainer)
         with session.charged("rehearsal"), session.gate.measuring():
@@ -220,6 +232,7 @@ class DataSelection(Callback):
             self._select(trainer)
         else:
             session.run.source.follow(self.plan)
+            self._judging.go_on(session, trainer)
         session.clock.start()
 
     def on_train_batch_start(
@@ -247,7 +260,8 @@ class DataSelection(Callback):
         examples = session.run.source.batch_size * trainer.world_size
         self.overhearing.end(trainer, self.run, examples, session.global_batch(trainer))
         session.charge("overhearing", self.overhearing.take_seconds())
-        stepped = session.count_batch(trainer, _tokens_in(batch))
+        stepped = session.count_batch(trainer, tokens_in(batch))
+        self._judging.after_batch(session, trainer, tokens_in(batch), stepped)
         if session.plan.exhausted and not stepped:
             raise RuntimeError(
                 f"the plan of round {session.plan.round} ended inside an accumulation window at batch {batch_idx}: "
@@ -305,6 +319,7 @@ class DataSelection(Callback):
         with session.gate.measuring():
             plan = self.ahead.finish(session, round, budget, progress)
         run.source.follow(plan)
+        self._judging.begin_round(session, trainer)
         log_round(trainer, run.ledger)
         counted = sum(run.ledger.rounds[-1].seconds.values()) - before  # by name; the rest is selection's as well
         session.charge("bookkeeping", max(0.0, time.perf_counter() - began - counted))
@@ -323,11 +338,7 @@ class DataSelection(Callback):
                 "probes_between_steps": self.ahead.pace.probes_between_steps,
                 "max_overhead": self.ahead.pace.max_overhead,
                 "overhear": self.overhearing.steps,
+                "verdict": self.verdict,
                 "reference set": None if self._session is None else self.run.source.reference_fingerprint,
             }
         )
-
-
-def _tokens_in(batch: object) -> int:
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    return ids.numel() if isinstance(ids, torch.Tensor) else 0

@@ -106,6 +106,7 @@ class Session:
             decisions=old.decisions,
             watch=old.watch,
             interrupted=old.interrupted,
+            at_random=old.at_random,
         )
         self.run.pool.uses.zero_()
         self._describe()

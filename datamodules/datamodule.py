@@ -120,6 +120,17 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         """Serve training batches from ``plan``, starting at its cursor."""
         self.served.loader.follow(plan)
 
+    def training_batches(self, plan: Plan) -> Iterator[object]:
+        """Yield this rank's training batches of a plan that is not followed, read in this process."""
+        return self.served.loader.read(plan)
+
+    def further_sets(self) -> Mapping[str, Iterable[Batch]]:
+        """Return the sets of ``further_sets``, and the validation set where one is named."""
+        served = self.served.further_sets
+        if self.settings.validation is not None and self._validation is not None:
+            return {"validation": self._validation, **served}
+        return served
+
     # ---- opening and checking ----------------------------------------------------------------------------------
 
     def check_model(self, module: nn.Module) -> None:

@@ -144,6 +144,19 @@ class PlanLoader:
         self.plan = plan
         self._walk = None
 
+    def read(self, plan: Plan) -> Iterator[object]:
+        """Yield the batches of a plan that is not followed, read in this process."""
+        if isinstance(self.dataset, Rows):
+            batches = SeededBatches(self.dataset.load, self.seed, self.dataset.draws)
+        else:
+            collate_fn = self.options.get("collate_fn") or default_collate
+            batches = SeededBatches(partial(load_rows, self.dataset, collate_fn), self.seed)
+        sampler = PlanBatches(self.rank, self.world_size, self.batch_size)
+        sampler.plan = plan
+        for part in sampler:
+            batch = batches[part]
+            yield batch if self._receive is None else self._receive(batch)
+
     def __len__(self) -> int:
         return self._length
 

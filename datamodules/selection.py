@@ -29,7 +29,7 @@ class SelectionDataModule(ServedDataModule):
         collate_fn: makes training batches of the dataset's rows, in place of ``{"id", "input_ids", "labels"}``.
         settings: further arguments of :class:`~liveselect.datamodules.ServingSettings`: ``validation``,
             ``probe_batch_size``, ``reference_tokens``, ``pack_reference``, ``epoch_examples``, ``groups``,
-            ``tokenizer``, ``overlap`` and ``seed``.
+            ``tokenizer``, ``overlap``, ``further_sets`` and ``seed``.
 
     Raises:
         TypeError: ``pool`` is a datamodule.

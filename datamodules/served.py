@@ -29,6 +29,7 @@ class ServedPool:
         cost_of_groups: the ``seconds`` by phase that making the groups took, where they are clusters; else nothing.
         reference: batches of the reference set.
         reference_fingerprint: a hash of them.
+        further_sets: batches of further sets, by name.
         loader: serves training batches.
 
     Raises:
@@ -55,6 +56,10 @@ class ServedPool:
         length = epoch_length(examples, batch_size * place.world_size, place.accumulate)
         self.reference: list[Batch] = open_reference(settings.reference, opened, settings, settings.overlap)
         self.reference_fingerprint = fingerprint_of(self.reference)
+        self.further_sets: dict[str, list[Batch]] = {
+            name: open_reference(source, opened, settings, "allow")
+            for name, source in (settings.further_sets or {}).items()
+        }
         checks.check_same_on_all_ranks("the reference set", self.reference_fingerprint)
         self.loader = PlanLoader(
             rows,

@@ -33,6 +33,8 @@ class ServingSettings:
             ``tokenizer`` of the wrapped module.
         overlap: what to do with reference records that are in the pool: ``refuse`` them, ``drop`` them from the
             reference set with a warning that lists them, or ``allow`` them without looking.
+        further_sets: further sets by name, in the same forms as ``reference``, at which selection does not aim: a
+            verdict says how it does on them.
         seed: seed of the dataset's random draws from torch, numpy and random, which depend on it and on the place of
             each row in the plan.
 
@@ -50,6 +52,7 @@ class ServingSettings:
     groups: str | None = None
     tokenizer: str | Any = None
     overlap: OnOverlap = "refuse"
+    further_sets: dict[str, Any] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -111,6 +111,17 @@ class CandidateSource(ABC):
     def follow(self, plan: Plan) -> None:
         """Serve training batches from ``plan``, starting at its cursor."""
 
+    def training_batches(self, plan: Plan) -> Iterable[object] | None:
+        """Yield this rank's training batches of a plan that training itself does not follow, in its process.
+
+        Called where a verdict trains a copy on random candidates. By default None: the source does not serve them.
+        """
+        return None
+
+    def further_sets(self) -> Mapping[str, Iterable[Batch]]:
+        """Return sets beside the reference, by name, on which a verdict looks at what selection does not aim at."""
+        return {}
+
     def check_model(self, module: nn.Module) -> None:  # noqa: B027 - optional
         """Raise what would fail when the module is trained on these data; called before it is trained or scored."""
 

@@ -184,6 +184,7 @@ class Ledger:
             data, the rehearsal at the start.
         decision_folders: where the decisions are written; before it, where a resumed run wrote them earlier and may
             have left what the last folder lacks.
+        verdict: whether selection pays, with the numbers behind it; empty where the run does not find out.
     """
 
     about: Line = field(default_factory=dict)
@@ -198,6 +199,7 @@ class Ledger:
     before_flops: dict[str, float] = field(default_factory=dict)
     around_seconds: dict[str, float] = field(default_factory=dict)
     decision_folders: list[str] = field(default_factory=list)
+    verdict: Line = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._file: _LedgerFile | None = None

@@ -1,5 +1,6 @@
 """One round of selection: measure what the selector proposes, let it choose, record it."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -54,6 +55,8 @@ class SelectionRun:
         watch: raises alarms, None for none.
         ahead: what was measured for the next round while its predecessor is trained on; None when nothing was.
         interrupted: whether this process was asked to stop.
+        shown: the data as those see them who measure and choose; None for all of ``source``.
+        at_random: whether a round is drawn uniformly although the warm-up is over.
     """
 
     selector: Selector
@@ -68,6 +71,8 @@ class SelectionRun:
     watch: Watch | None = None
     ahead: Measurement | None = None
     interrupted: Callable[[], bool] = lambda: False
+    shown: CandidateSource | None = None
+    at_random: Callable[[int], bool] = lambda round_index: False
 
     @property
     def pool(self) -> CandidatePool:
@@ -86,7 +91,13 @@ class SelectionRun:
 
     def selector_for(self, round_index: int) -> Selector:
         """Return who chooses in a round."""
-        return self.warmup if round_index < self.warmup_rounds else self.selector
+        return self.warmup if round_index < self.warmup_rounds or self.at_random(round_index) else self.selector
+
+    def ever_eligible(self, budget: int) -> Tensor | None:
+        """Return what the run's selector may choose of an unused pool, ``(size,)`` bool, or None for all."""
+        unused = copy.copy(self.pool)
+        unused.uses = torch.zeros_like(unused.uses)
+        return _eligible(self.selector, unused, budget)
 
     def open_round(
         self,
@@ -106,7 +117,10 @@ class SelectionRun:
         """
         selector = selector or self.selector_for(self.next_round)
         # of the run's selector in the warm-up too: what it may never choose is not trained on before either
-        eligible = _eligible(self.selector if selector is self.warmup else selector, self.pool, budget)
+        if selector is self.warmup and self.next_round >= self.warmup_rounds:
+            eligible = self.ever_eligible(budget)  # drawn at random in the middle of a run, and not from what it chose
+        else:
+            eligible = _eligible(self.selector if selector is self.warmup else selector, self.pool, budget)
         candidates = self.pool.available(budget, eligible)
         leftovers = NO_IDS
         if selector.engine_orders:
@@ -116,7 +130,7 @@ class SelectionRun:
             step=step,
             seed=self.seed,
             candidates=candidates,
-            source=self.source,
+            source=self.shown or self.source,
             leftovers=leftovers,
             trained=None if self.plan is None else self.plan.ids,
             device=device or torch.device("cpu"),

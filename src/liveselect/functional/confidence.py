@@ -14,7 +14,7 @@ MIN_BLOCKS = 6
 MAX_BLOCK_CORRELATION = 0.1
 """Of the means of neighbouring blocks: what is left of it adds to the errors."""
 
-_STANDARD_ERRORS = 1.5  # by which the autocorrelation is taken higher than it was measured: few values hide it
+_STANDARD_ERRORS = 1.0  # by which the autocorrelation is taken higher than it was measured: few values hide it
 _LONGEST_BLOCK = 64
 _MIXTURE_VARIANCE = 1.0  # of the effect, in squared units of noise, over which evidence is averaged
 _BLOCKS_AT_ONE_SD = 11.0
@@ -117,7 +117,7 @@ def autocorrelation(values: Tensor) -> float:
 def block_length(values: Tensor) -> int:
     """Return how many neighbouring ``values (n,)`` to average, so that the means are nearly independent.
 
-    It follows from the measured autocorrelation, taken higher by 1.5 standard errors because a short series hides it,
+    It follows from the measured autocorrelation, taken higher by a standard error because a short series hides it,
     as if each value depended on the one before only.
     """
     found = autocorrelation(values)

@@ -1,0 +1,294 @@
+"""The verdict inside a Lightning run: takes its look-aheads, says what they show, and acts on it."""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from liveselect import distributed
+from liveselect.callbacks.clipping import silent
+from liveselect.callbacks.random_state import RandomStates
+from liveselect.callbacks.records import log_verdict
+from liveselect.callbacks.session import Session
+from liveselect.cost import CostMeter
+from liveselect.grammar import LiveModel, RoundInterruptedError, SelectionWarning, State
+from liveselect.ledger import Ledger
+from liveselect.plan import Plan
+from liveselect.preserve import Snapshot
+from liveselect.verdict import Answer, LookAhead, Verdict
+from liveselect.verdict.answer import HELD_OUT, Costs
+from liveselect.verdict.arms import TrainingSteps
+from liveselect.verdict.sets import HalfReference
+
+log = logging.getLogger("liveselect")
+
+PHASE = "look-ahead"
+
+_SPENT_ONCE = ("check data", "rehearsal")
+
+
+def check_verdict(verdict: object) -> Verdict | None:
+    """Return what was passed as a verdict; raise TypeError where it is none."""
+    if verdict is not None and not isinstance(verdict, Verdict):
+        raise TypeError(f"expected verdict to be a liveselect.verdict.Verdict or None, got {verdict!r}")
+    return verdict
+
+
+class Judging:
+    """The verdict of a run, as the selection callback calls it; nothing where none is asked for.
+
+    Args:
+        settings: of the verdict, None for none.
+        seed: of the run's selection.
+        warmup_rounds: of the run.
+        every_n_steps: of the run.
+        random_states: those with which the next batch will begin.
+    """
+
+    def __init__(
+        self,
+        settings: Verdict | None,
+        seed: int,
+        warmup_rounds: int,
+        every_n_steps: int,
+        random_states: RandomStates,
+    ) -> None:
+        self._look = None if settings is None else LookAhead(settings, seed, warmup_rounds, every_n_steps)
+        self._seed = seed
+        self._random_states = random_states
+        self._steps: TrainingSteps | None = None  # None also where the run cannot find out
+        self._warned = False
+
+    def at_random(self, round_index: int) -> bool:
+        """Return whether a round is drawn at random although the warm-up is over."""
+        return self._look is not None and self._look.at_random(round_index)
+
+    def state_dict(self) -> State | None:
+        """Return the state, None where no verdict is asked for."""
+        return None if self._look is None else self._look.state_dict()
+
+    def load_state_dict(self, state: State | None) -> None:
+        """Restore the state; that of a run without a verdict, or for one, is left alone."""
+        if self._look is not None and state is not None:
+            self._look.load_state_dict(state)
+
+    # ---- hooks -----------------------------------------------------------------------------------------------------
+
+    def begin_fit(self, starts_over: bool) -> None:
+        """Begin with nothing known, unless the fit continues another one."""
+        if self._look is not None and starts_over:
+            self._look.forget()
+        self._steps = None
+
+    def begin_training(self, session: Session, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set a half of the reference set aside, or say why the run cannot find out."""
+        look, run = self._look, session.run
+        run.shown = None
+        if look is None:
+            return
+        obstacle = _obstacle(session)
+        if obstacle is None and not look.sets(run.source)[HELD_OUT]:
+            obstacle = "the reference set has fewer than two examples, so no half of it can be held out"
+        if obstacle is not None:
+            self._give_up(session, trainer, obstacle)
+            return
+        run.shown = HalfReference(run.source, self._seed)
+        self._steps = training_steps(trainer, pl_module, self._random_states, lambda: session.gate.waits)
+        total, window = trainer.estimated_stepping_batches, trainer.accumulate_grad_batches
+        if look.answer is None and trainer.is_global_zero:
+            length = look.settings.length(total)
+            log.info(
+                "verdict: look-aheads of %d steps, %s in this run of %g steps at share=%g",
+                length,
+                "as many as it takes" if total == float("inf") else f"about {look.looks_affordable(total, window):.0f}",
+                total,
+                look.settings.share,
+            )
+
+    def go_on(self, session: Session, trainer: pl.Trainer) -> None:
+        """Begin the look-ahead that a checkpoint was written before, if it was interrupted."""
+        if self._look is not None and self._look.to_begin == trainer.global_step:
+            self._begin(session, trainer)
+
+    def begin_round(self, session: Session, trainer: pl.Trainer) -> None:
+        """Begin a look-ahead with the round that was chosen, if one is due."""
+        look, steps = self._look, self._steps
+        if look is None or steps is None:
+            return
+        index, step, total = session.plan.round, trainer.global_step, trainer.estimated_stepping_batches
+        look.begin_block(index, step, total)
+        # ranks may have seen unequally many tokens
+        if distributed.gather_objects(look.is_due(index, step, total, steps.accumulate))[0]:
+            self._begin(session, trainer)
+
+    def after_batch(self, session: Session, trainer: pl.Trainer, tokens: int, stepped: bool) -> None:
+        """Follow the arm that trains on chosen data; at its end, give the verdict and act on it."""
+        look, steps = self._look, self._steps
+        if look is None or steps is None:
+            return
+        look.note_batch(tokens)
+        if not stepped or not look.watches(trainer.global_step):
+            return
+        with self._charged(session) as model, session.gate.measuring():
+            ended = look.after_step(model, session.run.source, trainer.global_step)
+        if not ended:
+            return
+        session.charge_training()
+        before = look.answer
+        answer = look.judge(
+            _costs(session.run.ledger, look.settings, trainer),
+            trainer.global_step,
+            trainer.estimated_stepping_batches,
+            steps.accumulate,
+        )
+        look.answer = answer = distributed.gather_objects(answer)[0]
+        session.run.ledger.verdict = answer.record()
+        log_verdict(trainer, answer, is_new=before is None or before.said != answer.said)
+        self._act(session, trainer, answer)
+
+    # ---- parts -----------------------------------------------------------------------------------------------------
+
+    def _begin(self, session: Session, trainer: pl.Trainer) -> None:
+        look, steps, run = self._look, self._steps, session.run
+        if look is None or steps is None:
+            return
+        count = look.settings.length(trainer.estimated_stepping_batches) * session.model.global_batch
+        candidates = run.pool.available(1, run.ever_eligible(1))
+        if len(candidates) < count:  # the draw of a pass goes on with what was used
+            mask = run.ever_eligible(1)
+            candidates = torch.arange(run.pool.size) if mask is None else mask.nonzero().flatten()
+        place = session.plan.round, trainer.global_step, trainer.estimated_stepping_batches
+        while True:
+            try:
+                with self._charged(session) as model, session.gate.measuring():
+                    look.begin(model, steps, run.source, candidates, *place)
+                return
+            except RoundInterruptedError as stopped:
+                session.gate.deliver()
+                if trainer.received_sigterm:
+                    log.info("%s: the run ends now, and continues from its last checkpoint", stopped)
+                    raise SIGTERMException from stopped
+            except Exception as error:  # what only looks must not end the training
+                if distributed.world_size() > 1:  # the other ranks would wait for this one
+                    raise
+                look.to_begin = None
+                self._give_up(session, trainer, f"a look-ahead failed: {error}")
+                return
+
+    def _give_up(self, session: Session, trainer: pl.Trainer, reason: str) -> None:
+        self._steps = None
+        session.run.ledger.verdict = Answer("cannot tell yet", trainer.global_step, reason=reason).record()
+        rank_zero_warn(
+            f"whether selection pays cannot be found out in this run: {reason}. Selection itself goes on",
+            category=SelectionWarning,
+        )
+
+    def _act(self, session: Session, trainer: pl.Trainer, answer: Answer) -> None:
+        look, run = self._look, session.run
+        if answer.said != "not paying" or look is None:
+            return
+        action = look.settings.on_not_paying
+        if not self._warned:
+            then = {"warn": "", "random": ". The rounds to come are drawn at random", "stop": ". Training stops"}
+            rank_zero_warn(f"selection does not pay. {answer.sentence()}{then[action]}", category=SelectionWarning)
+        self._warned = True
+        if action == "stop":
+            trainer.should_stop = True
+        elif action == "random" and look.random_from is None:
+            look.random_from = run.next_round
+            if run.ahead is not None:
+                session.charge("abandoned measurement", run.ledger.ahead_seconds)
+                run.ahead, run.ledger.ahead_seconds = None, 0.0
+
+    @contextmanager
+    def _charged(self, session: Session) -> Iterator[LiveModel]:
+        """Yield the live model with a meter whose seconds and FLOPs the last round's record gets."""
+        meter, began = CostMeter(), time.perf_counter()
+        try:
+            yield replace(session.model, meter=meter)
+        finally:
+            record = session.run.ledger.rounds[-1]
+            if meter.seconds:
+                seconds = time.perf_counter() - began
+                session.clock.discount(seconds)
+                record.seconds[PHASE] = record.seconds.get(PHASE, 0.0) + seconds
+            flops = sum(meter.flops.values()) * distributed.world_size()
+            if flops:
+                record.flops[PHASE] = record.flops.get(PHASE, 0.0) + flops
+
+
+def _obstacle(session: Session) -> str | None:
+    """Return why a copy of this training cannot be trained and thrown away, None where it can."""
+    model, source = session.model, session.run.source
+    if model.view.in_parts:
+        return (
+            "ranks hold parts of the parameters (FSDP), and a look-ahead copies whole ones: train with DDP, or compare "
+            "two runs with `liveselect report`"
+        )
+    if source.training_batches(Plan(0, torch.empty(0, dtype=torch.int64))) is None:
+        return f"{type(source).__name__} does not serve training batches for a copy: define training_batches"
+    try:
+        Snapshot(model.module, model.optimizer)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def _costs(ledger: Ledger, settings: Verdict, trainer: pl.Trainer) -> Costs:
+    """Return what selection costs as shares of training; what was spent once counts as a share of the whole run."""
+    if settings.cost == "seconds":
+        once = sum(ledger.before_seconds.values()) + sum(ledger.around_seconds.get(name, 0.0) for name in _SPENT_ONCE)
+        whole, training = ledger.selection_seconds, ledger.training_seconds
+    else:
+        once = sum(ledger.before_flops.values())
+        whole, training = ledger.selection_flops, ledger.training_flops
+    if not training:
+        return Costs(float("nan"))
+    done = trainer.global_step / trainer.estimated_stepping_batches  # 0 in a run without an end
+    return Costs((whole - once) / training, once / training * (done or 1.0))
+
+
+def training_steps(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, random_states: RandomStates, interrupted: Callable[[], bool]
+) -> TrainingSteps:
+    """Return how the Trainer takes its training steps, for a copy that takes them on other data."""
+    window = trainer.accumulate_grad_batches
+    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+
+    def loss(batch: object, index: int) -> Tensor | None:
+        moved = trainer.precision_plugin.convert_input(batch)
+        moved = pl_module._on_before_batch_transfer(moved, dataloader_idx=0)
+        moved = trainer.strategy.batch_to_device(moved, dataloader_idx=0)
+        with trainer.precision_plugin.train_step_context():
+            found = pl_module.training_step(moved, index) if takes_index else pl_module.training_step(moved)
+        return found["loss"] if isinstance(found, dict) else found
+
+    def after_step(index: int) -> None:
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready + (index + 1) * window  # type: ignore[attr-defined]
+        for config in trainer.lr_scheduler_configs:
+            if config.interval == "step" and not config.reduce_on_plateau and done % config.frequency == 0:
+                pl_module.lr_scheduler_step(config.scheduler, None)
+
+    @contextmanager
+    def as_training() -> Iterator[None]:
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        states = [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers]
+        with ExitStack() as stack:
+            stack.enter_context(silent(pl_module))
+            random_states.set_as_next_batch()
+            try:
+                yield
+            finally:
+                for scheduler, state in zip(schedulers, states, strict=True):
+                    scheduler.load_state_dict(state)
+
+    return TrainingSteps(loss, window, after_step, as_training, interrupted)
