@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from liveselect.functional.confidence import MIN_VALUES, Confidence, blocks_needed, confidence_sequence
+from liveselect.functional.confidence import Confidence, confidence_sequence, values_needed
 
 Said = Literal["paying", "not paying", "cannot tell yet"]
 
@@ -213,7 +213,9 @@ def judge(
         blocks=found.blocks,
         block_length=found.length,
         steps=length,
-        expected_step=None if said != "cannot tell yet" else _expected_step(found, net, step, spacing, total_steps),
+        expected_step=None
+        if said != "cannot tell yet"
+        else _expected_step(found, len(looks), net, step, spacing, total_steps),
         gains=gains,
         switchback=other,
     )
@@ -233,11 +235,11 @@ def loss_slope(looks: Sequence[Look], step: int) -> float:
     return max(0.0, -float(x @ (y - y.mean()) / (x @ x)) / max(1, step))
 
 
-def _expected_step(found: Confidence, net: float, step: int, spacing: float, total_steps: float) -> int | None:
+def _expected_step(
+    found: Confidence, looks: int, net: float, step: int, spacing: float, total_steps: float
+) -> int | None:
     """Return the step by which the bounds should leave the price, None where the run ends before."""
-    values = max(float(MIN_VALUES), blocks_needed(net, found.noise) * found.length)
-    known = found.blocks * found.length
-    expected = step + max(1.0, values - known) * spacing
+    expected = step + max(1.0, values_needed(net, found) - looks) * spacing
     return int(expected) if math.isfinite(expected) and expected <= total_steps else None
 
 
