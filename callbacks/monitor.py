@@ -75,15 +75,17 @@ class SelectionMonitor(Callback, LogsRounds):
         self._failures: dict[int, int] = {}
         self._names: list[str] = []
         self._rounds_shown = self._evaluations_shown = 0
+        self._verdict_shown = ""  # the sentence
 
     def state_dict(self) -> dict[str, object]:
         """Return how much was shown."""
-        return {"rounds": self._rounds_shown, "evaluations": self._evaluations_shown, "names": list(self._names)}
+        shown = {"rounds": self._rounds_shown, "evaluations": self._evaluations_shown, "verdict": self._verdict_shown}
+        return {**shown, "names": list(self._names)}
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._rounds_shown, self._evaluations_shown = state_dict["rounds"], state_dict["evaluations"]
-        self._names = list(state_dict["names"])
+        self._names, self._verdict_shown = list(state_dict["names"]), state_dict.get("verdict", "")
 
     # ---- hooks -------------------------------------------------------------------------------------------------
 
@@ -109,7 +111,7 @@ class SelectionMonitor(Callback, LogsRounds):
         """Show the first round."""
         if trainer.global_step == 0:
             self._rounds_shown = self._evaluations_shown = 0
-            self._names = []
+            self._names, self._verdict_shown = [], ""
         self._show(trainer)
 
     def on_train_batch_end(
@@ -180,6 +182,12 @@ class SelectionMonitor(Callback, LogsRounds):
         for entry in evaluations:
             for logger in trainer.loggers:
                 self._try(logger, self._show_evaluation, logger, entry)
+        said, sentence = (str(ledger.verdict.get(name, "")) for name in ("said", "sentence"))
+        if sentence != self._verdict_shown:
+            is_new = not self._verdict_shown.startswith(said)
+            self._verdict_shown = sentence
+            for logger in trainer.loggers:
+                self._try(logger, self._show_verdict, logger, said, sentence, is_new)
 
     def _show_evaluation(self, logger: Logger, entry: Evaluation) -> None:
         sink = self._sinks.get(id(logger))
@@ -187,6 +195,13 @@ class SelectionMonitor(Callback, LogsRounds):
             sink.evaluation(entry)
         else:
             logger.log_metrics(evaluation_scalars(entry), step=entry.step)
+
+    def _show_verdict(self, logger: Logger, said: str, sentence: str, is_new: bool) -> None:
+        sink = self._sinks.get(id(logger))
+        if isinstance(sink, WandbSink):
+            sink.verdict(said, sentence)
+            if is_new and said != "cannot tell yet":
+                sink.alert(f"Selection: {said}", sentence)
 
     def _show_round(self, logger: Logger, view: RoundView, rich: bool) -> None:
         sink = self._sinks.get(id(logger))
@@ -242,4 +257,6 @@ def _progress_line(trainer: pl.Trainer, selection: DataSelection) -> str:
     steps = trainer.estimated_stepping_batches
     whole = f" of {steps:g}" if steps != float("inf") else ""
     share = f"selection took {selection.time_share():.1%} of the time"
+    if verdict := selection.run.ledger.verdict.get("said"):
+        share += f", {verdict}"
     return f"step {trainer.global_step}{whole}{losses}, round {round_index}, {share}"

@@ -244,13 +244,18 @@ def _obstacle(session: Session) -> str | None:
 
 
 def _costs(ledger: Ledger, settings: Verdict, trainer: pl.Trainer) -> Costs:
-    """Return what selection costs as shares of training; what was spent once counts as a share of the whole run."""
+    """Return what selection costs as shares of training; what was spent once counts as a share of the whole run.
+
+    Look-aheads are left out: they measure selection, are no part of it, and cost the share that was set.
+    """
     if settings.cost == "seconds":
         once = sum(ledger.before_seconds.values()) + sum(ledger.around_seconds.get(name, 0.0) for name in _SPENT_ONCE)
-        whole, training = ledger.selection_seconds, ledger.training_seconds
+        looks = sum(record.seconds.get(PHASE, 0.0) for record in ledger.rounds)
+        whole, training = ledger.selection_seconds - looks, ledger.training_seconds
     else:
         once = sum(ledger.before_flops.values())
-        whole, training = ledger.selection_flops, ledger.training_flops
+        looks = sum(record.flops.get(PHASE, 0.0) for record in ledger.rounds)
+        whole, training = ledger.selection_flops - looks, ledger.training_flops
     if not training:
         return Costs(float("nan"))
     done = trainer.global_step / trainer.estimated_stepping_batches  # 0 in a run without an end

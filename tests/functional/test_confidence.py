@@ -118,7 +118,7 @@ def test_the_autocorrelation_is_found_and_blocks_are_long_enough(rho):
 def test_a_fading_effect_is_no_noise_of_long_memory():
     place = torch.arange(40.0, dtype=torch.float64)
     series = autoregressive(0.0, 20, 40) + 6 * torch.exp(-place / 15)
-    assert sum(map(bool, alarmed(series))) >= 18
+    assert sum(map(bool, alarmed(series))) >= 14  # none, if the trend were taken for noise
 
 
 def test_few_values_make_longer_blocks_than_many():

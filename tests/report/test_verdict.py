@@ -4,7 +4,8 @@ import pytest
 from report.ledgers import ledger_of
 
 from liveselect.report.runs import Run
-from liveselect.report.verdict import baseline_of, caveats, compare, headline, savings
+from liveselect.report.summary import summary_of
+from liveselect.report.verdict import baseline_of, caveats, compare, headline, in_the_run, savings
 
 RANDOM = Run("random", ledger_of("UniformSelector", [6.0, 5.0, 4.5]))
 
@@ -97,3 +98,11 @@ def busy_random():
     run = Run("random", ledger_of("UniformSelector", [6.0, 5.0, 4.5]))
     run.ledger.training_seconds *= 2
     return run
+
+
+def test_what_a_run_found_out_about_itself_stands_at_the_top():
+    ledger = ledger_of("RegressionSelector", [3.0, 2.0])
+    assert in_the_run(Run("a", ledger)) == ""
+    ledger.verdict = {"said": "paying", "sentence": "paying: by 0.1 nats"}
+    assert in_the_run(Run("a", ledger)) == "Verdict inside a: paying: by 0.1 nats."
+    assert summary_of([Run("a", ledger)], "val_loss")["verdicts"] == ["Verdict inside a: paying: by 0.1 nats."]

@@ -18,7 +18,7 @@ MAX_BLOCK_CORRELATION = 0.1
 _STANDARD_ERRORS = 1.5  # by which the autocorrelation is taken higher than it was measured: few values hide it
 _LONGEST_BLOCK = 64
 _TREND_POWERS = 3
-_BLOCKS_FROM = 4  # times the fewest blocks
+_BLOCKS_FROM = 3  # times the fewest blocks
 _MIXTURE_VARIANCE = 1.0  # of the effect, in squared units of noise, over which evidence is averaged
 _BLOCKS_AT_ONE_SD = 11.0
 
@@ -31,7 +31,7 @@ class Confidence:
         mean: of the values.
         low: lower bound of the mean; -inf where nothing can be said yet.
         high: upper bound; inf likewise.
-        noise: standard deviation of the mean of a block, or of a value with fewer than two blocks; NaN below two values.
+        noise: standard deviation of the mean of a block, with fewer than two blocks of a value; NaN below two values.
         blocks: number of whole blocks.
         length: values in a block.
     """
@@ -130,8 +130,8 @@ def block_length(values: Tensor) -> int:
     """Return how many neighbouring ``values (n,)`` to average, so that the means are nearly independent.
 
     It follows from the measured autocorrelation, taken higher by 1.5 standard errors because a short series hides it,
-    as if each value depended on the one before only. From 24 values on blocks are never so long that there are fewer
-    than 6 of them: simulated autoregressions up to 0.6 keep the error then.
+    as if each value depended on the one before only. From 18 values on blocks are never so long that there are fewer
+    than 6 of them: simulated autoregressions up to 0.5 keep the error then.
     """
     found = autocorrelation(values)
     if math.isnan(found):

@@ -67,6 +67,10 @@ class WandbSink:
         """Show a validation against the total cost."""
         self._run.log({**evaluation_scalars(entry), "trainer/global_step": entry.step})
 
+    def verdict(self, said: str, sentence: str) -> None:
+        """Write the verdict into the run's summary."""
+        self._run.summary.update({f"{PREFIX}verdict": said, f"{PREFIX}verdict_because": sentence})
+
     def alert(self, title: str, text: str) -> None:
         """Send an alert."""
         self._run.alert(title=title, text=text, level="WARN", wait_duration=0)

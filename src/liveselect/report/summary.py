@@ -35,6 +35,7 @@ def summary_of(runs: Sequence[Run], metric: str | None) -> dict[str, object]:
         said = {"title": f"{len(others)} runs against {baseline.name}", "lead": "", "sentences": sentences}
     return {
         **said,
+        "verdicts": [text for run in runs if (text := verdict.in_the_run(run))],
         "tiles": [*_loss_tiles(runs, baseline, metric), *_cost_tiles(runs, others), _alarm_tile(runs)],
         "caveats": verdict.caveats(runs, metric),
         **_comparison(runs, baseline, metric),

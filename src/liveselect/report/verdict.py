@@ -38,6 +38,12 @@ class Comparison:
         return "lower" if self.other < self.baseline else "higher"
 
 
+def in_the_run(run: Run) -> str:
+    """Return what a run has found out about its own selection, as a sentence; an empty one where it did not try."""
+    sentence = str(run.ledger.verdict.get("sentence", ""))
+    return f"Verdict inside {run.name}: {sentence}." if sentence else ""
+
+
 def baseline_of(runs: Sequence[Run]) -> Run | None:
     """Return the run to compare the others with: the first random one, or else the first of several."""
     return next((run for run in runs if run.is_random), runs[0] if len(runs) > 1 else None)

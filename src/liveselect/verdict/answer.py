@@ -62,7 +62,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Costs:
-    """What selection costs, as shares of what training costs.
+    """What selection costs, as shares of what training costs, without the look-aheads that measure it.
 
     Attributes:
         running: of rounds and what is around them, so far.
