@@ -11,11 +11,21 @@ from liveselect import distributed
 from liveselect.callbacks.session import Session
 from liveselect.cost import Progress
 from liveselect.grammar import InfluenceEstimator, Round, RoundInterruptedError
+from liveselect.ledger import Ledger
 from liveselect.measurement import Measurement
 from liveselect.plan import Plan
 from liveselect.rounds import finish_round, run_round
 
 log = logging.getLogger("liveselect")
+
+FIXED_SHARE = 0.5
+"""Of ``max_overhead``: what the ends of rounds may take of it before rounds become longer."""
+
+MOST_REPAID_SHARE = 0.5
+"""Of a round's share: what is saved in it of what earlier rounds have spent too much."""
+
+PAUSE_SHARE = 0.01
+"""Of a round's time: what a training step may be held up by measuring, unless a single candidate takes longer."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +52,23 @@ class Pace:
     def __bool__(self) -> bool:
         return self.probes_between_steps is not None or self.max_overhead is not None
 
-    def affordable(self, ahead: Measurement, trained: float) -> int:
-        """Return how many candidates all ranks may measure now, after ``trained`` seconds of the round; a collective.
+    def affordable(self, ahead: Measurement, left: float, longest_pause: float = math.inf) -> int:
+        """Return how many candidates all ranks may measure now, when ``left`` seconds may be spent; a collective.
 
         Rank 0's clock decides, so that the ranks do the same number of collective operations.
+
+        Args:
+            ahead: what was measured for the round to come.
+            left: seconds that may be spent on it now.
+            longest_pause: seconds that the training step may be held up, where a candidate costs less.
         """
         if self.probes_between_steps is not None:
             return self.probes_between_steps
         spent = sum(ahead.meter.seconds.values())
-        left = (self.max_overhead or 0.0) * trained - spent
         number = distributed.world_size()  # the first ones show what one costs
-        if ahead.measured:
-            number = math.floor(left * ahead.measured / spent) if spent else number
+        if ahead.measured and spent:
+            number = math.floor(left * ahead.measured / spent)
+            number = min(number, max(distributed.world_size(), math.floor(longest_pause * ahead.measured / spent)))
         return int(distributed.gather_objects(number if left > 0 else 0)[0])
 
 
@@ -71,6 +86,58 @@ def check_spread(estimator: InfluenceEstimator | None, pace: Pace, every_n_steps
         )
 
 
+@dataclass
+class Governor:
+    """Keeps selection's share of the time at ``max_overhead`` over the run.
+
+    All that selection takes counts, choosing and records included: what a round has spent too much, the first one for
+    instance, which measures in one pause, is saved in the rounds after it. A round's end costs something even where
+    nothing is measured: that is put aside while the round is trained on, and where it alone would take more than half
+    of the share, rounds become longer, since nothing else can be left out.
+
+    Args:
+        share: of selection in the time of training.
+
+    Attributes:
+        fixed: seconds that the end of the last round took, without measuring.
+        trained_before: seconds of training when the present round began.
+        spent_before: seconds of selection then.
+    """
+
+    share: float
+    fixed: float = 0.0
+    trained_before: float = 0.0
+    spent_before: float = 0.0
+
+    def left(self, trained: float, spent: float, progress: float) -> float:
+        """Return the seconds that may be spent on measuring now, below 0 for none.
+
+        What earlier rounds have saved counts up to a round's share, so that no round makes up for many, and what they
+        have spent too much up to half of it, so that something can be measured in every round.
+
+        Args:
+            trained: seconds of training so far.
+            spent: seconds of selection so far.
+            progress: share of the present round that was trained on, 0..1.
+        """
+        earned = self.share * (trained - self.trained_before)
+        saved = self.share * self.trained_before - self.spent_before
+        saved = max(min(saved, earned), -MOST_REPAID_SHARE * earned)
+        return saved + earned - (spent - self.spent_before) - self.fixed * progress
+
+    def begin_round(self, trained: float, spent: float, finishing: float) -> float:
+        """Begin a round, and return how many times as long as the one that has ended rounds should be.
+
+        Args:
+            trained: seconds of training so far.
+            spent: seconds of selection so far.
+            finishing: seconds that the end of the last round took, without measuring; 0 where it measured in a pause.
+        """
+        round_seconds = trained - self.trained_before
+        self.trained_before, self.spent_before, self.fixed = trained, spent, finishing
+        return finishing / (FIXED_SHARE * self.share * round_seconds) if round_seconds > 0 else 1.0
+
+
 class Ahead:
     """Measures at the pace that is set, and finishes the round.
 
@@ -80,12 +147,24 @@ class Ahead:
 
     def __init__(self, pace: Pace) -> None:
         self.pace = pace
+        self.governor = None if pace.max_overhead is None else Governor(pace.max_overhead)
         self._round: Round | None = None  # the one to come, opened at the first step that measures for it
-        self._trained_before = 0.0  # seconds of training when the present round began
+        self._before_finish: float | None = None  # seconds of selection when the last round's end began
 
     def begin_round(self, session: Session) -> None:
-        """Begin to count the training of a round."""
-        self._round, self._trained_before = None, session.run.ledger.training_seconds
+        """Begin to count the training of a round, and set the length of the next one where a share is kept."""
+        self._round = None
+        governor, ledger = self.governor, session.run.ledger
+        if governor is None:
+            return
+        spent = _spent_in_run(ledger)
+        finishing = 0.0 if self._before_finish is None else spent - self._before_finish
+        wanted = governor.begin_round(ledger.training_seconds, spent, finishing)
+        self._before_finish = None
+        if finishing and len(ledger.rounds) > 1:
+            steps = ledger.rounds[-1].step - ledger.rounds[-2].step  # of the round that has ended
+            wanted = float(distributed.gather_objects(wanted)[0]) * steps
+            session.stretch_rounds(wanted, f"its end takes {finishing:.2f} s, and max_overhead={governor.share:g}")
 
     def after_step(self, session: Session, trainer: pl.Trainer) -> None:
         """Measure a little for the round to come, if there will be one that measures."""
@@ -99,13 +178,25 @@ class Ahead:
             run.ahead = run.measurement()
         if self._round is None:
             self._round = session.open_round(trainer, session.budget(trainer, begins))
-        trained = run.ledger.training_seconds - self._trained_before
-        if limit := self.pace.affordable(run.ahead, trained):
+        left, longest = self._left(session)
+        if limit := self.pace.affordable(run.ahead, left, longest):
             with session.gate.measuring():
                 _advance(run.ahead, session, session.at_step(self._round, trainer), limit)
             run.ledger.ahead_seconds = sum(run.ahead.meter.seconds.values())
             run.ledger.ahead_flops = sum(run.ahead.meter.flops.values()) * trainer.world_size
         session.clock.start()
+
+    def _left(self, session: Session) -> tuple[float, float]:
+        """Return the seconds that may be spent on measuring now, and those that a step may be held up."""
+        if self.governor is None:
+            return 0.0, math.inf
+        ledger, plan = session.run.ledger, session.plan
+        progress = plan.cursor / max(1, len(plan.ids))
+        in_round = ledger.training_seconds - self.governor.trained_before
+        left = self.governor.left(ledger.training_seconds, _spent_in_run(ledger), progress)
+        steps = ledger.rounds[-1].chosen / session.model.global_batch
+        pause = max(PAUSE_SHARE, 2 * self.governor.share / steps)  # short rounds have few steps to spread it over
+        return left, pause * in_round / max(progress, 1e-9)
 
     def finish(self, session: Session, round: Round, budget: int, progress: Progress) -> Plan:
         """Run the round, or what was not measured of it between the steps before, unless that is limited."""
@@ -119,16 +210,27 @@ class Ahead:
         ahead = run.ahead
         ahead.meter.progress = progress
         if limited:
+            self._before_finish = _spent_in_run(run.ledger)
             missing = ahead.cut(round)
         else:
             _advance(ahead, session, round)
         plan = finish_round(run, ahead, model, round, budget)
-        if missing:
+        if limited and not ahead.measured:
+            run.ledger.rounds[-1].notes.append(
+                f"no candidates were measured within max_overhead={self.pace.max_overhead}: choosing and recording "
+                "take all of it"
+            )
+        elif missing:
             run.ledger.rounds[-1].notes.append(
                 f"{missing} of {missing + ahead.measured} candidates were not measured within max_overhead="
                 f"{self.pace.max_overhead}"
             )
         return plan
+
+
+def _spent_in_run(ledger: Ledger) -> float:
+    """Return the seconds of selection in the run, without what was spent before it."""
+    return ledger.selection_seconds - sum(ledger.before_seconds.values())
 
 
 def _advance(ahead: Measurement, session: Session, round: Round, limit: int | None = None) -> None:

@@ -1,6 +1,8 @@
 """What selection holds from ``setup`` on: the run and its data, the live model, the clock, the place of its records."""
 
 import copy
+import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +37,10 @@ from liveselect.selectors import UniformSelector
 from liveselect.watch import Watch
 
 LEDGER_FILE = "ledger.jsonl"
+STRETCH = "round_stretch"
+"""Metric of a round's record: how many times as long as set the rounds after it are, where that has changed."""
+
+log = logging.getLogger("liveselect")
 
 
 class Session:
@@ -54,6 +60,7 @@ class Session:
         counted_step: the last optimizer step whose batches are all counted.
         saved_batch: examples of an optimizer step, of the checkpoint until training begins; 0 before both.
         in_batch: whether a batch is under way.
+        stretch: how many times as long as set the rounds to come are, where ``max_overhead`` needs it.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class Session:
         self.in_batch = False
         self._in_step = False
         self._every_n_steps = int(about["every_n_steps"])
+        self.stretch = 1
         self._about = about
         self._first_states = [copy.deepcopy(part.state_dict()) for part in self._parts()]
         self._ledger_path: Path | None = None
@@ -135,6 +143,8 @@ class Session:
             self._check_place(trainer)
         self.saved_batch = self.global_batch(trainer)
         self.resumed, self.run.ledger.finished = False, False
+        changed = [record.metrics[STRETCH] for record in self.run.ledger.rounds if STRETCH in record.metrics]
+        self.stretch = int(changed[-1]) if changed else 1
         self.run.interrupted = lambda: self._interrupted(trainer)
         self.gate.install(trainer, *requeue_signals(trainer))
         module, loss_fn = callable_model(trainer, pl_module, loss_fn)
@@ -194,8 +204,26 @@ class Session:
 
     def budget(self, trainer: pl.Trainer, begins: int) -> int:
         """Return how many candidates a round that begins at step ``begins`` trains on."""
-        steps = int(min(self._every_n_steps, trainer.estimated_stepping_batches - begins))
+        steps = int(min(self._every_n_steps * self.stretch, trainer.estimated_stepping_batches - begins))
         return max(1, steps) * self.global_batch(trainer)
+
+    def stretch_rounds(self, steps: float, why: str) -> None:
+        """Make the rounds to come at least ``steps`` long, in multiples of the set length, and record why.
+
+        Not longer than half of what the last round could choose from, which a round must not use up. They become
+        shorter again only when half of their length would do.
+        """
+        record = self.run.ledger.rounds[-1]
+        most = record.candidates * self.stretch // max(1, 2 * record.chosen)
+        times = max(1, min(math.ceil(steps / self._every_n_steps), most))
+        if self.stretch / 2 <= times <= self.stretch:
+            return
+        self.stretch = times
+        record.metrics[STRETCH] = float(times)
+        record.notes.append(
+            f"a round of {times * self._every_n_steps} steps pays for choosing it: {why}; rounds to come are that long"
+        )
+        log.info("round %d: %s", record.round, record.notes[-1])
 
     def open_round(self, trainer: pl.Trainer, budget: int, selector: Selector | None = None) -> Round:
         """Return the round to come, as it stands at the present step."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import cast
 
 import lightning.pytorch as pl
 import torch
@@ -275,10 +276,10 @@ def training_steps(
         moved = trainer.strategy.batch_to_device(moved, dataloader_idx=0)
         with trainer.precision_plugin.train_step_context():
             found = pl_module.training_step(moved, index) if takes_index else pl_module.training_step(moved)
-        return found["loss"] if isinstance(found, dict) else found
+        return cast("Tensor | None", found["loss"] if isinstance(found, dict) else found)
 
     def after_step(index: int) -> None:
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready + (index + 1) * window  # type: ignore[attr-defined]
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready + (index + 1) * window
         for config in trainer.lr_scheduler_configs:
             if config.interval == "step" and not config.reduce_on_plateau and done % config.frequency == 0:
                 pl_module.lr_scheduler_step(config.scheduler, None)

@@ -153,8 +153,8 @@ class Knowing(Selector):
 def planted_run(folder, wanted, **verdict):
     """Half of the pool repeats two tokens, as the reference does."""
     generator = torch.Generator().manual_seed(0)
-    planted = torch.arange(1200) % 2 == 0
-    pool = rows(1200, seed=1)
+    planted = torch.arange(2400) % 2 == 0
+    pool = rows(2400, seed=1)
     pattern = torch.tensor([7, 9] * 6)
 
     def like_reference(row):
