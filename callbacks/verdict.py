@@ -21,6 +21,7 @@ from liveselect.callbacks.random_state import RandomStates
 from liveselect.callbacks.records import log_verdict
 from liveselect.callbacks.session import Session
 from liveselect.cost import CostMeter
+from liveselect.functional.confidence import MIN_VALUES
 from liveselect.grammar import LiveModel, RoundInterruptedError, SelectionWarning, State
 from liveselect.ledger import Ledger
 from liveselect.plan import Plan
@@ -106,13 +107,15 @@ class Judging:
         self._steps = training_steps(trainer, pl_module, self._random_states, lambda: session.gate.waits)
         total, window = trainer.estimated_stepping_batches, trainer.accumulate_grad_batches
         if look.answer is None and trainer.is_global_zero:
-            length = look.settings.length(total)
+            share, number = look.settings.share, look.looks_affordable(total, window)
+            few = (
+                f", too few for an answer, which takes at least {MIN_VALUES}: raise share"
+                if number < MIN_VALUES
+                else ""
+            )
             log.info(
-                "verdict: look-aheads of %d steps, %s in this run of %g steps at share=%g",
-                length,
-                "as many as it takes" if total == float("inf") else f"about {look.looks_affordable(total, window):.0f}",
-                total,
-                look.settings.share,
+                "verdict: look-aheads of %d steps, about %.0f of them in this run of %g steps at share=%g%s",
+                *(look.settings.length(total), number, total, share, few),
             )
 
     def go_on(self, session: Session, trainer: pl.Trainer) -> None:
