@@ -15,7 +15,7 @@ from liveselect.decisions import carry_decisions
 from liveselect.grammar import SelectionWarning
 from liveselect.ledger import Ledger, RoundRecord
 from liveselect.rounds import SelectionRun
-from liveselect.verdict import Answer
+from liveselect.verdict.answer import Answer
 
 log = logging.getLogger("liveselect")
 

@@ -26,9 +26,10 @@ from liveselect.grammar import LiveModel, RoundInterruptedError, SelectionWarnin
 from liveselect.ledger import Ledger
 from liveselect.plan import Plan
 from liveselect.preserve import Snapshot
-from liveselect.verdict import Answer, LookAhead, Verdict
-from liveselect.verdict.answer import HELD_OUT, Costs
+from liveselect.verdict import Verdict
+from liveselect.verdict.answer import HELD_OUT, Answer, Costs
 from liveselect.verdict.arms import TrainingSteps
+from liveselect.verdict.looking import LookAhead
 from liveselect.verdict.sets import HalfReference
 
 log = logging.getLogger("liveselect")

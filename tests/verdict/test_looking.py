@@ -11,9 +11,10 @@ from liveselect.functional.confidence import MIN_VALUES
 from liveselect.losses import causal_lm_loss
 from liveselect.plan import Plan
 from liveselect.preserve import checksum
-from liveselect.verdict import Look, LookAhead, Verdict
-from liveselect.verdict.answer import HELD_OUT, POOL, Block, Costs, judge, loss_slope
+from liveselect.verdict import Verdict
+from liveselect.verdict.answer import HELD_OUT, POOL, Block, Costs, Look, judge, loss_slope
 from liveselect.verdict.arms import TrainingSteps
+from liveselect.verdict.looking import LookAhead
 from liveselect.verdict.sets import HalfReference, first_rows
 
 BATCH, LENGTH = 8, 4
