@@ -101,7 +101,7 @@ class Ahead:
             self._round = session.open_round(trainer, session.budget(trainer, begins))
         trained = run.ledger.training_seconds - self._trained_before
         if limit := self.pace.affordable(run.ahead, trained):
-            with session.gate.measuring():
+            with session.measuring():
                 _advance(run.ahead, session, session.at_step(self._round, trainer), limit)
             run.ledger.ahead_seconds = sum(run.ahead.meter.seconds.values())
             run.ledger.ahead_flops = sum(run.ahead.meter.flops.values()) * trainer.world_size

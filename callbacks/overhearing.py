@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from liveselect import distributed
 from liveselect.callbacks.records import record_captured
+from liveselect.callbacks.silence import silent_logging
 from liveselect.cost import CostMeter
 from liveselect.functional.flops import forward_flops
 from liveselect.functional.sharding import is_sharded
@@ -166,7 +167,7 @@ class StepCapture:
                 self._same = bool((counts == counts[0]).all())
             if self._mean is None and not (self._same and self._compared):  # which mean is the training loss?
                 forward = trainer.precision_plugin.forward_context()
-                with measuring(pl_module, trainer.optimizers[0]), torch.no_grad(), forward:
+                with silent_logging(), measuring(pl_module, trainer.optimizers[0]), torch.no_grad(), forward:
                     self._losses = self.loss_fn(pl_module, batch)
                 self.meter.flops[PHASE] += forward_flops(pl_module, batch["input_ids"].numel())
             # the first ones of the batch over all ranks: the same on any number of ranks

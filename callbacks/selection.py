@@ -213,7 +213,7 @@ class DataSelection(Callback):
         session.begin_fit(trainer, pl_module, self.loss_fn)
         if self.plan is not None:
             check_rest(self.plan, session.global_batch(trainer), trainer)
-        with session.charged("rehearsal"), session.gate.measuring():
+        with session.charged("rehearsal"), session.measuring():
             session.rehearse(trainer)
         self.ahead.begin_round(session)
         if self.plan is None or self.plan.exhausted:
@@ -302,7 +302,7 @@ class DataSelection(Callback):
         selector = type(run.selector_for(run.next_round)).__name__
         progress = round_progress(f"round {run.next_round} ({selector}, step {trainer.global_step})", trainer)
         round = session.open_round(trainer, budget)
-        with session.gate.measuring():
+        with session.measuring():
             plan = self.ahead.finish(session, round, budget, progress)
         run.source.follow(plan)
         log_round(trainer, run.ledger)

@@ -15,6 +15,7 @@ from liveselect.callbacks.clock import TrainingClock
 from liveselect.callbacks.compatibility import callable_model, requeue_signals
 from liveselect.callbacks.preemption import SignalGate
 from liveselect.callbacks.records import carry_earlier_decisions, keep_older_ledger, write_ledger
+from liveselect.callbacks.silence import silent_logging
 from liveselect.decisions import DecisionLedger
 from liveselect.functional.flops import forward_flops
 from liveselect.grammar import (
@@ -265,6 +266,12 @@ class Session:
         if not self._in_step:
             self.gate.let_through()
         return trainer.received_sigterm
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Hold signals and keep logging silent in this block, in which weights may be displaced."""
+        with self.gate.measuring(), silent_logging():
+            yield
 
     # ---- records -----------------------------------------------------------------------------------------------
 
