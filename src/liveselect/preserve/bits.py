@@ -21,7 +21,8 @@ def bit_sum(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     attributes = None if is_sharded(model) else Attributes(model)
     sums: dict[torch.device, Tensor] = {}
     seen: set[int] = set()
-    for tensor in [*_tensors(model, optimizer), *(attributes.tensors if attributes else [])]:
+    held = [*attributes.tensors, *attributes.frozen.values()] if attributes else []
+    for tensor in [*_tensors(model, optimizer), *held]:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         if id(tensor) in seen or not local.numel() or local.element_size() not in _INTEGER_TYPES or local.is_complex():
             continue
