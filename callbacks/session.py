@@ -207,7 +207,10 @@ class Session:
         begins = max(self.next_begins(trainer), run.warmup_rounds * self._every_n_steps)
         needed = self.budget(trainer, begins) if begins < trainer.estimated_stepping_batches else 1
         round = self.open_round(trainer, needed, run.selector)
-        rehearse(run.selector, run.estimator, self.model, round, needed)
+        changed = rehearse(run.selector, run.estimator, self.model, round, needed)
+        if changed is not None and run.disabled is None:
+            run.disabled = changed
+            rank_zero_warn(changed, category=SelectionWarning)
 
     def at_step(self, round: Round, trainer: pl.Trainer) -> Round:
         """Return a round that was opened at an earlier step as it stands now."""

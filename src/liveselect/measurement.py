@@ -11,6 +11,7 @@ from torch import Tensor
 from liveselect import distributed
 from liveselect.cost import CostMeter
 from liveselect.grammar import (
+    Batch,
     InfluenceEstimator,
     LiveModel,
     NotMeasurableError,
@@ -20,7 +21,8 @@ from liveselect.grammar import (
     State,
 )
 from liveselect.parts import checked_influence, fit_metrics
-from liveselect.preserve import bit_sum, measuring
+from liveselect.preserve import bit_sum, changed_since, listen, measuring
+from liveselect.preserve.echo import Echo
 
 CANDIDATES_PER_BARRIER = 64
 """Candidates that a rank measures before it waits for the others."""
@@ -77,6 +79,8 @@ class Measurement:
         selector: proposes, and observes.
         meter: where the cost is charged.
         interrupted: whether this process was asked to stop; looked at after every batch on a single rank.
+        disabled: says why nothing is measured any more; None where it is.
+        listens: whether the first piece compares what the model answers to a fixed row before and after it.
 
     Attributes:
         questions: what was proposed, in order.
@@ -84,6 +88,7 @@ class Measurement:
         obstacle: why something could not be measured, None when everything could.
         complete: whether the selector has asked enough.
         restored: whether model and optimizer were the same, to the bit, after every piece.
+        changed: a sentence on state that measuring has changed and nothing puts back, None where none was noticed.
         meter: what measuring has cost so far.
         selector_state: the selector's state before the first question.
     """
@@ -94,17 +99,22 @@ class Measurement:
         selector: Selector,
         meter: CostMeter | None = None,
         interrupted: Callable[[], bool] = lambda: False,
+        disabled: Callable[[], str | None] = lambda: None,
+        listens: bool = False,
     ) -> None:
         self.questions: list[Question] = []
         self.metrics: Mapping[str, float] = {}
         self.obstacle: str | None = None
         self.complete = False
         self.restored = True
+        self.changed: str | None = None
         self.meter = meter or CostMeter()
         self.selector_state = copy.deepcopy(selector.state_dict())
         self._estimator = estimator
         self._selector = selector
         self._interrupted = interrupted
+        self._disabled = disabled
+        self._listens = listens
         self._fit: Fit | None = None
         self._observed = 0  # questions whose answers the selector has
         self._saved: State | None = None  # a checkpoint's answers, until there is a round to ask in
@@ -142,10 +152,12 @@ class Measurement:
         model, round = replace(model, meter=self.meter), replace(round, meter=self.meter)
         self._catch_up(round)
         bits: int | None = None
+        heard: tuple[Echo | None, Batch] | None = None
         left = None if limit is None else max(1, math.ceil(limit / distributed.world_size()))
         while left != 0 and (question := self._open_question(round)) is not None:
             if bits is None:  # where nothing is measured there is nothing to restore
                 bits = self._bits(model)
+                heard = self._listen(model, round, question)
             done = self._measure(model, round, question, self._fitted(model, round), left)
             if left is not None:
                 left -= min(left, done)
@@ -153,6 +165,9 @@ class Measurement:
                 self._report(question)
         if bits is not None:
             self.restored &= self._bits(model) == bits
+        if heard is not None:
+            with self.meter.phase("check restore"):
+                self.changed = distributed.first_said(changed_since(heard[0], model, heard[1]))
 
     def cut(self, round: Round) -> int:
         """Give the selector what is known of the open question, and ask no more; returns how many stay unmeasured."""
@@ -200,6 +215,16 @@ class Measurement:
         with self.meter.phase("check restore"):
             return bit_sum(model.module, model.optimizer)
 
+    def _listen(self, model: LiveModel, round: Round, question: Question) -> tuple[Echo | None, Batch] | None:
+        """Return what the model answers to a row, and the row; None when it was listened to before."""
+        if not self._listens or self._disabled() is not None:
+            return None
+        self._listens = False
+        with self.meter.phase("check restore"):
+            with measuring(model.module, model.optimizer):
+                row = next(round.batches(question.ids[:1]))
+            return listen(model, row), row
+
     def _open_question(self, round: Round) -> Question | None:
         """Return the question that is not fully measured, a new one if need be; None when the selector has enough."""
         if self._observed < len(self.questions):
@@ -232,6 +257,9 @@ class Measurement:
         fit, estimator = self._fit, self._estimator
         if estimator is None:
             raise RuntimeError("nothing can be measured without an estimator")
+        if (disabled := self._disabled()) is not None:
+            self.obstacle = disabled
+            return Fit(round.step, disabled)
         if fit is not None and (fit.step == round.step or (estimator.fit_lasts and fit.obstacle is None)):
             return fit
         try:

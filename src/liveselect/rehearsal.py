@@ -21,7 +21,7 @@ from liveselect.grammar import (
 from liveselect.losses import target_counts
 from liveselect.parts import checked_influence, fit_metrics
 from liveselect.plan import Plan
-from liveselect.preserve import measuring
+from liveselect.preserve import changed_since, listen, measuring
 
 MEASURED_CANDIDATES = 2
 """Candidates that are measured; one alone would hide a loss that is summed or averaged over the batch."""
@@ -32,7 +32,7 @@ LOOKED_AT_CANDIDATES = 32
 
 def rehearse(
     selector: Selector, estimator: InfluenceEstimator | None, model: LiveModel, round: Round, budget: int
-) -> None:
+) -> str | None:
     """Let the selector check; measure a few candidates on one batch of the reference set, with copies of the parts.
 
     Everything that a round would do is done once, small, for real; the model, the random states and the parts are left
@@ -45,6 +45,10 @@ def rehearse(
         round: a round that the selector will choose in.
         budget: candidates that a round trains on.
 
+    Returns:
+        Why nothing must be measured: a sentence on state of the model that measuring cannot put back. None where there
+        is none.
+
     Raises:
         Exception: what the first measuring round would raise; a note says where it came from.
     """
@@ -52,10 +56,33 @@ def rehearse(
     spread = _spread(round.candidates, max(LOOKED_AT_CANDIDATES, distributed.world_size()))
     model = replace(model, meter=meter)
     round = replace(round, source=_Excerpt(round.source), candidates=spread, meter=meter)
-    with measuring(model.module, model.optimizer):
-        if estimator is None:
+    if estimator is None:
+        with measuring(model.module, model.optimizer):
             selector.check(round, budget)
-            return
+        return None
+    row = _one_row(model, round)
+    before = None if row is None else listen(model, row)
+    _try_out(selector, estimator, model, round, budget)
+    changed = None if row is None else changed_since(before, model, row)
+    return distributed.first_said(changed)
+
+
+def _one_row(model: LiveModel, round: Round) -> Batch | None:
+    """Return a candidate, None where data cannot be read, which others report."""
+    try:
+        with measuring(model.module, model.optimizer):
+            batch = _batch_of_candidates(round)
+            rows = len(batch["input_ids"])
+    except Exception:
+        return None
+    return {
+        key: value[:1] if isinstance(value, Tensor) and len(value) == rows else value for key, value in batch.items()
+    }
+
+
+def _try_out(selector: Selector, estimator: InfluenceEstimator, model: LiveModel, round: Round, budget: int) -> None:
+    """Do once, small, what a round does."""
+    with measuring(model.module, model.optimizer):
         try:
             _check_losses(model, _batch_of_candidates(round), "candidates", differentiated=True)
             reference = model.to_device(next(iter(round.source.reference())))

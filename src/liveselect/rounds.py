@@ -28,12 +28,18 @@ from liveselect.parts import check_keys, restore_part, save_part
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool, split_by_use
 from liveselect.preserve import measuring
-from liveselect.watch import Scene, Watch
+from liveselect.watch import RESTORE, Scene, Watch
 
 EXAMPLES_SHOWN = 6
 CHARACTERS_SHOWN = 600
 GROUPS_RECORDED = 64
 """A pool with more groups records only those that a round touched: thousands of clusters would swell the ledger."""
+
+NOT_RESTORED = (
+    "parameters, optimizer state or attributes of modules are not as they were before influence was measured: training "
+    "goes on with a model that measuring has changed. Nothing is measured from now on. Report it, with the estimator "
+    "and the optimizer"
+)
 
 LEFT_OVER = "used less often than the others, so its turn came first"
 
@@ -54,6 +60,7 @@ class SelectionRun:
         watch: raises alarms, None for none.
         ahead: what was measured for the next round while its predecessor is trained on; None when nothing was.
         interrupted: whether this process was asked to stop.
+        disabled: why nothing is measured any more, None as long as measuring leaves the model as it was.
     """
 
     selector: Selector
@@ -68,6 +75,7 @@ class SelectionRun:
     watch: Watch | None = None
     ahead: Measurement | None = None
     interrupted: Callable[[], bool] = lambda: False
+    disabled: str | None = None
 
     @property
     def pool(self) -> CandidatePool:
@@ -125,7 +133,13 @@ class SelectionRun:
 
     def measurement(self, meter: CostMeter | None = None) -> Measurement:
         """Return the measurement of the round to come, with nothing measured yet."""
-        return Measurement(self.estimator, self.selector_for(self.next_round), meter, self.interrupted)
+        selector = self.selector_for(self.next_round)
+        return Measurement(self.estimator, selector, meter, self.interrupted, lambda: self.disabled, self._listens())
+
+    def _listens(self) -> bool:
+        """Return whether the round to come compares answers of the model: the first one that measures, 2nd, 4th, ..."""
+        measured = 1 + sum(1 for record in self.ledger.rounds if record.measured)
+        return measured & (measured - 1) == 0
 
     def state_dict(self) -> State:
         """Return everything that a resumed run needs, as tensors and builtins."""
@@ -150,6 +164,8 @@ class SelectionRun:
         self.plan = None if state["plan"] is None else Plan.from_state_dict(state["plan"])
         self.ledger.load_state_dict(state["ledger"])
         self._check_consistent()
+        alarms = [alarm for record in self.ledger.rounds for alarm in record.alarms if alarm.kind == RESTORE]
+        self.disabled = alarms[0].text if alarms else None
         restore_part(self.selector, state["selector"], "selector")
         restore_part(self.estimator, state["estimator"], "estimator")
         self.ahead = None
@@ -212,6 +228,7 @@ def finish_round(run: SelectionRun, measurement: Measurement, model: LiveModel, 
     with measuring(model.module, model.optimizer):
         record = _record(round, selector, selection, plan, measurement)
     _write_decisions(run, round, record, selection, plan)
+    run.disabled = run.disabled or measurement.changed or (None if measurement.restored else NOT_RESTORED)
     _raise_alarms(run, model, round, record, selection, plan, measurement)
     run.pool.record_use(plan.ids)
     run.plan = plan
@@ -381,6 +398,7 @@ def _raise_alarms(
     """Let the watch look at the round, and add what it found and its time to the record."""
     if run.watch is None:
         return
+    earlier = [alarm for other in run.ledger.rounds for alarm in other.alarms]
     scene = Scene(
         record,
         run.ledger.rounds,
@@ -389,7 +407,7 @@ def _raise_alarms(
         selection,
         plan,
         estimator=run.estimator if len(measurement.ids) and measurement.obstacle is None else None,
-        restored=measurement.restored,
+        changed=None if any(alarm.kind == RESTORE for alarm in earlier) else run.disabled,
         decisions=None if run.decisions is None else run.decisions.folder,
     )
     before = sum(round.meter.flops.values())

@@ -87,8 +87,8 @@ class Attributes:
         self.tensors: list[Tensor] = []
         self.hidden: list[nn.Module] = []
         self._room = MAX_COPIED_ENTRIES
-        self._owned = {place for each in chain(model.parameters(), model.buffers()) if (place := _storage(each))}
-        self.frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
+        self._model = model
+        self.frozen: dict[int, Tensor] = {}
         self._places: list[Place] = []
         self._arrays: list[np.ndarray] = []
         self._generators: list[Generator] = []
@@ -100,8 +100,11 @@ class Attributes:
         self._seen = {id(module) for module in model.modules()}
         for name, module in model.named_modules():
             self._take_module(name or type(module).__name__, module)
-        for name, parameter in model.named_parameters():
-            self._take_hooks_of(name, parameter)
+            for part, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._take_hooks_of(f"{name}.{part}", parameter)
+                    if not parameter.requires_grad:
+                        self.frozen[id(parameter)] = parameter
         self._next.extend(("a hook of all modules", hooks) for hooks in _GLOBAL_HOOK_DICTS if hooks)
         for _ in range(MAX_FOLLOWED):
             if not self._next:
@@ -109,6 +112,12 @@ class Attributes:
             if not self._next:
                 break
             self._look_into(*self._next.popleft())
+
+    @functools.cached_property
+    def _owned(self) -> set[int]:
+        """The addresses of the model's own parameters and buffers."""
+        owned = chain(self._model.parameters(), self._model.buffers())
+        return {place for each in owned if (place := _storage(each))}
 
     # ---- finding -----------------------------------------------------------------------------------------------
 

@@ -16,9 +16,7 @@ from liveselect.preserve.snapshot import Inventory
 
 
 @contextmanager
-def measuring(
-    model: nn.Module, optimizer: torch.optim.Optimizer, training_mode: bool = False
-) -> Iterator[None]:
+def measuring(model: nn.Module, optimizer: torch.optim.Optimizer, training_mode: bool = False) -> Iterator[None]:
     """Open a block in which forward, backward and optimizer steps leave no trace outside of parameters and moments.
 
     Inside, all modules are in eval mode (also those that a list or a helper hides), gradients start as None, hooks on the optimizer's step are silent (averages of

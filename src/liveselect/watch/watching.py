@@ -27,6 +27,9 @@ MIN_CHOSEN = 20
 COMPARED_CANDIDATES = 128
 """Chosen candidates of a round that are compared with the reference set: reading more would delay the round."""
 
+RESTORE = "restore"
+"""The kind of the alarm after which nothing is measured any more."""
+
 Alarms = Iterator[tuple[str, str]]
 """Pairs of kind and text."""
 
@@ -43,7 +46,7 @@ class Scene:
         selection: what the selector returned.
         plan: the plan made from it.
         estimator: None if the round measured nothing.
-        restored: whether every measurement left model and optimizer unchanged, to the bit.
+        changed: a sentence on what measuring has changed in the model or optimizer, None for nothing that is new.
         decisions: folder of the decision ledger, where there is one.
     """
 
@@ -54,7 +57,7 @@ class Scene:
     selection: Selection
     plan: Plan
     estimator: InfluenceEstimator | None = None
-    restored: bool = True
+    changed: str | None = None
     decisions: Path | None = None
 
 
@@ -216,12 +219,8 @@ class Watch:
 
 
 def _restore(scene: Scene) -> Alarms:
-    if not scene.restored:
-        yield (
-            "restore",
-            "parameters, optimizer state or attributes of modules are not as they were before influence was measured: "
-            "training goes on with a model that measuring has changed. Report it, with the estimator and the optimizer",
-        )
+    if scene.changed is not None:
+        yield RESTORE, scene.changed
 
 
 def _ranks(scene: Scene) -> Alarms:
