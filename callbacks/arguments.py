@@ -12,6 +12,7 @@ class RunArguments(TypedDict, total=False):
     loss_fn: LossFn | None
     seed: int
     dirpath: str | Path | None
+    training_loss_differs: bool
 
 
 class SpreadRunArguments(RunArguments, total=False):

@@ -28,6 +28,7 @@ from liveselect.callbacks.random_state import RandomStates
 from liveselect.callbacks.records import log_end, log_round
 from liveselect.callbacks.session import Session
 from liveselect.callbacks.settings import check_arguments, check_measures, check_saved, damage_reported, settings_of
+from liveselect.callbacks.training_loss import TrainingLossCheck
 from liveselect.grammar import Batch, InfluenceEstimator, LossFn, Selector, State
 from liveselect.losses import causal_lm_loss
 from liveselect.plan import Plan
@@ -73,6 +74,8 @@ class DataSelection(Callback):
             it, and arms and regressors learn from it. Needs an estimator that compares gradients
             with a direction, and at most 1 with rounds that are measured between steps. The numbers of later steps are
             as old as the round.
+        training_loss_differs: whether ``training_step`` returns another loss than a mean of ``loss_fn`` deliberately
+            (label smoothing, a term beside it). Otherwise the run ends at the first batch, before it is stepped on.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class DataSelection(Callback):
         probes_between_steps: int | None = None,
         max_overhead: float | None = None,
         overhear: int = 0,
+        training_loss_differs: bool = False,
     ) -> None:
         pace = Pace(probes_between_steps, max_overhead)
         check_arguments(selector, estimator, every_n_steps, warmup_rounds, loss_fn)
@@ -102,6 +106,8 @@ class DataSelection(Callback):
         self.dirpath = dirpath
         self.ahead = Ahead(pace)
         self.overhearing = Overhearing(int(overhear), self.loss_fn)
+        self.training_loss_differs = training_loss_differs
+        self._loss_check = TrainingLossCheck(training_loss_differs)
         self._random_states = RandomStates()
         self._session: Session | None = None  # made in setup, when the data are known
 
@@ -211,6 +217,7 @@ class DataSelection(Callback):
         if not session.resumed:
             self.overhearing.forget()
         session.begin_fit(trainer, pl_module, self.loss_fn)
+        self._loss_check.begin_fit()
         if self.plan is not None:
             check_rest(self.plan, session.global_batch(trainer), trainer)
         with session.charged("rehearsal"), session.measuring():
@@ -228,10 +235,12 @@ class DataSelection(Callback):
         """Capture the batch, if its step is one of those that are scored."""
         self._random_states.ensure_begun()
         self.session.begin_batch()
+        self._loss_check.begin(self.session, batch)
         self.overhearing.begin(trainer, pl_module, batch, self.run, self.session.global_batch(trainer))
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Check that the step can be captured."""
+        """Check that the loss is the one that is measured, and that the step can be captured."""
+        self._loss_check.compare(trainer, self.session, loss)
         self.overhearing.capture.before_backward(trainer, loss)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

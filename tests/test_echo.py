@@ -1,4 +1,4 @@
-"""State that nothing puts back is noticed by what the model answers to a fixed row; listening itself changes nothing."""
+"""State that nothing puts back shows in what the model answers to a fixed row; listening itself changes nothing."""
 
 import copy
 import itertools

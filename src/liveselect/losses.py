@@ -86,6 +86,13 @@ def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits[:, :wanted], targets[:, :wanted]
 
 
+def all_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits of all positions, ``(B, T, V)``; errors are those of :func:`causal_lm_loss`."""
+    ids = batch["input_ids"]
+    rows, columns = (torch.arange(size, device=ids.device) for size in ids.shape)
+    return _logits_at(find_language_model(model), batch, rows[:, None], columns.expand(len(rows), -1))
+
+
 def _logits_and_targets(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Do as :func:`target_logits`, with one more column without targets where cutting it off would copy."""
     if TARGET_COLUMNS not in batch:

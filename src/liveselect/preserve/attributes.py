@@ -1,4 +1,4 @@
-"""What modules keep outside of their parameters: numbers, histories, generators, helpers; no ``state_dict`` has them."""
+"""What modules keep outside of their parameters: numbers, histories, helpers; no ``state_dict`` has them."""
 
 import functools
 import random
@@ -222,7 +222,7 @@ class Attributes:
         for member in _slots(value):
             place = Slot(value, member)
             self._places.append(place)
-            self._note(f"{path}.{member.__name__}", *place.values())
+            self._note_all(f"{path}.{member.__name__}", place.values())
         self._note(type(value).__name__, type(value))
 
     def _take_class(self, path: str, value: type) -> None:
@@ -278,11 +278,8 @@ class Attributes:
 
     def fingerprint(self) -> int:
         """Return a hash of all but the contents of ``tensors``, to be compared within this process only."""
-        contents = chain(map(Array, self._arrays), map(Bytes, self._bytes), map(State, self._generators))
-        held = [
-            tuple(value for value in place.values() if type(value) in _PLAIN_TYPES)
-            for place in chain(self._places, contents)
-        ]
+        places = [*self._places, *map(Array, self._arrays), *map(Bytes, self._bytes), *map(State, self._generators)]
+        held = [tuple(value for value in place.values() if type(value) in _PLAIN_TYPES) for place in places]
         return hash((tuple(held), tuple(version for _, _, version in self._large)))
 
     def _warn_of_changes(self) -> None:

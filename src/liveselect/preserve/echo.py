@@ -9,7 +9,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from liveselect.functional.flops import forward_flops
 from liveselect.functional.sharding import is_sharded
@@ -134,8 +133,8 @@ def _is_rounding(one: Echo, other: Echo) -> bool:
 @contextmanager
 def _fixed(device: torch.device) -> Iterator[None]:
     """Fix the random states, which :func:`measuring` puts back, and on an accelerator the order of sums."""
-    torch.manual_seed(_SEED)
-    np.random.seed(_SEED)  # noqa: NPY002 - the model may draw from it
+    torch.manual_seed(_SEED)  # noqa: TID251 - the model draws from the global states, which are kept
+    np.random.seed(_SEED)  # noqa: NPY002, TID251
     random.seed(_SEED)
     if device.type == "cpu":
         yield

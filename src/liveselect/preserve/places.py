@@ -149,7 +149,7 @@ class Bytes:
     def restore(self) -> None:
         """Put the contents back in place."""
         if self._live != self._was:
-            self._live[:] = self._was
+            self._live[:] = self._was  # type: ignore[assignment]
 
     def values(self) -> tuple[object, ...]:
         """Return the contents."""
