@@ -201,7 +201,7 @@ def test_a_loss_function_of_ones_own_is_what_is_measured(tmp_path):
         calls.append(batch)
         return module(batch["input_ids"]).square().mean(dim=(1, 2))
 
-    mates = small_mates(tmp_path, warmup_rounds=0, loss_fn=loss)
+    mates = small_mates(tmp_path, warmup_rounds=0, loss_fn=loss, training_loss_differs=True)
     small_trainer(tmp_path, [mates], max_steps=2, **SIMPLE).fit(LogitsLM(), datamodule=small_data())
     assert calls
 

@@ -74,8 +74,8 @@ class Attributes:
     with their parameters and buffers; so are frozen parameters (up to :data:`MAX_FROZEN_ENTRIES` together).
 
     Parameters that are trained, buffers, and tensors that share their storage are left out. Of larger tensors only the
-    version is known, which writes change, except those through ``.data``. Global variables, the places of iterators,
-    and what lies behind the first :data:`MAX_FOLLOWED` objects are not seen.
+    version is known, which writes change, except those through ``.data``. Global variables, variables that methods of
+    classes share, the places of iterators, and what lies behind the first :data:`MAX_FOLLOWED` objects are not seen.
 
     Attributes:
         tensors: those that are no parameters or buffers of the model itself.
@@ -204,10 +204,6 @@ class Attributes:
             self._note(path, value.__func__)
         elif isinstance(value, functools.partial):
             self._note_all(path, (value.func, *value.args, *value.keywords.values()))
-        elif isinstance(value, staticmethod | classmethod):
-            self._note(path, value.__func__)
-        elif isinstance(value, property):
-            self._note_all(path, (value.fget, value.fset))
         elif isinstance(value, types.FunctionType) and not _is_of(value.__module__, _LIBRARIES | _STANDARD):
             cells = [Cell(cell) for cell in value.__closure__ or ()]
             self._places += [*cells, Names(vars(value))]
@@ -230,7 +226,8 @@ class Attributes:
             return
         self._places.append(ClassNames(value))
         for name, item in vars(value).items():
-            self._note(f"{path}.{name}", item)
+            if not hasattr(item, "__get__"):  # what methods share is left alone: loggers and counters of calls do it
+                self._note(f"{path}.{name}", item)
         for base in value.__bases__:
             self._note(base.__name__, base)
 
