@@ -57,11 +57,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase
 
 
 def load_tokenizer(spec: str | Path) -> "PreTrainedTokenizerBase":
-    """Return the Hugging Face tokenizer of a name or path."""
+    """Return the Hugging Face tokenizer of a name or path; one that needs code of its own is refused, not asked about."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(spec))
+        return AutoTokenizer.from_pretrained(str(spec), trust_remote_code=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
