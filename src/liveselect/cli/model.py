@@ -117,8 +117,8 @@ def build_model(config: str | State, overrides: State, pretrained: bool, seed: i
 def _configuration(config: str | State, overrides: State) -> PretrainedConfig:
     if "trust_remote_code" in {**overrides, **(config if isinstance(config, dict) else {})}:
         raise ValueError(
-            "expected a configuration without trust_remote_code: liveselect runs no code that comes with a model. Build "
-            "such a model in a LightningModule of your own"
+            "expected a configuration without trust_remote_code: liveselect runs no code that comes with a model. "
+            "Build such a model in a LightningModule of your own"
         )
     if isinstance(config, str):
         return AutoConfig.from_pretrained(config, **overrides, trust_remote_code=False)
