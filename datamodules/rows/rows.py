@@ -1,7 +1,7 @@
 """The rows of a pool or dataset: read by id, and collated as candidates and as training batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from liveselect.datamodules.rows import hugging_face, transport
 from liveselect.datamodules.rows.collating import check_order, unpadded
 from liveselect.datamodules.rows.content import WHOLE_ROWS, WHOLE_TOKENS, Chunk, join, spread_ids, survey
 from liveselect.datamodules.rows.draws import Collate, MapStyle, candidate_seeds, fetch, load_rows, private_draws
-from liveselect.datamodules.rows.token_rows import check_map_style, complete_batch, pad_rows, token_row
+from liveselect.datamodules.rows.token_rows import WEIGHTS, check_map_style, complete_batch, pad_rows, token_row
 from liveselect.grammar import Batch
 
 ARROW_TOKENS = 1 << 29  # Hugging Face datasets are read by columns, which is fast: this many tokens take some seconds
@@ -107,6 +107,7 @@ class DatasetRows(Rows):
         self.source = check_map_style(dataset, "the pool")
         size = len(self.source)
         self._view = hugging_face.numpy_view(self.source)
+        self._refuse_weights()
         arrow = hugging_face.arrow_view(self.source)
         if arrow is None and hasattr(self._view, "__getitems__"):
             where = f"the pool ({type(dataset).__name__}), when it is asked for several rows at once,"
@@ -128,6 +129,15 @@ class DatasetRows(Rows):
     def candidates(self, ids: Sequence[int]) -> dict[str, Tensor]:
         """Return the rows ``ids (B,)`` as a candidate batch, with the same random draws at every call."""
         return pad_rows(self._rows(ids, candidate_seeds(ids)), ids)
+
+    def _refuse_weights(self) -> None:
+        with private_draws() as seed:
+            (row, *_) = fetch(self._view, [0], candidate_seeds([0]), seed)
+        if isinstance(row, Mapping) and (weights := sorted(WEIGHTS & {str(name) for name in row})):
+            raise ValueError(
+                f"rows of the pool have the field {weights[0]!r}, which has no effect: batches hold input_ids and "
+                "labels. Leave it out, or pass a collate_fn that hands it to your training_step, and a loss_fn that uses it"
+            )
 
     def _rows(self, ids: Sequence[int], seeds: Sequence[int | None]) -> list[tuple[np.ndarray, np.ndarray]]:
         with private_draws() as seed:
