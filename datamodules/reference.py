@@ -190,6 +190,8 @@ def load_reference(
         TypeError: it is of an unknown kind.
     """
     store = as_store(reference.source)
+    if store is not None:
+        store.verify()
     records = _records(reference.source if store is None else store, reference)
     longest = reference.max_length or max_length
     items: list[Item] = []

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from liveselect.datamodules.rows.groups import check_if_listed
 from liveselect.functional.ngrams import hashed_ngrams
 
 if TYPE_CHECKING:
@@ -206,6 +207,7 @@ def _load_array(path: Path) -> np.ndarray:
         raise ValueError(f"expected a .npy file of vectors, written by numpy.save, got {path}: {error}") from error
     if not isinstance(found, np.ndarray):
         raise ValueError(f"expected a .npy file of vectors, written by numpy.save, got the archive {path}")
+    check_if_listed(path)
     return found
 
 

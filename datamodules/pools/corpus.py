@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from liveselect.datamodules.pools.integrity import hash_file
 from liveselect.datamodules.pools.parts import Content, Document
-from liveselect.datamodules.pools.pool_files import hash_file
 from liveselect.datamodules.pools.readers import (
     ON_INVALID,
     ON_UNDECODABLE,

@@ -25,6 +25,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from liveselect.datamodules.pools.corpus import Corpus, Recipe
 from liveselect.datamodules.pools.display import PrepareDisplay
+from liveselect.datamodules.pools.integrity import check_sizes
 from liveselect.datamodules.pools.metadata import struct_type
 from liveselect.datamodules.pools.parts import (
     UNIT_BYTES,
@@ -41,9 +42,9 @@ from liveselect.datamodules.pools.pool_files import (
     LOCK,
     MANIFEST,
     PARTIAL,
+    REMEDY,
     TOKENIZER,
     PoolWriter,
-    check_files,
     read_manifest,
     sync_folder,
 )
@@ -283,7 +284,7 @@ def _is_prepared(out: Path, settings: Mapping[str, object]) -> bool:
         return False
     try:
         manifest = read_manifest(out)
-        check_files(out, manifest)
+        check_sizes(out, manifest["files"], REMEDY)
     except ValueError as error:
         raise DataError(f"{error}, with --overwrite") from error
     before, now = manifest["settings"], json.loads(json.dumps(settings))

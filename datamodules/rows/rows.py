@@ -63,7 +63,11 @@ class Rows(ABC):
 
 
 class StoreRows(Rows):
-    """The rows of a prepared pool; batches are ``id (B,)``, ``input_ids (B, T)`` and ``labels (B, T)``."""
+    """The rows of a prepared pool; batches are ``id (B,)``, ``input_ids (B, T)`` and ``labels (B, T)``.
+
+    Raises:
+        ValueError: the files of the pool do not hold what its manifest says.
+    """
 
     source: TokenStore
     receive = staticmethod(transport.receive)
@@ -71,6 +75,7 @@ class StoreRows(Rows):
     worth_workers = False
 
     def __init__(self, store: TokenStore) -> None:
+        store.verify()
         self.source = self.store = store
         self.vocab_size, self.fingerprint = store.vocab_size, store.fingerprint
         self.block_size = self.longest = store.block_size
@@ -136,7 +141,7 @@ class DatasetRows(Rows):
         if isinstance(row, Mapping) and (weights := sorted(WEIGHTS & {str(name) for name in row})):
             raise ValueError(
                 f"rows of the pool have the field {weights[0]!r}, which has no effect: batches hold input_ids and "
-                "labels. Leave it out, or pass a collate_fn that hands it to your training_step, and a loss_fn that uses it"
+                "labels. Leave it out, or pass a collate_fn that hands it on, and a loss_fn that uses it"
             )
 
     def _rows(self, ids: Sequence[int], seeds: Sequence[int | None]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -172,6 +177,8 @@ class CollatedRows(Rows):
 
     def __init__(self, dataset: object, collate_fn: Collate) -> None:
         self.source = check_map_style(dataset, "the training data")
+        if isinstance(dataset, TokenStore):
+            dataset.verify()
         self.collate_fn = collate_fn
         tried = spread_ids(len(self.source), COLLATED_ROWS)
         widths = {self.candidates([i])["input_ids"].shape[1] for i in tried}
