@@ -87,7 +87,7 @@ class Session:
     def use(self, source: CandidateSource, goes_on: bool) -> None:
         """Take the data of a fit: those of a fit before that this one continues, or others, from the start."""
         used = self.run.pool
-        if goes_on and used.fingerprint == source.pool.fingerprint:
+        if goes_on and used.identity == source.pool.identity:
             source.pool.uses, self.run.source = used.uses, source  # a new datamodule of the same pool
         elif used is not source.pool:
             self.start_over(source)

@@ -29,7 +29,7 @@ class SelectionDataModule(ServedDataModule):
         collate_fn: makes training batches of the dataset's rows, in place of ``{"id", "input_ids", "labels"}``.
         settings: further arguments of :class:`~liveselect.datamodules.ServingSettings`: ``validation``,
             ``probe_batch_size``, ``reference_tokens``, ``pack_reference``, ``epoch_examples``, ``groups``,
-            ``tokenizer``, ``overlap`` and ``seed``.
+            ``tokenizer``, ``other_tokenizer``, ``overlap`` and ``seed``.
 
     Raises:
         TypeError: ``pool`` is a datamodule.
@@ -62,7 +62,13 @@ class SelectionDataModule(ServedDataModule):
 
     @classmethod
     def wrap(
-        cls, existing: pl.LightningDataModule, reference: str | ReferenceSet | Any, **settings: Any
+        cls,
+        existing: pl.LightningDataModule,
+        reference: str | ReferenceSet | Any,
+        *,
+        num_workers: int | None = None,
+        collate_fn: Collate | None = None,
+        **settings: Any,
     ) -> WrappingDataModule:
         """Return a datamodule that selects from the training data of ``existing``.
 
@@ -73,13 +79,16 @@ class SelectionDataModule(ServedDataModule):
         Args:
             existing: has a map-style training dataset whose batches hold ``input_ids``.
             reference: as in the constructor.
+            num_workers: worker processes of the training loader, in place of those of ``existing``.
+            collate_fn: makes training batches, in place of the collate function of ``existing``: for rows that are no
+                dicts with ``input_ids``, for example.
             settings: further arguments of :class:`~liveselect.datamodules.ServingSettings`; ``batch_size`` replaces
                 that of ``existing``.
         """
-        return WrappingDataModule(existing, reference, **settings)
+        return WrappingDataModule(existing, reference, num_workers=num_workers, collate_fn=collate_fn, **settings)
 
     def open_rows(self) -> OpenedRows:
         """Open the rows of the pool."""
         rows = open_source(self._source, self._collate_fn)
-        tokenizer = open_tokenizer(self.settings.tokenizer, rows)
+        tokenizer = open_tokenizer(self.settings.tokenizer, rows, other=self.settings.other_tokenizer)
         return OpenedRows(rows, self.batch_size, tokenizer, {"num_workers": self._num_workers})

@@ -47,9 +47,9 @@ class ServedPool:
         rows, batch_size = opened.rows, opened.batch_size
         self.opened = opened
         pool = open_pool(rows, settings.groups)
-        self.pool = before if before is not None and before.fingerprint == pool.fingerprint else pool
+        self.pool = before if before is not None and before.identity == pool.identity else pool
         self.cost_of_groups: Mapping[str, Mapping[str, float]] = cost_of_groups(rows, settings.groups)
-        checks.check_same_on_all_ranks("the pool", self.pool.fingerprint)
+        checks.check_same_on_all_ranks("the pool", " ".join(filter(None, self.pool.identity)))
         checks.check_pool_size(self.pool.size, batch_size, place)
         examples = settings.epoch_examples or self.pool.size
         length = epoch_length(examples, batch_size * place.world_size, place.accumulate)

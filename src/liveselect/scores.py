@@ -228,6 +228,8 @@ def _read_parquet(path: Path, column: str) -> Scores:
 
     try:
         names = pq.read_schema(path).names
+        if twice := [name for name in (column, "id") if names.count(name) > 1]:
+            raise ValueError(f"several columns of {path} are called {twice[0]!r}: rename or remove all but one")
         table = pq.read_table(path, columns=[name for name in dict.fromkeys((column, "id")) if name in names])
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"cannot read a Parquet file from {path}: {error}") from error

@@ -147,7 +147,7 @@ def moments(values: Tensor) -> tuple[int, float, float]:
 def _from_column(config: Namespace) -> Scores:
     if config.column is None or config.pool is None:
         raise ValueError("expected --pool together with --column: the prepared pool whose documents have the numbers")
-    store = TokenStore(config.pool)
+    store = TokenStore(config.pool, verify=True)
     about = {"column": config.column, "mean_over": "tokens"}
     if (config.out / WORK).exists():
         raise FileExistsError(

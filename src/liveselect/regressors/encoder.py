@@ -198,9 +198,9 @@ class EncoderRegressor(InfluenceRegressor):
         config = encoder_config(saved if saved and name else self.encoder)
         with own_random_state(seed, device):
             if name is None or saved:
-                encoder = AutoModel.from_config(config, dtype=torch.float32)
+                encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
             else:
-                encoder = AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
+                encoder = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, trust_remote_code=False)
             longest = self.chunk_tokens or self._longest_chunk(config)
             network = InfluenceNetwork(encoder, self.dropout, longest, self.tokens_per_forward, self.precision)
         try:
@@ -224,7 +224,7 @@ class EncoderRegressor(InfluenceRegressor):
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.tokenizer)
+        return AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
 
     def _read(self, batch: Batch, decode: Callable[[Tensor], list[str]], vocab_size: int) -> list[Tensor]:
         """Return the encoder's token ids of each example, ``(L_i,)`` int32 on CPU; masked tokens are not read."""

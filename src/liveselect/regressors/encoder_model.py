@@ -78,7 +78,7 @@ def encoder_config(encoder: "str | State | PretrainedConfig") -> "PretrainedConf
 
     if isinstance(encoder, str):
         try:
-            config = AutoConfig.from_pretrained(encoder)
+            config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
         except OSError as error:
             raise OSError(
                 f"the encoder {encoder!r} cannot be loaded: expected the path of a saved model, or a name on the hub "
