@@ -219,6 +219,11 @@ class Ledger:
         """Share of selection in the time of training and selection together."""
         return self.selection_seconds / max(1e-9, self.selection_seconds + self.training_seconds)
 
+    @property
+    def selection_flops_share(self) -> float:
+        """Share of selection in the FLOPs of training and selection together."""
+        return self.selection_flops / max(1.0, self.selection_flops + self.training_flops)
+
     def new_alarms(self, record: RoundRecord) -> list[Alarm]:
         """Return the alarms of a round whose kind the previous round did not raise: those reported to a person."""
         known = {alarm.kind for other in self.rounds if other.round == record.round - 1 for alarm in other.alarms}
