@@ -101,7 +101,8 @@ def _comparison(runs: Sequence[Run], baseline: Run | None, metric: str | None) -
         equal = [_at_equal(runs, run, baseline, metric, axis) for axis in places]
         share = run.ledger.selection_share if timed else run.ledger.selection_flops_share
         cost = [words.percent(share) if run.knows_its_cost else "–", words.flops(run.total_flops)]
-        rows.append([run.name, run.method, *ends, *equal, *([words.duration(run.total_seconds)] if timed else []), *cost])
+        time = [words.duration(run.total_seconds)] if timed else []
+        rows.append([run.name, run.method, *ends, *equal, *time, *cost])
     of = "selection's share" if timed else "selection's share of FLOPs"
     return {"columns": [*columns, *(["time"] if timed else []), of, "FLOPs"], "rows": rows}
 
