@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from liveselect.callbacks.ahead import Ahead, Pace, check_spread
+from liveselect.callbacks.checkpoint_files import install_whole_files
 from liveselect.callbacks.compatibility import (
     check_intervals,
     check_rest,
@@ -191,6 +192,7 @@ class DataSelection(Callback):
         show_lines()
         source = find_source(trainer)
         check_setup(trainer, pl_module)
+        install_whole_files(trainer)
         if self._session is None:
             about = {
                 "preset": type(self).__name__,
