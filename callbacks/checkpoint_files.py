@@ -62,9 +62,7 @@ class WholeFileIO(TorchCheckpointIO):
         self._numbers = count()
         self._looked_for = {Path(path).absolute() for path in looked_for}
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save ``checkpoint`` to ``path``; OSError leaves what was there."""
         if storage_options is not None or not isinstance(get_filesystem(path), LocalFileSystem):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -85,7 +83,7 @@ class WholeFileIO(TorchCheckpointIO):
             with suppress(OSError):
                 part.unlink(missing_ok=True)
 
-    def load_checkpoint(self, path: str | os.PathLike[str], *arguments: Any, **settings: Any) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **settings: Any) -> dict[str, Any]:
         """Load the checkpoint at ``path``.
 
         Raises:
@@ -128,7 +126,7 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def _local(path: str | os.PathLike[str]) -> Path:
+def _local(path: str | Path) -> Path:
     return Path(str(get_filesystem(path)._strip_protocol(str(path))))
 
 
