@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from itertools import count
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -13,7 +12,8 @@ from liveselect import distributed
 from liveselect.callbacks.lines import round_line
 from liveselect.decisions import carry_decisions
 from liveselect.grammar import SelectionWarning
-from liveselect.ledger import Ledger, RoundRecord
+from liveselect.ledger import Ledger, RoundRecord, writable
+from liveselect.looking import only_looking
 from liveselect.rounds import SelectionRun
 
 log = logging.getLogger("liveselect")
@@ -26,15 +26,17 @@ class LogsRounds:
 def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:
     """Send the numbers of the last round to every logger and say what it did; a failing logger costs a warning."""
     record = ledger.rounds[-1]
-    if not any(isinstance(each, LogsRounds) for each in trainer.callbacks):  # type: ignore[attr-defined]
-        _log(trainer, {**record.scalars(), "time_share": ledger.selection_share})
+    with only_looking("the numbers of a round could not be logged"):
+        if not any(isinstance(each, LogsRounds) for each in trainer.callbacks):  # type: ignore[attr-defined]
+            _log(trainer, {**record.scalars(), "time_share": ledger.selection_share})
     for note in record.notes:
         rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
     if not trainer.is_global_zero:
         return
-    log.info(round_line(record, ledger.selection_share if ledger.training_seconds else None))
-    for alarm in ledger.new_alarms(record):
-        log.warning("ALARM (%s) in round %d, step %d: %s", alarm.kind, alarm.round, alarm.step, alarm.text)
+    with only_looking("what a round did could not be said"):
+        log.info(round_line(record, ledger.selection_share if ledger.training_seconds else None))
+        for alarm in ledger.new_alarms(record):
+            log.warning("ALARM (%s) in round %d, step %d: %s", alarm.kind, alarm.round, alarm.step, alarm.text)
 
 
 def log_end(trainer: pl.Trainer, ledger: Ledger) -> None:
@@ -61,54 +63,30 @@ def record_captured(trainer: pl.Trainer, record: RoundRecord, ids: Tensor, influ
 
 def _log(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
     for logger in trainer.loggers:
-        try:
+        with only_looking(f"{type(logger).__name__} failed on selection metrics"):
             logger.log_metrics({f"selection/{key}": value for key, value in scalars.items()}, step=trainer.global_step)
-        except Exception as error:  # third-party loggers raise anything; training matters more
-            rank_zero_warn(f"{type(logger).__name__} failed on selection metrics: {error}", category=SelectionWarning)
-
-
-def keep_older_ledger(path: Path | None) -> None:
-    """Give the ledger of an earlier run in the same folder another name; it is the only record of that run.
-
-    Where that run was cut off, say that this one does not continue it.
-    """
-    if path is None or distributed.rank() != 0 or not path.exists():
-        return
-    try:
-        earlier = Ledger.read(path)
-    except (OSError, ValueError):
-        earlier = Ledger()  # damaged, or of another version
-    if earlier.finished is False and earlier.rounds:
-        rank_zero_warn(
-            f"training starts over from step 0, although a run that wrote to {path.parent} was cut off in round "
-            f"{earlier.rounds[-1].round}: no checkpoint was loaded. To continue that run, pass its checkpoint as "
-            "ckpt_path; 'last' finds one only in the folder of a ModelCheckpoint(dirpath=..., save_last=True), and a "
-            "logger may give every run a new folder",
-            category=SelectionWarning,
-        )
-    free = next(name for i in count(1) if not (name := path.with_stem(f"{path.stem}-{i}")).exists())
-    path.rename(free)
-    log.info("the ledger of an earlier run in this folder is now %s", free)
 
 
 def carry_earlier_decisions(run: SelectionRun) -> None:
     """Bring along what a run that goes on in another folder has decided; a full disk costs a warning."""
     if run.decisions is None or distributed.rank() != 0:
         return
-    try:
+    with only_looking(f"the decisions of earlier rounds could not be brought to {run.decisions.folder}"):
         carry_decisions(run.decisions, run.ledger, run.pool.fingerprint)
-    except OSError as error:
-        rank_zero_warn(
-            f"the decisions of earlier rounds could not be brought to {run.decisions.folder}: {error}",
-            category=SelectionWarning,
-        )
 
 
 def write_ledger(ledger: Ledger, path: Path | None) -> None:
     """Write the ledger on rank 0; the checkpoint holds it too, so a full disk costs a warning."""
     if path is None or distributed.rank() != 0:
         return
-    try:
+    with only_looking(f"could not write {path}"):
         ledger.write(path)
-    except OSError as error:
-        rank_zero_warn(f"could not write {path}: {error}", category=SelectionWarning)
+
+
+def scalars_of(metrics: Mapping[str, object]) -> dict[str, float]:
+    """Return the metrics that are single numbers; a vector among them is nobody's loss."""
+    found = {}
+    for name, value in metrics.items():
+        with only_looking(f"the metric {name} is no number for the ledger"):
+            found[writable(name)] = float(value)  # type: ignore[arg-type]
+    return found

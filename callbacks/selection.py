@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from liveselect.callbacks.ahead import Ahead, Pace, check_spread
+from liveselect.callbacks.checkpoint_files import install_whole_files
 from liveselect.callbacks.compatibility import (
     check_intervals,
     check_rest,
@@ -21,11 +22,12 @@ from liveselect.callbacks.compatibility import (
     run_folder,
     warn_inside_window,
 )
+from liveselect.callbacks.folder import logger_folder
 from liveselect.callbacks.lines import show_lines
 from liveselect.callbacks.overhearing import Overhearing, check_overhear
 from liveselect.callbacks.progress import round_progress
 from liveselect.callbacks.random_state import RandomStates
-from liveselect.callbacks.records import log_end, log_round
+from liveselect.callbacks.records import log_end, log_round, scalars_of
 from liveselect.callbacks.session import Session
 from liveselect.callbacks.settings import check_arguments, check_measures, check_saved, damage_reported, settings_of
 from liveselect.callbacks.training_loss import TrainingLossCheck
@@ -196,6 +198,7 @@ class DataSelection(Callback):
         show_lines()
         source = find_source(trainer)
         check_setup(trainer, pl_module)
+        install_whole_files(trainer)
         if self._session is None:
             about = {
                 "preset": type(self).__name__,
@@ -205,7 +208,8 @@ class DataSelection(Callback):
             }
             self._session = Session(self.selector, self.estimator, about, source)
         self._session.use(source, goes_on=trainer.global_step > 0)
-        self._session.write_to(run_folder(trainer) / "selection" if self.dirpath is None else Path(self.dirpath))
+        own = run_folder(trainer) / "selection" if self.dirpath is None else Path(self.dirpath)
+        self._session.write_to(own, apart=self.dirpath is None and logger_folder(trainer) is None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the first plan, or continue the one of the checkpoint."""
@@ -283,8 +287,7 @@ class DataSelection(Callback):
         # a loader that draws its seed moves the global state; a run resumed from the checkpoint of this very step does
         # not validate again, and would go on with other random numbers
         self._random_states.put_back()
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.run.ledger.evaluate(trainer.global_step, metrics)
+        self.run.ledger.evaluate(trainer.global_step, scalars_of(trainer.callback_metrics))
         self.session.write_ledger()
         self.session.clock.start()
 
@@ -297,9 +300,14 @@ class DataSelection(Callback):
         log_end(trainer, self.run.ledger)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Put the signal handlers back."""
+        """Put the signal handlers back, and let others have the folder."""
         if self._session is not None:
-            self._session.gate.remove()
+            self._session.release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the signal handlers back, and let others have the folder, however the run has ended."""
+        if self._session is not None:
+            self._session.release()
 
     # ---- a round -----------------------------------------------------------------------------------------------
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
+from liveselect import distributed
 from liveselect.callbacks.clipping import clip_gradients
 from liveselect.callbacks.clock import TrainingClock
 from liveselect.callbacks.compatibility import callable_model, requeue_signals
+from liveselect.callbacks.folder import LEDGER_FILE, RunFolder
 from liveselect.callbacks.preemption import SignalGate
-from liveselect.callbacks.records import carry_earlier_decisions, keep_older_ledger, write_ledger
+from liveselect.callbacks.records import carry_earlier_decisions, write_ledger
 from liveselect.callbacks.silence import silent_logging
 from liveselect.decisions import DecisionLedger
 from liveselect.functional.flops import forward_flops
@@ -28,14 +30,13 @@ from liveselect.grammar import (
     Selector,
     State,
 )
+from liveselect.ledger import new_run_id
 from liveselect.parts import save_part
 from liveselect.plan import Plan
 from liveselect.rehearsal import rehearse
 from liveselect.rounds import SelectionRun
 from liveselect.selectors import UniformSelector
 from liveselect.watch import Watch
-
-LEDGER_FILE = "ledger.jsonl"
 
 
 class Session:
@@ -77,6 +78,8 @@ class Session:
         self._every_n_steps = int(about["every_n_steps"])
         self._about = about
         self._first_states = [copy.deepcopy(part.state_dict()) for part in self._parts()]
+        self._folder = RunFolder()
+        self._wanted, self._apart = Path(), False
         self._ledger_path: Path | None = None
         self._model: LiveModel | None = None
         self._flops_per_token = 0.0
@@ -111,10 +114,23 @@ class Session:
         self.run.pool.uses.zero_()
         self._describe()
 
-    def write_to(self, folder: Path) -> None:
-        """Keep the records in ``folder``."""
+    def write_to(self, folder: Path, apart: bool) -> None:
+        """Keep the records in ``folder``, once training begins; ``apart`` from what earlier runs have left there."""
+        self._wanted, self._apart = folder, apart
+
+    def release(self) -> None:
+        """Let others have the folder, and put the signal handlers back."""
+        self._folder.release()
+        self.gate.remove()
+
+    def _take_folder(self) -> None:
+        """Find the folder of this run, the same on all ranks; a collective."""
+        run, folder, run_id = self.run, self._wanted, self.run.ledger.run_id or new_run_id()
+        if distributed.rank() == 0:
+            folder = self._folder.claim(self._wanted, run_id, bool(run.ledger.rounds), self._apart)
+        folder, run.ledger.run_id = distributed.gather_objects((folder, run_id))[0]
         self._ledger_path = folder / LEDGER_FILE
-        self.run.decisions = DecisionLedger(folder / "decisions")
+        run.decisions = DecisionLedger(folder / "decisions")
 
     def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss_fn: LossFn) -> None:
         """Take hold of the live model, and bring the records along.
@@ -129,8 +145,7 @@ class Session:
         self.counted_step, self.in_batch, self._in_step = trainer.global_step, False, False
         if starts_over:
             self.start_over()  # another fit of the same callback
-        if not self.resumed:
-            keep_older_ledger(self._ledger_path)
+        self._take_folder()
         if self.resumed:
             self._check_place(trainer)
         self.saved_batch = self.global_batch(trainer)

@@ -1,6 +1,7 @@
 """Files that are replaced as a whole, and files of JSON lines that are added to and read at the same time."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,9 +13,27 @@ Line = dict[str, Any]
 
 
 def json_line(kind: str, content: object) -> str:
-    """Return a line of the given ``kind`` that holds a dictionary or an object's attributes."""
-    named = content if isinstance(content, dict) else vars(content)
-    return json.dumps({"kind": kind, **named}, ensure_ascii=False, default=vars) + "\n"
+    """Return a line of the given ``kind`` that holds a dictionary or an object's attributes.
+
+    Numbers that are not finite, which JSON does not know, become null. Half a surrogate pair, which UTF-8 does not
+    know, becomes the escape that JSON has for it.
+    """
+    named = {"kind": kind, **(content if isinstance(content, dict) else vars(content))}
+    try:
+        line = json.dumps(named, ensure_ascii=False, default=vars, allow_nan=False)
+    except ValueError:  # looking at every number of a ledger takes longer, and most are finite
+        line = json.dumps(_finite(named), ensure_ascii=False, allow_nan=False)
+    return line.encode("utf-8", "backslashreplace").decode() + "\n"
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value if value is None or isinstance(value, bool | int | str) else _finite(vars(value))
 
 
 @contextmanager
@@ -29,8 +48,19 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Let the new name of a file outlive a loss of power, where the file system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def append_lines(path: Path, size: int, lines: Iterable[str]) -> None:

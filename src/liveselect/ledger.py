@@ -1,6 +1,9 @@
 """The ledger: what every round measured, chose and cost, and what training cost beside it."""
 
+import json
+import math
 import re
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -169,6 +172,7 @@ class Ledger:
     """All rounds and evaluations of a run, and the cost of its training.
 
     Attributes:
+        run_id: tells the run from all others; that of a resumed run is the one it began with.
         about: what kind of run it is, for a reader of the file (selector, seed, interval).
         rounds: one record for each round.
         evaluations: one entry for each validation.
@@ -186,6 +190,7 @@ class Ledger:
             have left what the last folder lacks.
     """
 
+    run_id: str = ""
     about: Line = field(default_factory=dict)
     rounds: list[RoundRecord] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -218,6 +223,11 @@ class Ledger:
     def selection_share(self) -> float:
         """Share of selection in the time of training and selection together."""
         return self.selection_seconds / max(1e-9, self.selection_seconds + self.training_seconds)
+
+    @property
+    def selection_flops_share(self) -> float:
+        """Share of selection in the FLOPs of training and selection together."""
+        return self.selection_flops / max(1.0, self.selection_flops + self.training_flops)
 
     def new_alarms(self, record: RoundRecord) -> list[Alarm]:
         """Return the alarms of a round whose kind the previous round did not raise: those reported to a person."""
@@ -297,6 +307,26 @@ class Ledger:
             raise ValueError(
                 f"{path} is not a ledger that this version of liveselect can read ({error!r}): did another write it?"
             ) from error
+
+
+def new_run_id() -> str:
+    """Return a name that no other run has; it decides nothing that is computed."""
+    return uuid.uuid4().hex[:16]
+
+
+def run_id_of(path: Path) -> str | None:
+    """Return the name of the run that a ledger file is of, "" in files of older versions; None for no such file."""
+    try:
+        with path.open("rb") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError):
+        return "" if path.is_file() else None  # damaged, and still the only record of a run
+    return str(first.get("run_id", "")) if isinstance(first, dict) else ""
+
+
+def writable(text: object) -> str:
+    """Return a text without halves of surrogate pairs, as cut emoji leave them, which no file or logger takes."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
@@ -379,16 +409,27 @@ def _ledger_from(state: Line) -> Ledger:
         **{
             **state,
             "rounds": [_record_from(record) for record in state["rounds"]],
-            "evaluations": [Evaluation(**entry) for entry in state["evaluations"]],
+            "evaluations": [
+                Evaluation(**{**entry, "metrics": _numbers(entry["metrics"])}) for entry in state["evaluations"]
+            ],
         }
     )
 
 
+def _numbers(named: Mapping[str, float | None]) -> dict[str, float]:
+    """Return numbers, NaN for those that JSON has no word for."""
+    return {name: math.nan if value is None else value for name, value in named.items()}
+
+
 def _record_from(state: Line) -> RoundRecord:
     histogram = state["histogram"]
+    influence = state["influence"]
     return RoundRecord(
         **{
             **state,
+            "influence": [math.nan if each is None else each for each in influence] if None in influence else influence,
+            "metrics": _numbers(state["metrics"]),
+            "groups": {name: _numbers(row) for name, row in state["groups"].items()},
             "histogram": Histogram(**histogram) if histogram else None,
             "examples": [Example(**example) for example in state["examples"]],
             "alarms": [Alarm(**alarm) for alarm in state.get("alarms", [])],

@@ -1,7 +1,6 @@
 """One round of selection: measure what the selector proposes, let it choose, record it."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -18,11 +17,11 @@ from liveselect.grammar import (
     LiveModel,
     Round,
     Selection,
-    SelectionWarning,
     Selector,
     State,
 )
-from liveselect.ledger import Example, Histogram, Ledger, RoundRecord
+from liveselect.ledger import Example, Histogram, Ledger, RoundRecord, writable
+from liveselect.looking import only_looking
 from liveselect.measurement import Measurement
 from liveselect.parts import check_keys, restore_part, save_part
 from liveselect.plan import Plan
@@ -40,6 +39,7 @@ NOT_RESTORED = (
     "goes on with a model that measuring has changed. Nothing is measured from now on. Report it, with the estimator "
     "and the optimizer"
 )
+NOT_DECODED = "(could not be decoded)"
 
 LEFT_OVER = "used less often than the others, so its turn came first"
 
@@ -318,16 +318,12 @@ def _record(
     round: Round, selector: Selector, selection: Selection, plan: Plan, measurement: Measurement
 ) -> RoundRecord:
     measured, steps = measurement.ids, measurement.steps
-    histogram = None
-    if selection.scored is not None and selection.scores is not None:
-        histogram = Histogram.of(selection.scores, torch.isin(selection.scored, plan.ids))
     available = torch.cat([round.leftovers, round.candidates])
-    examples = _examples(round, selection)
     flops: dict[str, float] = {}
     for rank_flops in distributed.gather_objects(dict(round.meter.flops)):
         for phase, amount in rank_flops.items():
             flops[phase] = flops.get(phase, 0.0) + amount
-    return RoundRecord(
+    record = RoundRecord(
         round=round.index,
         step=round.step,
         selector=type(selector).__name__,
@@ -336,18 +332,31 @@ def _record(
         plan=plan.fingerprint,
         measured=measured.tolist(),
         influence=measurement.influence.tolist(),
-        groups=_groups(round.pool, available, measured, plan.ids, selection.group_metrics),
-        histogram=histogram,
-        examples=examples,
-        metrics={
-            **measurement.metrics,
-            **_staleness(round.step - steps[steps >= 0]),
-            **{name: float(value) for name, value in selection.metrics.items()},
-        },
+        metrics=_staleness(round.step - steps[steps >= 0]),
         seconds=dict(round.meter.seconds),
         flops=flops,
-        notes=[*_unmeasured(measurement), *selection.notes],
+        notes=[writable(note) for note in (*_unmeasured(measurement), *selection.notes)],
     )
+    return _described(record, round, selection, plan, measurement, available)
+
+
+def _described(
+    record: RoundRecord, round: Round, selection: Selection, plan: Plan, measurement: Measurement, available: Tensor
+) -> RoundRecord:
+    """Return the record with what is there for a person to look at, as far as that can be made."""
+    for name, value in {**measurement.metrics, **selection.metrics}.items():
+        with only_looking(f"the metric {name} could not be recorded"):
+            record.metrics[writable(name)] = float(value)
+    with only_looking("the groups of a round could not be recorded"):
+        groups = _groups(round.pool, available, measurement.ids, plan.ids, selection.group_metrics)
+        record = replace(record, groups=groups)
+    with only_looking("the scores of a round could not be recorded"):
+        if selection.scored is not None and selection.scores is not None:
+            chosen = torch.isin(selection.scored, plan.ids)
+            record = replace(record, histogram=Histogram.of(selection.scores, chosen))
+    with only_looking("the examples of a round could not be shown"):
+        return replace(record, examples=_examples(round, selection))
+    return record
 
 
 def _unmeasured(measurement: Measurement) -> tuple[str, ...]:
@@ -371,18 +380,12 @@ def _write_decisions(run: SelectionRun, round: Round, record: RoundRecord, selec
     """Write every decision of the round on rank 0, and add the time to the record."""
     if run.decisions is None or distributed.rank() != 0:
         return
-    spent = run.ledger.training_flops + sum(other.total_flops for other in run.ledger.rounds)
-    measured, influence = torch.tensor(record.measured, dtype=torch.int64), torch.tensor(record.influence)
-    decisions = RoundDecisions(record, run.pool, selection, plan, measured, influence, spent)
-    try:
+    with only_looking(f"the decisions of round {round.index} could not be written to {run.decisions.folder}"):
+        spent = run.ledger.training_flops + sum(other.total_flops for other in run.ledger.rounds)
+        measured, influence = torch.tensor(record.measured, dtype=torch.int64), torch.tensor(record.influence)
         with round.meter.phase("write decisions"):
-            run.decisions.write(decisions)
-    except Exception as error:  # a full disk, or a selector that contradicts itself, must not end the training
-        warnings.warn(
-            f"the decisions of round {round.index} could not be written to {run.decisions.folder}: {error}",
-            SelectionWarning,
-            stacklevel=2,
-        )
+            about = run.ledger.run_id
+            run.decisions.write(RoundDecisions(record, run.pool, selection, plan, measured, influence, spent, about))
     record.seconds.update(round.meter.seconds)
 
 
@@ -415,7 +418,7 @@ def _raise_alarms(
         with round.meter.phase("watch"):
             record.alarms.extend(run.watch.look(scene))
     except Exception as error:  # the watch only looks, so it must not end the training
-        record.notes.append(f"the watch failed: {error!r}")
+        record.notes.append(writable(f"the watch failed: {error!r}"))
     record.seconds.update(round.meter.seconds)
     if spent := sum(round.meter.flops.values()) - before:
         record.flops["watch"] = spent * distributed.world_size()  # every rank measures all canaries
@@ -432,8 +435,8 @@ def _groups(
         if len(pool.group_names) > GROUPS_RECORDED and not (counts["measured"][name] or counts["chosen"][name]):
             continue
         known = {key: float(values[code]) for key, values in metrics.items()}
-        rows[name] = {kind: counts[kind][name] for kind in counts}
-        rows[name] |= {key: value for key, value in known.items() if math.isfinite(value)}
+        row: dict[str, float] = {kind: counts[kind][name] for kind in counts}
+        rows[writable(name)] = row | {key: value for key, value in known.items() if math.isfinite(value)}
     return rows
 
 
@@ -450,15 +453,17 @@ def _examples(round: Round, selection: Selection) -> list[Example]:
         rows = torch.cat([best, worst])
         ids, scores, chosen = selection.scored[rows], selection.scores[rows], is_chosen[rows]
     pool, texts = round.pool, list[str]()
-    for batch in round.source.candidates(ids):
-        texts += round.source.decode(batch["input_ids"])
+    with only_looking("the examples of a round could not be decoded"):
+        for batch in round.source.candidates(ids):
+            texts += round.source.decode(batch["input_ids"])
+    texts += [NOT_DECODED] * (len(ids) - len(texts))
     return [
         Example(
             id=int(ids[i]),
-            group=pool.group_names[0 if pool.groups is None else int(pool.groups[ids[i]])],
+            group=writable(pool.group_names[0 if pool.groups is None else int(pool.groups[ids[i]])]),
             score=None if scores is None else float(scores[i]),
             chosen=bool(chosen[i]),
-            text=text[:CHARACTERS_SHOWN],
+            text=writable(text)[:CHARACTERS_SHOWN],
         )
-        for i, text in enumerate(texts)
+        for i, text in enumerate(texts[: len(ids)])
     ]

@@ -3,6 +3,7 @@
 from liveselect.decisions.files import (
     DecisionLedger,
     RecordedPlan,
+    check_one_run,
     find_decisions,
     read_about,
     read_plan,
@@ -17,6 +18,7 @@ __all__ = [
     "RecordedPlan",
     "RoundDecisions",
     "carry_decisions",
+    "check_one_run",
     "find_decisions",
     "lacking_rounds",
     "read_about",

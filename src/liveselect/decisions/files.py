@@ -16,7 +16,7 @@ from torch import Tensor
 
 from liveselect.decisions.table import SCHEMA, RoundDecisions, decision_rows
 from liveselect.json_lines import whole_file
-from liveselect.ledger import record_folder
+from liveselect.ledger import record_folder, run_id_of
 from liveselect.plan import Plan
 
 FOLDER = "decisions"
@@ -77,6 +77,7 @@ class DecisionLedger:
             "pool": decisions.pool.fingerprint,
             "pool_size": decisions.pool.size,
             "left_out": left_out,
+            "run": decisions.run_id,
         }
         schema = SCHEMA.with_metadata({_KEY_PREFIX + key: str(value) for key, value in about.items()})
         path = self.folder / f"round-{decisions.record.round:06d}.parquet"
@@ -110,8 +111,30 @@ def find_decisions(run: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: there are several.
+        ValueError: there are several, or it holds those of several runs.
     """
+    folder = _find_folder(run)
+    check_one_run(folder)
+    return folder
+
+
+def check_one_run(folder: Path) -> None:
+    """Raise ValueError when the rounds in ``folder``, and the ledger beside it, are not of one run."""
+    rounds: dict[str, list[int]] = {}
+    for index, path in rounds_in(folder).items():
+        rounds.setdefault(read_about(path).get("run", ""), []).append(index)
+    beside = run_id_of(folder.parent / "ledger.jsonl") if folder.name == FOLDER else None
+    if len(rounds) > 1:
+        parts = "; ".join(f"round {', '.join(map(str, each))} of run {run_id!r}" for run_id, each in rounds.items())
+        raise ValueError(f"{folder} holds the decisions of several runs, which nobody trained on together: {parts}")
+    if beside is not None and rounds and beside not in rounds:
+        raise ValueError(
+            f"{folder} holds the decisions of run {next(iter(rounds))!r}, and the ledger beside it is of run "
+            f"{beside!r}: put together what belongs together"
+        )
+
+
+def _find_folder(run: str | Path) -> Path:
     path = record_folder(Path(run))
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: expected the folder of a run")
@@ -149,7 +172,7 @@ def read_round(
 
 
 def read_about(path: Path) -> dict[str, str]:
-    """Return the metadata of a round's file: round, step, selector, plan, chosen, pool, pool_size, left_out.
+    """Return the metadata of a round's file: round, step, selector, plan, chosen, pool, pool_size, left_out, run.
 
     Raises:
         ValueError: the file has none, or cannot be read.

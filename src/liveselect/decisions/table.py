@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from torch import Tensor
 
 from liveselect.grammar import Selection
-from liveselect.ledger import RoundRecord
+from liveselect.ledger import RoundRecord, writable
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
 
@@ -67,6 +67,7 @@ class RoundDecisions:
         measured: ``(m,)`` ids whose influence was measured.
         influence: ``(m,)`` their influence.
         flops_before: cost of training and selection before the round, FLOPs over all ranks.
+        run_id: of the run.
     """
 
     record: RoundRecord
@@ -76,6 +77,7 @@ class RoundDecisions:
     measured: Tensor
     influence: Tensor
     flops_before: float = 0.0
+    run_id: str = ""
 
     @property
     def compares_groups(self) -> bool:
@@ -131,7 +133,7 @@ def decision_rows(decisions: RoundDecisions, most_rejected: int) -> tuple[pa.Tab
         "round": _repeated("round", record.round, len(ids)),
         "step": _repeated("step", record.step, len(ids)),
         "id": ids,
-        "group": pa.DictionaryArray.from_arrays(decisions.groups_of(ids), list(decisions.pool.group_names)),
+        "group": pa.DictionaryArray.from_arrays(decisions.groups_of(ids), [*map(writable, decisions.pool.group_names)]),
         "chosen": place.is_valid(),
         "place": place,
         "score": pa.array(scores.score, from_pandas=True),
@@ -140,7 +142,7 @@ def decision_rows(decisions: RoundDecisions, most_rejected: int) -> tuple[pa.Tab
         "rank": pa.array(ranks, pa.int32(), mask=np.isnan(scores.keys)),
         "threshold": _repeated("threshold", threshold, len(ids)),
         "influence": influence.take(pc.index_in(pa.array(ids), value_set=pa.array(measured))),
-        "reason": pa.DictionaryArray.from_arrays(reasons, [*_REASONS, *decisions.selection.reasons]),
+        "reason": pa.DictionaryArray.from_arrays(reasons, [*_REASONS, *map(writable, decisions.selection.reasons)]),
         "round_flops": _repeated("round_flops", record.total_flops, len(ids)),
         "flops_before": _repeated("flops_before", decisions.flops_before, len(ids)),
     }

@@ -15,6 +15,7 @@ from liveselect.report.cluster_map import map_section
 from liveselect.report.cost import cost_section
 from liveselect.report.runs import Axis, Run, Section, choose_metric
 from liveselect.report.summary import summary_of
+from liveselect.report.verdict import timed
 
 ROWS_LISTED = 200
 """Evaluations of a run, and notes, evenly spread: a page of thousands of rows is slow and not read."""
@@ -80,6 +81,8 @@ def _loss_section(runs: Sequence[Run], metric: str | None) -> Section | None:
         return None
     figures = []
     for axis, (title, label) in _AXES.items():
+        if axis == "seconds" and not timed(runs):
+            continue
         curves = (spread(run.curve(metric, axis), POINTS_DRAWN) for run in runs)
         lines = [
             pictures.Line(curve, index, run.name) for index, (curve, run) in enumerate(zip(curves, runs, strict=True))

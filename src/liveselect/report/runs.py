@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from liveselect.decisions import check_one_run
 from liveselect.ledger import Evaluation, Ledger, RoundRecord, record_folder
 
 LEDGER_NAME = "ledger.jsonl"
@@ -129,11 +130,14 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
 
     Raises:
         FileNotFoundError: a path does not exist or holds no ledger.
-        ValueError: a file is not a ledger.
+        ValueError: a file is not a ledger, or the decisions beside it are of another run.
     """
     files: dict[Path, None] = {}
     for path in paths:
         files.update(dict.fromkeys(_ledgers_in(path)))
+    for file in files:
+        if file.name == LEDGER_NAME:
+            check_one_run(file.parent / "decisions")
     folders = [file.parent.resolve() for file in files]
     names = _distinct_names([folder.parent if folder.name == DEFAULT_FOLDER else folder for folder in folders])
     return [
