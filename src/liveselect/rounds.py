@@ -24,7 +24,7 @@ from liveselect.grammar import (
 )
 from liveselect.ledger import Example, Histogram, Ledger, RoundRecord
 from liveselect.measurement import Measurement
-from liveselect.parts import check_keys, restore_part, save_part
+from liveselect.parts import check_keys, check_source, restore_part, save_part
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool, split_by_use
 from liveselect.preserve import measuring
@@ -68,6 +68,9 @@ class SelectionRun:
     watch: Watch | None = None
     ahead: Measurement | None = None
     interrupted: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
+        check_source(self.source, "source")
 
     @property
     def pool(self) -> CandidatePool:
