@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from liveselect.callbacks.ahead import Ahead, Pace, check_spread
@@ -149,6 +150,10 @@ class DataSelection(Callback):
             "random_states": self._random_states.state_dict(),
         }
 
+    # Lightning refuses two callbacks with state under one key by the name of the second, and asks for other keys; it
+    # looks behind what is wrapped, and so leaves two selections to setup, which says what to do
+    state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
+
     def load_state_dict(self, state_dict: State) -> None:
         """Restore the state that :meth:`state_dict` described.
 
@@ -188,6 +193,7 @@ class DataSelection(Callback):
         if stage != "fit":
             return
         show_lines()
+        check_alone(trainer)
         source = find_source(trainer)
         check_setup(trainer, pl_module)
         if self._session is None:
@@ -325,6 +331,16 @@ class DataSelection(Callback):
                 "overhear": self.overhearing.steps,
                 "reference set": None if self._session is None else self.run.source.reference_fingerprint,
             }
+        )
+
+
+def check_alone(trainer: pl.Trainer) -> None:
+    """Raise MisconfigurationException when more than one selection is among the callbacks of a Trainer."""
+    found = [type(each).__name__ for each in trainer.callbacks if isinstance(each, DataSelection)]  # type: ignore[attr-defined]
+    if len(found) > 1:
+        raise MisconfigurationException(
+            f"expected one selection in a Trainer, got {' and '.join(found)}: they would choose the same batches. Keep "
+            "one of them; a YAML file names it under `select` or among trainer.callbacks, not in both"
         )
 
 
