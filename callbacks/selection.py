@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from liveselect.arguments import check_plain
 from liveselect.callbacks.ahead import Ahead, Pace, check_spread
 from liveselect.callbacks.compatibility import (
     check_intervals,
@@ -89,6 +90,7 @@ class DataSelection(Callback):
         max_overhead: float | None = None,
         overhear: int = 0,
     ) -> None:
+        check_plain(DataSelection, locals())
         pace = Pace(probes_between_steps, max_overhead)
         check_arguments(selector, estimator, every_n_steps, warmup_rounds, loss_fn)
         check_spread(estimator, pace, every_n_steps)

@@ -175,9 +175,10 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
 
 def refuse_classes(trainer: pl.Trainer | None) -> None:
     """Raise TypeError when a class is among the callbacks of a Trainer, where an object belongs."""
-    for callback in [] if trainer is None else list(trainer.callbacks):  # type: ignore[attr-defined]
+    callbacks: list[object] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
         if isinstance(callback, type):
-            trainer.callbacks.remove(callback)  # or Lightning calls its on_exception, whose error hides this one
+            callbacks.remove(callback)  # or Lightning calls its on_exception, whose error hides this one
             raise TypeError(
                 f"expected objects among the callbacks of the Trainer, got the class {callback.__name__}: write "
                 f"{callback.__name__}(...)"

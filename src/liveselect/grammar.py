@@ -397,8 +397,8 @@ class Around(Selector):
 
     def __init__(self, selector: Selector) -> None:
         if not isinstance(selector, Selector):
-            name = f"{selector.__name__}(...)" if isinstance(selector, type) else "an object of a class that inherits it"
-            raise TypeError(f"expected a Selector inside {type(self).__name__}, got {selector!r}: pass {name}")
+            right = f"{selector.__name__}(...)" if isinstance(selector, type) else "an object that inherits from it"
+            raise TypeError(f"expected a Selector inside {type(self).__name__}, got {selector!r}: pass {right}")
         self.selector = selector
         # what either of the two declares holds for both
         self.needs_estimator = type(self).needs_estimator or selector.needs_estimator

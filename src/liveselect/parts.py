@@ -86,7 +86,7 @@ def check_part(part: P, kind: type, argument: str) -> P:
 
 
 def check_source(source: CandidateSource, argument: str) -> CandidateSource:
-    """Return ``source`` if it is a ``CandidateSource`` with a pool, whose members are spelt as the grammar declares them.
+    """Return ``source`` if it is a ``CandidateSource`` with a pool, and its members are spelt as declared.
 
     Args:
         source: what was passed in, ready to serve.
@@ -182,6 +182,8 @@ def _check_state(part: object, declared: set[str]) -> None:
             f"{type(part).__name__} says fit_lasts, but its fit is in no checkpoint, so a resumed run would measure "
             "with another one: write fitted_state and load_fitted_state too"
         )
+    if isinstance(part, InfluenceEstimator) and part.has_direction and not _overrides(part, "direction"):
+        raise TypeError(f"{type(part).__name__} says has_direction: write direction() too, or leave has_direction out")
 
 
 def save_part(part: Part | None, state: State | None = None) -> State | None:
@@ -253,6 +255,27 @@ def fit_metrics(estimator: InfluenceEstimator, model: LiveModel, round: Round) -
             f"{type(metrics).__name__}"
         )
     return {name: float(value) for name, value in metrics.items()}
+
+
+def checked_direction(estimator: InfluenceEstimator) -> Mapping[str, Tensor] | None:
+    """Return what an estimator compares gradients with; raise TypeError when that is no mapping of names to tensors."""
+    direction: object = estimator.direction()
+    if direction is None:
+        return None
+    wrong = None
+    if not isinstance(direction, Mapping):
+        wrong = f"an object of {type(direction).__name__}"
+    else:
+        for name, value in direction.items():
+            if not isinstance(name, str) or not isinstance(value, Tensor):
+                wrong = f"{type(value).__name__} under {name!r}"
+                break
+    if wrong is not None:
+        raise TypeError(
+            f"expected {type(estimator).__name__}.direction to return a mapping of parameter names to tensors, or None "
+            f"when there is nothing to compare with yet, got {wrong}"
+        )
+    return direction
 
 
 def checked_influence(influence: object, rows: int, what: str) -> Tensor:

@@ -91,8 +91,8 @@ def _check_section(where: str, section: object, class_path: object) -> object:
         )
     if old := [f"`{name}`" for name in given if name == "live" or name in LIVE_ARGUMENTS]:
         raise ValueError(
-            f"{where}: {', '.join(old)} of PDS in liveselect 0.1 belong to the preset LivePDS since 0.2: leave out what "
-            f"is named here to draw from scores, or write class_path: {_LIVE_PDS} to solve on the live model"
+            f"{where}: {', '.join(old)} of PDS in liveselect 0.1 belong to the preset LivePDS since 0.2: leave out "
+            f"what is named here to draw from scores, or write class_path: {_LIVE_PDS} to solve on the live model"
         )
     return class_path
 

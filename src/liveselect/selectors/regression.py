@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from liveselect.arguments import check_plain
 from liveselect.distributed import gather_objects, gather_shards, shard
 from liveselect.functional.sampling import Noise as DrawnNoise
 from liveselect.functional.sampling import gumbel_topk, released_bottomk, uniform_subset
@@ -79,6 +80,7 @@ class RegressionSelector(Selector):
         standardize: bool = False,
         min_spearman: float | None = 0.0,
     ) -> None:
+        check_plain(RegressionSelector, locals())
         if probes < MIN_MEASUREMENTS:
             raise ValueError(f"expected at least {MIN_MEASUREMENTS} probes in a round to learn from, got {probes}")
         if not 0.0 < ratio <= 1.0:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from liveselect.arguments import check_plain
 from liveselect.functional.bandit import allocate, neighbour_weights, top_arms
 from liveselect.functional.sampling import uniform_subset
 from liveselect.grammar import NO_IDS, Round, Selection, Selector, State
@@ -104,6 +105,7 @@ class UCBSelector(Selector):
         cutoff: float | None = 0.2,
         released: bool = False,
     ) -> None:
+        check_plain(UCBSelector, locals())
         if alpha < 0:
             raise ValueError(f"expected alpha, the width of the confidence bound, of at least 0, got {alpha}")
         for name, value in {"pulls": pulls, "at_once": at_once, "probes": probes, "arms": arms}.items():
