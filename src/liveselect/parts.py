@@ -259,23 +259,24 @@ def fit_metrics(estimator: InfluenceEstimator, model: LiveModel, round: Round) -
 
 def checked_direction(estimator: InfluenceEstimator) -> Mapping[str, Tensor] | None:
     """Return what an estimator compares gradients with; raise TypeError when that is no mapping of names to tensors."""
-    direction: object = estimator.direction()
-    if direction is None:
-        return None
+    direction = estimator.direction()
+    given: object = direction
     wrong = None
-    if not isinstance(direction, Mapping):
-        wrong = f"an object of {type(direction).__name__}"
-    else:
-        for name, value in direction.items():
-            if not isinstance(name, str) or not isinstance(value, Tensor):
-                wrong = f"{type(value).__name__} under {name!r}"
-                break
+    if isinstance(given, Mapping):
+        odd = (f"{type(value).__name__} under {name!r}" for name, value in given.items() if not _is_named(name, value))
+        wrong = next(odd, None)
+    elif given is not None:
+        wrong = f"an object of {type(given).__name__}"
     if wrong is not None:
         raise TypeError(
             f"expected {type(estimator).__name__}.direction to return a mapping of parameter names to tensors, or None "
             f"when there is nothing to compare with yet, got {wrong}"
         )
     return direction
+
+
+def _is_named(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
 
 
 def checked_influence(influence: object, rows: int, what: str) -> Tensor:
