@@ -23,6 +23,7 @@ from liveselect.callbacks.compatibility import (
     run_folder,
     warn_inside_window,
 )
+from liveselect.callbacks.conditions import conditions_of, say_changes, say_late_beginning
 from liveselect.callbacks.lines import show_lines
 from liveselect.callbacks.overhearing import Overhearing, check_overhear
 from liveselect.callbacks.progress import round_progress
@@ -106,6 +107,7 @@ class DataSelection(Callback):
         self.ahead = Ahead(pace)
         self.overhearing = Overhearing(int(overhear), self.loss_fn)
         self._random_states = RandomStates()
+        self._conditions: State = {}  # of the checkpoint until training begins
         self._session: Session | None = None  # made in setup, when the data are known
 
     # ---- state -------------------------------------------------------------------------------------------------
@@ -147,6 +149,7 @@ class DataSelection(Callback):
             "seed": self.seed,
             "settings": self._settings(),
             "global_batch": self.session.batch_of_round(),
+            "conditions": dict(self._conditions),
             "run": self.run.state_dict(),
             "overhearing": self.overhearing.state_dict(self.run),
             "random_states": self._random_states.state_dict(),
@@ -172,6 +175,7 @@ class DataSelection(Callback):
             self._random_states.load_state_dict(state_dict["random_states"])
         if changed:
             self.run.ahead = None  # measured for the round to come with other settings: it is measured again
+        self._conditions = state_dict["conditions"]
         self.session.resumed, self.session.saved_batch = True, state_dict["global_batch"]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: State) -> None:
@@ -213,7 +217,7 @@ class DataSelection(Callback):
         """Make the first plan, or continue the one of the checkpoint."""
         check_intervals(trainer)
         keep_checkpoints_out_of_windows(trainer)
-        session = self.session
+        session, resumed = self.session, self.session.resumed
         self._random_states.begin_run()
         session.run.source.before_batch = self._random_states.begin_batch
         if not session.resumed:
@@ -221,6 +225,12 @@ class DataSelection(Callback):
         session.begin_fit(trainer, pl_module, self.loss_fn)
         if self.plan is not None:
             check_rest(self.plan, session.global_batch(trainer), trainer)
+        now = conditions_of(trainer, session.run, self.every_n_steps)
+        if resumed:
+            say_changes(self._conditions, now, self.plan, session.next_begins(trainer), bool(self.ahead.pace))
+        elif trainer.global_step and self.plan is None:
+            say_late_beginning(trainer.global_step, self.warmup_rounds)
+        self._conditions = now
         with session.charged("rehearsal"), session.gate.measuring():
             session.rehearse(trainer)
         self.ahead.begin_round(session)
@@ -293,7 +303,7 @@ class DataSelection(Callback):
         self.session.stop_training()
         self.run.ledger.finished = True
         self.session.write_ledger()
-        log_end(trainer, self.run.ledger)
+        log_end(trainer, self.run.ledger, self.plan)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the signal handlers back."""

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 
 from liveselect.callbacks.clipping import clip_gradients
 from liveselect.callbacks.clock import TrainingClock
@@ -23,7 +22,6 @@ from liveselect.grammar import (
     LiveModel,
     LossFn,
     Round,
-    SelectionWarning,
     Selector,
     State,
 )
@@ -192,9 +190,15 @@ class Session:
         return trainer.global_step + left // self.global_batch(trainer)
 
     def budget(self, trainer: pl.Trainer, begins: int) -> int:
-        """Return how many candidates a round that begins at step ``begins`` trains on."""
+        """Return how many candidates are chosen for a round that begins at step ``begins``.
+
+        Those of a whole round; if training and the pass over the pool end before, as many as are trained on.
+        """
+        batch = self.global_batch(trainer)
         steps = int(min(self._every_n_steps, trainer.estimated_stepping_batches - begins))
-        return max(1, steps) * self.global_batch(trainer)
+        whole, left = self._every_n_steps * batch, max(1, steps) * batch
+        # whole also where training ends inside: a run that goes on later then trains what one long run would have
+        return whole if left == whole or self.run.can_plan(whole) else left
 
     def open_round(self, trainer: pl.Trainer, budget: int, selector: Selector | None = None) -> Round:
         """Return the round to come, as it stands at the present step."""
@@ -233,7 +237,7 @@ class Session:
             self.gate.release()
 
     def _check_place(self, trainer: pl.Trainer) -> None:
-        """Raise ValueError when the plan of a checkpoint stands elsewhere than its step; warn of another batch size."""
+        """Raise ValueError when the plan of a checkpoint stands elsewhere than its step."""
         plan, batch = self.run.plan, self.global_batch(trainer)
         if plan is None:
             return
@@ -242,11 +246,6 @@ class Session:
             return
         if batch != self.saved_batch:
             self._mixed_round = plan.round
-            rank_zero_warn(
-                f"the run is resumed with {batch} examples in an optimizer step, the checkpoint was written with "
-                f"{self.saved_batch}: rounds to come hold other candidates than those of the original run",
-                category=SelectionWarning,
-            )
             return
         trained = (trainer.global_step - self.run.ledger.rounds[-1].step) * batch
         # inside an accumulation window some batches of the step are counted already; check_rest refuses that

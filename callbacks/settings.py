@@ -91,7 +91,7 @@ def check_saved(state: State, version: int, seed: int, settings: Mapping[str, st
         )
     check_keys(
         state,
-        {"version", "seed", "settings", "global_batch", "run", "overhearing", "random_states"},
+        {"version", "seed", "settings", "global_batch", "conditions", "run", "overhearing", "random_states"},
         "entry of DataSelection",
     )
     if state["seed"] != seed:

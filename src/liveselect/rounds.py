@@ -91,6 +91,19 @@ class SelectionRun:
         """Return who chooses in a round."""
         return self.warmup if round_index < self.warmup_rounds else self.selector
 
+    def can_plan(self, budget: int) -> bool:
+        """Return whether the round to come can hold ``budget`` candidates of equal use, in the engine's order."""
+        selector = self.selector_for(self.next_round)
+        if not selector.engine_orders:
+            return False
+        eligible = self._eligible_for(selector, budget)
+        uses = self.pool.uses if eligible is None else self.pool.uses[eligible]
+        return len(uses) > 0 and int((uses == uses.min()).sum()) >= budget
+
+    def _eligible_for(self, selector: Selector, budget: int) -> Tensor | None:
+        # of the run's selector in the warm-up too: what it may never choose is not trained on before either
+        return _eligible(self.selector if selector is self.warmup else selector, self.pool, budget)
+
     def open_round(
         self,
         step: int,
@@ -108,8 +121,7 @@ class SelectionRun:
             ValueError: there are fewer than the budget.
         """
         selector = selector or self.selector_for(self.next_round)
-        # of the run's selector in the warm-up too: what it may never choose is not trained on before either
-        eligible = _eligible(self.selector if selector is self.warmup else selector, self.pool, budget)
+        eligible = self._eligible_for(selector, budget)
         candidates = self.pool.available(budget, eligible)
         leftovers = NO_IDS
         if selector.engine_orders:
