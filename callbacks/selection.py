@@ -24,7 +24,7 @@ from liveselect.callbacks.compatibility import (
     warn_inside_window,
 )
 from liveselect.callbacks.conditions import conditions_of, say_changes, say_late_beginning
-from liveselect.callbacks.lines import show_lines
+from liveselect.callbacks.lines import say_price, show_lines
 from liveselect.callbacks.overhearing import Overhearing, check_overhear
 from liveselect.callbacks.progress import round_progress
 from liveselect.callbacks.random_state import RandomStates
@@ -232,7 +232,9 @@ class DataSelection(Callback):
             say_late_beginning(trainer.global_step, self.warmup_rounds)
         self._conditions = now
         with session.charged("rehearsal"), session.gate.measuring():
-            session.rehearse(trainer)
+            price = session.rehearse(trainer)
+        if price is not None:
+            say_price(price, self.every_n_steps, self.ahead.pace.max_overhead)
         self.ahead.begin_round(session)
         if self.plan is None or self.plan.exhausted:
             self._select(trainer)

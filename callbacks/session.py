@@ -27,6 +27,7 @@ from liveselect.grammar import (
 )
 from liveselect.parts import save_part
 from liveselect.plan import Plan
+from liveselect.price import Price, price_of_round
 from liveselect.rehearsal import rehearse
 from liveselect.rounds import SelectionRun
 from liveselect.selectors import UniformSelector
@@ -204,13 +205,17 @@ class Session:
         """Return the round to come, as it stands at the present step."""
         return self.run.open_round(trainer.global_step, budget, selector=selector, device=self.model.device)
 
-    def rehearse(self, trainer: pl.Trainer) -> None:
-        """Try, small, the first round that measures."""
+    def rehearse(self, trainer: pl.Trainer) -> Price | None:
+        """Try, small, the first round that measures, and return what such a round costs if that is known."""
         run = self.run
         begins = max(self.next_begins(trainer), run.warmup_rounds * self._every_n_steps)
         needed = self.budget(trainer, begins) if begins < trainer.estimated_stepping_batches else 1
         round = self.open_round(trainer, needed, run.selector)
         rehearse(run.selector, run.estimator, self.model, round, needed)
+        if run.estimator is None or begins >= trainer.estimated_stepping_batches:
+            return None
+        examples = self._every_n_steps * self.global_batch(trainer)
+        return price_of_round(run.selector, run.estimator, self.model, round, examples)
 
     def at_step(self, round: Round, trainer: pl.Trainer) -> Round:
         """Return a round that was opened at an earlier step as it stands now."""

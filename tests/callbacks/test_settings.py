@@ -115,7 +115,7 @@ def test_what_was_measured_ahead_with_other_settings_is_measured_again(tmp_path)
     trainer = small_trainer(tmp_path, [mates(tmp_path, probes_between_steps=2)], max_steps=6)
     trainer.fit(SmallLM(), datamodule=small_data())
     trainer.save_checkpoint(tmp_path / "ahead.ckpt")
-    for changed in ({"probes": 14}, {"seed": 5}):
+    for changed in ({"probes": 10}, {"seed": 5}):
         selection = mates(tmp_path, probes_between_steps=2, **changed)
         resume(tmp_path, tmp_path / "ahead.ckpt", selection)
         assert len(selection.run.ledger.rounds[2].measured) == changed.get("probes", 12)

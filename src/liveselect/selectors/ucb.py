@@ -14,6 +14,7 @@ from liveselect.grammar import NO_IDS, Round, Selection, Selector, State
 from liveselect.pool import CandidatePool
 from liveselect.selectors.arms import Arms, OpenArms
 from liveselect.selectors.rewards import CONTROL, Rewards
+from liveselect.selectors.trial import warn_of_few
 from liveselect.selectors.uniform import uniform_selection
 
 
@@ -139,7 +140,9 @@ class UCBSelector(Selector):
     # ---- propose, observe, select --------------------------------------------------------------------------------
 
     def check(self, round: Round, budget: int) -> None:
-        """Raise what the first round would of the arms, and of the state of a checkpoint."""
+        """Raise what the first round would of the arms, and of the state of a checkpoint; warn as of few candidates."""
+        wanted = self.pulls * self.probes + self.controls
+        warn_of_few(round.pool, wanted, f"pulls={self.pulls} of probes={self.probes} and controls={self.controls}")
         self._check_arms(Arms.of(round.pool, round.seed))
         self._weigh_neighbours(round.pool)
 
