@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from liveselect.callbacks.folder import logger_folder
 from liveselect.functional.sharding import ThroughRoot, is_flat
 from liveselect.grammar import CandidateSource, LossFn, SelectionWarning, State
+from liveselect.parts import check_source
 from liveselect.plan import Plan
 
 
@@ -36,7 +37,7 @@ def find_source(trainer: pl.Trainer) -> CandidateSource:
             f"DataSelection needs a datamodule that serves candidates, got {type(source).__name__}: use "
             "trainer.fit(model, datamodule=SelectionDataModule(...)), or SelectionDataModule.wrap(your_datamodule)"
         )
-    return source
+    return check_source(source, "datamodule")
 
 
 def check_setup(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

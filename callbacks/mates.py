@@ -2,6 +2,7 @@
 
 from typing import Literal, Unpack
 
+from liveselect.arguments import check_plain
 from liveselect.callbacks.arguments import SpreadRunArguments, only
 from liveselect.callbacks.selection import DataSelection
 from liveselect.grammar import InfluenceRegressor
@@ -85,6 +86,7 @@ class MATES(DataSelection):
         warmup_rounds: int = 1,
         **run: Unpack[SpreadRunArguments],
     ) -> None:
+        check_plain(MATES, locals())
         super().__init__(
             selector=RegressionSelector(
                 regressor=EncoderRegressor("bert-base-uncased") if regressor is None else regressor,

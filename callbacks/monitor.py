@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from liveselect.arguments import check_plain
 from liveselect.callbacks.records import LogsRounds, scalars_of
 from liveselect.callbacks.selection import DataSelection
 from liveselect.decisions import rounds_in
@@ -60,6 +61,7 @@ class SelectionMonitor(Callback, LogsRounds):
         watch: Watch | None = None,
         workspace: bool = True,
     ) -> None:
+        check_plain(SelectionMonitor, locals())
         for name, value in {"examples": examples, "characters": characters, "groups": groups}.items():
             if value < 0:
                 raise ValueError(f"expected {name} of zero or more, got {value}")

@@ -18,6 +18,7 @@ from liveselect.functional.sharding import is_sharded
 from liveselect.grammar import Batch, InfluenceEstimator, LossFn, SelectionWarning, State
 from liveselect.influence.training_step import LossMean, TrainingStepScores, find_loss_mean, mean_weights
 from liveselect.losses import target_counts
+from liveselect.parts import checked_direction
 from liveselect.preserve import measuring
 from liveselect.rounds import SelectionRun
 
@@ -64,7 +65,7 @@ class Overhearing:
         plan = run.plan
         if plan is None or plan.cursor >= self.steps * global_batch or run.selector_for(plan.round) is run.warmup:
             return None
-        return None if run.estimator is None else run.estimator.direction()
+        return None if run.estimator is None else checked_direction(run.estimator)
 
     def begin(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, run: SelectionRun, global_batch: int

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+from liveselect.arguments import check_plain
 from liveselect.callbacks.arguments import RunArguments, only
 from liveselect.callbacks.selection import DataSelection
 from liveselect.grammar import InfluenceEstimator, InfluenceRegressor
@@ -85,6 +86,7 @@ class PDS(DataSelection):
         warmup_rounds: int = 0,
         **run: Unpack[RunArguments],
     ) -> None:
+        check_plain(PDS, locals())
         if scores is None:
             raise ValueError(
                 "expected scores, a file made by `liveselect score` or elsewhere, got None: pass one, or solve on the "
@@ -165,6 +167,7 @@ class LivePDS(DataSelection):
         warmup_rounds: int = 1,
         **run: Unpack[RunArguments],
     ) -> None:
+        check_plain(LivePDS, locals())
         selector = RegressionSelector(
             regressor=EncoderRegressor("bert-base-uncased") if regressor is None else regressor,
             probes=probes,

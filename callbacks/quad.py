@@ -2,6 +2,7 @@
 
 from typing import Unpack
 
+from liveselect.arguments import check_plain
 from liveselect.callbacks.arguments import RunArguments, only
 from liveselect.callbacks.overhearing import Overhearing
 from liveselect.callbacks.selection import DataSelection
@@ -101,6 +102,7 @@ class Quad(DataSelection):
         warmup_rounds: int = 5,
         **run: Unpack[RunArguments],
     ) -> None:
+        check_plain(Quad, locals())
         selector = UCBSelector(
             alpha=alpha,
             pulls=pulls,

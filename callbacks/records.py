@@ -14,6 +14,7 @@ from liveselect.decisions import carry_decisions
 from liveselect.grammar import SelectionWarning
 from liveselect.ledger import Ledger, RoundRecord, writable
 from liveselect.looking import only_looking
+from liveselect.plan import Plan
 from liveselect.rounds import SelectionRun
 
 log = logging.getLogger("liveselect")
@@ -39,10 +40,18 @@ def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:
             log.warning("ALARM (%s) in round %d, step %d: %s", alarm.kind, alarm.round, alarm.step, alarm.text)
 
 
-def log_end(trainer: pl.Trainer, ledger: Ledger) -> None:
-    """Say what selection has cost."""
+def log_end(trainer: pl.Trainer, ledger: Ledger, plan: Plan | None) -> None:
+    """Say what selection has cost, and what is left of the plan."""
     if not trainer.is_global_zero:
         return
+    if plan is not None and not plan.exhausted:
+        log.info(
+            "training ended inside a round: %d of the %d candidates of round %d were not trained on, and a run that "
+            "goes on from the last checkpoint begins with them",
+            len(plan.ids) - plan.cursor,
+            len(plan.ids),
+            plan.round,
+        )
     before = sum(ledger.before_seconds.values())
     log.info(
         "selection: %d rounds, %.1f s of selection%s beside %.1f s of training (%.1f%%)",

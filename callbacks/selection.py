@@ -8,8 +8,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from liveselect.arguments import check_plain
 from liveselect.callbacks.ahead import Ahead, Pace, check_spread
 from liveselect.callbacks.checkpoint_files import install_whole_files
 from liveselect.callbacks.compatibility import (
@@ -22,8 +24,9 @@ from liveselect.callbacks.compatibility import (
     run_folder,
     warn_inside_window,
 )
+from liveselect.callbacks.conditions import conditions_of, say_changes, say_late_beginning
 from liveselect.callbacks.folder import logger_folder
-from liveselect.callbacks.lines import show_lines
+from liveselect.callbacks.lines import say_price, show_lines
 from liveselect.callbacks.overhearing import Overhearing, check_overhear
 from liveselect.callbacks.progress import round_progress
 from liveselect.callbacks.random_state import RandomStates
@@ -94,6 +97,7 @@ class DataSelection(Callback):
         overhear: int = 0,
         training_loss_differs: bool = False,
     ) -> None:
+        check_plain(DataSelection, locals())
         pace = Pace(probes_between_steps, max_overhead)
         check_arguments(selector, estimator, every_n_steps, warmup_rounds, loss_fn)
         check_spread(estimator, pace, every_n_steps)
@@ -111,6 +115,7 @@ class DataSelection(Callback):
         self.training_loss_differs = training_loss_differs
         self._loss_check = TrainingLossCheck(training_loss_differs)
         self._random_states = RandomStates()
+        self._conditions: State = {}  # of the checkpoint until training begins
         self._session: Session | None = None  # made in setup, when the data are known
 
     # ---- state -------------------------------------------------------------------------------------------------
@@ -152,10 +157,15 @@ class DataSelection(Callback):
             "seed": self.seed,
             "settings": self._settings(),
             "global_batch": self.session.batch_of_round(),
+            "conditions": dict(self._conditions),
             "run": self.run.state_dict(),
             "overhearing": self.overhearing.state_dict(self.run),
             "random_states": self._random_states.state_dict(),
         }
+
+    # Lightning refuses two callbacks with state under one key by the name of the second, and asks for other keys; it
+    # looks behind what is wrapped, and so leaves two selections to setup, which says what to do
+    state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore the state that :meth:`state_dict` described.
@@ -173,6 +183,7 @@ class DataSelection(Callback):
             self._random_states.load_state_dict(state_dict["random_states"])
         if changed:
             self.run.ahead = None  # measured for the round to come with other settings: it is measured again
+        self._conditions = state_dict["conditions"]
         self.session.resumed, self.session.saved_batch = True, state_dict["global_batch"]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: State) -> None:
@@ -196,6 +207,7 @@ class DataSelection(Callback):
         if stage != "fit":
             return
         show_lines()
+        check_alone(trainer)
         source = find_source(trainer)
         check_setup(trainer, pl_module)
         install_whole_files(trainer)
@@ -215,7 +227,7 @@ class DataSelection(Callback):
         """Make the first plan, or continue the one of the checkpoint."""
         check_intervals(trainer)
         keep_checkpoints_out_of_windows(trainer)
-        session = self.session
+        session, resumed = self.session, self.session.resumed
         self._random_states.begin_run()
         session.run.source.before_batch = self._random_states.begin_batch
         if not session.resumed:
@@ -224,8 +236,16 @@ class DataSelection(Callback):
         self._loss_check.begin_fit()
         if self.plan is not None:
             check_rest(self.plan, session.global_batch(trainer), trainer)
+        now = conditions_of(trainer, session.run, self.every_n_steps)
+        if resumed:
+            say_changes(self._conditions, now, self.plan, session.next_begins(trainer), bool(self.ahead.pace))
+        elif trainer.global_step and self.plan is None:
+            say_late_beginning(trainer.global_step, self.warmup_rounds)
+        self._conditions = now
         with session.charged("rehearsal"), session.measuring():
-            session.rehearse(trainer)
+            price = session.rehearse(trainer)
+        if price is not None:
+            say_price(price, self.every_n_steps, self.ahead.pace.max_overhead)
         self.ahead.begin_round(session)
         if self.plan is None or self.plan.exhausted:
             self._select(trainer)
@@ -297,7 +317,7 @@ class DataSelection(Callback):
         self.session.stop_training()
         self.run.ledger.finished = True
         self.session.write_ledger()
-        log_end(trainer, self.run.ledger)
+        log_end(trainer, self.run.ledger, self.plan)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the signal handlers back, and let others have the folder."""
@@ -342,6 +362,16 @@ class DataSelection(Callback):
                 "overhear": self.overhearing.steps,
                 "reference set": None if self._session is None else self.run.source.reference_fingerprint,
             }
+        )
+
+
+def check_alone(trainer: pl.Trainer) -> None:
+    """Raise MisconfigurationException when more than one selection is among the callbacks of a Trainer."""
+    found = [type(each).__name__ for each in trainer.callbacks if isinstance(each, DataSelection)]  # type: ignore[attr-defined]
+    if len(found) > 1:
+        raise MisconfigurationException(
+            f"expected one selection in a Trainer, got {' and '.join(found)}: they would choose the same batches. Keep "
+            "one of them; a YAML file names it under `select` or among trainer.callbacks, not in both"
         )
 
 

@@ -33,6 +33,7 @@ from liveselect.grammar import (
 from liveselect.ledger import new_run_id
 from liveselect.parts import save_part
 from liveselect.plan import Plan
+from liveselect.price import Price, price_of_round
 from liveselect.rehearsal import rehearse
 from liveselect.rounds import SelectionRun
 from liveselect.selectors import UniformSelector
@@ -208,16 +209,22 @@ class Session:
         return trainer.global_step + left // self.global_batch(trainer)
 
     def budget(self, trainer: pl.Trainer, begins: int) -> int:
-        """Return how many candidates a round that begins at step ``begins`` trains on."""
+        """Return how many candidates are chosen for a round that begins at step ``begins``.
+
+        Those of a whole round; if training and the pass over the pool end before, as many as are trained on.
+        """
+        batch = self.global_batch(trainer)
         steps = int(min(self._every_n_steps, trainer.estimated_stepping_batches - begins))
-        return max(1, steps) * self.global_batch(trainer)
+        whole, left = self._every_n_steps * batch, max(1, steps) * batch
+        # whole also where training ends inside: a run that goes on later then trains what one long run would have
+        return whole if left == whole or self.run.can_plan(whole) else left
 
     def open_round(self, trainer: pl.Trainer, budget: int, selector: Selector | None = None) -> Round:
         """Return the round to come, as it stands at the present step."""
         return self.run.open_round(trainer.global_step, budget, selector=selector, device=self.model.device)
 
-    def rehearse(self, trainer: pl.Trainer) -> None:
-        """Try, small, the first round that measures."""
+    def rehearse(self, trainer: pl.Trainer) -> Price | None:
+        """Try, small, the first round that measures, and return what such a round costs if that is known."""
         run = self.run
         begins = max(self.next_begins(trainer), run.warmup_rounds * self._every_n_steps)
         needed = self.budget(trainer, begins) if begins < trainer.estimated_stepping_batches else 1
@@ -226,6 +233,10 @@ class Session:
         if changed is not None and run.disabled is None:
             run.disabled = changed
             rank_zero_warn(changed, category=SelectionWarning)
+        if run.estimator is None or begins >= trainer.estimated_stepping_batches:
+            return None
+        examples = self._every_n_steps * self.global_batch(trainer)
+        return price_of_round(run.selector, run.estimator, self.model, round, examples)
 
     def at_step(self, round: Round, trainer: pl.Trainer) -> Round:
         """Return a round that was opened at an earlier step as it stands now."""
@@ -252,7 +263,7 @@ class Session:
             self.gate.release()
 
     def _check_place(self, trainer: pl.Trainer) -> None:
-        """Raise ValueError when the plan of a checkpoint stands elsewhere than its step; warn of another batch size."""
+        """Raise ValueError when the plan of a checkpoint stands elsewhere than its step."""
         plan, batch = self.run.plan, self.global_batch(trainer)
         if plan is None:
             return
@@ -261,11 +272,6 @@ class Session:
             return
         if batch != self.saved_batch:
             self._mixed_round = plan.round
-            rank_zero_warn(
-                f"the run is resumed with {batch} examples in an optimizer step, the checkpoint was written with "
-                f"{self.saved_batch}: rounds to come hold other candidates than those of the original run",
-                category=SelectionWarning,
-            )
             return
         trained = (trainer.global_step - self.run.ledger.rounds[-1].step) * batch
         # inside an accumulation window some batches of the step are counted already; check_rest refuses that

@@ -22,8 +22,9 @@ def check_arguments(
         raise ValueError(f"expected every_n_steps of at least one optimizer step, got {every_n_steps}")
     if not isinstance(warmup_rounds, int) or warmup_rounds < 0:
         raise ValueError(f"expected warmup_rounds of zero or more, got {warmup_rounds}")
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"expected loss_fn to be a function (module, batch) -> (B,) losses, got {loss_fn!r}")
+    if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
+        hint = f": pass {loss_fn.__name__}(...)" if isinstance(loss_fn, type) else ""
+        raise TypeError(f"expected loss_fn to be a function (module, batch) -> (B,) losses, got {loss_fn!r}{hint}")
     check_part(selector, Selector, "selector")
     if estimator is not None:
         check_part(estimator, InfluenceEstimator, "estimator")
@@ -90,7 +91,7 @@ def check_saved(state: State, version: int, seed: int, settings: Mapping[str, st
         )
     check_keys(
         state,
-        {"version", "seed", "settings", "global_batch", "run", "overhearing", "random_states"},
+        {"version", "seed", "settings", "global_batch", "conditions", "run", "overhearing", "random_states"},
         "entry of DataSelection",
     )
     if state["seed"] != seed:

@@ -56,8 +56,9 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         Raises:
             ValueError: the pool is smaller than a global batch, the reference set is empty or inside the pool, or token
                 ids exceed the model's vocabulary.
-            TypeError: the pool or the reference set is of an unknown kind.
+            TypeError: the pool or the reference set is of an unknown kind, or a callback is a class.
         """
+        refuse_classes(self.trainer)
         with isolate_rng(include_cuda=False):  # datasets may draw when they are read, and training must not change
             if stage == "fit":
                 began = time.perf_counter()
@@ -170,3 +171,15 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         if self._served is not None:
             self._served.close()
         self.before_batch = None
+
+
+def refuse_classes(trainer: pl.Trainer | None) -> None:
+    """Raise TypeError when a class is among the callbacks of a Trainer, where an object belongs."""
+    callbacks: list[object] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, type):
+            callbacks.remove(callback)  # or Lightning calls its on_exception, whose error hides this one
+            raise TypeError(
+                f"expected objects among the callbacks of the Trainer, got the class {callback.__name__}: write "
+                f"{callback.__name__}(...)"
+            )

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from liveselect.arguments import check_plain
 from liveselect.datamodules.datamodule import ServedDataModule
 from liveselect.datamodules.opening import OpenedRows, open_source, open_tokenizer
 from liveselect.datamodules.reference import ReferenceSet
@@ -46,6 +47,7 @@ class SelectionDataModule(ServedDataModule):
         collate_fn: Collate | None = None,
         **settings: Any,
     ) -> None:
+        check_plain(SelectionDataModule, locals())
         if isinstance(pool, pl.LightningDataModule):
             name = type(pool).__name__
             raise TypeError(

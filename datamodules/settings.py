@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 
+from liveselect.arguments import check_plain
 from liveselect.datamodules.reference import ReferenceSet
 
 OnOverlap = Literal["refuse", "drop", "allow"]
@@ -57,6 +58,7 @@ class ServingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_plain(ServingSettings, vars(self))
         sizes = {
             "batch_size": self.batch_size,
             "probe_batch_size": self.probe_batch_size,

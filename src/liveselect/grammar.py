@@ -397,7 +397,8 @@ class Around(Selector):
 
     def __init__(self, selector: Selector) -> None:
         if not isinstance(selector, Selector):
-            raise TypeError(f"expected a Selector inside {type(self).__name__}, got {selector!r}")
+            right = f"{selector.__name__}(...)" if isinstance(selector, type) else "an object that inherits from it"
+            raise TypeError(f"expected a Selector inside {type(self).__name__}, got {selector!r}: pass {right}")
         self.selector = selector
         # what either of the two declares holds for both
         self.needs_estimator = type(self).needs_estimator or selector.needs_estimator

@@ -19,7 +19,7 @@ from liveselect.grammar import (
     Selector,
 )
 from liveselect.losses import target_counts
-from liveselect.parts import checked_influence, fit_metrics
+from liveselect.parts import checked_direction, checked_influence, fit_metrics
 from liveselect.plan import Plan
 from liveselect.preserve import changed_since, listen, measuring
 
@@ -115,6 +115,7 @@ def _measure(estimator: InfluenceEstimator, model: LiveModel, round: Round) -> N
     fit_metrics(estimator, model, round)
     rows, name = len(batch["input_ids"]), type(estimator).__name__
     checked_influence(estimator.score(model, batch), rows, f"{name}.score")
+    checked_direction(estimator)
     if estimator.at_once:
         ids = round.candidates[:rows]
         checked_influence(estimator.score_ids(model, round, ids), len(ids), f"{name}.score_ids")

@@ -23,7 +23,7 @@ from liveselect.grammar import (
 from liveselect.ledger import Example, Histogram, Ledger, RoundRecord, writable
 from liveselect.looking import only_looking
 from liveselect.measurement import Measurement
-from liveselect.parts import check_keys, restore_part, save_part
+from liveselect.parts import check_keys, check_source, restore_part, save_part
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool, split_by_use
 from liveselect.preserve import measuring
@@ -77,6 +77,9 @@ class SelectionRun:
     interrupted: Callable[[], bool] = lambda: False
     disabled: str | None = None
 
+    def __post_init__(self) -> None:
+        check_source(self.source, "source")
+
     @property
     def pool(self) -> CandidatePool:
         """The candidates."""
@@ -96,6 +99,19 @@ class SelectionRun:
         """Return who chooses in a round."""
         return self.warmup if round_index < self.warmup_rounds else self.selector
 
+    def can_plan(self, budget: int) -> bool:
+        """Return whether the round to come can hold ``budget`` candidates of equal use, in the engine's order."""
+        selector = self.selector_for(self.next_round)
+        if not selector.engine_orders:
+            return False
+        eligible = self._eligible_for(selector, budget)
+        uses = self.pool.uses if eligible is None else self.pool.uses[eligible]
+        return len(uses) > 0 and int((uses == uses.min()).sum()) >= budget
+
+    def _eligible_for(self, selector: Selector, budget: int) -> Tensor | None:
+        # of the run's selector in the warm-up too: what it may never choose is not trained on before either
+        return _eligible(self.selector if selector is self.warmup else selector, self.pool, budget)
+
     def open_round(
         self,
         step: int,
@@ -113,8 +129,7 @@ class SelectionRun:
             ValueError: there are fewer than the budget.
         """
         selector = selector or self.selector_for(self.next_round)
-        # of the run's selector in the warm-up too: what it may never choose is not trained on before either
-        eligible = _eligible(self.selector if selector is self.warmup else selector, self.pool, budget)
+        eligible = self._eligible_for(selector, budget)
         candidates = self.pool.available(budget, eligible)
         leftovers = NO_IDS
         if selector.engine_orders:

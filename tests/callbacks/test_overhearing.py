@@ -14,6 +14,7 @@ from liveselect.datamodules import SelectionDataModule
 from liveselect.functional.flops import forward_flops
 from liveselect.functional.gradients import example_dot
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence
+from liveselect.influence.training_step import TrainingStepScores
 from liveselect.ledger import Ledger
 from liveselect.preserve import measuring
 from liveselect.regressors import HashedRidgeRegressor
@@ -104,6 +105,26 @@ def test_only_the_first_steps_of_a_round_are_heard_on_request(tmp_path):
     ledger = fit(tmp_path, chosen, measured)
     firsts = {record.step: record.overheard for record in ledger.rounds[1:]}
     assert firsts == {step: measured.ids[step] for step in (3, 6)}
+
+
+def test_a_direction_that_is_none_ends_the_run_with_a_sentence_where_it_is_asked_for(tmp_path):
+    class Later(FirstOrderInfluence):
+        """Cannot be tried before training starts."""
+
+        rehearsed = False
+
+        def direction(self):
+            return torch.ones(3)
+
+    chosen = DataSelection(PriorSelector(regression(), torch.arange(120.0), ratio=1.0), Later(), 3, overhear=1)
+    with pytest.raises(TypeError, match=r"expected Later\.direction to return a mapping .*, got an object of Tensor"):
+        fit(tmp_path, chosen)
+
+
+@pytest.mark.parametrize("direction", [torch.ones(3), {"model.embed_out.weight": 3.0}])
+def test_scores_of_a_training_step_refuse_a_direction_that_is_none(direction):
+    with pytest.raises(TypeError, match="expected a direction"):
+        TrainingStepScores(SmallLM(), direction)
 
 
 def test_a_regressor_learns_from_what_was_heard_also_behind_a_prior(tmp_path):

@@ -115,7 +115,7 @@ def test_what_was_measured_ahead_with_other_settings_is_measured_again(tmp_path)
     trainer = small_trainer(tmp_path, [mates(tmp_path, probes_between_steps=2)], max_steps=6)
     trainer.fit(SmallLM(), datamodule=small_data())
     trainer.save_checkpoint(tmp_path / "ahead.ckpt")
-    for changed in ({"probes": 14}, {"seed": 5}):
+    for changed in ({"probes": 10}, {"seed": 5}):
         selection = mates(tmp_path, probes_between_steps=2, **changed)
         resume(tmp_path, tmp_path / "ahead.ckpt", selection)
         assert len(selection.run.ledger.rounds[2].measured) == changed.get("probes", 12)
@@ -126,7 +126,9 @@ def test_what_was_measured_ahead_with_other_settings_is_measured_again(tmp_path)
     [
         ({"every_n_steps": 1, "max_overhead": 0.1}, ValueError, "no steps between which a round could be measured"),
         ({"loss_fn": 3}, TypeError, "expected loss_fn to be a function"),
-        ({"every_n_steps": True}, ValueError, "every_n_steps of at least one"),
+        ({"loss_fn": HashedRidgeRegressor}, TypeError, r"pass HashedRidgeRegressor\(...\)"),
+        ({"every_n_steps": True}, TypeError, "expected every_n_steps of MATES to be a number, got True"),
+        ({"every_n_steps": 0}, ValueError, "every_n_steps of at least one"),
         ({"regressor": 0}, TypeError, "regressor to inherit from"),
     ],
 )

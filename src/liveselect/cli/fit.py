@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from liveselect.callbacks import DataSelection, SelectionMonitor
 from liveselect.callbacks.compatibility import check_setup, run_folder
 from liveselect.callbacks.lines import show_lines
+from liveselect.callbacks.selection import check_alone
 from liveselect.cli.bars import bar_for
 from liveselect.cli.old_files import refuse_old_files
 
@@ -70,6 +71,7 @@ class SelectionCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse what selection cannot work with before a logger opens a run."""
         trainer = self.trainer
+        check_alone(trainer)
         if isinstance(trainer.strategy, ModelParallelStrategy):  # it has no mesh yet; the callback checks it later
             return
         if any(isinstance(each, DataSelection) for each in trainer.callbacks):  # type: ignore[attr-defined]

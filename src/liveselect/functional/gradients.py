@@ -156,9 +156,17 @@ def mean_gradient(
 def match_direction(
     model: nn.Module, direction: Mapping[str, Tensor | None]
 ) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-    """Return the parameters that a direction moves, and the direction's tensors on their devices, both by name."""
+    """Return the parameters that a direction moves, and the direction's tensors on their devices, both by name.
+
+    Raises:
+        TypeError: the direction is no mapping of names to tensors.
+        ValueError: unknown names, shapes that do not fit, one tied parameter twice, or none.
+    """
+    given: object = direction
+    if not isinstance(given, Mapping):
+        raise TypeError(f"expected a direction as a mapping of parameter names to tensors, got {type(given).__name__}")
     known = dict(model.named_parameters(remove_duplicate=False))
-    unknown = sorted(set(direction) - set(known))
+    unknown = sorted(map(str, set(direction) - set(known)))
     if unknown:
         raise ValueError(f"the direction names parameters that the model does not have: {unknown}")
     parameters: dict[str, nn.Parameter] = {}
@@ -166,6 +174,9 @@ def match_direction(
     for name, value in direction.items():
         if value is None:
             continue
+        its_value: object = value
+        if not isinstance(its_value, Tensor):
+            raise TypeError(f"expected a direction's {name!r} to be a tensor, got {type(its_value).__name__}")
         parameter = known[name]
         if value.shape != parameter.shape:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from liveselect.arguments import check_plain
 from liveselect.functional.differences import central_difference_dot
 from liveselect.functional.gradients import forward_mode_dot, plan_products
 from liveselect.functional.slopes import step_slope
@@ -121,6 +122,7 @@ class FirstOrderInfluence(InfluenceEstimator):
         difference: float | None = None,
         reference_precision: Precision = "float32",
     ) -> None:
+        check_plain(FirstOrderInfluence, locals())
         self.engine: Engine = engine
         self.gradient_at: GradientAt = gradient_at
         self.step: StepSize = step

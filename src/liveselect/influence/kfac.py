@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from liveselect import distributed
+from liveselect.arguments import check_plain
 from liveselect.functional.factors import (
     MatrixLayer,
     Seen,
@@ -92,6 +93,7 @@ class KFACInfluence(InfluenceEstimator):
         factors_every: int = 5,
         reference_every: int = 1,
     ) -> None:
+        check_plain(KFACInfluence, locals())
         for name, value, allowed in (
             ("curvature", curvature, get_args(Variant)),
             ("labels", labels, get_args(Labels)),

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from liveselect.arguments import check_plain
 from liveselect.functional.flops import forward_flops
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, on_device
 from liveselect.influence.reference import Precision, ReferencePass, require_finite, split_rows
@@ -58,6 +59,7 @@ class OneStepInfluence(InfluenceEstimator):
     """
 
     def __init__(self, step: StepSize = "published", reference_precision: Precision = "float32") -> None:
+        check_plain(OneStepInfluence, locals())
         for name, value, allowed in (
             ("step", step, get_args(StepSize)),
             ("reference_precision", reference_precision, get_args(Precision)),

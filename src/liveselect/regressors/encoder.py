@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
+from liveselect.arguments import check_plain
 from liveselect.distributed import rank
 from liveselect.grammar import Batch, InfluenceRegressor, Round, State
 from liveselect.regressors.encoder_model import (
@@ -84,6 +85,7 @@ class EncoderRegressor(InfluenceRegressor):
         tokens_per_forward: int = 16_384,
         precision: Precision = "auto",
     ) -> None:
+        check_plain(EncoderRegressor, locals())
         counts = {"epochs": epochs, "batch_size": batch_size, "evaluations": evaluations, "max_tokens": max_tokens}
         limits = {"chunk_tokens": chunk_tokens, "tokens_per_forward": tokens_per_forward}
         for name, value in {**counts, **limits}.items():

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from liveselect.arguments import check_plain
 from liveselect.functional.correlation import spearman
 from liveselect.functional.ngrams import hashed_ngrams
 from liveselect.functional.ridge import fit_ridge
@@ -35,6 +36,7 @@ class HashedRidgeRegressor(InfluenceRegressor):
     """
 
     def __init__(self, buckets: int = 2**14) -> None:
+        check_plain(HashedRidgeRegressor, locals())
         hashed_ngrams(torch.zeros(1, 1, dtype=torch.int64), buckets)  # refuses a wrong number now, not in a round
         self.buckets = buckets
         self._weights: Tensor | None = None

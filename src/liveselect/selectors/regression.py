@@ -1,18 +1,19 @@
 """Regression selection: measure a few candidates, learn to predict the rest, draw by predicted influence."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from liveselect.arguments import check_plain
 from liveselect.distributed import gather_objects, gather_shards, shard
 from liveselect.functional.sampling import Noise as DrawnNoise
 from liveselect.functional.sampling import gumbel_topk, released_bottomk, uniform_subset
 from liveselect.grammar import MIN_MEASUREMENTS, NO_IDS, InfluenceRegressor, Round, Selection, Selector, State
 from liveselect.parts import check_part, restore_part, save_part
-from liveselect.selectors.trial import check_predictions, try_regressor
+from liveselect.selectors.trial import check_predictions, try_regressor, warn_of_few
 from liveselect.selectors.uniform import uniform_selection
 
 Noise = Literal["gumbel_topk", "released_bottomk"]
@@ -79,6 +80,7 @@ class RegressionSelector(Selector):
         standardize: bool = False,
         min_spearman: float | None = 0.0,
     ) -> None:
+        check_plain(RegressionSelector, locals())
         if probes < MIN_MEASUREMENTS:
             raise ValueError(f"expected at least {MIN_MEASUREMENTS} probes in a round to learn from, got {probes}")
         if not 0.0 < ratio <= 1.0:
@@ -99,7 +101,8 @@ class RegressionSelector(Selector):
         self._captured = _Found()  # from training steps since the last round
 
     def check(self, round: Round, budget: int) -> None:
-        """Try the regressor on few candidates, before anything is measured."""
+        """Try the regressor on few candidates, before anything is measured; warn of more probes than candidates."""
+        warn_of_few(round.pool, self.probes, f"probes={self.probes}")
         try_regressor(self.regressor, round)
 
     def propose(self, round: Round) -> Tensor:
@@ -127,6 +130,13 @@ class RegressionSelector(Selector):
         Raises:
             ValueError: the regressor returned another number of predictions than it was given candidates.
         """
+        selection = self._choose(round, budget)
+        if (number := len(round.candidates)) >= self.probes:
+            return selection
+        few = f"no more than {number} candidates could be measured in this round, fewer than probes={self.probes}"
+        return replace(selection, notes=(few, *selection.notes))
+
+    def _choose(self, round: Round, budget: int) -> Selection:
         # used once: another run may use this selector next
         measured, captured = self._measured, self._captured
         self._asked, self._measured, self._captured = -1, _Found(), _Found()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liveselect.arguments import check_plain
 from liveselect.cost import added
 from liveselect.functional.sampling import Noise, uniform_subset
 from liveselect.grammar import Around, CostByPhase, Round, Selection, Selector, State
@@ -61,6 +62,7 @@ class ScoredSelector(Selector):
         column: str = "score",
         repeat: bool = True,
     ) -> None:
+        check_plain(ScoredSelector, locals())
         self._table = ScoreTable(scores, column, groups, standardize)
         for value in (temperature, temperature if final_temperature is None else final_temperature):
             self._table.check(ratio, value)
@@ -189,6 +191,7 @@ class PriorSelector(Around):
         column: str = "score",
         repeat: bool = True,
     ) -> None:
+        check_plain(PriorSelector, locals())
         super().__init__(check_part(selector, Selector, "selector"))
         self._table = ScoreTable(scores, column, groups, standardize)
         self._table.check(ratio, temperature)

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from liveselect.arguments import check_plain
 from liveselect.functional.bandit import allocate, neighbour_weights, top_arms
 from liveselect.functional.sampling import uniform_subset
 from liveselect.grammar import NO_IDS, Round, Selection, Selector, State
 from liveselect.pool import CandidatePool
 from liveselect.selectors.arms import Arms, OpenArms
 from liveselect.selectors.rewards import CONTROL, Rewards
+from liveselect.selectors.trial import warn_of_few
 from liveselect.selectors.uniform import uniform_selection
 
 
@@ -104,6 +106,7 @@ class UCBSelector(Selector):
         cutoff: float | None = 0.2,
         released: bool = False,
     ) -> None:
+        check_plain(UCBSelector, locals())
         if alpha < 0:
             raise ValueError(f"expected alpha, the width of the confidence bound, of at least 0, got {alpha}")
         for name, value in {"pulls": pulls, "at_once": at_once, "probes": probes, "arms": arms}.items():
@@ -137,7 +140,9 @@ class UCBSelector(Selector):
     # ---- propose, observe, select --------------------------------------------------------------------------------
 
     def check(self, round: Round, budget: int) -> None:
-        """Raise what the first round would of the arms, and of the state of a checkpoint."""
+        """Raise what the first round would of the arms, and of the state of a checkpoint; warn as of few candidates."""
+        wanted = self.pulls * self.probes + self.controls
+        warn_of_few(round.pool, wanted, f"pulls={self.pulls} of probes={self.probes} and controls={self.controls}")
         self._check_arms(Arms.of(round.pool, round.seed))
         self._weigh_neighbours(round.pool)
 

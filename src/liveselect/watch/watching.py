@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from liveselect import distributed
+from liveselect.arguments import check_plain
 from liveselect.decisions import rounds_in
 from liveselect.decisions.diff import compare_rounds
 from liveselect.functional.correlation import spearman
@@ -87,6 +88,7 @@ class Watch:
         canaries: int = 2,
         passage: int = 32,
     ) -> None:
+        check_plain(Watch, locals())
         if not -1.0 <= flip <= 0.0:
             raise ValueError(f"expected flip, a rank correlation, in -1..0, got {flip}")
         if not 0.0 < max_share <= 1.0:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from liveselect import distributed
+from liveselect.arguments import check_plain
 from liveselect.functional.adjoint import Dynamics
 from liveselect.functional.differences import central_difference_dots, parameters_kept
 from liveselect.functional.flops import forward_flops
@@ -104,6 +105,7 @@ class PMPInfluence(InfluenceEstimator):
         snapshot_every: int | None = None,
         directory: str | Path | None = None,
     ) -> None:
+        check_plain(PMPInfluence, locals())
         self.steps = steps
         self.score_every = score_every
         self.dynamics: DynamicsKind = dynamics
