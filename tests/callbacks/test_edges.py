@@ -190,9 +190,7 @@ def test_every_run_of_a_logger_has_a_ledger_of_its_own_beside_its_checkpoints(tm
     ],
     ids=["in the middle of a round", "at the end of a round", "where both are divided"],
 )
-def test_a_resume_with_steps_that_do_not_fit_its_place_is_refused_at_the_start(
-    tmp_path, every_n_steps, window, message
-):
+def test_a_resume_with_steps_that_do_not_fit_its_place_is_refused_at_the_start(tmp_path, steps, every, window, message):
     first = DataSelection(UniformSelector(), every_n_steps=every, dirpath=tmp_path)
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}")
     small_trainer(tmp_path, [first, keep], max_steps=steps).fit(SmallLM(), datamodule=small_data())
