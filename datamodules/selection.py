@@ -1,6 +1,5 @@
 """SelectionDataModule: serves candidates, the reference set, and the batches of the plan."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -39,7 +38,7 @@ class SelectionDataModule(ServedDataModule):
 
     def __init__(
         self,
-        pool: str | Path | Any,
+        pool: str | Any,  # a Path is one of any; named here it would be the form in which YAML saves a dataset's class
         reference: str | ReferenceSet | Any,
         batch_size: int,
         *,
@@ -57,6 +56,11 @@ class SelectionDataModule(ServedDataModule):
             )
         if batch_size is None:
             raise ValueError("expected batch_size, the rows in the training batch of one rank")
+        for name, value in {"pool": pool, "reference": reference}.items():
+            if isinstance(value, type):
+                raise TypeError(
+                    f"expected {name} to be an object, got the class {value.__name__}: pass {value.__name__}(...)"
+                )
         super().__init__(ServingSettings(reference, batch_size, **settings))
         self._source = pool
         self._num_workers = num_workers

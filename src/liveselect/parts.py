@@ -203,9 +203,10 @@ def restore_part(part: Part | None, saved: State | None, role: str) -> None:
     found, expected = None if part is None else type(part).__name__, None if saved is None else saved["class"]
     if found != expected:
         if (saved is not None and saved["state"]) or (part is not None and part.state_dict()):
+            held = f"no {role}" if expected is None else f"the state of the {role} {expected}"
             raise ValueError(
-                f"the checkpoint holds the state of the {role} {expected}, but this run uses {found}: resume with the "
-                f"{role} that the run began with, or start a new run"
+                f"the checkpoint holds {held}, but this run uses {found or 'none'}: resume with the {role} that the "
+                "run began with, or start a new run"
             )
     elif part is not None and saved is not None:
         part.load_state_dict(saved["state"])

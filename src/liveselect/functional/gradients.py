@@ -58,15 +58,30 @@ def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None], whol
     Raises:
         ValueError: unknown names, shapes that do not fit, or parameters that no rule covers.
     """
+    plan, uncovered = sort_layers(model, direction, whole)
+    if uncovered:
+        names = sorted({name for _, own in uncovered for name in own})
+        raise ValueError(
+            f"no rule gives the gradients of single examples for parameters {names}: their modules hold other layers, "
+            "or mix the examples of a batch. Leave them out (exclude=[...]), or measure with "
+            'engine="central_difference"'
+        )
+    return plan
+
+
+def sort_layers(
+    model: nn.Module, direction: Mapping[str, Tensor | None], whole: Gather = _as_it_is
+) -> tuple[LayerPlan, list[tuple[str, list[str]]]]:
+    """Return the layers that have rules as a plan, and the others with their parameters."""
     parameters, values = match_direction(model, direction)
     observers: dict[str, Observer] = {}
     holders: dict[str, list[str]] = {name: [] for name in parameters}
     opaque: set[str] = set()
-    uncovered: list[str] = []
+    uncovered: list[tuple[str, list[str]]] = []
     for module_name, module, own in _owners(model, parameters):
         rule = rule_for(module)
         if rule is None:
-            uncovered += own.values()
+            uncovered.append((module_name, list(own.values())))
             continue
         moves = {its_name: values[name] for its_name, name in own.items()}
         observers[module_name] = _bind(rule, module, moves, whole)
@@ -74,13 +89,8 @@ def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None], whol
             holders[name].append(module_name)
         if rule is any_dot:
             opaque.update(own.values())
-    if uncovered:
-        raise ValueError(
-            f"no rule gives the gradients of single examples for parameters {sorted(set(uncovered))}: their modules "
-            "hold other layers, or mix the examples of a batch. Leave them out of the direction (exclude), or use "
-            "central_difference_dot or forward_mode_dot"
-        )
-    return LayerPlan(observers, parameters, {n: tuple(h) for n, h in holders.items()}, frozenset(opaque), model)
+    plan = LayerPlan(observers, parameters, {n: tuple(h) for n, h in holders.items()}, frozenset(opaque), model)
+    return plan, uncovered
 
 
 def forward_mode_dot(model: nn.Module, loss_fn: LossFn[T], batch: T, direction: Mapping[str, Tensor | None]) -> Tensor:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from liveselect.arguments import check_plain
+from liveselect.functional.coverage import Hidden, patterns
 from liveselect.functional.differences import central_difference_dot
 from liveselect.functional.gradients import forward_mode_dot, plan_products
 from liveselect.functional.slopes import step_slope
-from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, Round, State
+from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, State
 from liveselect.influence.direction import Direction
+from liveselect.influence.hidden import names_in, refuse_hidden, warn_of_share
 from liveselect.influence.one_step import (
     Probe,
     StepSize,
@@ -148,6 +150,27 @@ class FirstOrderInfluence(InfluenceEstimator):
         """
         toward = self._fitted.toward if self._fitted else None
         return toward.values if isinstance(toward, Direction) else None
+
+    def check(self, model: LiveModel, round: Round) -> None:
+        """Raise ValueError for layers without a rule, all at once; warn where little of the model is measured."""
+        model.view.refuse_flat(type(self).__name__)
+        parameters = self._parameters(model)
+        sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+        trained = sum(parameter.numel() for parameter in trainable_parameters(model.optimizer))
+
+        def advice(hidden: list[Hidden]) -> str:
+            names = names_in(hidden)
+            left = (sum(sizes.values()) - sum(sizes[name] for name in names)) / trained
+            return (
+                'Measure with engine="central_difference", which takes any module, or leave them out with '
+                f"exclude={[*self.exclude, *patterns(names)]}, and measure the other {left:.0%} of the parameters"
+            )
+
+        if self.engine == "hooks":
+            with model.autocast():
+                refuse_hidden(model, round, sizes.keys(), 'engine="hooks"', advice)
+        way_out = 'exclude less, with engine="central_difference" if need be'
+        warn_of_share(type(self).__name__, sum(sizes.values()) / trained, way_out)
 
     def fit(self, model: LiveModel, round: Round) -> Mapping[str, float]:
         """Take the reference gradient, and pull it through the optimizer.
@@ -303,9 +326,15 @@ class FirstOrderInfluence(InfluenceEstimator):
             least = torch.finfo(amplitude.dtype).tiny ** 0.5  # its square is still above zero in float64
             slope = step_slope(model.optimizer, parameter, amplitude.clamp(min=least))
             parts[name] = (-kept / rate * slope * view.local(gradient[name])).to(parameter.dtype)
+        reached = view.sum(torch.stack([(view.local(gradient[name]) != 0).any() for name in parts]).double())
         moves = view.sum(torch.stack([(part != 0).any() for part in parts.values()]).double()).tolist()
         spread = view.spread(parts, parameters)
         direction = {name: value for (name, value), any_ in zip(spread.items(), moves, strict=True) if any_}
+        if not direction and reached.any():
+            raise NotMeasurableError(
+                f"a step of {type(model.optimizer).__name__} on these gradients moves no parameter: some optimizers "
+                "only initialise themselves in their first step. Measure from a later one on (warmup_rounds)"
+            )
         if not direction:
             raise ValueError(
                 "the reference loss does not change with any parameter that is measured: expected loss_fn to compute "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from liveselect import distributed
 from liveselect.arguments import check_plain
+from liveselect.functional.coverage import Hidden, patterns
 from liveselect.functional.factors import (
     MatrixLayer,
     Seen,
@@ -23,6 +24,7 @@ from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurab
 from liveselect.influence.blocks import Blocks, Variant
 from liveselect.influence.direction import Direction
 from liveselect.influence.fisher import Labels, active_tokens, with_sampled_labels
+from liveselect.influence.hidden import refuse_hidden, warn_of_share
 from liveselect.influence.matrices import find_matrix_layers
 from liveselect.influence.reference import ReferencePass, batch_flops, require_finite
 from liveselect.losses import target_counts
@@ -168,8 +170,27 @@ class KFACInfluence(InfluenceEstimator):
         }
 
     def check(self, model: LiveModel, round: Round) -> None:
-        """Raise the errors of :meth:`fit` about layers, without measuring or factoring curvature."""
-        self._layers(model, ReferencePass.load(model, round))
+        """Raise the errors of :meth:`fit` about layers, all at once; warn where these are little of the model."""
+        layers = self._layers(model, ReferencePass.load(model, round))
+        sizes = {name: p.numel() for name, p in model.module.named_parameters(remove_duplicate=False)}
+        names = [name for layer in layers for name in layer.parameters]
+
+        def advice(hidden: list[Hidden]) -> str:
+            found = patterns(each.module for each in hidden)
+            return (
+                f"Leave them out with exclude={[*self.exclude, *found]}, or take "
+                'FirstOrderInfluence(engine="central_difference"), which takes any module'
+            )
+
+        with model.autocast():
+            refuse_hidden(model, round, names, type(self).__name__, advice)
+        trained = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
+        warn_of_share(
+            type(self).__name__,
+            sum(sizes[name] for name in names) / trained,
+            "it has factors for linear layers only, and for no embedding, output head or fused layer of experts. "
+            "FirstOrderInfluence measures all of them",
+        )
 
     def score(self, model: LiveModel, batch: Batch) -> Tensor:
         """Return the influence of each example, ``(B,)``; NaN where it is not finite."""

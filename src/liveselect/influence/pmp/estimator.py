@@ -18,6 +18,7 @@ from liveselect.functional.flops import forward_flops
 from liveselect.functional.gradients import example_dot
 from liveselect.functional.updates import Vector
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round
+from liveselect.influence.hidden import refuse_hidden
 from liveselect.influence.pmp.dynamics import live_dynamics, moving_parameters, sgd_dynamics
 from liveselect.influence.pmp.unroll import HessianKind, Unroll, Weighting, load_parameters, pair_name, unrolled_ids
 from liveselect.influence.pmp.vault import DiskVault, Vault, to_device
@@ -189,8 +190,13 @@ class PMPInfluence(InfluenceEstimator):
         self._solved = None
 
     def check(self, model: LiveModel, round: Round) -> None:
-        """Raise the errors of :meth:`fit` that show without an unroll."""
-        self._dynamics(model, self._parameters(model))
+        """Raise the errors of :meth:`fit` and :meth:`score` that show without an unroll."""
+        parameters = self._parameters(model)
+        if self.products == "exact":
+            helps = 'Measure with products="central_difference", which takes any module'
+            with model.autocast() if self.product_precision == "training" else model.full_precision():
+                refuse_hidden(model, round, parameters.keys(), 'products="exact"', lambda hidden: helps)
+        self._dynamics(model, parameters)
 
     def score(self, model: LiveModel, batch: Batch) -> Tensor:
         """Return the influence of each example, ``(B,)``; NaN where a loss or a gradient is not finite."""

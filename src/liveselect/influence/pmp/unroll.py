@@ -166,10 +166,11 @@ class Unroll:
         close = central_difference_product(model, loss_fn, batches[:1], vector)
         self._charge(sum(_FORWARDS_PER_PRODUCT.values()), batches[:1])
         error = float(norm({name: exact[name] - close[name] for name in exact}) / norm(close).clamp(min=1e-30))
-        if error > _MAX_CURVATURE_ERROR[next(iter(vector.values())).dtype]:
+        dtype = next(iter(vector.values())).dtype
+        if error > _MAX_CURVATURE_ERROR[dtype]:
             raise RuntimeError(
-                f"two ways to find the curvature of the training loss differ by {error:.0%}: the model has a part that "
-                "cannot be differentiated twice (a custom kernel), or a loss with jumps. Use "
+                f"two ways to find the curvature of the training loss differ by {error:.2g} of it, where rounding in "
+                f"{dtype} explains {_MAX_CURVATURE_ERROR[dtype]:g}: {_likely_reason(model, dtype, error)}. Use "
                 'hessian="central_difference"'
             )
 
@@ -233,6 +234,25 @@ def load_parameters(model: LiveModel, parameters: Mapping[str, nn.Parameter], va
     with torch.no_grad():
         torch._foreach_copy_(live, [values[name] for name in parameters])
     torch.clear_autocast_cache()  # casts of the weights before this would be used again
+
+
+def _likely_reason(model: nn.Module, dtype: torch.dtype, error: float) -> str:
+    """Return why a second derivative may differ from the change of the first."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append(name)
+    for name, module in model.named_modules():
+        others = [other for other in holders.get(id(module._parameters.get("weight")), []) if other != name]
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and others:
+            return (
+                f"{others[0]!r} is tied to the embedding {name!r}, whose backward leaves the row of its "
+                f"padding_idx={module.padding_idx} out, while its forward reads it. Set padding_idx to None "
+                "(pad_token_id=None in Hugging Face configurations), or do without double_backward"
+            )
+    if dtype == torch.float64 and error < _MAX_CURVATURE_ERROR[torch.float32]:
+        return "a part of the model probably computes in float32 (norms and adapters often do)"
+    return "the model has a part that cannot be differentiated twice (a custom kernel), or a loss with jumps"
 
 
 def _all_equal(mine: list[int]) -> bool:
