@@ -10,14 +10,16 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
+from liveselect import distributed
 from liveselect.callbacks.clipping import clip_gradients
 from liveselect.callbacks.clock import TrainingClock
 from liveselect.callbacks.compatibility import callable_model, requeue_signals
 from liveselect.callbacks.preemption import SignalGate
-from liveselect.callbacks.records import carry_earlier_decisions, keep_older_ledger, write_ledger
+from liveselect.callbacks.records import carry_earlier_decisions, keep_older_ledger, report_uncounted, write_ledger
+from liveselect.callbacks.training_flops import TrainingFlops, peak_flops
 from liveselect.decisions import DecisionLedger
-from liveselect.functional.flops import forward_flops
 from liveselect.grammar import (
+    Batch,
     CandidateSource,
     InfluenceEstimator,
     LiveModel,
@@ -78,7 +80,7 @@ class Session:
         self._first_states = [copy.deepcopy(part.state_dict()) for part in self._parts()]
         self._ledger_path: Path | None = None
         self._model: LiveModel | None = None
-        self._flops_per_token = 0.0
+        self._training_flops = TrainingFlops()
         self._describe()
 
     # ---- life --------------------------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ class Session:
         for part in self._parts():
             save_part(part)
         starts_over = trainer.global_step == 0 and not self.resumed and self.run.plan is not None
-        self._flops_per_token = 3 * forward_flops(pl_module, 1)  # backward costs twice the forward
+        self._training_flops = TrainingFlops()
         self.counted_step, self.in_batch, self._in_step = trainer.global_step, False, False
         if starts_over:
             self.start_over()  # another fit of the same callback
@@ -133,6 +135,7 @@ class Session:
         if self.resumed:
             self._check_place(trainer)
         self.saved_batch = self.global_batch(trainer)
+        self.run.ledger.peak_flops = peak_flops(trainer)
         self.resumed, self.run.ledger.finished = False, False
         self.run.interrupted = lambda: self._interrupted(trainer)
         self.gate.install(trainer, *requeue_signals(trainer))
@@ -206,22 +209,37 @@ class Session:
         begins = max(self.next_begins(trainer), run.warmup_rounds * self._every_n_steps)
         needed = self.budget(trainer, begins) if begins < trainer.estimated_stepping_batches else 1
         round = self.open_round(trainer, needed, run.selector)
-        rehearse(run.selector, run.estimator, self.model, round, needed)
+        spent = rehearse(run.selector, run.estimator, self.model, round, needed).spent()
+        flops = sum(distributed.gather_objects(sum(spent["flops"].values())))
+        if flops:
+            run.ledger.around_flops["rehearsal"] = run.ledger.around_flops.get("rehearsal", 0.0) + flops
+        report_uncounted(run.ledger, spent["uncounted"])
 
     def at_step(self, round: Round, trainer: pl.Trainer) -> Round:
         """Return a round that was opened at an earlier step as it stands now."""
         return replace(round, step=trainer.global_step)
 
-    def begin_batch(self) -> None:
-        """Hold signals from the first batch of an optimizer step until the step is counted."""
+    def begin_batch(self, batch: Batch) -> None:
+        """Hold signals from the first batch of an optimizer step until the step is counted.
+
+        The first batch of a fit is looked at to know what training on it costs.
+        """
+        if not self._training_flops.known:
+            with self.charged("count FLOPs"):
+                looked = self._training_flops.look_at(self.model, batch)
+            around = self.run.ledger.around_flops
+            around["count FLOPs"] = around.get("count FLOPs", 0.0) + looked * distributed.world_size()
+            report_uncounted(self.run.ledger, self._training_flops.uncounted)
         if not self._in_step:
             self.gate.hold()
         self._in_step = self.in_batch = True
 
-    def count_batch(self, trainer: pl.Trainer, tokens: int) -> bool:
+    def count_batch(self, trainer: pl.Trainer, batch: object) -> bool:
         """Count a batch that was trained on; returns whether an optimizer step ended with it."""
         self.plan.advance(self.run.source.batch_size * trainer.world_size)
-        self.run.ledger.training_flops += self._flops_per_token * tokens * trainer.world_size
+        flops, ledger = self._training_flops.of(batch), self.run.ledger
+        ledger.training_flops += flops.total * trainer.world_size
+        ledger.training_repeated_flops += flops.repeated * trainer.world_size
         stepped = trainer.global_step != self.counted_step
         self.counted_step, self.in_batch = trainer.global_step, False
         return stepped

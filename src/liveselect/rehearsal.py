@@ -32,7 +32,7 @@ LOOKED_AT_CANDIDATES = 32
 
 def rehearse(
     selector: Selector, estimator: InfluenceEstimator | None, model: LiveModel, round: Round, budget: int
-) -> None:
+) -> CostMeter:
     """Let the selector check; measure a few candidates on one batch of the reference set, with copies of the parts.
 
     Everything that a round would do is done once, small, for real; the model, the random states and the parts are left
@@ -45,17 +45,20 @@ def rehearse(
         round: a round that the selector will choose in.
         budget: candidates that a round trains on.
 
+    Returns:
+        What it cost; its seconds are charged as a whole by the caller.
+
     Raises:
         Exception: what the first measuring round would raise; a note says where it came from.
     """
-    meter = CostMeter()  # the rehearsal is charged as a whole
+    meter = CostMeter()
     spread = _spread(round.candidates, max(LOOKED_AT_CANDIDATES, distributed.world_size()))
     model = replace(model, meter=meter)
     round = replace(round, source=_Excerpt(round.source), candidates=spread, meter=meter)
     with measuring(model.module, model.optimizer):
         if estimator is None:
             selector.check(round, budget)
-            return
+            return meter
         try:
             _check_losses(model, _batch_of_candidates(round), "candidates", differentiated=True)
             reference = model.to_device(next(iter(round.source.reference())))
@@ -72,6 +75,7 @@ def rehearse(
                 "that measures, so it is reported before training starts"
             )
             raise
+    return meter
 
 
 def _spread(ids: Tensor, count: int) -> Tensor:

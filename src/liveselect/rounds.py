@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -210,7 +210,7 @@ def finish_round(run: SelectionRun, measurement: Measurement, model: LiveModel, 
     distributed.check_agreement(f"the plan of round {round.index}", selection.ids)
     plan = Plan(round.index, selection.ids)
     with measuring(model.module, model.optimizer):
-        record = _record(round, selector, selection, plan, measurement)
+        record = _record(round, selector, selection, plan, measurement, run.ledger)
     _write_decisions(run, round, record, selection, plan)
     _raise_alarms(run, model, round, record, selection, plan, measurement)
     run.pool.record_use(plan.ids)
@@ -298,7 +298,7 @@ def _validate_explanation(selection: Selection, pool: CandidatePool, selector: S
 
 
 def _record(
-    round: Round, selector: Selector, selection: Selection, plan: Plan, measurement: Measurement
+    round: Round, selector: Selector, selection: Selection, plan: Plan, measurement: Measurement, ledger: Ledger
 ) -> RoundRecord:
     measured, steps = measurement.ids, measurement.steps
     histogram = None
@@ -307,8 +307,10 @@ def _record(
     available = torch.cat([round.leftovers, round.candidates])
     examples = _examples(round, selection)
     flops: dict[str, float] = {}
-    for rank_flops in distributed.gather_objects(dict(round.meter.flops)):
-        for phase, amount in rank_flops.items():
+    uncounted: dict[str, None] = {}
+    for spent in distributed.gather_objects(round.meter.spent()):
+        uncounted |= dict.fromkeys(spent["uncounted"])
+        for phase, amount in spent["flops"].items():
             flops[phase] = flops.get(phase, 0.0) + amount
     return RoundRecord(
         round=round.index,
@@ -329,8 +331,15 @@ def _record(
         },
         seconds=dict(round.meter.seconds),
         flops=flops,
-        notes=[*_unmeasured(measurement), *selection.notes],
+        notes=[*_unmeasured(measurement), *selection.notes, *_newly_uncounted(ledger, uncounted)],
     )
+
+
+def _newly_uncounted(ledger: Ledger, names: Iterable[str]) -> tuple[str, ...]:
+    """Return a note about what ran without being counted, and was not reported before; the ledger keeps it."""
+    new = [name for name in names if name not in ledger.uncounted]
+    ledger.uncounted.extend(new)
+    return (f"not counted in the FLOPs of the ledger: {'; '.join(new)}",) if new else ()
 
 
 def _unmeasured(measurement: Measurement) -> tuple[str, ...]:

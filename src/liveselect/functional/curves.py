@@ -1,7 +1,7 @@
 r"""How a score grows with compute, and when a method of selection has earned what it cost.
 
 The score of a model is described by :math:`P(C) = \bar P - (\bar P - P_0)\, e^{-\lambda (C - S) / C_{full}}`, with C
-the FLOPs of training and selection, S those of selection, and :math:`C_{full}` those of training on the whole pool once.
+the FLOPs of training and selection, S those of selection, and :math:`C_{full}` those of training on all of the pool.
 These are descriptions of a few points by two or three numbers: they hold between the points, and not for another model.
 
 Source: Yin and Rush 2024, "Compute-Constrained Data Selection", arXiv 2410.16208.
@@ -318,7 +318,8 @@ def frontier(flops: Sequence[float] | np.ndarray, scores: Sequence[float] | np.n
     One dominates another that costs no less and scores no more, unless they are equal in both.
     """
     spent, seen = np.asarray(flops, dtype=np.float64), np.asarray(scores, dtype=np.float64)
-    kept, best = [], -math.inf
+    best = -math.inf
+    kept: list[int] = []
     for index in np.lexsort((-seen, spent)):
         if seen[index] > best or (kept and (spent[index], seen[index]) == (spent[kept[-1]], best)):
             kept.append(int(index))
