@@ -13,11 +13,10 @@ from liveselect import distributed
 from liveselect.callbacks.records import record_captured
 from liveselect.callbacks.silence import silent_logging
 from liveselect.cost import CostMeter
-from liveselect.functional.flops import forward_flops
 from liveselect.functional.sharding import is_sharded
 from liveselect.grammar import Batch, InfluenceEstimator, LossFn, SelectionWarning, State
 from liveselect.influence.training_step import LossMean, TrainingStepScores, find_loss_mean, mean_weights
-from liveselect.losses import target_counts
+from liveselect.losses import target_counts, targets_shape
 from liveselect.parts import checked_direction
 from liveselect.preserve import measuring
 from liveselect.rounds import SelectionRun
@@ -168,9 +167,14 @@ class StepCapture:
                 self._same = bool((counts == counts[0]).all())
             if self._mean is None and not (self._same and self._compared):  # which mean is the training loss?
                 forward = trainer.precision_plugin.forward_context()
-                with silent_logging(), measuring(pl_module, trainer.optimizers[0]), torch.no_grad(), forward:
+                with (
+                    silent_logging(),
+                    measuring(pl_module, trainer.optimizers[0]),
+                    torch.no_grad(),
+                    forward,
+                    self.meter.counting(pl_module, "loss", batch["input_ids"].shape, targets_shape(batch)),
+                ):
                     self._losses = self.loss_fn(pl_module, batch)
-                self.meter.flops[PHASE] += forward_flops(pl_module, batch["input_ids"].numel())
             # the first ones of the batch over all ranks: the same on any number of ranks
             mine = len(batch["id"])
             if self.examples is not None:
@@ -213,7 +217,9 @@ class StepCapture:
             if self._mean is not None or self._same:  # else the weights of the examples are not known yet
                 self._captured.append((self._batch["id"].cpu(), influence))
         self.meter.seconds[PHASE] += scores.watch.read()  # spent in the forward and backward of training
-        self.meter.flops[PHASE] += scores.flops
+        self.meter.flops[PHASE] += sum(scores.meter.flops.values())
+        for name, times in scores.meter.uncounted.items():
+            self.meter.uncounted[name] += times
         self._stop()
 
     def collect(self) -> tuple[Tensor, Tensor, float]:

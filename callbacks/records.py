@@ -1,7 +1,7 @@
 """What a run leaves behind: its ledger, and the numbers of its rounds in the loggers. Nothing here ends a training."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -29,7 +29,7 @@ def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:
     record = ledger.rounds[-1]
     with only_looking("the numbers of a round could not be logged"):
         if not any(isinstance(each, LogsRounds) for each in trainer.callbacks):  # type: ignore[attr-defined]
-            _log(trainer, {**record.scalars(), "time_share": ledger.selection_share})
+            _log(trainer, {**record.scalars(), "time_share": ledger.selection_share, **ledger.utilisation()})
     for note in record.notes:
         rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
     if not trainer.is_global_zero:
@@ -68,6 +68,14 @@ def record_captured(trainer: pl.Trainer, record: RoundRecord, ids: Tensor, influ
     record.overheard.extend(ids.tolist())
     record.overheard_influence.extend(influence.tolist())
     _log(trainer, {"overheard_influence": float(influence.double().mean())})
+
+
+def report_uncounted(ledger: Ledger, names: Iterable[str]) -> None:
+    """Record what ran without being counted in FLOPs, and say so of each the first time."""
+    new = [name for name in names if name not in ledger.uncounted]
+    ledger.uncounted.extend(new)
+    if new:
+        rank_zero_warn(f"not counted in the FLOPs of the ledger: {'; '.join(new)}", category=SelectionWarning)
 
 
 def _log(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:

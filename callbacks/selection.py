@@ -1,11 +1,9 @@
 """DataSelection: runs selection rounds inside a Lightning training loop."""
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -258,7 +256,7 @@ class DataSelection(Callback):
     ) -> None:
         """Capture the batch, if its step is one of those that are scored."""
         self._random_states.ensure_begun()
-        self.session.begin_batch()
+        self.session.begin_batch(batch)
         self._loss_check.begin(self.session, batch)
         self.overhearing.begin(trainer, pl_module, batch, self.run, self.session.global_batch(trainer))
 
@@ -280,7 +278,7 @@ class DataSelection(Callback):
         examples = session.run.source.batch_size * trainer.world_size
         self.overhearing.end(trainer, self.run, examples, session.global_batch(trainer))
         session.charge("overhearing", self.overhearing.take_seconds())
-        stepped = session.count_batch(trainer, _tokens_in(batch))
+        stepped = session.count_batch(trainer, batch)
         if session.plan.exhausted and not stepped:
             raise RuntimeError(
                 f"the plan of round {session.plan.round} ended inside an accumulation window at batch {batch_idx}: "
@@ -373,8 +371,3 @@ def check_alone(trainer: pl.Trainer) -> None:
             f"expected one selection in a Trainer, got {' and '.join(found)}: they would choose the same batches. Keep "
             "one of them; a YAML file names it under `select` or among trainer.callbacks, not in both"
         )
-
-
-def _tokens_in(batch: object) -> int:
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    return ids.numel() if isinstance(ids, torch.Tensor) else 0

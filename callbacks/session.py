@@ -16,11 +16,12 @@ from liveselect.callbacks.clock import TrainingClock
 from liveselect.callbacks.compatibility import callable_model, requeue_signals
 from liveselect.callbacks.folder import LEDGER_FILE, RunFolder
 from liveselect.callbacks.preemption import SignalGate
-from liveselect.callbacks.records import carry_earlier_decisions, write_ledger
+from liveselect.callbacks.records import carry_earlier_decisions, report_uncounted, write_ledger
 from liveselect.callbacks.silence import silent_logging
+from liveselect.callbacks.training_flops import TrainingFlops, peak_flops
 from liveselect.decisions import DecisionLedger
-from liveselect.functional.flops import forward_flops
 from liveselect.grammar import (
+    Batch,
     CandidateSource,
     InfluenceEstimator,
     LiveModel,
@@ -83,7 +84,7 @@ class Session:
         self._wanted, self._apart = Path(), False
         self._ledger_path: Path | None = None
         self._model: LiveModel | None = None
-        self._flops_per_token = 0.0
+        self._training_flops = TrainingFlops()
         self._describe()
 
     # ---- life --------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ class Session:
         for part in self._parts():
             save_part(part)
         starts_over = trainer.global_step == 0 and not self.resumed and self.run.plan is not None
-        self._flops_per_token = 3 * forward_flops(pl_module, 1)  # backward costs twice the forward
+        self._training_flops = TrainingFlops()
         self.counted_step, self.in_batch, self._in_step = trainer.global_step, False, False
         if starts_over:
             self.start_over()  # another fit of the same callback
@@ -150,6 +151,7 @@ class Session:
         if self.resumed:
             self._check_place(trainer)
         self.saved_batch = self.global_batch(trainer)
+        self.run.ledger.peak_flops = peak_flops(trainer)
         self.resumed, self.run.ledger.finished = False, False
         self.run.interrupted = lambda: self._interrupted(trainer)
         self.gate.install(trainer, *requeue_signals(trainer))
@@ -229,7 +231,12 @@ class Session:
         begins = max(self.next_begins(trainer), run.warmup_rounds * self._every_n_steps)
         needed = self.budget(trainer, begins) if begins < trainer.estimated_stepping_batches else 1
         round = self.open_round(trainer, needed, run.selector)
-        changed = rehearse(run.selector, run.estimator, self.model, round, needed)
+        changed, meter = rehearse(run.selector, run.estimator, self.model, round, needed)
+        spent = meter.spent()
+        flops = sum(distributed.gather_objects(sum(spent["flops"].values())))
+        if flops:
+            run.ledger.around_flops["rehearsal"] = run.ledger.around_flops.get("rehearsal", 0.0) + flops
+        report_uncounted(run.ledger, spent["uncounted"])
         if changed is not None and run.disabled is None:
             run.disabled = changed
             rank_zero_warn(changed, category=SelectionWarning)
@@ -242,16 +249,27 @@ class Session:
         """Return a round that was opened at an earlier step as it stands now."""
         return replace(round, step=trainer.global_step)
 
-    def begin_batch(self) -> None:
-        """Hold signals from the first batch of an optimizer step until the step is counted."""
+    def begin_batch(self, batch: Batch) -> None:
+        """Hold signals from the first batch of an optimizer step until the step is counted.
+
+        The first batch of a fit is looked at to know what training on it costs.
+        """
+        if not self._training_flops.known:
+            with self.charged("count FLOPs"), self.measuring():
+                looked = self._training_flops.look_at(self.model, batch)
+            around = self.run.ledger.around_flops
+            around["count FLOPs"] = around.get("count FLOPs", 0.0) + looked * distributed.world_size()
+            report_uncounted(self.run.ledger, self._training_flops.uncounted)
         if not self._in_step:
             self.gate.hold()
         self._in_step = self.in_batch = True
 
-    def count_batch(self, trainer: pl.Trainer, tokens: int) -> bool:
+    def count_batch(self, trainer: pl.Trainer, batch: object) -> bool:
         """Count a batch that was trained on; returns whether an optimizer step ended with it."""
         self.plan.advance(self.run.source.batch_size * trainer.world_size)
-        self.run.ledger.training_flops += self._flops_per_token * tokens * trainer.world_size
+        flops, ledger = self._training_flops.of(batch), self.run.ledger
+        ledger.training_flops += flops.total * trainer.world_size
+        ledger.training_repeated_flops += flops.repeated * trainer.world_size
         stepped = trainer.global_step != self.counted_step
         self.counted_step, self.in_batch = trainer.global_step, False
         return stepped

@@ -2,15 +2,25 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
+
+from liveselect.functional.flops import Flops, flops_counted, flops_set_aside
 
 Cost = dict[str, dict[str, float]]
-"""Amounts by kind (``seconds``, ``flops``) and phase."""
+"""Amounts by kind (``seconds``, ``flops``, ``uncounted``) and phase; of ``uncounted`` how often something of a name ran
+whose FLOPs are not known."""
+
+_MOST_REMEMBERED = 10_000
+
+_remembered: WeakKeyDictionary[nn.Module, dict[Hashable, Flops]] = WeakKeyDictionary()
+"""What the pieces of work with a module cost."""
 
 
 class Progress(Protocol):
@@ -47,13 +57,15 @@ class CostMeter:
 
     Attributes:
         seconds: wall-clock seconds of this rank by phase.
-        flops: floating point operations of this rank by phase (one multiply-add = 2), as reported by the code that ran.
+        flops: floating point operations of this rank by phase (one multiply-add = 2), as they ran.
+        uncounted: by name, how often something ran whose FLOPs are not known.
         progress: the display.
     """
 
     progress: Progress = field(default_factory=SilentProgress)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    uncounted: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _open: list[str] = field(default_factory=list)
     _since: float = 0.0
 
@@ -81,6 +93,36 @@ class CostMeter:
     def add_flops(self, flops: float) -> None:
         """Charge ``flops`` to the innermost open phase."""
         self.flops[self._open[-1] if self._open else "other"] += flops
+
+    @contextmanager
+    def counting(self, model: nn.Module | None = None, *work: Hashable) -> Iterator[None]:
+        """Charge the FLOPs of the block to the innermost open phase.
+
+        They are counted as they run the first time that this ``work`` (what is done, and the shapes of what it is done
+        with) is done with ``model``, and remembered for the next time. Without a model they are counted every time,
+        which is for work that is rare: counting passes every operation through Python.
+        """
+        known = {} if model is None else _remembered.setdefault(model, {})
+        if work in known:
+            with flops_set_aside():
+                yield
+            self.charge(known[work])
+            return
+        with flops_counted(model) as flops:
+            yield
+        if len(known) < _MOST_REMEMBERED:
+            known[work] = flops
+        self.charge(flops)
+
+    def charge(self, flops: Flops) -> None:
+        """Charge what was counted to the innermost open phase."""
+        self.add_flops(flops.total)
+        for name, times in flops.uncounted.items():
+            self.uncounted[name] += times
+
+    def spent(self) -> Cost:
+        """Return a copy of all amounts of this rank."""
+        return {"seconds": dict(self.seconds), "flops": dict(self.flops), "uncounted": dict(self.uncounted)}
 
     def _charge(self) -> None:
         if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -178,6 +178,7 @@ class Ledger:
         evaluations: one entry for each validation.
         training_seconds: wall-clock seconds spent between rounds, outside validation.
         training_flops: floating point operations of the training steps, over all ranks.
+        training_repeated_flops: of these, what was computed again because activations had not been kept.
         finished: whether training came to its end; None in records that do not say.
         ahead_seconds: seconds spent so far for the round to come, which has no record yet.
         ahead_flops: FLOPs likewise.
@@ -186,6 +187,9 @@ class Ledger:
         before_flops: FLOPs likewise.
         around_seconds: by name, seconds spent around the rounds: loggers, monitor, records, opening and checking the
             data, the rehearsal at the start.
+        around_flops: FLOPs likewise.
+        uncounted: what ran without its FLOPs being known, so that they are in none of the numbers.
+        peak_flops: what all devices together could do in a second in the run's precision; None where not known.
         decision_folders: where the decisions are written; before it, where a resumed run wrote them earlier and may
             have left what the last folder lacks.
     """
@@ -196,12 +200,16 @@ class Ledger:
     evaluations: list[Evaluation] = field(default_factory=list)
     training_seconds: float = 0.0
     training_flops: float = 0.0
+    training_repeated_flops: float = 0.0
     ahead_seconds: float = 0.0
     ahead_flops: float = 0.0
     finished: bool | None = None
     before_seconds: dict[str, float] = field(default_factory=dict)
     before_flops: dict[str, float] = field(default_factory=dict)
     around_seconds: dict[str, float] = field(default_factory=dict)
+    around_flops: dict[str, float] = field(default_factory=dict)
+    uncounted: list[str] = field(default_factory=list)
+    peak_flops: float | None = None
     decision_folders: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -215,8 +223,8 @@ class Ledger:
 
     @property
     def selection_flops(self) -> float:
-        """FLOPs spent in rounds, and before training for them."""
-        before = sum(self.before_flops.values())
+        """FLOPs spent in rounds, around them, and before training for them."""
+        before = sum(self.before_flops.values()) + sum(self.around_flops.values())
         return before + self.ahead_flops + sum(record.total_flops for record in self.rounds)
 
     @property
@@ -229,6 +237,22 @@ class Ledger:
         """Share of selection in the FLOPs of training and selection together."""
         return self.selection_flops / max(1.0, self.selection_flops + self.training_flops)
 
+    def utilisation(self) -> dict[str, float]:
+        """Return the shares of the devices' peak that training and the whole run used, empty where that is not known.
+
+        ``mfu_training`` is FLOPs over time of training, ``mfu_whole`` those of training and selection together. What
+        is computed again to save memory, and what was spent before the run, do not count.
+        """
+        if not self.peak_flops or not self.training_seconds:
+            return {}
+        training = self.training_flops - self.training_repeated_flops
+        selection = self.selection_flops - sum(self.before_flops.values())
+        seconds = self.selection_seconds - sum(self.before_seconds.values())
+        return {
+            "mfu_training": training / (self.training_seconds * self.peak_flops),
+            "mfu_whole": (training + selection) / ((self.training_seconds + seconds) * self.peak_flops),
+        }
+
     def new_alarms(self, record: RoundRecord) -> list[Alarm]:
         """Return the alarms of a round whose kind the previous round did not raise: those reported to a person."""
         known = {alarm.kind for other in self.rounds if other.round == record.round - 1 for alarm in other.alarms}
@@ -238,6 +262,7 @@ class Ledger:
         """Add what was spent before training: ``seconds`` and ``flops`` by phase."""
         self.before_seconds.update(spent.get("seconds", {}))
         self.before_flops.update(spent.get("flops", {}))
+        self.uncounted.extend(name for name in spent.get("uncounted", {}) if name not in self.uncounted)
 
     def evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note the model's metrics at ``step`` beside what was spent so far."""

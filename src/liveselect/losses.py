@@ -35,6 +35,21 @@ def target_counts(batch: Batch) -> Tensor:
     return (shifted_targets(batch) != IGNORE_INDEX).sum(dim=1)
 
 
+def targets_shape(batch: Batch) -> tuple[int, ...]:
+    """Return what the cost of :func:`causal_lm_loss` depends on beside the shapes of a batch's tensors.
+
+    The largest number of targets of an example and the column of the last one; nothing where the shapes say it.
+    """
+    if TARGET_COLUMNS in batch or "labels" not in batch or batch["labels"].dim() != 2:
+        return ()
+    carries = shifted_targets(batch) != IGNORE_INDEX
+    columns = torch.arange(1, carries.shape[1] + 1, device=carries.device) * carries
+    if not columns.numel():
+        return ()
+    most, last = torch.stack([carries.sum(dim=1).max(), columns.max()]).tolist()
+    return most, last
+
+
 def at_targets(batch: Batch) -> dict[str, Tensor]:
     """Return the batch cut after its last target, and with the columns that carry loss under :data:`TARGET_COLUMNS`.
 

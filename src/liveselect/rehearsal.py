@@ -32,7 +32,7 @@ LOOKED_AT_CANDIDATES = 32
 
 def rehearse(
     selector: Selector, estimator: InfluenceEstimator | None, model: LiveModel, round: Round, budget: int
-) -> str | None:
+) -> tuple[str | None, CostMeter]:
     """Let the selector check; measure a few candidates on one batch of the reference set, with copies of the parts.
 
     Everything that a round would do is done once, small, for real; the model, the random states and the parts are left
@@ -46,25 +46,25 @@ def rehearse(
         budget: candidates that a round trains on.
 
     Returns:
-        Why nothing must be measured: a sentence on state of the model that measuring cannot put back. None where there
-        is none.
+        Why nothing must be measured, a sentence on state of the model that measuring cannot put back, or None; and what
+        the rehearsal cost. Its seconds are charged as a whole by the caller.
 
     Raises:
         Exception: what the first measuring round would raise; a note says where it came from.
     """
-    meter = CostMeter()  # the rehearsal is charged as a whole
+    meter = CostMeter()
     spread = _spread(round.candidates, max(LOOKED_AT_CANDIDATES, distributed.world_size()))
     model = replace(model, meter=meter)
     round = replace(round, source=_Excerpt(round.source), candidates=spread, meter=meter)
     if estimator is None:
         with measuring(model.module, model.optimizer):
             selector.check(round, budget)
-        return None
+        return None, meter
     row = _one_row(model, round)
     before = None if row is None else listen(model, row)
     _try_out(selector, estimator, model, round, budget)
     changed = None if row is None else changed_since(before, model, row)
-    return distributed.first_said(changed)
+    return distributed.first_said(changed), meter
 
 
 def _one_row(model: LiveModel, round: Round) -> Batch | None:

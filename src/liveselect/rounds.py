@@ -1,7 +1,7 @@
 """One round of selection: measure what the selector proposes, let it choose, record it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -241,7 +241,7 @@ def finish_round(run: SelectionRun, measurement: Measurement, model: LiveModel, 
     distributed.check_agreement(f"the plan of round {round.index}", selection.ids)
     plan = Plan(round.index, selection.ids)
     with measuring(model.module, model.optimizer):
-        record = _record(round, selector, selection, plan, measurement)
+        record = _record(round, selector, selection, plan, measurement, run.ledger)
     _write_decisions(run, round, record, selection, plan)
     run.disabled = run.disabled or measurement.changed or (None if measurement.restored else NOT_RESTORED)
     _raise_alarms(run, model, round, record, selection, plan, measurement)
@@ -330,13 +330,15 @@ def _validate_explanation(selection: Selection, pool: CandidatePool, selector: S
 
 
 def _record(
-    round: Round, selector: Selector, selection: Selection, plan: Plan, measurement: Measurement
+    round: Round, selector: Selector, selection: Selection, plan: Plan, measurement: Measurement, ledger: Ledger
 ) -> RoundRecord:
     measured, steps = measurement.ids, measurement.steps
     available = torch.cat([round.leftovers, round.candidates])
     flops: dict[str, float] = {}
-    for rank_flops in distributed.gather_objects(dict(round.meter.flops)):
-        for phase, amount in rank_flops.items():
+    uncounted: dict[str, None] = {}
+    for spent in distributed.gather_objects(round.meter.spent()):
+        uncounted |= dict.fromkeys(spent["uncounted"])
+        for phase, amount in spent["flops"].items():
             flops[phase] = flops.get(phase, 0.0) + amount
     record = RoundRecord(
         round=round.index,
@@ -350,7 +352,10 @@ def _record(
         metrics=_staleness(round.step - steps[steps >= 0]),
         seconds=dict(round.meter.seconds),
         flops=flops,
-        notes=[writable(note) for note in (*_unmeasured(measurement), *selection.notes)],
+        notes=[
+            writable(note)
+            for note in (*_unmeasured(measurement), *selection.notes, *_newly_uncounted(ledger, uncounted))
+        ],
     )
     return _described(record, round, selection, plan, measurement, available)
 
@@ -372,6 +377,13 @@ def _described(
     with only_looking("the examples of a round could not be shown"):
         return replace(record, examples=_examples(round, selection))
     return record
+
+
+def _newly_uncounted(ledger: Ledger, names: Iterable[str]) -> tuple[str, ...]:
+    """Return a note about what ran without being counted, and was not reported before; the ledger keeps it."""
+    new = [name for name in names if name not in ledger.uncounted]
+    ledger.uncounted.extend(new)
+    return (f"not counted in the FLOPs of the ledger: {'; '.join(new)}",) if new else ()
 
 
 def _unmeasured(measurement: Measurement) -> tuple[str, ...]:

@@ -5,13 +5,13 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+from hand_flops import forward
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from small_run import SIMPLE, TOKENS, ProbingUniform, SmallLM, Trace, rows, small_trainer
 
 from liveselect.callbacks import DataSelection
 from liveselect.cli.fit import SelectionCLI
 from liveselect.datamodules import SelectionDataModule
-from liveselect.functional.flops import forward_flops
 from liveselect.functional.gradients import example_dot
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence
 from liveselect.influence.training_step import TrainingStepScores
@@ -94,7 +94,7 @@ def test_what_listening_costs_is_selection_s_and_not_training_s(tmp_path, accumu
         if name.endswith("weight") and "norm" not in name and "embed_in" not in name
     )
     batch = 2.0 * TOKENS * (BATCH - 1) * matrices + 2.0 * sum(sizes.values())
-    looked_once = forward_flops(SmallLM(), BATCH * TOKENS)
+    looked_once = forward(SmallLM(), BATCH, TOKENS)
     for index, record in enumerate(heard.rounds[1:]):
         assert record.flops["overhearing"] == accumulate * batch + (looked_once if index == 0 else 0.0)
 

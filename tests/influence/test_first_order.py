@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import Restless
 from fakes import FakeSource, fake_context, random_source
+from hand_flops import matrices, with_backward
 from probing import (
     OPTIMIZERS,
     VOCAB,
@@ -267,10 +268,13 @@ def test_a_layer_that_no_rule_covers_is_told_while_fitting_and_can_be_left_out_o
 def test_what_it_costs_is_charged():
     context = warm_context()
     first_order(context, candidate_batch(context, 3), sampled=5)
-    weights = sum(p.numel() for n, p in context.model.named_parameters() if p.dim() == 2 and "embed_in" not in n)
-    assert context.meter.flops["reference gradient"] == 6 * weights * 4 * 12
-    assert context.meter.flops["precondition"] == 6 * weights * 5 * 12
-    assert context.meter.flops["example gradients"] == 6 * weights * 3 * 12
+    model, flops = context.model, context.meter.flops
+    assert flops["reference gradient"] == with_backward(model, 4, 12)
+    assert flops["precondition"] == with_backward(model, 5, 12)
+    # a backward through activations only, which leaves out a third, and a product of each matrix with the direction
+    activations = with_backward(model, 3, 12) - 2 * matrices(model) * 3 * 12
+    assert flops["example gradients"] == activations + 2 * matrices(model) * 3 * 12
+    assert not context.meter.uncounted
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import torch
 from fakes import FakeSource, fake_context, random_source
 from tiny_encoder import TINY, save_pretrained, tiny_regressor
 
-from liveselect.functional.flops import matmul_parameters
 from liveselect.regressors import EncoderRegressor, encoder_training
 from liveselect.regressors.encoder_model import InfluenceNetwork
 from liveselect.regressors.encoder_training import Examples, accumulate_gradients, held_out_spearman, predict
@@ -246,7 +245,7 @@ def test_short_and_empty_texts_have_finite_values_and_gradients(attention):
         expected = [by_hand(network, row[keep], 16) for row, keep in zip(tokens[1:], mask[1:], strict=True)]
     assert found[1:].tolist() == pytest.approx(expected, abs=1e-5)
     examples = Examples([row[keep] for row, keep in zip(tokens, mask, strict=True)], torch.randn(24))
-    accumulate_gradients(network, examples, torch.arange(24), context.meter.add_flops)
+    accumulate_gradients(network, examples, torch.arange(24), context.meter)
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
 
 
@@ -266,9 +265,9 @@ def test_the_size_of_a_forward_changes_neither_predictions_nor_gradients(learnab
     found, gradients = [], []
     for network.tokens in (16, 100_000):
         network.zero_grad()
-        accumulate_gradients(network, examples, torch.arange(40), context.meter.add_flops)
+        accumulate_gradients(network, examples, torch.arange(40), context.meter)
         gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
-        found.append(predict(network, texts, context.meter.add_flops))
+        found.append(predict(network, texts, context.meter))
     assert torch.allclose(*found, atol=1e-5)
     assert torch.allclose(*gradients, atol=1e-6)
 
@@ -359,15 +358,19 @@ def test_repeated_measurements_are_one_candidate():
     assert torch.equal(predictions(held, fake_context(source)), predictions(once, fake_context(source)))
 
 
-def test_flops_are_six_per_weight_and_token_of_training_and_two_of_looking():
+def test_flops_are_those_of_training_in_every_epoch_and_of_looking_at_what_is_held_out():
     source, regressor = random_source(candidates=40, length=10), tiny_regressor(epochs=3, evaluations=2)
     context = fake_context(source)
     regressor.fit(context.round, torch.arange(40), torch.arange(40.0))
-    weights = matmul_parameters(regressor._network.encoder)
-    assert context.meter.flops["fit regressor"] == weights * 10 * (6 * 3 * 30 + 2 * 2 * 10)
+    encoder, head = regressor._network.encoder, 2 * 32
+    linear = sum(each.weight.numel() for each in encoder.modules() if isinstance(each, torch.nn.Linear))
+    attention = 4 * encoder.config.num_hidden_layers * 10**2 * encoder.config.hidden_size
+    forward = 2 * linear * 10 + attention + head
+    step = 3 * forward + attention / 2  # fused attention computes its scores again
+    assert context.meter.flops["fit regressor"] == 3 * 30 * step + 2 * 10 * forward
     with context.meter.phase("predict"):
         predictions(regressor, context, torch.arange(7))
-    assert context.meter.flops["predict"] == weights * 10 * 2 * 7
+    assert context.meter.flops["predict"] == 7 * forward
 
 
 def test_bfloat16_computes_under_autocast_and_keeps_float32_weights(learnable):

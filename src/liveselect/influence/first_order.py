@@ -24,7 +24,7 @@ from liveselect.influence.one_step import (
     refuse_unfit,
     trainable_parameters,
 )
-from liveselect.influence.reference import Precision, ReferencePass, batch_flops, require_finite
+from liveselect.influence.reference import Precision, ReferencePass, counting, require_finite
 from liveselect.influence.step_sizes import typical_gradient
 from liveselect.preserve import Snapshot
 
@@ -35,7 +35,6 @@ SlopeOver = Literal["candidates", "zero"]
 _AMPLITUDE_SHARE_AT_ZERO = 1e-5  # of the reference gradient: small enough for a derivative, large enough for float64
 _LOSS_CHANGE_NATS = {torch.float64: 1e-5, torch.float32: 1e-2}  # of the reference loss, between rounding and curvature
 _LOSS_CHANGE_NATS_16_BIT = 0.2  # rounding swallows shorter moves of a parameter in 16 bits
-_FORWARDS_PER_EXAMPLE = {"hooks": 3, "central_difference": 2, "forward_mode": 3}
 _CHOICES = {
     "engine": Engine,
     "gradient_at": GradientAt,
@@ -256,12 +255,12 @@ class FirstOrderInfluence(InfluenceEstimator):
             finite.append(losses.detach().isfinite())
             return losses
 
-        model.meter.add_flops(_FORWARDS_PER_EXAMPLE[self.engine] * batch_flops(model.module, batch))
+        work = f"{self.engine} of {len(direction.values)}"
         if self.engine == "central_difference":
-            with model.full_precision():
+            with counting(model, work, batch), model.full_precision():
                 values = direction.on(model)
                 return central_difference_dot(model.module, loss_fn, batch, values, difference, model.view.norm)
-        with model.autocast():
+        with counting(model, work, batch), model.autocast():
             if self.engine == "forward_mode":
                 return forward_mode_dot(model.module, loss_fn, batch, direction.on(model))
             return direction.products(model, loss_fn, batch).where(finite[0], math.nan)
@@ -280,8 +279,9 @@ class FirstOrderInfluence(InfluenceEstimator):
                 loss, gradient = self._mean_gradient(model, reference, parameters)
             for parameter in everything:
                 parameter.grad = torch.zeros_like(parameter)
-            model.clip_gradients(everything)
-            model.optimizer.step()
+            with counting(model, "optimizer step"):
+                model.clip_gradients(everything)
+                model.optimizer.step()
             for parameter in everything:
                 parameter.grad = None
             torch.clear_autocast_cache()  # casts of the weights before the step would be used again
@@ -324,7 +324,8 @@ class FirstOrderInfluence(InfluenceEstimator):
         for name, parameter in parameters.items():
             amplitude = amplitudes.pop(id(parameter))
             least = torch.finfo(amplitude.dtype).tiny ** 0.5  # its square is still above zero in float64
-            slope = step_slope(model.optimizer, parameter, amplitude.clamp(min=least))
+            with model.meter.counting(model.module, "slope", name):
+                slope = step_slope(model.optimizer, parameter, amplitude.clamp(min=least))
             parts[name] = (-kept / rate * slope * view.local(gradient[name])).to(parameter.dtype)
         reached = view.sum(torch.stack([(view.local(gradient[name]) != 0).any() for name in parts]).double())
         moves = view.sum(torch.stack([(part != 0).any() for part in parts.values()]).double()).tolist()

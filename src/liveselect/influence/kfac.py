@@ -26,7 +26,7 @@ from liveselect.influence.direction import Direction
 from liveselect.influence.fisher import Labels, active_tokens, with_sampled_labels
 from liveselect.influence.hidden import refuse_hidden, warn_of_share
 from liveselect.influence.matrices import find_matrix_layers
-from liveselect.influence.reference import ReferencePass, batch_flops, require_finite
+from liveselect.influence.reference import ReferencePass, counting, require_finite
 from liveselect.losses import target_counts
 
 FactorsOf = Literal["training", "candidates"]
@@ -156,7 +156,7 @@ class KFACInfluence(InfluenceEstimator):
             self._factors_from = now
         with model.meter.phase("reference gradient"):
             loss, gradient = _reference_gradient(model, reference, layers)
-        with model.meter.phase("precondition"):
+        with model.meter.phase("precondition"), model.meter.counting():
             direction = self._precondition(model, layers, gradient)
         self._direction, self._reference_from = Direction(direction), now
         size = sum(value.numel() for value in direction.values())
@@ -196,9 +196,12 @@ class KFACInfluence(InfluenceEstimator):
         """Return the influence of each example, ``(B,)``; NaN where it is not finite."""
         if self._direction is None:
             raise RuntimeError("KFACInfluence.score was called before fit: call fit(model, round) in each round")
-        with model.meter.phase("example gradients"), model.autocast():
+        with (
+            model.meter.phase("example gradients"),
+            counting(model, f"products of {len(self._direction.values)}", batch),
+            model.autocast(),
+        ):
             influence = self._direction.products(model, model.loss_fn, batch)
-            model.meter.add_flops(3 * batch_flops(model.module, batch))
         return influence.where(influence.isfinite(), math.nan)
 
     def state_dict(self) -> State:
@@ -233,9 +236,10 @@ class KFACInfluence(InfluenceEstimator):
     def _layers(self, model: LiveModel, reference: ReferencePass) -> list[MatrixLayer]:
         model.view.refuse_flat(type(self).__name__)
         row = {name: value[:1] for name, value in reference.batches[0].items() if isinstance(value, Tensor)}
-        layers = find_matrix_layers(
-            model.module, lambda: model.losses(row), self.include, self.exclude, self.split_fused
-        )
+        with counting(model, "find layers", row):
+            layers = find_matrix_layers(
+                model.module, lambda: model.losses(row), self.include, self.exclude, self.split_fused
+            )
         model.view.reshard()
         return layers
 
@@ -246,8 +250,11 @@ class KFACInfluence(InfluenceEstimator):
         batches = list(model.view.in_step(mine, lambda: next(round.batches(ids[:1]))))
         if self.labels == "sampled":
             generator = round.generator(f"labels of rank {distributed.rank()}")
-            with model.autocast():
-                batches = [(with_sampled_labels(model.module, batch, generator), own) for batch, own in batches]
+            sampled = []
+            for batch, own in batches:
+                with counting(model, "sample labels", batch), model.autocast():
+                    sampled.append((with_sampled_labels(model.module, batch, generator), own))
+            batches = sampled
         model.view.reshard()
         seen = 0.0
         kept: list[Seen | None] = []
@@ -260,7 +267,8 @@ class KFACInfluence(InfluenceEstimator):
                 else:
                     found = self._add_covariances(model, into, layers, batch, _size(kept), check=index == 0)
                     kept.append(None if model.view.any(found is None) else found)
-            seen = self._blocks.take(layers, sums, kinds)
+            with model.meter.counting():
+                seen = self._blocks.take(layers, sums, kinds)
             if not seen:
                 raise NotMeasurableError(
                     f"none of the {len(ids)} examples that curvature is measured on carries loss: look for examples "
@@ -283,21 +291,21 @@ class KFACInfluence(InfluenceEstimator):
         """Add one batch; return the observed tensors if another pass needs them and ``size`` kept bytes leave room."""
         keep: Seen | None = [] if len(self._blocks.passes) > 1 and size < _MAX_KEPT_BYTES else None
         tokens = target_counts(batch), active_tokens(batch)
-        with model.autocast():
+        work = f"covariances of {len(layers)} layers in {sum(map(len, sums.values()))} sums"
+        with counting(model, work, batch), model.autocast():
             add_covariances(sums, layers, model.module, model.loss_fn, batch, *tokens, keep=keep, check=check)
-        model.meter.add_flops(2 * batch_flops(model.module, batch))
         return keep
 
     def _add_squares(
         self, model: LiveModel, sums: Sums, layers: list[MatrixLayer], batch: Batch, kept: Seen | None
     ) -> None:
         if kept is not None:
-            add_seen_squares(sums, kept, active_tokens(batch), self._blocks.basis)
+            with counting(model, f"squares seen of {len(layers)} layers", batch):
+                add_seen_squares(sums, kept, active_tokens(batch), self._blocks.basis)
             return
         arguments = (layers, model.module, model.loss_fn, batch, target_counts(batch), active_tokens(batch))
-        with model.autocast():
+        with counting(model, f"squares of {len(layers)} layers", batch), model.autocast():
             add_squares(sums, *arguments, self._blocks.basis)
-        model.meter.add_flops(2 * batch_flops(model.module, batch))
 
     def _precondition(
         self, model: LiveModel, layers: list[MatrixLayer], gradient: Mapping[str, Tensor]

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from liveselect.arguments import check_plain
-from liveselect.functional.flops import forward_flops
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, on_device
-from liveselect.influence.reference import Precision, ReferencePass, require_finite, split_rows
+from liveselect.influence.reference import Precision, ReferencePass, counting, require_finite, split_rows
 from liveselect.preserve import Snapshot, refuse_closure
 
 StepSize = Literal["published", "in_batch"]
@@ -147,15 +146,15 @@ class Probe:
         model = self._model
         with model.meter.phase("probe step"):
             torch.clear_autocast_cache()
-            with model.autocast():
-                loss = model.losses(row).sum()
-            model.meter.add_flops(3 * forward_flops(model.module, row["input_ids"].numel()))
-            if not loss.requires_grad:
-                raise ValueError(
-                    "the loss of a candidate does not depend on any parameter that is trained: expected loss_fn to "
-                    "compute with gradients (no torch.no_grad, no detach) from the model that the optimizer trains"
-                )
-            gradients = model.view.gradients(loss, self.parameters)
+            with counting(model, "gradient of a row", row):
+                with model.autocast():
+                    loss = model.losses(row).sum()
+                if not loss.requires_grad:
+                    raise ValueError(
+                        "the loss of a candidate does not depend on any parameter that is trained: expected loss_fn to "
+                        "compute with gradients (no torch.no_grad, no detach) from the model that the optimizer trains"
+                    )
+                gradients = model.view.gradients(loss, self.parameters)
             if model.view.any(not self._all_finite(loss, gradients)):
                 return math.nan
         return self.loss_after(gradients)
@@ -171,8 +170,9 @@ class Probe:
         try:
             with model.meter.phase("probe step"):
                 self._put(gradients)
-                model.clip_gradients(self.parameters)
-                model.optimizer.step()
+                with counting(model, "optimizer step"):
+                    model.clip_gradients(self.parameters)
+                    model.optimizer.step()
             with model.meter.phase("reference pass"):
                 return self._reference.loss(model, self._precision)
         finally:

@@ -1,7 +1,8 @@
 """The loss over the reference set, arranged so that one pass costs little."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liveselect import distributed
-from liveselect.functional.flops import forward_flops
 from liveselect.functional.layer_pass import count_rows
 from liveselect.functional.updates import Vector
 from liveselect.grammar import IGNORE_INDEX, Batch, LiveModel, NotMeasurableError, Round
-from liveselect.losses import TARGET_COLUMNS, at_targets, causal_lm_loss, output_head, reference_loss, target_counts
+from liveselect.losses import at_targets, causal_lm_loss, reference_loss, target_counts, targets_shape
 
 Precision = Literal["float32", "training"]
 
@@ -34,13 +34,11 @@ class ReferencePass:
         batches: the batches of the set.
         counts: for each batch ``(B,)`` int64 on CPU, the tokens of each example that carry loss.
         tokens: positions that the model reads in one pass, padding included.
-        flops: for each batch, floating point operations of one forward.
     """
 
     batches: list[Batch]
     counts: list[Tensor]
     tokens: int
-    flops: list[float]
 
     @classmethod
     def load(cls, model: LiveModel, round: Round) -> "ReferencePass":
@@ -62,8 +60,7 @@ class ReferencePass:
                 f"{IGNORE_INDEX} beyond the first column. Check how the reference set is prepared and masked"
             )
         tokens = sum(batch["input_ids"].numel() for batch in batches)
-        flops = [batch_flops(model.module, batch) for batch in batches]
-        return cls([model.to_device(batch) for batch in batches], counts, tokens, flops)
+        return cls([model.to_device(batch) for batch in batches], counts, tokens)
 
     @property
     def examples(self) -> int:
@@ -83,12 +80,14 @@ class ReferencePass:
         training does. Ranks that hold parts of the parameters share out the batches, and all get the same loss.
         """
         torch.clear_autocast_cache()  # casts of the weights made before the last step would be used again
-        shares = model.view.share(list(zip(self.batches, self.counts, self.flops, strict=True)))
+        shares = model.view.share(list(zip(self.batches, self.counts, strict=True)))
+        losses = []
         with model.full_precision() if precision == "float32" else model.autocast():
-            losses = [model.losses(batch) for (batch, _, _), _ in shares]
+            for (batch, _), _ in shares:
+                with counting(model, "forward", batch):
+                    losses.append(model.losses(batch))
         model.view.reshard()  # a step comes next
-        model.meter.add_flops(sum(flops for (_, _, flops), _ in shares))
-        weights = [count * own for (_, count, _), own in shares]
+        weights = [count * own for (_, count), own in shares]
         share = sum(int(weight.sum()) for weight in weights) / self.targets
         mine = torch.tensor(reference_loss(losses, weights) * share, dtype=torch.float64)
         return float(model.view.sum(mine))
@@ -131,23 +130,28 @@ def mean_loss_and_gradient(
 
     def losses() -> Iterator[Tensor]:
         for (batch, weights), counts in model.view.in_step(items, spare):
-            model.meter.add_flops(3 * batch_flops(model.module, batch))
             each = model.losses(batch)
             weighted = each @ (weights * counts).to(each)
             yield weighted
             sums.add_(torch.stack([weighted.detach().double().cpu(), weights.sum(dtype=torch.float64) * counts]))
 
-    gradient = model.view.summed_gradient(losses(), parameters)
+    with counting(model, f"gradient in {len(parameters)}", *(batch for batch, _ in items or [spare()])):
+        gradient = model.view.summed_gradient(losses(), parameters)
     loss, weight = distributed.sum_over_ranks(sums).tolist()
     return loss / weight, {name: value.div_(weight) for name, value in gradient.items()}
 
 
-def batch_flops(model: nn.Module, batch: Batch) -> float:
-    """Return the FLOPs of one forward over a batch; a head that knows where the targets are computes only those."""
-    rows, width = batch["input_ids"].shape
-    wanted = batch[TARGET_COLUMNS].shape[1] if TARGET_COLUMNS in batch else width
-    head = output_head(model) if wanted < width - 1 else None
-    return forward_flops(model, rows * width) - (forward_flops(head, rows * (width - wanted)) if head else 0.0)
+def counting(model: LiveModel, what: str, *batches: Batch) -> AbstractContextManager[None]:
+    """Charge the FLOPs of the block, which does ``what`` with batches; see :meth:`CostMeter.counting`."""
+    trained = tuple(parameter.requires_grad for parameter in model.module.parameters())
+    shapes = tuple(_shapes(batch) for batch in batches)
+    return model.meter.counting(model.module, what, shapes, torch.is_grad_enabled(), trained)
+
+
+def _shapes(batch: Batch) -> Hashable:
+    """Return what the cost of a batch depends on: its tensors' shapes, and where its targets are."""
+    shapes = [(key, tuple(value.shape)) for key, value in batch.items() if isinstance(value, Tensor)]
+    return tuple(sorted(shapes)), targets_shape(batch)
 
 
 def split_rows(batch: Batch, rows: int | None) -> list[dict[str, Tensor]]:

@@ -47,6 +47,7 @@ def round_scalars(record: RoundRecord, ledger: Ledger, names: Sequence[str]) -> 
         "total_seconds": ledger.training_seconds + ledger.selection_seconds,
         "time_share": ledger.selection_share,
         "flops_share": ledger.selection_flops_share,
+        **ledger.utilisation(),
         "notes": float(len(record.notes)),
         "alarms": float(len(record.alarms)),
     }

@@ -10,7 +10,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from liveselect.functional.flops import forward_flops
 from liveselect.functional.sharding import is_sharded
 from liveselect.grammar import Batch, LiveModel
 from liveselect.preserve.bits import sum_of_words, tensors_inside
@@ -54,8 +53,11 @@ def listen(model: LiveModel, row: Batch) -> Echo | None:
     if is_sharded(model.module):
         return None
     try:
-        with measuring(model.module, model.optimizer, training_mode=True), _fixed(model.device):
-            model.meter.add_flops(3 * forward_flops(model.module, row["input_ids"].numel()))
+        with (
+            measuring(model.module, model.optimizer, training_mode=True),
+            _fixed(model.device),
+            model.meter.counting(model.module, "echo", row["input_ids"].shape),
+        ):
             return _heard(model, row)
     except Exception:  # only listens: what fails here fails in the measurement too, with better words
         return None

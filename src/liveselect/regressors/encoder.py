@@ -119,7 +119,7 @@ class EncoderRegressor(InfluenceRegressor):
             texts += self._read(batch, round.source.decode, network.config.vocab_size)
         tried = Examples(texts[:_TRIAL_TEXTS], torch.zeros(min(_TRIAL_TEXTS, len(texts))))
         with torch.enable_grad(), own_random_state(0, round.device):
-            accumulate_gradients(network, tried, torch.arange(len(tried.texts)), round.meter.add_flops)
+            accumulate_gradients(network, tried, torch.arange(len(tried.texts)), round.meter)
 
     def fit(self, round: Round, ids: Tensor, influence: Tensor) -> Mapping[str, float]:
         """Learn from ``ids (m,)`` and ``influence (m,)``; repeated ids are averaged.
@@ -157,7 +157,7 @@ class EncoderRegressor(InfluenceRegressor):
             own_random_state(seed, round.device),
             round.meter.tracked("fit regressor", self.schedule.steps(len(learned)), "batches") as advance,
         ):
-            found = train(network, self.schedule, examples, learned, held_out, order, round.meter.add_flops, advance)
+            found = train(network, self.schedule, examples, learned, held_out, order, round.meter, advance)
         return {**found, "held_out": float(count)}
 
     def predict(self, round: Round, batch: Batch) -> Tensor:
@@ -170,7 +170,7 @@ class EncoderRegressor(InfluenceRegressor):
             raise RuntimeError("EncoderRegressor.predict was called before fit: call fit(round, ids, influence)")
         network = self._ready(round.device, seed=0)
         texts = self._read(batch, round.source.decode, network.config.vocab_size)
-        return predict(network, texts, round.meter.add_flops)
+        return predict(network, texts, round.meter)
 
     def state_dict(self) -> State:
         """Return the weights and the encoder's configuration, as tensors and builtins; empty before the first fit."""

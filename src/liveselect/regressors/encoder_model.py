@@ -1,14 +1,14 @@
 """The network of the encoder regressor: an encoder of transformers, the mean over a text's tokens, a linear head."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from liveselect.functional.flops import forward_flops
+from liveselect.cost import CostMeter
 from liveselect.grammar import State
 from liveselect.regressors.chunks import even_chunks, length_groups, mean_over_tokens
 
@@ -41,15 +41,16 @@ class InfluenceNetwork(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def parts(self, texts: Sequence[Tensor], add_flops: Callable[[float], None]) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield positions in ``texts`` and their outputs, ``(g,)`` float32, for all texts.
+    def parts(self, texts: Sequence[Tensor], meter: CostMeter) -> Iterator[tuple[list[int], Tensor, torch.Size]]:
+        """Yield positions in ``texts``, their outputs ``(g,)`` float32, and the shape that was computed, for all texts.
 
-        Charges three times the cost of a forward in training mode, for the backward that is to come.
+        The forward is charged to the meter.
         """
         for group in length_groups([len(text) for text in texts], self.longest, self.tokens):
             input_ids, mask = even_chunks([texts[i] for i in group], self.longest)
-            add_flops((3 if self.training else 1) * forward_flops(self.encoder, input_ids.numel()))
-            yield group, self(input_ids, mask, torch.tensor([len(texts[i]) for i in group]))
+            with meter.counting(self, "forward", input_ids.shape):
+                outputs = self(input_ids, mask, torch.tensor([len(texts[i]) for i in group]))
+            yield group, outputs, input_ids.shape
 
     def forward(self, input_ids: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
         """Return ``(len(lengths),)`` float32 for texts of ``lengths`` tokens, given as chunks ``(C, L)``, from CPU.

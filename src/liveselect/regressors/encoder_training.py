@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from liveselect.cost import CostMeter
 from liveselect.distributed import gather_shards, shard, sum_over_ranks
 from liveselect.functional.correlation import spearman
 from liveselect.regressors.encoder_model import InfluenceNetwork
@@ -35,25 +36,24 @@ class Schedule(NamedTuple):
         return self.epochs * math.ceil(examples / self.batch_size)
 
 
-def predict(network: InfluenceNetwork, texts: Sequence[Tensor], add_flops: Callable[[float], None]) -> Tensor:
+def predict(network: InfluenceNetwork, texts: Sequence[Tensor], meter: CostMeter) -> Tensor:
     """Return the predictions for ``texts``, ``(len(texts),)`` float32 on CPU."""
     network.eval()
     predicted = torch.empty(len(texts), dtype=torch.float32)  # training may have another default type
     with torch.no_grad():
-        for group, found in network.parts(texts, add_flops):
+        for group, found, _ in network.parts(texts, meter):
             predicted[group] = found.cpu()
     return predicted
 
 
-def accumulate_gradients(
-    network: InfluenceNetwork, examples: Examples, rows: Tensor, add_flops: Callable[[float], None]
-) -> None:
+def accumulate_gradients(network: InfluenceNetwork, examples: Examples, rows: Tensor, meter: CostMeter) -> None:
     """Add the gradient of the mean squared error of ``rows (b,)`` to ``.grad``; each rank runs its share."""
     network.train()
     mine = rows[shard(len(rows))]
-    for group, predicted in network.parts([examples.texts[i] for i in mine.tolist()], add_flops):
+    for group, predicted, shape in network.parts([examples.texts[i] for i in mine.tolist()], meter):
         targets = examples.targets[mine[group]].to(predicted.device)
-        ((predicted - targets).square().sum() / len(rows)).backward()
+        with meter.counting(network, "backward", shape):
+            ((predicted - targets).square().sum() / len(rows)).backward()
     for parameter in network.parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = sum_over_ranks(gradient)
@@ -66,7 +66,7 @@ def train(
     learned: Tensor,
     held_out: Tensor,
     order: torch.Generator,
-    add_flops: Callable[[float], None],
+    meter: CostMeter,
     advance: Callable[[int], None],
 ) -> dict[str, float]:
     """Train the network in place and leave it with the weights whose held-out rank correlation was highest.
@@ -89,14 +89,14 @@ def train(
     step = 0
     for _ in range(schedule.epochs):
         for rows in learned[torch.randperm(len(learned), generator=order)].split(schedule.batch_size):
-            accumulate_gradients(network, examples, rows, add_flops)
+            accumulate_gradients(network, examples, rows, meter)
             nn.utils.clip_grad_norm_(network.parameters(), _CLIP_NORM)
             optimizer.step()
             decay.step()
             optimizer.zero_grad()
             step += 1
             advance(1)
-            if step in evaluation_steps and (found := held_out_spearman(network, examples, held_out, add_flops)) > best:
+            if step in evaluation_steps and (found := held_out_spearman(network, examples, held_out, meter)) > best:
                 best, best_step = found, step
                 best_weights = {k: v.detach().to("cpu", copy=True) for k, v in network.state_dict().items()}
     if best_weights is None:
@@ -105,9 +105,7 @@ def train(
     return {"spearman": best, "best_step": float(best_step)}
 
 
-def held_out_spearman(
-    network: InfluenceNetwork, examples: Examples, rows: Tensor, add_flops: Callable[[float], None]
-) -> float:
+def held_out_spearman(network: InfluenceNetwork, examples: Examples, rows: Tensor, meter: CostMeter) -> float:
     """Return the rank correlation of predictions and targets of ``rows``; each rank predicts its share."""
-    mine = predict(network, [examples.texts[i] for i in rows[shard(len(rows))].tolist()], add_flops)
+    mine = predict(network, [examples.texts[i] for i in rows[shard(len(rows))].tolist()], meter)
     return spearman(gather_shards(mine, len(rows)), examples.targets[rows])

@@ -68,9 +68,8 @@ class HashedRidgeRegressor(InfluenceRegressor):
                 features[row : row + len(bucket)].scatter_add_(1, bucket, weight)
                 row += len(bucket)
                 advance(len(bucket))
-            found = fit_ridge(features, targets, folds, _PENALTIES)
-            rank = min(m, self.buckets)
-            round.meter.add_flops(2.0 * m * rank * self.buckets + 9.0 * rank**3)  # Gram matrix, eigendecomposition
+            with round.meter.counting():
+                found = fit_ridge(features, targets, folds, _PENALTIES)
         self._weights, self._intercept = found.weights, found.intercept
         within = [spearman(found.held_out[folds == f], targets[folds == f]) for f in range(count)]
         defined = [value for value in within if value == value]

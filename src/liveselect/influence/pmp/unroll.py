@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from liveselect import distributed
 from liveselect.functional.adjoint import Costate, Dynamics, State, Transition, final_costate, walk_back
 from liveselect.functional.differences import Reach, central_difference, central_difference_product
-from liveselect.functional.flops import forward_flops
 from liveselect.functional.layer_pass import count_rows
 from liveselect.functional.sampling import uniform_subset
 from liveselect.functional.second_order import double_backward_product
@@ -21,13 +20,11 @@ from liveselect.grammar import Batch, LiveModel, NotMeasurableError, Round
 from liveselect.influence.pmp.dynamics import live_state
 from liveselect.influence.pmp.trajectory import Trajectory
 from liveselect.influence.pmp.vault import Vault, to_device
-from liveselect.influence.reference import ReferencePass, Weighted, mean_loss_and_gradient, split_rows
+from liveselect.influence.reference import ReferencePass, Weighted, counting, mean_loss_and_gradient, split_rows
 
 HessianKind = Literal["double_backward", "central_difference"]
 Weighting = Literal["tokens", "examples"]
 
-# a forward and backward is worth three forwards
-_FORWARDS_PER_PRODUCT: dict[HessianKind, int] = {"double_backward": 9, "central_difference": 6}
 _MAX_CURVATURE_ERROR = {torch.float64: 1e-3, torch.float32: 0.1}  # several times the rounding error of differences
 _COSTATE_KEY, _METRICS_KEY = "costate", "metrics"
 
@@ -137,9 +134,9 @@ class Unroll:
             moved = view.spread(vector, self.parameters)
             gradient = partial(self._mean_gradient, batches, index)
             return central_difference(self.model.module, moved, gradient, reach, view.norm)
-        self._charge(_FORWARDS_PER_PRODUCT["double_backward"], batches)
         model, loss_fn = self.model.module, self.model.loss_fn
-        product = double_backward_product(model, loss_fn, batches, vector) if batches else None
+        with counting(self.model, "double backward", *batches):
+            product = double_backward_product(model, loss_fn, batches, vector) if batches else None
         return self._over_ranks(product, sum(map(count_rows, batches)) / len(self.ids[index]))
 
     def _mean_gradient(self, batches: Sequence[Batch], index: int) -> Vector:
@@ -162,9 +159,9 @@ class Unroll:
         if self.hessian != "double_backward" or not batches:
             return
         model, loss_fn = self.model.module, self.model.loss_fn
-        exact = double_backward_product(model, loss_fn, batches[:1], vector)
-        close = central_difference_product(model, loss_fn, batches[:1], vector)
-        self._charge(sum(_FORWARDS_PER_PRODUCT.values()), batches[:1])
+        with counting(self.model, "check of curvature", batches[0]):
+            exact = double_backward_product(model, loss_fn, batches[:1], vector)
+            close = central_difference_product(model, loss_fn, batches[:1], vector)
         error = float(norm({name: exact[name] - close[name] for name in exact}) / norm(close).clamp(min=1e-30))
         dtype = next(iter(vector.values())).dtype
         if error > _MAX_CURVATURE_ERROR[dtype]:
@@ -208,10 +205,6 @@ class Unroll:
 
     def _load(self, state: State) -> None:
         load_parameters(self.model, self.parameters, state.parameters)
-
-    def _charge(self, forwards: int, batches: Sequence[Batch]) -> None:
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
-        self.model.meter.add_flops(forwards * forward_flops(self.model.module, tokens))
 
 
 def unrolled_ids(round: Round, steps: int, size: int) -> list[Tensor]:
