@@ -207,17 +207,8 @@ def _from_method(command: ArgumentParser, config: Namespace) -> Scores:
         with_moments = config.method == "less"  # the others ask the optimizer which parameters it trains
         sgd = torch.optim.SGD(made.model.parameters(), lr=1.0)
         model = _live(made, config, round_, proxy_optimizer(made.model, None, checkpoint) if with_moments else sgd)
-    method, chosen, (part, finish) = build(config.method, config.settings or {}, round_.source)
-    job = MethodJob(
-        model=model,
-        round=round_,
-        method=part,
-        card=method.card,
-        chosen=chosen,
-        finish=finish,
-        **_of_every_job(config, checkpoint),
-    )
-    return job.run()
+    method = build(config.method, config.settings or {}, round_.source)
+    return MethodJob(model=model, round=round_, method=method, **_of_every_job(config, checkpoint)).run()
 
 
 def _from_proxy(command: ArgumentParser, config: Namespace) -> Scores:

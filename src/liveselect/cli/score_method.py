@@ -1,7 +1,7 @@
 """``liveselect score --method NAME``: scores of every sequence of a pool by one of the known methods."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from liveselect import distributed
 from liveselect.cli.score_job import PoolJob, agreed, read_or_refuse, wait_for_all
+from liveselect.cli.score_methods import BuiltMethod
 from liveselect.functional.sampling import uniform_subset
 from liveselect.grammar import Batch, CandidateSource, InfluenceEstimator
 from liveselect.json_lines import whole_file
 from liveselect.preserve import measuring
-from liveselect.scoring.scorer import MethodCard, Rows, Scorer
+from liveselect.scoring.scorer import Rows, Scorer
 
 FITTED = "fitted.pt"
 
@@ -23,34 +24,34 @@ class MethodJob(PoolJob):
     """Scores a pool with a method: a :class:`Scorer`, or an estimator that is asked for every candidate.
 
     Attributes:
-        method: the method; an estimator needs ``model``.
-        card: what it is.
-        chosen: its settings, for the scores.
-        finish: makes scores ``(n,)`` from what was measured of the whole pool, after the method's own.
+        method: the method with its settings; an estimator needs ``model``.
     """
 
-    method: Scorer | InfluenceEstimator
-    card: MethodCard
-    chosen: Mapping[str, object] = field(default_factory=dict)
-    finish: Callable[[Tensor], Tensor] = lambda values: values
+    method: BuiltMethod
 
     def _refuse_settings(self) -> None:
         super()._refuse_settings()
-        if isinstance(self.method, InfluenceEstimator) and self.model is None:
+        if isinstance(self.method.part, InfluenceEstimator) and self.model is None:
             raise ValueError(
-                f"expected a model to score with, which {self.card.name} needs: pass --config with a file of "
+                f"expected a model to score with, which {self.method.card.name} needs: pass --config with a file of "
                 "`liveselect fit`"
             )
 
     def _depends_on(self) -> list[object]:
-        return [self.card.name, {name: str(value) for name, value in self.chosen.items()}, *super()._depends_on()]
+        return [
+            self.method.card.name,
+            {name: str(value) for name, value in self.method.chosen.items()},
+            *super()._depends_on(),
+        ]
 
     def _prepared(self) -> dict[str, object]:
-        about: dict[str, object] = {"method": {**self.card.as_json(), "settings": _builtins(self.chosen)}}
+        about: dict[str, object] = {"method": {**self.method.card.as_json(), "settings": _builtins(self.method.chosen)}}
         with self.round.meter.phase("fit method"):
-            metrics = self._fit_scorer(self.method) if isinstance(self.method, Scorer) else self._fit_estimator()
+            metrics = (
+                self._fit_scorer(self.method.part) if isinstance(self.method.part, Scorer) else self._fit_estimator()
+            )
         self._spent.keep()
-        self.report(f"{self.card.name}: ready to score {self.round.pool.size} candidates")
+        self.report(f"{self.method.card.name}: ready to score {self.round.pool.size} candidates")
         return {**about, "metrics": {name: float(value) for name, value in metrics.items()}}
 
     def _fit_scorer(self, scorer: Scorer) -> Mapping[str, float]:
@@ -65,7 +66,7 @@ class MethodJob(PoolJob):
         return {"pool_rows_fitted": count}
 
     def _fit_estimator(self) -> Mapping[str, float]:
-        method, model, file = self.method, self.model, self.work / FITTED
+        method, model, file = self.method.part, self.model, self.work / FITTED
         if model is None or not isinstance(method, InfluenceEstimator):
             raise TypeError(f"expected a Scorer, or an InfluenceEstimator with a model, got {type(method).__name__}")
         if agreed(file.exists()):
@@ -82,7 +83,7 @@ class MethodJob(PoolJob):
         return metrics
 
     def _scores_of(self, batch: Batch) -> Tensor:
-        method, model = self.method, self.model
+        method, model = self.method.part, self.model
         if isinstance(method, Scorer):
             return method(rows_of(batch, method.reads, self.round.source))
         if model is None:
@@ -93,9 +94,9 @@ class MethodJob(PoolJob):
 
     def _finished(self, values: np.ndarray) -> np.ndarray:
         found = torch.from_numpy(np.array(values))
-        if isinstance(self.method, Scorer):
-            found = self.method.finished(found)
-        return self.finish(found).numpy()
+        if isinstance(self.method.part, Scorer):
+            found = self.method.part.finished(found)
+        return self.method.finish(found).numpy()
 
 
 def rows_of(batch: Batch, reads: str, source: CandidateSource) -> Rows:

@@ -1,11 +1,13 @@
 """The methods of ``liveselect score --method``: their names, and how each is built from its settings."""
 
 import inspect
+from argparse import ArgumentError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
+from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from liveselect.datamodules.clusters.embedding import make_embedder
@@ -14,7 +16,8 @@ from liveselect.grammar import CandidateSource, InfluenceEstimator
 from liveselect.influence import LESSInfluence, LossDropInfluence, PerplexityInfluence, ReducibleLossInfluence
 from liveselect.scoring import BM25, DSIR, EmbeddingSimilarity, MethodCard, NearDuplicates, NgramRatio, Scorer
 
-Built = tuple[Scorer | InfluenceEstimator, Callable[[Tensor], Tensor]]
+Settings = dict[str, Any]
+Part = Scorer | InfluenceEstimator
 
 
 @dataclass(frozen=True)
@@ -23,57 +26,70 @@ class Method:
 
     Attributes:
         card: what it is.
-        build: makes it from the data and its settings, with what makes scores of its results over the whole pool.
+        part: makes it; its arguments are the settings of the method, but for ``source``, the data.
+        finish: makes scores of its results over the whole pool; called with them and the settings.
     """
 
     card: MethodCard
-    build: Callable[..., Built]
-
-    def defaults(self) -> dict[str, object]:
-        """Return its settings with their defaults."""
-        found = list(inspect.signature(self.build).parameters.values())
-        return {each.name: each.default for each in found if each.name != "source"}
+    part: Callable[..., Part]
+    finish: Callable[[Tensor, Settings], Tensor] = lambda values, settings: values
 
 
-def build(
-    name: str, settings: Mapping[str, object], source: CandidateSource
-) -> tuple[Method, dict[str, object], Built]:
-    """Return the method of that name, all of its settings, and the method as they make it.
+def build(name: str, settings: Mapping[str, object], source: CandidateSource) -> "BuiltMethod":
+    """Return the method of that name, all of its settings, and what they make.
 
     Raises:
         ValueError: there is no such method or setting, or a setting cannot be.
     """
-    check_settings(name, settings)
+    chosen = check_settings(name, settings)
     method = METHODS[name]
-    chosen = {**method.defaults(), **settings}
-    return method, chosen, method.build(source=source, **chosen)
+    given = {"source": source} if "source" in inspect.signature(method.part).parameters else {}
+    return BuiltMethod(
+        method.card, chosen, method.part(**given, **chosen), lambda values: method.finish(values, chosen)
+    )
 
 
-def check_settings(name: str, settings: Mapping[str, object]) -> None:
-    """Raise ValueError where there is no such method, or it has no such settings."""
+@dataclass(frozen=True)
+class BuiltMethod:
+    """A method with its settings.
+
+    Attributes:
+        card: what it is.
+        chosen: all of its settings.
+        part: scores batches.
+        finish: makes scores of its results over the whole pool.
+    """
+
+    card: MethodCard
+    chosen: Settings
+    part: Part
+    finish: Callable[[Tensor], Tensor]
+
+
+def check_settings(name: str, settings: Mapping[str, object]) -> Settings:
+    """Return all settings of a method: those that are given, of their types, and the defaults of the others.
+
+    Raises:
+        ValueError: there is no such method, or it has no such settings.
+    """
     if name not in METHODS:
         raise ValueError(f"expected --method to be one of {sorted(METHODS)}, got {name!r}")
-    method = METHODS[name]
-    unknown = sorted(set(settings) - set(method.defaults()))
-    if unknown:
-        raise ValueError(f"{name} has no settings {unknown}: it has {method.defaults()} (--settings.NAME VALUE)")
-
-
-def _as_it_is(values: Tensor) -> Tensor:
-    return values
-
-
-def _scorer(kind: type[Scorer]) -> Callable[..., Built]:
-    def make(source: CandidateSource, **settings: object) -> Built:
-        return kind(**settings), _as_it_is
-
-    make.__signature__ = inspect.signature(kind)  # type: ignore[attr-defined]
-    return make
+    part = METHODS[name].part
+    parser = ArgumentParser(exit_on_error=False)
+    if inspect.isclass(part):
+        parser.add_class_arguments(part)
+    else:
+        parser.add_function_arguments(part, skip={"source"})
+    try:
+        return dict(parser.parse_object(dict(settings)).as_dict())
+    except ArgumentError as error:
+        known = ", ".join(f"{key}={value!r}" for key, value in parser.get_defaults().as_dict().items())
+        raise ValueError(f"{name} cannot be set so: {error}. Its settings and defaults: {known}") from error
 
 
 def _embed(
     source: CandidateSource, embedding: str = "hashed", dimensions: int = 128, pool_rows: int = 1 << 14
-) -> Built:
+) -> Scorer:
     if embedding.startswith("vectors:"):
         raise ValueError(
             f"expected an embedding that reads texts, as reference examples need vectors too, got {embedding!r}: use "
@@ -88,24 +104,15 @@ def _embed(
         rows = max(2, embedder.sample_tokens // max(1, tokens.shape[1]))
         embedder.fit(tokens[:rows])
 
-    return EmbeddingSimilarity(embed, fit_to, pool_rows), _as_it_is
+    return EmbeddingSimilarity(embed, fit_to, pool_rows)
 
 
-def _perplexity(source: CandidateSource, band: Band = "middle", scorer: str | None = None) -> Built:
-    estimator = PerplexityInfluence(band=None, scorer=scorer)
-    return estimator, partial(_in_bands, band=band)
+def _perplexity(band: Band = "middle", scorer: str | None = None) -> InfluenceEstimator:
+    return PerplexityInfluence(band=None, scorer=scorer)  # the band is cut out of the whole pool
 
 
-def _in_bands(values: Tensor, band: Band) -> Tensor:
-    return band_order(-values, band)
-
-
-def _estimator(kind: type[InfluenceEstimator]) -> Callable[..., Built]:
-    def make(source: CandidateSource, **settings: object) -> Built:
-        return kind(**settings), _as_it_is
-
-    make.__signature__ = inspect.signature(kind)  # type: ignore[attr-defined]
-    return make
+def _in_bands(values: Tensor, settings: Settings) -> Tensor:
+    return band_order(-values, settings["band"])
 
 
 LIVE = "yes: liveselect.influence.{}, at the round's clock"
@@ -143,15 +150,15 @@ TAP = MethodCard(
     refreshed=LIVE.format("LossDropInfluence"),
 )
 METHODS = {
-    "ngram-ratio": Method(NgramRatio.card, _scorer(NgramRatio)),
-    "dsir": Method(DSIR.card, _scorer(DSIR)),
-    "bm25": Method(BM25.card, _scorer(BM25)),
+    "ngram-ratio": Method(NgramRatio.card, NgramRatio),
+    "dsir": Method(DSIR.card, DSIR),
+    "bm25": Method(BM25.card, BM25),
     "embed": Method(EmbeddingSimilarity.card, _embed),
-    "near-duplicates": Method(NearDuplicates.card, _scorer(NearDuplicates)),
-    "perplexity": Method(PPL, _perplexity),
-    "rho": Method(RHO, _estimator(ReducibleLossInfluence)),
-    "less": Method(LESS, _estimator(LESSInfluence)),
-    "tap": Method(TAP, _estimator(LossDropInfluence)),
+    "near-duplicates": Method(NearDuplicates.card, NearDuplicates),
+    "perplexity": Method(PPL, _perplexity, _in_bands),
+    "rho": Method(RHO, ReducibleLossInfluence),
+    "less": Method(LESS, LESSInfluence),
+    "tap": Method(TAP, LossDropInfluence),
 }
 NEEDS_MODEL = ("perplexity", "rho", "less", "tap")
 """Methods that score with the model of the configuration."""

@@ -212,7 +212,8 @@ class LESSInfluence(InfluenceEstimator):
         else:
             vector = torch.cat([features.get(n, torch.zeros_like(p)).flatten() for n, p in parameters.items()]).float()
         length = vector.norm()
-        return vector / length if bool((length.isfinite() & (length > 0)).item()) else None
+        known = length.isfinite() & (length > 0) & loss.isfinite()
+        return vector / length if bool(known.item()) else None
 
     def _feature(self, gradient: Tensor, moments: _Moments | None) -> Tensor:
         if moments is None:
