@@ -150,6 +150,16 @@ def write_scores(folder: str | Path, values: npt.ArrayLike, pool: str, about: Ma
     return read_scores(folder)
 
 
+def write_part(path: str | Path, ids: npt.ArrayLike, scores: npt.ArrayLike, pool: str) -> None:
+    """Write the scores ``(m,)`` of the candidates ``ids (m,)`` of a pool as a part for :func:`join_scores`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"id": _array(ids), "score": _array(scores)}).replace_schema_metadata({"pool": pool})
+    with whole_file(Path(path)) as file:
+        pq.write_table(table, file)
+
+
 def join_scores(folder: str | Path, parts: Sequence[str | Path], size: int, pool: str) -> Scores:
     """Join parts that other programs made, and write them as a score folder.
 
