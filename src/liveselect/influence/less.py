@@ -17,7 +17,7 @@ from liveselect.functional.sketches import CountSketch
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, State
 from liveselect.influence.one_step import trainable_parameters
 from liveselect.influence.other_weights import OtherWeights
-from liveselect.influence.reference import batch_flops, split_rows
+from liveselect.influence.reference import counting, split_rows
 
 Features = Literal["adam", "adam_slope", "gradient"]
 Form = Literal["published", "optimizer"]
@@ -195,11 +195,12 @@ class LESSInfluence(InfluenceEstimator):
         self, model: LiveModel, row: Batch, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, _Moments]
     ) -> Tensor | None:
         """Return the feature of one example at unit length, None where it has none."""
-        with torch.enable_grad(), model.autocast():
-            loss = model.losses(row).sum()
-        gradients = model.view.gradients(loss, list(parameters.values()))
+        with torch.enable_grad(), counting(model, "gradient of a row", row):
+            with model.autocast():
+                loss = model.losses(row).sum()
+            gradients = model.view.gradients(loss, list(parameters.values()))
         coordinates = sum(parameter.numel() for parameter in parameters.values())
-        model.meter.add_flops(3 * batch_flops(model.module, row) + _FLOPS_PER_COORDINATE * coordinates)
+        model.meter.add_flops(_FLOPS_PER_COORDINATE * coordinates)
         found = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
         # a parameter without moments was never updated: what Adam would do there is not known
         features = {

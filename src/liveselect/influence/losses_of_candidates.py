@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -13,7 +14,7 @@ from liveselect.functional.bands import Band, band_edges
 from liveselect.functional.sampling import uniform_subset
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, State
 from liveselect.influence.other_weights import OtherWeights, trained_on_reference
-from liveselect.influence.reference import batch_flops
+from liveselect.influence.reference import counting
 from liveselect.losses import causal_lm_loss
 
 _LEAST_LOSS = 1e-6  # nats per token: below it a relative drop is rounding
@@ -215,8 +216,7 @@ class _OtherModel:
     def losses(self, model: LiveModel, batch: Batch) -> Tensor:
         """Return its losses, ``(B,)`` nats per token."""
         module = self._on(model.device)
-        model.meter.add_flops(batch_flops(module, batch))
-        with model.autocast():
+        with counting(replace(model, module=module), "forward", batch), model.autocast():
             return causal_lm_loss(module, batch).float()
 
     def _on(self, device: torch.device) -> nn.Module:
@@ -230,8 +230,7 @@ class _OtherModel:
 
 @torch.no_grad()
 def _live_losses(model: LiveModel, batch: Batch, full_precision: bool = False) -> Tensor:
-    model.meter.add_flops(batch_flops(model.module, batch))
-    with model.full_precision() if full_precision else model.autocast():
+    with counting(model, "forward", batch), model.full_precision() if full_precision else model.autocast():
         return model.losses(batch).float()
 
 
