@@ -21,10 +21,10 @@ def measuring(model: nn.Module, optimizer: torch.optim.Optimizer, training_mode:
 
     Inside, all modules are in eval mode (also those that a list or a helper hides), gradients start as None, hooks on
     the optimizer's step are silent (averages of the weights, loggers) and torch.compile is bypassed, because unusual
-    shapes would recompile the training graph. On exit, also after an exception, these are as before: the very
-    ``.grad`` tensors (backward adds into them in place, so copies would not do), buffers, each module's training flag,
-    and the random states of torch (CPU, CUDA), numpy and Python. So are frozen parameters and the plain attributes of
-    modules, which forwards and hooks may change (a history of gradient norms), within the limits of
+    shapes would recompile the training graph. On exit, also after an exception, these are as before: the very ``.grad``
+    tensors (backward adds into them in place, so copies would not do), buffers, each module's training flag, and the
+    random states of torch (CPU, CUDA), numpy and Python. So are frozen parameters and the plain attributes of modules,
+    which forwards and hooks may change (a history of gradient norms), within the limits of
     :class:`~liveselect.preserve.attributes.Attributes`, unless the parameters are sharded. Trained parameters and the
     optimizer's state belong to :class:`~liveselect.preserve.Snapshot`; a GradScaler is not touched.
     A sharded model enters and leaves the block with all of its parameters sharded.
