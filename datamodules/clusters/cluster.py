@@ -119,7 +119,7 @@ def cluster_pool(
 def _check(store: TokenStore, clustering: Clustering, name: str) -> None:
     """Raise errors that would otherwise come after the embedding; refuse to replace a folder of something else."""
     check_fit(store.rows, clustering.clusters, clustering.engine)
-    if clustering.dimensions != Clustering.dimensions and clustering.embed != "hashed":
+    if clustering.dimensions != Clustering.dimensions and ":" in clustering.embed:
         raise ValueError(
             f"dimensions={clustering.dimensions} has no effect on {clustering.embed}, which has its own: leave it out"
         )

@@ -202,7 +202,7 @@ def test_labels_that_a_pool_cannot_keep_are_refused_with_their_line(tmp_path, la
 @pytest.mark.parametrize("ids", [[[1], [2, 3]], [[1, 2], [3, 4]], [1, None]])
 def test_impossible_ids_beside_a_mask_are_refused_with_their_line(tmp_path, ids):
     (tmp_path / "rows.jsonl").write_bytes(line(input_ids=ids, attention_mask=[1, 0], labels=[1, 2]))
-    with pytest.raises(DataError, match="line 1: expected a flat list of integer token ids|line 1: the labels are"):
+    with pytest.raises(DataError, match=r"line 1: expected a flat list of integer token ids|line 1: the labels are"):
         packed(tmp_path / "rows.jsonl", tmp_path, **IDS)
 
 
