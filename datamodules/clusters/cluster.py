@@ -119,6 +119,10 @@ def cluster_pool(
 def _check(store: TokenStore, clustering: Clustering, name: str) -> None:
     """Raise errors that would otherwise come after the embedding; refuse to replace a folder of something else."""
     check_fit(store.rows, clustering.clusters, clustering.engine)
+    if clustering.dimensions != Clustering.dimensions and ":" in clustering.embed:
+        raise ValueError(
+            f"dimensions={clustering.dimensions} has no effect on {clustering.embed}, which has its own: leave it out"
+        )
     if clustering.epochs < 1:
         raise ValueError(f"expected at least one pass over the pool (epochs), got {clustering.epochs}")
     if not 0.0 <= clustering.reach <= 2.0:

@@ -198,7 +198,12 @@ class Corpus:
         mask, labels = (_beside(record, name, len(ids)) for name in BESIDE_IDS)
         if mask is None and labels is None:
             return ids
-        tokens = np.asarray(ids)
+        try:
+            tokens = np.asarray(ids)
+        except ValueError:  # lists of unequal lengths
+            return ids
+        if tokens.ndim != 1:
+            return ids  # whoever encodes it says what is wrong, as without a mask
         seen = np.ones(len(tokens), bool) if mask is None else mask != 0
         if labels is not None:
             carries = labels != IGNORE_INDEX

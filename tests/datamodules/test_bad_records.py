@@ -189,12 +189,20 @@ def test_the_padding_token_of_the_tokenizer_is_not_packed_where_no_mask_tells(tm
         ([-100, -100, -100, 4, 5, 6], "labels of -100 hide tokens before others"),
         ([2, 3, 4, 5, 6, -100], "labels are neither the token ids nor -100"),
         ([1, 2, 3], "expected 'labels' as one integer for each of the 6 token ids"),
+        ([1, 2, 3, 4, 5, None], "expected 'labels' as one integer for each of the 6 token ids"),
     ],
-    ids=["prompt", "shifted", "short"],
+    ids=["prompt", "shifted", "short", "null"],
 )
 def test_labels_that_a_pool_cannot_keep_are_refused_with_their_line(tmp_path, labels, said):
     (tmp_path / "rows.jsonl").write_bytes(line(input_ids=[1, 2, 3, 4, 5, 6], labels=labels))
     with pytest.raises(DataError, match=f"line 1: .*{said}"):
+        packed(tmp_path / "rows.jsonl", tmp_path, **IDS)
+
+
+@pytest.mark.parametrize("ids", [[[1], [2, 3]], [[1, 2], [3, 4]], [1, None]])
+def test_impossible_ids_beside_a_mask_are_refused_with_their_line(tmp_path, ids):
+    (tmp_path / "rows.jsonl").write_bytes(line(input_ids=ids, attention_mask=[1, 0], labels=[1, 2]))
+    with pytest.raises(DataError, match=r"line 1: expected a flat list of integer token ids|line 1: the labels are"):
         packed(tmp_path / "rows.jsonl", tmp_path, **IDS)
 
 
