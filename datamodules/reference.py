@@ -311,13 +311,15 @@ def _content(record: object, reference: ReferenceSet, position: int, seen: _Seen
         raise TypeError(f"expected {where} as a string or a dict, got {type(record).__name__}")
     names = {role: reference.columns.get(role, role) for role in ROLES}
     kinds: tuple[tuple[str, ...], ...] = (("input_ids",), ("prompt", "answer"), ("text",))
-    kind = next((roles for roles in kinds if all(names[role] in record for role in roles)), None)
-    if kind is None:
+    there = [roles for roles in kinds if all(names[role] in record for role in roles)]
+    if not there:
         raise ValueError(
             f"expected {where} to have {names['text']!r}, {names['prompt']!r} and {names['answer']!r}, or "
             f"{names['input_ids']!r}, got the columns {sorted(map(str, record))}: name yours, as in "
             'ReferenceSet(source, columns={"text": "content"})'
         )
+    # a table of records of several kinds has nulls in the columns of the others
+    kind = next((roles for roles in there if not any(_is_missing(record[names[role]]) for role in roles)), there[0])
     columns = [names[role] for role in kind]
     seen.used.update(kind)
     _look_at_others(record, columns, where, seen)

@@ -425,6 +425,15 @@ def test_all_kinds_of_missing_content_are_left_out(tokenizer):
     assert (loaded.left_out, len(loaded.items), loaded.positions) == (4, 1, [0, 1, 2, 3, 4])
 
 
+def test_a_table_of_records_of_several_kinds_is_read_by_what_each_has(tokenizer):
+    kinds = [{"text": "some text"}, {"prompt": "the", "answer": " end"}, {"input_ids": [3, 4]}, {}]
+    names = ("text", "prompt", "answer", "input_ids")
+    records = datasets.Dataset.from_list([{name: kind.get(name) for name in names} for kind in kinds])
+    loaded = load_reference(ReferenceSet(records), tokenizer)
+    assert [item.record for item in loaded.items] == [0, 1, 2]
+    assert (loaded.left_out, loaded.remarks) == (1, ())
+
+
 def test_halves_of_surrogate_pairs_in_a_reference_are_mended_with_their_number(tokenizer, tmp_path):
     file = tmp_path / "reference.jsonl"
     broken = '{"text": "cut \\ud83d here", "\\ud800": 1}\n{"prompt": "a", "answer": " \\udc00 b"}\n{"text": "whole"}\n'
