@@ -1,11 +1,7 @@
 """Checkpoint files that are whole or not there, on every file system."""
 
-import os
-import socket
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from liveselect.grammar import SelectionWarning
-from liveselect.json_lines import flush_folder
+from liveselect.json_lines import remove_unfinished, whole_file
 
-PART = ".part"
 REQUEUED = "hpc_ckpt_"
 """How Lightning names the checkpoint of a job that is requeued, which it looks for by itself."""
 
@@ -59,7 +54,6 @@ class WholeFileIO(TorchCheckpointIO):
 
     def __init__(self, looked_for: Iterable[Path] = ()) -> None:
         super().__init__()
-        self._numbers = count()
         self._looked_for = {Path(path).absolute() for path in looked_for}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
@@ -68,20 +62,9 @@ class WholeFileIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = _local(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left_parts(target)
-        # a handler of a signal may save while this is saved, so not even the same process writes to one name twice
-        part = target.with_name(f"{target.name}.{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}{PART}")
-        try:
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
-            flush_folder(target.parent)
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
+        remove_unfinished(target.parent)
+        with whole_file(target) as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **settings: Any) -> dict[str, Any]:
         """Load the checkpoint at ``path``.
@@ -128,22 +111,3 @@ def is_whole(path: Path) -> bool:
 
 def _local(path: str | Path) -> Path:
     return Path(str(get_filesystem(path)._strip_protocol(str(path))))
-
-
-def _remove_left_parts(target: Path) -> None:
-    """Remove what processes of this machine left when they were killed in the middle of a checkpoint."""
-    for part in target.parent.glob(f"*.{socket.gethostname()}.*{PART}"):
-        process = part.name.split(".")[-3]
-        if process.isdecimal() and not _is_running(int(process)):
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

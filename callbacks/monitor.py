@@ -143,11 +143,7 @@ class SelectionMonitor(Callback, LogsRounds):
 
     def _about(self) -> State:
         """Return the settings of selection, and where its records lie."""
-        if self._selection is None:
-            return {}
-        decisions = self._selection.run.decisions
-        folder = {} if decisions is None else {"folder": str(decisions.folder.parent.resolve())}
-        return {**self._selection.run.ledger.about, **folder}
+        return {} if self._selection is None else self._selection.run.ledger.about
 
     # ---- showing -----------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -22,6 +23,16 @@ log = logging.getLogger("liveselect")
 
 class LogsRounds:
     """Marks a callback that sends the numbers of rounds to the loggers itself."""
+
+
+def log_settings(trainer: pl.Trainer, about: Mapping[str, object]) -> None:
+    """Add what selection is set to to the configuration of every logger, under ``selection``."""
+    for logger in trainer.loggers:
+        with only_looking(f"{type(logger).__name__} failed on the settings of selection"):
+            settings: dict[str, object] = {"selection": dict(about)}
+            if isinstance(logger, TensorBoardLogger):  # it shows what was logged last, so the module's own come along
+                settings = {**logger.hparams, **settings}
+            logger.log_hyperparams(settings)
 
 
 def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:

@@ -28,11 +28,20 @@ from liveselect.callbacks.lines import say_price, show_lines
 from liveselect.callbacks.overhearing import Overhearing, check_overhear
 from liveselect.callbacks.progress import round_progress
 from liveselect.callbacks.random_state import RandomStates
-from liveselect.callbacks.records import log_end, log_round, scalars_of
+from liveselect.callbacks.records import log_end, log_round, log_settings, scalars_of
 from liveselect.callbacks.session import Session
-from liveselect.callbacks.settings import check_arguments, check_measures, check_saved, damage_reported, settings_of
+from liveselect.callbacks.settings import (
+    as_text,
+    check_arguments,
+    check_measures,
+    check_saved,
+    damage_reported,
+    facts_of,
+    settings_of,
+)
 from liveselect.callbacks.training_loss import TrainingLossCheck
 from liveselect.grammar import Batch, InfluenceEstimator, LossFn, Selector, State
+from liveselect.looking import only_looking
 from liveselect.losses import causal_lm_loss
 from liveselect.plan import Plan
 from liveselect.rounds import SelectionRun
@@ -153,7 +162,7 @@ class DataSelection(Callback):
         return {
             "version": STATE_VERSION,
             "seed": self.seed,
-            "settings": self._settings(),
+            "settings": as_text(self._settings()),
             "global_batch": self.session.batch_of_round(),
             "conditions": dict(self._conditions),
             "run": self.run.state_dict(),
@@ -173,7 +182,7 @@ class DataSelection(Callback):
         """
         if not state_dict:
             return
-        changed = check_saved(state_dict, STATE_VERSION, self.seed, self._settings())
+        changed = check_saved(state_dict, STATE_VERSION, self.seed, as_text(self._settings()))
         self.overhearing.forget()
         with damage_reported():
             self.run.load_state_dict(state_dict["run"])
@@ -221,6 +230,11 @@ class DataSelection(Callback):
         own = run_folder(trainer) / "selection" if self.dirpath is None else Path(self.dirpath)
         self._session.write_to(own, apart=self.dirpath is None and logger_folder(trainer) is None)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the settings to the loggers' configuration, just before Lightning adds the module's and saves it."""
+        self._describe(trainer, pl_module)
+        log_settings(trainer, self.run.ledger.about)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the first plan, or continue the one of the checkpoint."""
         check_intervals(trainer)
@@ -232,6 +246,7 @@ class DataSelection(Callback):
             self.overhearing.forget()
         session.begin_fit(trainer, pl_module, self.loss_fn)
         self._loss_check.begin_fit()
+        self._describe(trainer, pl_module)
         if self.plan is not None:
             check_rest(self.plan, session.global_batch(trainer), trainer)
         now = conditions_of(trainer, session.run, self.every_n_steps)
@@ -346,7 +361,11 @@ class DataSelection(Callback):
         session.write_ledger()
         self.ahead.begin_round(session)
 
-    def _settings(self) -> dict[str, str]:
+    def _describe(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with only_looking("the settings of selection could not be recorded"):
+            self.session.describe({**self._settings(), **facts_of(trainer, pl_module, self.run.source)})
+
+    def _settings(self) -> dict[str, object]:
         """Return what a resumed run should not change without noticing; the pool and the seed are looked at apart."""
         return settings_of(
             {

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from liveselect.grammar import (
     InfluenceEstimator,
     LiveModel,
     LossFn,
+    Named,
     Round,
     SelectionWarning,
     Selector,
@@ -124,6 +125,12 @@ class Session:
         """Let others have the folder, and put the signal handlers back."""
         self._folder.release()
         self.gate.remove()
+
+    def describe(self, settings: Mapping[str, object]) -> None:
+        """Note what the run is set to, and where its records are, beside what it is."""
+        plain = {name: str(value) if isinstance(value, Named) else value for name, value in settings.items()}
+        folder = {} if self._ledger_path is None else {"folder": str(self._ledger_path.parent.resolve())}
+        self.run.ledger.about = {**plain, **self._about, **folder}
 
     def _take_folder(self) -> None:
         """Find the folder of this run, the same on all ranks; a collective."""

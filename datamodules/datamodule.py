@@ -28,6 +28,7 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         batch_size: rows in the training batch of one rank; 0 while only the unopened data knows it.
         before_batch: called before each training batch is fetched, or None.
         reference_fingerprint: a hash of the reference set, None before ``setup("fit")``.
+        reference_examples: how many it has, None before.
         setup_seconds: seconds that the last ``setup("fit")`` took to open and check the data, without the setup of a
             wrapped module.
     """
@@ -40,6 +41,7 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         self.batch_size = settings.batch_size or 0
         self.before_batch: Callable[[], None] | None = None
         self.reference_fingerprint: str | None = None
+        self.reference_examples: int | None = None
         self.setup_seconds = 0.0
         self._served: ServedPool | None = None
         self._validation: list[Batch] | None = None
@@ -141,6 +143,7 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         self._served = ServedPool(opened, self.settings, Place.of(self.trainer), before, self._begin_batch)
         self.batch_size = opened.batch_size
         self.reference_fingerprint = self._served.reference_fingerprint
+        self.reference_examples = sum(len(batch["input_ids"]) for batch in self._served.reference)
         self._validation = self._open_validation(opened) if self._serves_validation else None
         self._check_model()
 

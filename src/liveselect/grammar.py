@@ -22,13 +22,16 @@ Shape letters, used everywhere: ``B`` batch rows, ``T`` tokens, ``V`` vocabulary
 methods whose papers use another sign are converted in one place each.
 """
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +89,7 @@ class CandidateSource(ABC):
         batch_size: rows in the training batch of one rank.
         setup_seconds: seconds that reading and checking the data took, which the ledger charges to selection.
         reference_fingerprint: identifies the reference set; a resumed run reports when it has changed.
+        reference_examples: how many examples it has, where that is known.
         before_batch: called in the training process when the trainer asks for its next batch; the callback sets it.
     """
 
@@ -93,6 +97,7 @@ class CandidateSource(ABC):
     batch_size: int
     setup_seconds: float = 0.0
     reference_fingerprint: str | None = None
+    reference_examples: int | None = None
     before_batch: Callable[[], None] | None = None
 
     @abstractmethod
@@ -216,9 +221,67 @@ def on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 # ---- parts -------------------------------------------------------------------------------------------------------
 
+_GIVEN = "_given"
+LONGEST_SETTING = 32
+"""Items of a list that is noted as a setting; longer ones are data."""
+
+
+class Named(str):
+    """What a setting is called that is no plain value: a class, a function, a tensor."""
+
+    __slots__ = ()
+
+
+def _noted(constructor: Callable[..., None]) -> Callable[..., None]:
+    """Return a constructor that notes its arguments; of nested ones (``super().__init__``) the outermost does."""
+    signature = inspect.signature(constructor)
+
+    @wraps(constructor)
+    def construct(self: "Part", *arguments: Any, **named: Any) -> None:
+        if _GIVEN not in vars(self):
+            with suppress(TypeError):  # the constructor itself says what is wrong with them
+                bound = signature.bind(self, *arguments, **named)
+                bound.apply_defaults()
+                given = dict(list(bound.arguments.items())[1:])
+                vars(self)[_GIVEN] = {name: as_setting(value) for name, value in given.items()}
+        constructor(self, *arguments, **named)
+
+    return construct
+
+
+def given_to(part: "Part") -> Mapping[str, object]:
+    """Return what the constructor of a part was given, defaults included, as :func:`as_setting` returns it."""
+    found: Mapping[str, object] = vars(part).get(_GIVEN, {})
+    return found
+
+
+def as_setting(value: object) -> object:
+    """Return a plain value or a part as it is, anything else as text that says what it is."""
+    if value is None or isinstance(value, bool | int | float | str | Part):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list) and len(value) <= LONGEST_SETTING:
+        return [as_setting(each) for each in value]
+    if isinstance(value, Mapping) and len(value) <= LONGEST_SETTING:
+        return {str(name): as_setting(each) for name, each in value.items()}
+    if isinstance(value, Tensor | np.ndarray):
+        return Named(f"{type(value).__name__} {tuple(value.shape)} {value.dtype}")
+    if isinstance(value, Sequence):
+        return Named(f"{type(value).__name__} of {len(value)}")
+    return Named(value.__qualname__ if inspect.isroutine(value) or inspect.isclass(value) else type(value).__qualname__)
+
 
 class Part(ABC):  # noqa: B024 - what is abstract is declared by the kinds of parts
-    """What a selection is made of. A part without memory keeps the default state."""
+    """What a selection is made of. A part without memory keeps the default state.
+
+    What its constructor is given is noted, for the records of a run.
+    """
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "__init__" in vars(cls):
+            cls.__init__ = _noted(vars(cls)["__init__"])  # type: ignore[method-assign]
 
     def state_dict(self) -> State:
         """Return what the part remembers between rounds; called for every checkpoint, on every rank."""

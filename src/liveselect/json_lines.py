@@ -3,10 +3,15 @@
 import json
 import math
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
+
+UNFINISHED = ".tmp"
+_NUMBERS = count()
 
 Line = dict[str, Any]
 """The content of a line, as JSON knows it."""
@@ -40,20 +45,38 @@ def _finite(value: object) -> object:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes the place of ``path`` once it is complete; an error leaves ``path`` as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # not mkstemp, whose files only their owner may read; beside the target, because only that is renamed atomically
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # not mkstemp, whose files only their owner may read; beside the target, because only that is renamed atomically;
+    # numbered, because the handler of a signal may write the same file while it is written
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}{UNFINISHED}")
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        flush_folder(path.parent)
+        _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def flush_folder(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes of this machine left of files when they were killed in the middle of one."""
+    for path in folder.glob(f"*.{socket.gethostname()}.*{UNFINISHED}"):
+        process = path.name.split(".")[-3]
+        if process.isdecimal() and not _is_running(int(process)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
+    return True
+
+
+def _flush_folder(folder: Path) -> None:
     """Let the new name of a file outlive a loss of power, where the file system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -54,7 +54,7 @@ def build_page(runs: Sequence[Run], metric: str | None = None) -> str:
         Section("Alarms", "alarms", {"alarms": _alarms(runs), "limit": ALARMS_LISTED}),
         *(about(run) for run in selecting for about in SECTIONS_OF_A_RUN),
         Section("Notes and warnings", "notes", {"notes": _notes(runs), "limit": ROWS_LISTED}),
-        Section("Settings", "settings", {"runs": runs, "rows": _settings(runs)}),
+        Section("Settings", "settings", {"runs": runs, **_settings(runs)}),
     ]
     templates = Environment(
         loader=PackageLoader("liveselect.report"),
@@ -119,11 +119,15 @@ def _notes(runs: Sequence[Run]) -> dict[str, list[int]]:
     return rounds
 
 
-def _settings(runs: Sequence[Run]) -> list[list[str]]:
-    """Return one row for each setting: its name, and its value in each run."""
+def _settings(runs: Sequence[Run]) -> dict[str, list[list[str]]]:
+    """Return one row for each setting, its name and its value in each run: those that differ, and the others."""
     flat = [_flat(run.ledger.about) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
-    return [[name, *(settings.get(name, "–") for settings in flat)] for name in names]
+    rows = [[name, *(settings.get(name, "–") for settings in flat)] for name in names]
+    return {
+        "differing": [row for row in rows if len(set(row[1:])) > 1],
+        "alike": [row for row in rows if len(set(row[1:])) == 1],
+    }
 
 
 def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, str]:
