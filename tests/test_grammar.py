@@ -373,7 +373,7 @@ def test_a_source_may_have_names_of_its_own_and_yield():
     def reference(self):
         yield {}
 
-    members = {"reference": reference, "tokenizers": 3, "encode": lambda self: 0, "before_batches": property(id)}
+    members = {"reference": reference, "tokenizers": 3, "tokenize": lambda self: 0, "before_batches": property(id)}
     check_source(source_with(**members), "source")
     check_source(random_source(), "source")
 
@@ -479,6 +479,7 @@ class Recording(Selector):
     needs_estimator = True
     uses_groups = True
     engine_orders = False
+    has_share = True
 
     def __init__(self):
         self.calls = []

@@ -413,11 +413,14 @@ class Selector(Part):
         uses_groups: whether it chooses by the groups of the pool, whose cost then belongs to the run.
         engine_orders: whether the engine keeps the pass over the pool and shuffles what was chosen. A selector that
             follows recorded plans says False: its ids are trained on as they are.
+        has_share: whether only a share of the pool is meant to be trained on. The last round then holds what training
+            still takes, and not a whole round, which might reach below the share.
     """
 
     needs_estimator: bool = False
     uses_groups: bool = False
     engine_orders: bool = True
+    has_share: bool = False
 
     @abstractmethod
     def select(self, round: Round, budget: int) -> "Selection | Tensor":
@@ -467,6 +470,7 @@ class Around(Selector):
         self.needs_estimator = type(self).needs_estimator or selector.needs_estimator
         self.uses_groups = type(self).uses_groups or selector.uses_groups
         self.engine_orders = type(self).engine_orders and selector.engine_orders
+        self.has_share = type(self).has_share or selector.has_share
 
     def select(self, round: Round, budget: int) -> Selection | Tensor:
         """Let the inner selector choose."""

@@ -100,9 +100,12 @@ class SelectionRun:
         return self.warmup if round_index < self.warmup_rounds else self.selector
 
     def can_plan(self, budget: int) -> bool:
-        """Return whether the round to come can hold ``budget`` candidates of equal use, in the engine's order."""
+        """Return whether the round to come can hold ``budget`` candidates that are all as good as a smaller choice.
+
+        They are where all were used equally often, and the selector neither follows plans nor keeps to a share.
+        """
         selector = self.selector_for(self.next_round)
-        if not selector.engine_orders:
+        if not selector.engine_orders or selector.has_share:
             return False
         eligible = self._eligible_for(selector, budget)
         uses = self.pool.uses if eligible is None else self.pool.uses[eligible]

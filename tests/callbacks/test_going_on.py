@@ -73,7 +73,7 @@ def short(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["regression", "quad", "uniform"])
 def test_a_later_end_trains_what_one_long_run_trains_to_the_bit(tmp_path, short, method, caplog):
     fit(tmp_path, method, LONG)
     at_once = short / method
@@ -114,6 +114,14 @@ def test_no_candidate_is_trained_on_twice_before_all_were_once_where_training_en
     (line,) = resumed_lines(said)
     assert "until step 14 (max_steps), the checkpoint was written to end at step 10: round 2 was planned" in line
     assert f"with {2 * BATCH} candidates instead of {ROUND * BATCH}" in line
+
+
+def test_a_share_is_not_left_for_steps_that_are_not_trained(short):
+    """Where only the best of the pool are meant to be trained on, the last round is as long as training."""
+    rounds = Ledger.read(short / "pds/selection/ledger.jsonl").rounds
+    assert [record.chosen for record in rounds] == [ROUND * BATCH, ROUND * BATCH, 2 * BATCH]
+    (line,) = resumed_lines(fit(short / "pds", "pds", 12, ckpt_path=short / "pds/ck/step=10.ckpt"))
+    assert "round 2 was planned for that end" in line
 
 
 def test_a_round_longer_than_the_pool_is_cut_to_what_is_trained_on(tmp_path):

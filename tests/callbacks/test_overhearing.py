@@ -121,10 +121,12 @@ def test_a_direction_that_is_none_ends_the_run_with_a_sentence_where_it_is_asked
         fit(tmp_path, chosen)
 
 
-@pytest.mark.parametrize("direction", [torch.ones(3), {"model.embed_out.weight": 3.0}])
-def test_scores_of_a_training_step_refuse_a_direction_that_is_none(direction):
-    with pytest.raises(TypeError, match="expected a direction"):
-        TrainingStepScores(SmallLM(), direction)
+def test_scores_of_a_training_step_refuse_a_direction_that_is_none():
+    model = SmallLM()
+    name, _ = next(model.named_parameters())
+    for direction in (torch.ones(3), {name: 3.0}):
+        with pytest.raises(TypeError, match="expected a direction"):
+            TrainingStepScores(model, direction)
 
 
 def test_a_regressor_learns_from_what_was_heard_also_behind_a_prior(tmp_path):

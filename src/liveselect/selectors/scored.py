@@ -49,6 +49,8 @@ class ScoredSelector(Selector):
     of unit variance).
     """
 
+    has_share = True
+
     def __init__(
         self,
         scores: Any,
@@ -179,6 +181,8 @@ class PriorSelector(Around):
         column: name of the column of a Parquet file.
         repeat: as in :class:`ScoredSelector`.
     """
+
+    has_share = True
 
     def __init__(
         self,
