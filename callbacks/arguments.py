@@ -12,6 +12,7 @@ class RunArguments(TypedDict, total=False):
     loss_fn: LossFn | None
     seed: int
     dirpath: str | Path | None
+    most_rejected: int
 
 
 class SpreadRunArguments(RunArguments, total=False):
