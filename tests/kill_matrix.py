@@ -3,9 +3,9 @@
 Every method, loader workers or none, one to three ranks, and other numbers of ranks after the kill. A run and all its
 processes are ended at a moment drawn uniformly from the time that the uninterrupted run took, by SIGKILL, or by one of
 the signals that ask a job to stop (SIGTERM, SIGINT) or to save and be requeued (SIGUSR1, whose handler here saves as
-Lightning's for SLURM does); some are ended again while they resume. They write to the folder of temporary files and to
-another file system, where there is one. With the same ranks the weights must be equal bit for bit as well; with others sums are
-rounded otherwise, so runs compute in float64 and must train on the same candidates in the same order.
+Lightning's for SLURM does); some are ended again while they resume. They write to the folder of temporary files, or to
+another file system. With the same ranks the weights must be equal bit for bit as well; with others sums are rounded
+otherwise, so runs compute in float64 and must train on the same candidates in the same order.
 
     python tests/kill_matrix.py --kills 120
     python tests/kill_matrix.py --kills 120 --signals KILL TERM INT USR1 --folder /dev/shm
