@@ -13,6 +13,7 @@ class RunArguments(TypedDict, total=False):
     seed: int
     dirpath: str | Path | None
     training_loss_differs: bool
+    most_rejected: int
 
 
 class SpreadRunArguments(RunArguments, total=False):

@@ -40,6 +40,7 @@ from liveselect.callbacks.settings import (
     settings_of,
 )
 from liveselect.callbacks.training_loss import TrainingLossCheck
+from liveselect.decisions import MOST_REJECTED
 from liveselect.grammar import Batch, InfluenceEstimator, LossFn, Selector, State
 from liveselect.looking import only_looking
 from liveselect.losses import causal_lm_loss
@@ -88,6 +89,8 @@ class DataSelection(Callback):
             as old as the round.
         training_loss_differs: whether ``training_step`` returns another loss than a mean of ``loss_fn`` deliberately
             (label smoothing, a term beside it). Otherwise the run ends at the first batch, before it is stepped on.
+        most_rejected: limit on the rejected candidates that the decisions of a round record, those nearest to being
+            chosen; chosen and measured ones are all recorded.
     """
 
     def __init__(
@@ -103,10 +106,11 @@ class DataSelection(Callback):
         max_overhead: float | None = None,
         overhear: int = 0,
         training_loss_differs: bool = False,
+        most_rejected: int = MOST_REJECTED,
     ) -> None:
         check_plain(DataSelection, locals())
         pace = Pace(probes_between_steps, max_overhead)
-        check_arguments(selector, estimator, every_n_steps, warmup_rounds, loss_fn)
+        check_arguments(selector, estimator, every_n_steps, warmup_rounds, loss_fn, most_rejected)
         check_spread(estimator, pace, every_n_steps)
         check_overhear(overhear, estimator, is_spread=bool(pace))
         check_measures(selector, estimator)
@@ -117,6 +121,7 @@ class DataSelection(Callback):
         self.loss_fn = causal_lm_loss if loss_fn is None else loss_fn
         self.seed = seed
         self.dirpath = dirpath
+        self.most_rejected = most_rejected
         self.ahead = Ahead(pace)
         self.overhearing = Overhearing(int(overhear), self.loss_fn)
         self.training_loss_differs = training_loss_differs
@@ -228,7 +233,8 @@ class DataSelection(Callback):
             self._session = Session(self.selector, self.estimator, about, source)
         self._session.use(source, goes_on=trainer.global_step > 0)
         own = run_folder(trainer) / "selection" if self.dirpath is None else Path(self.dirpath)
-        self._session.write_to(own, apart=self.dirpath is None and logger_folder(trainer) is None)
+        apart = self.dirpath is None and logger_folder(trainer) is None
+        self._session.write_to(own, apart, self.most_rejected)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the settings to the loggers' configuration, just before Lightning adds the module's and saves it."""
@@ -377,6 +383,7 @@ class DataSelection(Callback):
                 "probes_between_steps": self.ahead.pace.probes_between_steps,
                 "max_overhead": self.ahead.pace.max_overhead,
                 "overhear": self.overhearing.steps,
+                "most_rejected": self.most_rejected,
                 "reference set": None if self._session is None else self.run.source.reference_fingerprint,
             }
         )

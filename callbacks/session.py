@@ -19,7 +19,7 @@ from liveselect.callbacks.preemption import SignalGate
 from liveselect.callbacks.records import carry_earlier_decisions, report_uncounted, write_ledger
 from liveselect.callbacks.silence import silent_logging
 from liveselect.callbacks.training_flops import TrainingFlops, peak_flops
-from liveselect.decisions import DecisionLedger
+from liveselect.decisions import MOST_REJECTED, DecisionLedger
 from liveselect.grammar import (
     Batch,
     CandidateSource,
@@ -33,6 +33,7 @@ from liveselect.grammar import (
     State,
 )
 from liveselect.ledger import new_run_id
+from liveselect.looking import only_looking
 from liveselect.parts import save_part
 from liveselect.plan import Plan
 from liveselect.price import Price, price_of_round
@@ -82,7 +83,7 @@ class Session:
         self._about = about
         self._first_states = [copy.deepcopy(part.state_dict()) for part in self._parts()]
         self._folder = RunFolder()
-        self._wanted, self._apart = Path(), False
+        self._wanted, self._apart, self._most_rejected = Path(), False, MOST_REJECTED
         self._ledger_path: Path | None = None
         self._model: LiveModel | None = None
         self._training_flops = TrainingFlops()
@@ -117,9 +118,9 @@ class Session:
         self.run.pool.uses.zero_()
         self._describe()
 
-    def write_to(self, folder: Path, apart: bool) -> None:
+    def write_to(self, folder: Path, apart: bool, most_rejected: int) -> None:
         """Keep the records in ``folder``, once training begins; ``apart`` from what earlier runs have left there."""
-        self._wanted, self._apart = folder, apart
+        self._wanted, self._apart, self._most_rejected = folder, apart, most_rejected
 
     def release(self) -> None:
         """Let others have the folder, and put the signal handlers back."""
@@ -137,9 +138,12 @@ class Session:
         run, folder, run_id = self.run, self._wanted, self.run.ledger.run_id or new_run_id()
         if distributed.rank() == 0:
             folder = self._folder.claim(self._wanted, run_id, bool(run.ledger.rounds), self._apart)
+            before = [Path(place).parent for place in reversed(run.ledger.decision_folders)]
+            with only_looking("what training steps showed in earlier rounds could not be read"):
+                run.ledger.recall(place / LEDGER_FILE for place in (folder, *before))
         folder, run.ledger.run_id = distributed.gather_objects((folder, run_id))[0]
         self._ledger_path = folder / LEDGER_FILE
-        run.decisions = DecisionLedger(folder / "decisions")
+        run.decisions = DecisionLedger(folder / "decisions", self._most_rejected)
 
     def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss_fn: LossFn) -> None:
         """Take hold of the live model, and bring the records along.

@@ -30,12 +30,15 @@ def check_arguments(
     every_n_steps: int,
     warmup_rounds: int,
     loss_fn: LossFn | None,
+    most_rejected: int,
 ) -> None:
     """Raise TypeError or ValueError for what cannot be the parts and the rounds of a run."""
     if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 1:
         raise ValueError(f"expected every_n_steps of at least one optimizer step, got {every_n_steps}")
     if not isinstance(warmup_rounds, int) or warmup_rounds < 0:
         raise ValueError(f"expected warmup_rounds of zero or more, got {warmup_rounds}")
+    if not isinstance(most_rejected, int) or isinstance(most_rejected, bool) or most_rejected < 0:
+        raise ValueError(f"expected most_rejected of zero or more candidates, got {most_rejected}")
     if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
         hint = f": pass {loss_fn.__name__}(...)" if isinstance(loss_fn, type) else ""
         raise TypeError(f"expected loss_fn to be a function (module, batch) -> (B,) losses, got {loss_fn!r}{hint}")

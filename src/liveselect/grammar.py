@@ -392,6 +392,7 @@ class Selection:
             these two; None when nothing was.
         eligible: ids that the scores let through, when they are more than the chosen ones.
         reasons: why ids were chosen, where it was something else than their scores.
+        scores_id: names the scores, where they were made before training and stay: the decisions hold them once.
     """
 
     ids: Tensor
@@ -403,6 +404,7 @@ class Selection:
     noise: Callable[[int, int], Tensor] | None = None
     eligible: Tensor | None = None
     reasons: Mapping[str, Tensor] = field(default_factory=dict)
+    scores_id: str | None = None
 
 
 class Selector(Part):

@@ -4,10 +4,10 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from liveselect.json_lines import Line, append_lines, json_line, read_lines, who
 
 T = TypeVar("T")
 
+_HEARD = ("overheard", "overheard_influence")
 _WANDB_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(\w+)")
 
 
@@ -100,6 +101,8 @@ class RoundRecord:
         alarms: what is wrong.
         overheard: ids whose influence was captured from the round's own training steps.
         overheard_influence: that influence, nats per unit learning rate.
+        overheard_count: how many they were, where a checkpoint kept no more of them than this and their mean.
+        overheard_mean: mean of that influence.
     """
 
     round: int
@@ -120,6 +123,13 @@ class RoundRecord:
     alarms: list[Alarm] = field(default_factory=list)
     overheard: list[int] = field(default_factory=list)
     overheard_influence: list[float] = field(default_factory=list)
+    overheard_count: int = 0
+    overheard_mean: float = 0.0
+
+    @property
+    def captured(self) -> int:
+        """How many examples showed their influence in the round's own training steps."""
+        return len(self.overheard) or self.overheard_count
 
     @property
     def total_seconds(self) -> float:
@@ -214,6 +224,7 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self._file: _LedgerFile | None = None
+        self._means: dict[int, float] = {}
 
     @property
     def selection_seconds(self) -> float:
@@ -278,15 +289,50 @@ class Ledger:
         )
 
     def state_dict(self) -> Line:
-        """Return the ledger as builtins, so that checkpoints load with ``weights_only=True``."""
-        return {each.name: _builtins(getattr(self, each.name)) for each in fields(self)}
+        """Return the ledger as builtins and tensors, so that checkpoints load with ``weights_only=True``.
+
+        What training steps have shown can be millions of numbers. Of rounds that are over it holds number and mean, of
+        the last one tensors; the file has the rest.
+        """
+        state: Line = {each.name: _builtins(getattr(self, each.name)) for each in fields(self) if each.name != "rounds"}
+        rounds = [_builtins(self._without_overheard(record)) for record in self.rounds[:-1]]
+        return {**state, "rounds": [*rounds, *map(_compact, self.rounds[-1:])]}
+
+    def _without_overheard(self, record: RoundRecord) -> RoundRecord:
+        if not record.overheard:
+            return record
+        if record.round not in self._means:  # a round that is over does not change
+            self._means[record.round] = sum(record.overheard_influence) / len(record.overheard)
+        count, mean = len(record.overheard), self._means[record.round]
+        return replace(record, overheard=[], overheard_influence=[], overheard_count=count, overheard_mean=mean)
+
+    def recall(self, paths: Iterable[Path]) -> None:
+        """Take back from files of this run what checkpoints left out of its rounds, as far as it is there.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        for path in paths:
+            lacking = {r.round: i for i, r in enumerate(self.rounds) if r.overheard_count and not r.overheard}
+            if not lacking or run_id_of(path) != self.run_id:
+                continue
+            for other in Ledger.read(path).rounds:
+                index = lacking.get(other.round)
+                if index is not None and _same_round(self.rounds[index], other):
+                    self.rounds[index] = replace(
+                        self.rounds[index],
+                        overheard=other.overheard,
+                        overheard_influence=other.overheard_influence,
+                        overheard_count=0,
+                        overheard_mean=0.0,
+                    )
 
     def load_state_dict(self, state: Line) -> None:
         """Restore the ledger that :meth:`state_dict` described."""
         restored = _ledger_from(state)
         for entry in fields(self):
             setattr(self, entry.name, getattr(restored, entry.name))
-        self._file = None
+        self._file, self._means = None, {}
 
     def write(self, path: Path) -> None:
         """Write the ledger as JSON lines: one that describes the run, one for each round and evaluation.
@@ -407,7 +453,9 @@ class _LedgerFile:
 
 def _lines_of(ledger: Ledger, first_round: int, first_evaluation: int) -> Iterator[str]:
     """Yield the line about the run, then those of the rounds and evaluations from the given ones on."""
-    about = {name: value for name, value in vars(ledger).items() if name not in ("rounds", "evaluations", "_file")}
+    about = {
+        name: value for name, value in vars(ledger).items() if name not in ("rounds", "evaluations", "_file", "_means")
+    }
     yield json_line("run", about)
     for record in ledger.rounds[first_round:]:
         yield json_line("round", record)
@@ -427,6 +475,19 @@ def _builtins(value: object) -> object:
     if isinstance(value, list):
         return list(value) if value and isinstance(value[0], (int, float, str)) else [_builtins(each) for each in value]
     return value
+
+
+def _compact(record: RoundRecord) -> object:
+    if not record.overheard:
+        return _builtins(record)
+    heard = {"overheard": torch.tensor(record.overheard, dtype=torch.int64)}
+    influence = torch.tensor(record.overheard_influence, dtype=torch.float64)
+    rest = _builtins(replace(record, overheard=[], overheard_influence=[]))
+    return {**cast(Line, rest), **heard, "overheard_influence": influence}
+
+
+def _same_round(record: RoundRecord, other: RoundRecord) -> bool:
+    return (record.plan, record.overheard_count) == (other.plan, len(other.overheard))
 
 
 def _ledger_from(state: Line) -> Ledger:
@@ -452,6 +513,7 @@ def _record_from(state: Line) -> RoundRecord:
     return RoundRecord(
         **{
             **state,
+            **{name: state[name].tolist() for name in _HEARD if isinstance(state[name], Tensor)},
             "influence": [math.nan if each is None else each for each in influence] if None in influence else influence,
             "metrics": _numbers(state["metrics"]),
             "groups": {name: _numbers(row) for name, row in state["groups"].items()},

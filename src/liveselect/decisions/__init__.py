@@ -1,6 +1,7 @@
 """The decision ledger: why every candidate was chosen or not, one Parquet file for each round."""
 
 from liveselect.decisions.files import (
+    MOST_REJECTED,
     DecisionLedger,
     RecordedPlan,
     check_one_run,
@@ -8,12 +9,14 @@ from liveselect.decisions.files import (
     read_about,
     read_plan,
     read_round,
+    read_scores,
     rounds_in,
 )
 from liveselect.decisions.resumed import carry_decisions, lacking_rounds
 from liveselect.decisions.table import RoundDecisions
 
 __all__ = [
+    "MOST_REJECTED",
     "DecisionLedger",
     "RecordedPlan",
     "RoundDecisions",
@@ -24,5 +27,6 @@ __all__ = [
     "read_about",
     "read_plan",
     "read_round",
+    "read_scores",
     "rounds_in",
 ]

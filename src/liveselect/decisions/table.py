@@ -110,8 +110,11 @@ class _Scores:
         return _Scores(self.ids[rows], score, bonus, noise, self.keys[rows], self.ranked)
 
 
-def decision_rows(decisions: RoundDecisions, most_rejected: int) -> tuple[pa.Table, int]:
+def decision_rows(decisions: RoundDecisions, most_rejected: int, known: pa.Table | None = None) -> tuple[pa.Table, int]:
     """Return the rows of a round, and the number of rejected candidates without one because of ``most_rejected``.
+
+    Candidates in ``known``, the ``id`` and ``reason`` of an earlier round with the same scores, have a row only if they
+    were chosen or measured, or if their reason has changed.
 
     Compared candidates come first, in the selector's order, then those that were chosen or measured without being
     compared. Columns of few values are dictionaries, to be cast to :data:`SCHEMA`.
@@ -124,6 +127,12 @@ def decision_rows(decisions: RoundDecisions, most_rejected: int) -> tuple[pa.Tab
     left_out = 0 if decisions.compares_groups else max(0, len(ranked) - len(plan) - most_rejected)
     if left_out:
         kept = np.flatnonzero(_is_in(scores.ids, touched) | (_sortable(scores.keys) >= ranked[left_out]))
+        scores, reasons = scores.take(kept), reasons[kept]
+    if known is not None:
+        names = pa.array([*_REASONS, *map(writable, decisions.selection.reasons)]).take(pa.array(reasons))
+        before = known["reason"].take(pc.index_in(pa.array(scores.ids), value_set=known["id"].combine_chunks()))
+        same = pc.fill_null(pc.equal(names, before), False).to_numpy(zero_copy_only=False)
+        kept = np.flatnonzero(_is_in(scores.ids, touched) | ~same)
         scores, reasons = scores.take(kept), reasons[kept]
     ids = scores.ids
     place = pc.index_in(pa.array(ids), value_set=pa.array(plan))

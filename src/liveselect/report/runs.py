@@ -178,7 +178,7 @@ def has_arms(record: RoundRecord) -> bool:
 
 
 def _is_drawn(record: RoundRecord) -> bool:
-    return record.histogram is None and not (record.measured or record.overheard or has_arms(record))
+    return record.histogram is None and not (record.measured or record.captured or has_arms(record))
 
 
 def _cost(record: RoundRecord, axis: Axis) -> float:

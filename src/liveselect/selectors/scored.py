@@ -146,6 +146,7 @@ class ScoredSelector(Selector):
             noise=lambda start, stop: _at(noise, scored[start:stop]),
             eligible=better.ids,
             reasons={"drawn uniformly": others, "the share that is drawn from is used up": better.from_below},
+            scores_id=self._table.scores.digest,
         )
 
     def temperature_in(self, round_index: int) -> float:
