@@ -125,6 +125,23 @@ def test_a_model_with_dropout_answers_alike_and_listening_leaves_no_trace():
     assert changed_since(echo, context.live, row) is not None
 
 
+def test_optimizers_that_step_in_the_backward_do_not_step_for_an_echo():
+    model = Whole("nothing")
+    inner = torch.optim.Adam([model.head.weight], lr=1e-2)
+
+    def step(parameter):
+        inner.step()
+        parameter.grad = None
+
+    model.head.weight.register_post_accumulate_grad_hook(step)
+    before = model.head.weight.detach().clone()
+    context, row, echo = heard(model)
+    assert echo is not None
+    assert changed_since(echo, context.live, row) is None
+    assert torch.equal(model.head.weight, before)
+    assert not inner.state
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_model_without_a_finite_loss_is_not_listened_to(loss):
     context, row, echo = heard(

@@ -96,16 +96,18 @@ def _heard(model: LiveModel, row: Batch) -> Echo:
         with model.autocast():
             losses = model.losses(row)
         echo.note("in loss_fn, after the model", losses)
-        losses.sum().backward()
+        # backward() would run hooks that wait for whole gradients, and these may take optimizer steps
+        named = {name: each for name, each in model.module.named_parameters() if each.requires_grad}
+        gradients = torch.autograd.grad(losses.sum(), list(named.values()), allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
     if not bool(losses.isfinite().all()):
         raise ValueError("the loss is not finite")
     # the backward comes to the last parameters first
-    for name, parameter in reversed(list(model.module.named_parameters())):
-        if parameter.grad is not None:
-            echo.note(f"in the backward, at the gradient of {name!r}", parameter.grad)
+    for name, gradient in reversed(list(zip(named, gradients, strict=True))):
+        if gradient is not None:
+            echo.note(f"in the backward, at the gradient of {name!r}", gradient)
     return echo
 
 
