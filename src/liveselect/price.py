@@ -8,6 +8,7 @@ from torch import Tensor
 
 from liveselect import distributed
 from liveselect.cost import CostMeter
+from liveselect.functional.sharding import is_sharded
 from liveselect.grammar import InfluenceEstimator, LiveModel, NotMeasurableError, Round, Selector
 from liveselect.parts import fit_metrics
 from liveselect.preserve import measuring
@@ -110,13 +111,17 @@ def _measuring(estimator: InfluenceEstimator, model: LiveModel, round: Round) ->
 
 def _training(model: LiveModel, round: Round) -> float:
     """Return the seconds that training on one example takes, in a batch as training has them."""
-    clock = CostMeter()
+    clock, sharded = CostMeter(), is_sharded(model.module)
     batch = model.to_device(next(round.batches(_spread(round.candidates, round.source.batch_size))))
     parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
     for phase in ("first", "again"):
-        with clock.phase(phase), torch.enable_grad(), model.autocast():
-            torch.autograd.grad(model.losses(batch).mean(), parameters, allow_unused=True)
-    return clock.seconds["again"] / len(batch["input_ids"])
+        with clock.phase(phase), torch.set_grad_enabled(not sharded), model.autocast():
+            losses = model.losses(batch)
+            if not sharded:  # else the hooks of the ranks would gather gradients that nobody asked for
+                torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
+    model.view.reshard()
+    # a backward takes twice as long as a forward
+    return clock.seconds["again"] * (3 if sharded else 1) / len(batch["input_ids"])
 
 
 def _spread(ids: Tensor, count: int) -> Tensor:
