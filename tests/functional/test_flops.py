@@ -229,6 +229,16 @@ def test_layers_of_torch_itself():
     assert counted(lambda: depthwise(rows).sum().backward()).total == 3 * 2 * 2 * 7 * 16 * 4
 
 
+def test_products_in_place_and_into_a_given_tensor_count_as_well():
+    a, b, c = torch.randn(4, 5), torch.randn(5, 6), torch.zeros(4, 6)
+    once = 2 * 4 * 5 * 6
+    assert counted(lambda: c.addmm_(a, b)).total == once
+    assert counted(lambda: torch.mm(a, b, out=c)).total == once
+    assert counted(lambda: c.addbmm_(a.expand(3, 4, 5), b.expand(3, 5, 6))).total == 3 * once
+    assert counted(lambda: torch.mv(b, torch.zeros(6))).total == 2 * 5 * 6
+    assert counted(lambda: torch.linalg.multi_dot([a, b, torch.zeros(6, 2)])).total == 2 * (5 * 6 * 2 + 4 * 5 * 2)
+
+
 def test_decompositions_have_their_usual_counts():
     a = torch.eye(6) + torch.ones(6, 6)
     assert counted(lambda: torch.linalg.eigh(a)).total == 9 * 6**3

@@ -96,7 +96,7 @@ class _Counter(TorchDispatchMode):
             out = func(*args, **kwargs)
             self._count(f"higher_order.{func.name()}", None, args, kwargs, out)
             return out
-        name = str(func._overloadpacket)
+        name = str(func._overloadpacket).rstrip("_")  # in place it is the same work
         if name not in _FORMULAS and func._overloadpacket not in flop_registry:
             with self:  # an operation that is made of others
                 out = func.decompose(*args, **kwargs)
@@ -158,6 +158,10 @@ def _product(place: int) -> Formula:
         return 2.0 * out.numel() * args[place].shape[-1], 0.0
 
     return formula
+
+
+def _summed_products(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> tuple[float, float]:
+    return 2.0 * args[1].numel() * args[2].shape[-1], 0.0
 
 
 def _grouped(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> tuple[float, float]:
@@ -282,6 +286,7 @@ _FORMULAS: dict[str, Formula] = {
     "aten._addmm_activation": _product(1),
     "aten.addmv": _product(1),
     "aten.baddbmm": _product(1),
+    "aten.addbmm": _summed_products,
     "aten._int_mm": _product(0),
     "aten._scaled_mm": _product(0),
     "aten._weight_int4pack_mm": _product(0),
