@@ -95,24 +95,42 @@ class CostMeter:
         self.flops[self._open[-1] if self._open else "other"] += flops
 
     @contextmanager
-    def counting(self, model: nn.Module | None = None, *work: Hashable) -> Iterator[None]:
+    def counting(
+        self, model: nn.Module | None = None, *work: Hashable, trial: Callable[[], object] | None = None
+    ) -> Iterator[None]:
         """Charge the FLOPs of the block to the innermost open phase.
 
-        They are counted as they run the first time that this ``work`` (what is done, and the shapes of what it is done
-        with) is done with ``model``, and remembered for the next time. Without a model they are counted every time,
-        which is for work that is rare: counting passes every operation through Python.
+        They are counted the first time that this ``work`` (what is done, and the shapes of what it is done with) is
+        done with ``model``, and remembered. Without a model they are counted every time, which is for rare work:
+        counting passes every operation through Python.
+
+        Where the block runs a backward, give a ``trial`` that does the same and leaves no trace: counting changes how a
+        backward rounds, so a result that is counted would differ from one whose cost is remembered.
         """
         known = {} if model is None else _remembered.setdefault(model, {})
-        if work in known:
+        if work not in known and trial is None:
+            with flops_counted(model) as flops:
+                yield
+            _remember(known, work, flops)
+        else:
+            if work not in known and trial is not None:
+                self.learn(model, *work, trial=trial)
             with flops_set_aside():
                 yield
-            self.charge(known[work])
-            return
-        with flops_counted(model) as flops:
-            yield
-        if len(known) < _MOST_REMEMBERED:
-            known[work] = flops
-        self.charge(flops)
+        self.charge(known[work])
+
+    @staticmethod
+    def learn(model: nn.Module | None, *work: Hashable, trial: Callable[[], object]) -> None:
+        """Count the work of a trial, and remember it for :meth:`counting`; random states stay as they are."""
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        with torch.random.fork_rng(devices=None if cuda else [], device_type="cuda"), flops_counted(model) as flops:
+            trial()
+        _remember({} if model is None else _remembered.setdefault(model, {}), work, flops)
+
+    @staticmethod
+    def knows(model: nn.Module, *work: Hashable) -> bool:
+        """Return whether the cost of some work is remembered."""
+        return work in _remembered.get(model, {})
 
     def charge(self, flops: Flops) -> None:
         """Charge what was counted to the innermost open phase."""
@@ -131,6 +149,12 @@ class CostMeter:
         if self._open:
             self.seconds[self._open[-1]] += now - self._since
         self._since = now
+
+
+def _remember(known: dict[Hashable, Flops], work: Hashable, flops: Flops) -> None:
+    if len(known) >= _MOST_REMEMBERED:
+        known.clear()
+    known[work] = flops
 
 
 @dataclass

@@ -363,11 +363,11 @@ def test_flops_are_those_of_training_in_every_epoch_and_of_looking_at_what_is_he
     context = fake_context(source)
     regressor.fit(context.round, torch.arange(40), torch.arange(40.0))
     encoder, head = regressor._network.encoder, 2 * 32
-    linear = sum(each.weight.numel() for each in encoder.modules() if isinstance(each, torch.nn.Linear))
-    attention = 4 * encoder.config.num_hidden_layers * 10**2 * encoder.config.hidden_size
-    forward = 2 * linear * 10 + attention + head
-    step = 3 * forward + attention / 2  # fused attention computes its scores again
-    assert context.meter.flops["fit regressor"] == 3 * 30 * step + 2 * 10 * forward
+    linear = sum(each.weight.numel() for each in encoder.encoder.modules() if isinstance(each, torch.nn.Linear))
+    learned = 2 * linear * 10 + 4 * encoder.config.num_hidden_layers * 10**2 * encoder.config.hidden_size + head
+    pooled = 2 * encoder.pooler.dense.weight.numel()  # of one token, and no part of what is learned
+    forward = learned + pooled
+    assert context.meter.flops["fit regressor"] == 3 * 30 * (3 * learned + pooled) + 2 * 10 * forward
     with context.meter.phase("predict"):
         predictions(regressor, context, torch.arange(7))
     assert context.meter.flops["predict"] == 7 * forward

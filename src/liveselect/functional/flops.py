@@ -28,6 +28,7 @@ class Flops:
     Attributes:
         total: floating point operations, repeated ones included.
         repeated: of the total, those that recompute what had been dropped to save memory; utilisation leaves them out.
+            Means nothing for backwards that are to be differentiated again.
         uncounted: by name, how often something ran of which no count is known.
     """
 
@@ -49,13 +50,14 @@ def flops_counted(model: nn.Module | None = None) -> Iterator[Flops]:
     """Count the block's FLOPs, on this thread and in the backwards that it runs.
 
     Results do not change, but every operation passes through Python, so count a piece of work once and remember it.
-    Compiled graphs must run eagerly meanwhile. A block inside of another is left out of the outer one's count.
+    Compiled parts run eagerly meanwhile. A block inside of another is left out of the outer one's count.
 
     Args:
         model: its modules that compute with weights, and run nothing that is counted, are named.
     """
     with ExitStack() as stack:
         counter = _Counter()
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(flops_set_aside(counter))
         if model is not None:
             _watch_modules(model, counter, stack)
@@ -94,7 +96,7 @@ class _Counter(TorchDispatchMode):
             out = func(*args, **kwargs)
             self._count(f"higher_order.{func.name()}", None, args, kwargs, out)
             return out
-        name = str(func._overloadpacket)
+        name = str(func._overloadpacket).rstrip("_")  # in place it is the same work
         if name not in _FORMULAS and func._overloadpacket not in flop_registry:
             with self:  # an operation that is made of others
                 out = func.decompose(*args, **kwargs)
@@ -121,13 +123,9 @@ class _Counter(TorchDispatchMode):
             self.flops.note(name)
             return
         self.flops.total += total
-        self.flops.repeated += total if _runs_again() else repeated
-
-
-def _runs_again() -> bool:
-    """Return whether a checkpointed part is run again: else a backward enables no gradients, but for second ones."""
-    in_backward = torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
-    return in_backward and torch._C._functorch.peek_interpreter_stack() is None
+        # a backward enables gradients only where a checkpointed part is run again, or for second derivatives
+        again = torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
+        self.flops.repeated += total if again else repeated
 
 
 _NO_FLOPS = {"aten", "prims", "prim", "profiler", "c10d", "c10d_functional", "_c10d_functional", "fsdp", "symm_mem"}
@@ -160,6 +158,10 @@ def _product(place: int) -> Formula:
         return 2.0 * out.numel() * args[place].shape[-1], 0.0
 
     return formula
+
+
+def _summed_products(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> tuple[float, float]:
+    return 2.0 * args[1].numel() * args[2].shape[-1], 0.0
 
 
 def _grouped(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> tuple[float, float]:
@@ -284,6 +286,7 @@ _FORMULAS: dict[str, Formula] = {
     "aten._addmm_activation": _product(1),
     "aten.addmv": _product(1),
     "aten.baddbmm": _product(1),
+    "aten.addbmm": _summed_products,
     "aten._int_mm": _product(0),
     "aten._scaled_mm": _product(0),
     "aten._weight_int4pack_mm": _product(0),

@@ -14,7 +14,7 @@ from liveselect.functional.coverage import Hidden, patterns
 from liveselect.functional.differences import central_difference_dot
 from liveselect.functional.gradients import forward_mode_dot, plan_products
 from liveselect.functional.slopes import step_slope
-from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, State
+from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, LossFn, NotMeasurableError, Round, State
 from liveselect.influence.direction import Direction
 from liveselect.influence.hidden import names_in, refuse_hidden, warn_of_share
 from liveselect.influence.one_step import (
@@ -260,10 +260,15 @@ class FirstOrderInfluence(InfluenceEstimator):
             with counting(model, work, batch), model.full_precision():
                 values = direction.on(model)
                 return central_difference_dot(model.module, loss_fn, batch, values, difference, model.view.norm)
-        with counting(model, work, batch), model.autocast():
+
+        def products(loss_fn: LossFn) -> Tensor:
             if self.engine == "forward_mode":
                 return forward_mode_dot(model.module, loss_fn, batch, direction.on(model))
-            return direction.products(model, loss_fn, batch).where(finite[0], math.nan)
+            return direction.products(model, loss_fn, batch)
+
+        with model.autocast(), counting(model, work, batch, trial=lambda: products(model.loss_fn)):
+            found = products(loss_fn)
+        return found.where(finite[0], math.nan) if self.engine == "hooks" else found
 
     def _reference_gradient(
         self, model: LiveModel, reference: ReferencePass, parameters: Mapping[str, nn.Parameter]

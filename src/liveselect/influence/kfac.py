@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -196,12 +197,10 @@ class KFACInfluence(InfluenceEstimator):
         """Return the influence of each example, ``(B,)``; NaN where it is not finite."""
         if self._direction is None:
             raise RuntimeError("KFACInfluence.score was called before fit: call fit(model, round) in each round")
-        with (
-            model.meter.phase("example gradients"),
-            counting(model, f"products of {len(self._direction.values)}", batch),
-            model.autocast(),
-        ):
-            influence = self._direction.products(model, model.loss_fn, batch)
+        products = partial(self._direction.products, model, model.loss_fn, batch)
+        work = f"products of {len(self._direction.values)}"
+        with model.meter.phase("example gradients"), model.autocast(), counting(model, work, batch, trial=products):
+            influence = products()
         return influence.where(influence.isfinite(), math.nan)
 
     def state_dict(self) -> State:
@@ -263,9 +262,9 @@ class KFACInfluence(InfluenceEstimator):
             for index, (batch, own) in enumerate(batches):
                 into = sums if own else zero_sums(layers, model.module, kinds)
                 if "squares" in kinds:
-                    self._add_squares(model, into, layers, batch, kept[index] if kept else None)
+                    self._add_squares(model, into, kinds, layers, batch, kept[index] if kept else None)
                 else:
-                    found = self._add_covariances(model, into, layers, batch, _size(kept), check=index == 0)
+                    found = self._add_covariances(model, into, kinds, layers, batch, _size(kept), index == 0)
                     kept.append(None if model.view.any(found is None) else found)
             with model.meter.counting():
                 seen = self._blocks.take(layers, sums, kinds)
@@ -286,26 +285,54 @@ class KFACInfluence(InfluenceEstimator):
         return torch.cat([ids, round.candidates[others]])
 
     def _add_covariances(
-        self, model: LiveModel, sums: Sums, layers: list[MatrixLayer], batch: Batch, size: int, check: bool
+        self,
+        model: LiveModel,
+        sums: Sums,
+        kinds: tuple[str, ...],
+        layers: list[MatrixLayer],
+        batch: Batch,
+        size: int,
+        check: bool,
     ) -> Seen | None:
         """Add one batch; return the observed tensors if another pass needs them and ``size`` kept bytes leave room."""
         keep: Seen | None = [] if len(self._blocks.passes) > 1 and size < _MAX_KEPT_BYTES else None
         tokens = target_counts(batch), active_tokens(batch)
-        work = f"covariances of {len(layers)} layers in {sum(map(len, sums.values()))} sums"
-        with counting(model, work, batch), model.autocast():
+
+        def add(sums: Sums, keep: Seen | None = None) -> None:
             add_covariances(sums, layers, model.module, model.loss_fn, batch, *tokens, keep=keep, check=check)
+
+        work = f"{kinds} of {len(layers)} layers"
+
+        def trial() -> None:
+            add(zero_sums(layers, model.module, kinds))
+
+        with model.autocast(), counting(model, work, batch, trial=trial):
+            add(sums, keep)
         return keep
 
     def _add_squares(
-        self, model: LiveModel, sums: Sums, layers: list[MatrixLayer], batch: Batch, kept: Seen | None
+        self,
+        model: LiveModel,
+        sums: Sums,
+        kinds: tuple[str, ...],
+        layers: list[MatrixLayer],
+        batch: Batch,
+        kept: Seen | None,
     ) -> None:
         if kept is not None:
             with counting(model, f"squares seen of {len(layers)} layers", batch):
                 add_seen_squares(sums, kept, active_tokens(batch), self._blocks.basis)
             return
         arguments = (layers, model.module, model.loss_fn, batch, target_counts(batch), active_tokens(batch))
-        with counting(model, f"squares of {len(layers)} layers", batch), model.autocast():
+
+        def add(sums: Sums) -> None:
             add_squares(sums, *arguments, self._blocks.basis)
+
+        def trial() -> None:
+            add(zero_sums(layers, model.module, kinds))
+
+        with model.autocast(), counting(model, f"{kinds} of {len(layers)} layers", batch, trial=trial):
+            add(sums)
 
     def _precondition(
         self, model: LiveModel, layers: list[MatrixLayer], gradient: Mapping[str, Tensor]

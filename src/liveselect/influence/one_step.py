@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from liveselect.arguments import check_plain
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, on_device
-from liveselect.influence.reference import Precision, ReferencePass, counting, require_finite, split_rows
+from liveselect.influence.reference import (
+    Precision,
+    ReferencePass,
+    charge_gradient,
+    counting,
+    require_finite,
+    split_rows,
+)
 from liveselect.preserve import Snapshot, refuse_closure
 
 StepSize = Literal["published", "in_batch"]
@@ -146,15 +153,15 @@ class Probe:
         model = self._model
         with model.meter.phase("probe step"):
             torch.clear_autocast_cache()
-            with counting(model, "gradient of a row", row):
-                with model.autocast():
-                    loss = model.losses(row).sum()
-                if not loss.requires_grad:
-                    raise ValueError(
-                        "the loss of a candidate does not depend on any parameter that is trained: expected loss_fn to "
-                        "compute with gradients (no torch.no_grad, no detach) from the model that the optimizer trains"
-                    )
-                gradients = model.view.gradients(loss, self.parameters)
+            with model.autocast():
+                charge_gradient(model, row, self.parameters)
+                loss = model.losses(row).sum()
+            if not loss.requires_grad:
+                raise ValueError(
+                    "the loss of a candidate does not depend on any parameter that is trained: expected loss_fn to "
+                    "compute with gradients (no torch.no_grad, no detach) from the model that the optimizer trains"
+                )
+            gradients = model.view.gradients(loss, self.parameters)
             if model.view.any(not self._all_finite(loss, gradients)):
                 return math.nan
         return self.loss_after(gradients)

@@ -127,25 +127,48 @@ def mean_loss_and_gradient(
         parameters: to differentiate in, by name.
     """
     sums = torch.zeros(2, dtype=torch.float64)  # of losses and of weights
+    # where ranks hold parts, a backward reaches all trained parameters
+    everything = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
+    reached = everything if model.view.in_parts else list(parameters.values())
 
     def losses() -> Iterator[Tensor]:
         for (batch, weights), counts in model.view.in_step(items, spare):
+            charge_gradient(model, batch, reached)
             each = model.losses(batch)
             weighted = each @ (weights * counts).to(each)
             yield weighted
             sums.add_(torch.stack([weighted.detach().double().cpu(), weights.sum(dtype=torch.float64) * counts]))
 
-    with counting(model, f"gradient in {len(parameters)}", *(batch for batch, _ in items or [spare()])):
-        gradient = model.view.summed_gradient(losses(), parameters)
+    gradient = model.view.summed_gradient(losses(), parameters)
     loss, weight = distributed.sum_over_ranks(sums).tolist()
     return loss / weight, {name: value.div_(weight) for name, value in gradient.items()}
 
 
-def counting(model: LiveModel, what: str, *batches: Batch) -> AbstractContextManager[None]:
-    """Charge the FLOPs of the block, which does ``what`` with batches; see :meth:`CostMeter.counting`."""
+def counting(
+    model: LiveModel, what: str, *batches: Batch, trial: Callable[[], object] | None = None
+) -> AbstractContextManager[None]:
+    """Charge the FLOPs of the block, which does ``what`` with batches; see :meth:`CostMeter.counting`.
+
+    With a trial every rank must call it where ranks hold parts of the parameters.
+    """
     trained = tuple(parameter.requires_grad for parameter in model.module.parameters())
-    shapes = tuple(_shapes(batch) for batch in batches)
-    return model.meter.counting(model.module, what, shapes, torch.is_grad_enabled(), trained)
+    work = what, tuple(_shapes(batch) for batch in batches), torch.is_grad_enabled(), trained
+    # where a backward is a collective, a rank that knows the cost tries again with those that do not
+    if trial is not None and model.view.any(not model.meter.knows(model.module, *work)):
+        model.meter.learn(model.module, *work, trial=trial)
+    return model.meter.counting(model.module, *work)
+
+
+def charge_gradient(model: LiveModel, batch: Batch, parameters: Sequence[nn.Parameter]) -> None:
+    """Charge the FLOPs of a forward and backward of the losses of a batch, in the precision context that is open."""
+
+    def gradient() -> None:
+        loss = model.losses(batch).sum()
+        if loss.requires_grad:
+            model.view.gradients(loss, parameters)
+
+    with counting(model, f"gradient in {len(parameters)}", batch, trial=gradient):
+        pass
 
 
 def _shapes(batch: Batch) -> Hashable:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from liveselect.grammar import LiveModel, NotMeasurableError, Round
-from liveselect.influence.reference import counting, split_rows
+from liveselect.influence.reference import charge_gradient, split_rows
 
 
 def typical_gradient(
@@ -41,10 +41,10 @@ def typical_gradient(
     lengths = torch.zeros(2, dtype=torch.float64)  # squared, before and after clipping
     for batch in round.batches(round.candidates[view.take_share(drawn)]):
         for row in split_rows(batch, 1):
-            with counting(model, "gradient of a row", row):
-                with model.autocast():
-                    loss = model.losses(row).sum()
-                gradients = view.gradients(loss, parameters)
+            with model.autocast():
+                charge_gradient(model, row, parameters)
+                loss = model.losses(row).sum()
+            gradients = view.gradients(loss, parameters)
             lengths += _add(squares, reached, parameters, gradients, divisor, model)
     squares = [view.sum_shares(square) for square in squares]
     reached = [view.sum_shares(count) for count in reached]

@@ -166,8 +166,9 @@ class TrainingStepScores:
         """Show an observer the first examples only, and count what it computes."""
         own = inputs[:rows] if len(inputs) == len(delta) else inputs  # else all examples share them, as positions
         work = "observe", own.shape, rows, delta.shape
-        with self.watch.lap(delta.device), self.meter.counting(self._layers[name], *work):
-            return observe(own, delta[:rows])
+        look = partial(observe, own, delta[:rows])
+        with self.watch.lap(delta.device), self.meter.counting(self._layers[name], *work, trial=look):
+            return look()
 
     def _note_total(self, name: str, gradient: Tensor) -> None:
         direction = self._direction[name]

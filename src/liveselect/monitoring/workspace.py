@@ -66,6 +66,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Seconds of a round by phase", ("cost/*",), "step", "stacked"),
         Panel("FLOPs of a round", ("round_flops",)),
         Panel("Total seconds, training and selection", ("total_seconds",)),
+        Panel("Share of the devices' peak in use", ("mfu_training", "mfu_whole")),
     ),
 }
 

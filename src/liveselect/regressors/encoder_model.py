@@ -1,8 +1,9 @@
 """The network of the encoder regressor: an encoder of transformers, the mean over a text's tokens, a linear head."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -41,16 +42,21 @@ class InfluenceNetwork(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def parts(self, texts: Sequence[Tensor], meter: CostMeter) -> Iterator[tuple[list[int], Tensor, torch.Size]]:
-        """Yield positions in ``texts``, their outputs ``(g,)`` float32, and the shape that was computed, for all texts.
+    def parts(self, texts: Sequence[Tensor], meter: CostMeter) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield positions in ``texts``, their outputs, ``(g,)`` float32, for all texts.
 
-        The forward is charged to the meter.
+        The meter is charged for a forward, and in training mode for the backward that is to come.
         """
         for group in length_groups([len(text) for text in texts], self.longest, self.tokens):
             input_ids, mask = even_chunks([texts[i] for i in group], self.longest)
-            with meter.counting(self, "forward", input_ids.shape):
-                outputs = self(input_ids, mask, torch.tensor([len(texts[i]) for i in group]))
-            yield group, outputs, input_ids.shape
+            run = partial(self, input_ids, mask, torch.tensor([len(texts[i]) for i in group]))
+
+            def gradient(run: Callable[[], Tensor] = run) -> None:
+                torch.autograd.grad(run().sum(), list(self.parameters()), allow_unused=True)
+
+            with meter.counting(self, self.training, input_ids.shape, trial=gradient if self.training else run):
+                outputs = run()
+            yield group, outputs
 
     def forward(self, input_ids: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
         """Return ``(len(lengths),)`` float32 for texts of ``lengths`` tokens, given as chunks ``(C, L)``, from CPU.

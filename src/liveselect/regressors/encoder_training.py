@@ -41,7 +41,7 @@ def predict(network: InfluenceNetwork, texts: Sequence[Tensor], meter: CostMeter
     network.eval()
     predicted = torch.empty(len(texts), dtype=torch.float32)  # training may have another default type
     with torch.no_grad():
-        for group, found, _ in network.parts(texts, meter):
+        for group, found in network.parts(texts, meter):
             predicted[group] = found.cpu()
     return predicted
 
@@ -50,10 +50,9 @@ def accumulate_gradients(network: InfluenceNetwork, examples: Examples, rows: Te
     """Add the gradient of the mean squared error of ``rows (b,)`` to ``.grad``; each rank runs its share."""
     network.train()
     mine = rows[shard(len(rows))]
-    for group, predicted, shape in network.parts([examples.texts[i] for i in mine.tolist()], meter):
+    for group, predicted in network.parts([examples.texts[i] for i in mine.tolist()], meter):
         targets = examples.targets[mine[group]].to(predicted.device)
-        with meter.counting(network, "backward", shape):
-            ((predicted - targets).square().sum() / len(rows)).backward()
+        ((predicted - targets).square().sum() / len(rows)).backward()
     for parameter in network.parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = sum_over_ranks(gradient)

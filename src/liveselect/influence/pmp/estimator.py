@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -249,9 +250,9 @@ class PMPInfluence(InfluenceEstimator):
                 return central_difference_dots(module, losses, batches, direction, slope, kind, view.norm)
             parts = []
             for batch, counts in batches():
-                with counting(model, f"products of {len(direction)}", batch):
-                    found = example_dot(module, loss_fn, batch, direction, whole=view.whole)
-                parts.append(found[: None if counts else 0])
+                product = partial(example_dot, module, loss_fn, batch, direction, whole=view.whole)
+                with counting(model, f"products of {len(direction)}", batch, trial=product):
+                    parts.append(product()[: None if counts else 0])
         return torch.cat(parts) if parts else torch.empty(0)
 
     def _parameters(self, model: LiveModel) -> dict[str, nn.Parameter]:

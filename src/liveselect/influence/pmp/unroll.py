@@ -135,8 +135,11 @@ class Unroll:
             gradient = partial(self._mean_gradient, batches, index)
             return central_difference(self.model.module, moved, gradient, reach, view.norm)
         model, loss_fn = self.model.module, self.model.loss_fn
-        with counting(self.model, "double backward", *batches):
-            product = double_backward_product(model, loss_fn, batches, vector) if batches else None
+        product = None
+        if batches:
+            twice = partial(double_backward_product, model, loss_fn, batches, vector)
+            with counting(self.model, "double backward", *batches, trial=twice):
+                product = twice()
         return self._over_ranks(product, sum(map(count_rows, batches)) / len(self.ids[index]))
 
     def _mean_gradient(self, batches: Sequence[Batch], index: int) -> Vector:
