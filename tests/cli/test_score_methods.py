@@ -1,14 +1,16 @@
 """Every method scores a pool: a planted signal is found, and the folder says what made it."""
 
 import json
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from fakes import fake_context, planted_source
+from fakes import FakeSource, fake_context, planted_source
 from ranks import on_ranks
+from transformers import BertConfig, BertModel, BertTokenizerFast
 from unrolled_language_model import warm_context
 
 from liveselect import cli
@@ -236,3 +238,65 @@ def test_parts_are_joined_by_the_rows_that_they_are_of(run, tmp_path, capsys):
 
 def read_pool(folder):
     return TokenStore(folder / "pool").fingerprint
+
+
+# ---- live --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("estimator", "settings", "phase"),
+    [
+        ("LossDropInfluence", {"steps": 8, "learning_rate": 0.01}, "train on the reference set"),
+        ("ReducibleLossInfluence", {"steps": 8, "learning_rate": 0.01}, "losses of candidates"),
+        ("LESSInfluence", {"dimensions": 128}, "example gradients"),
+        ("PerplexityInfluence", {"band": "low", "sampled": 20}, "perplexity band"),
+        ("NgramRatioInfluence", {}, None),
+    ],
+)
+def test_a_run_measures_live_behind_a_prior_as_its_file_says(run, tmp_path, estimator, settings, phase):
+    folder, wanted = run
+    if not (folder / "prior").exists():
+        assert score_with(folder, "--method=dsir", out="prior") == 0
+    inner = {"regressor": "liveselect.regressors.HashedRidgeRegressor", "probes": 40, "min_spearman": None}
+    prior = {
+        "scores": str(folder / "prior"),
+        "ratio": 0.5,
+        "selector": {"class_path": "liveselect.selectors.RegressionSelector", "init_args": inner},
+    }
+    select = {
+        "selector": {"class_path": "liveselect.selectors.PriorSelector", "init_args": prior},
+        "estimator": {"class_path": f"liveselect.influence.{estimator}", "init_args": settings},
+        "every_n_steps": 1,
+        "warmup_rounds": 0,
+        "dirpath": str(tmp_path / "ledger"),
+    }
+    live = {"select": {"class_path": "liveselect.callbacks.DataSelection", "init_args": select}}
+    (tmp_path / "live.yaml").write_text(yaml.safe_dump(live))
+    assert cli.main(["fit", f"--config={folder}/run.yaml", f"--config={tmp_path}/live.yaml"]) == 0
+    (file,) = (tmp_path / "ledger").rglob("ledger.jsonl")
+    ledger = Ledger.read(file)
+    assert len(ledger.rounds) == 2
+    for record in ledger.rounds:
+        found, influence = wanted[torch.tensor(record.measured)], torch.tensor(record.influence)
+        assert found.double().mean() > 0.3  # the prior kept them: their share of the pool is a quarter
+        if phase is None:
+            assert influence[found].mean() > influence[~found].mean()
+            assert "look up n-grams" in record.seconds
+        else:
+            assert record.flops[phase] > 0
+    assert set(read_scores(folder / "prior").about["cost"]["seconds"]) <= set(ledger.before_seconds)
+
+
+def test_rows_can_be_embedded_by_an_encoder_from_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    words = [f"w{i}" for i in range(8)]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "encoder")
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=13, max_position_embeddings=64, **shape)).save_pretrained(tmp_path / "encoder")
+    source = FakeSource(torch.arange(8)[:, None].repeat(1, 4), torch.tensor([[3, 3, 3, 3]]))
+    monkeypatch.setattr(source, "decode", lambda ids: [" ".join(words[i] for i in row) for row in ids.tolist()])
+    settings = {"embedding": f"encoder:{tmp_path / 'encoder'}"}
+    scores = job(tmp_path / "s", "embed", fake_context(source), settings).run().values
+    assert scores.argmax() == 3
+    assert scores[3].item() == pytest.approx(1.0, abs=1e-5)

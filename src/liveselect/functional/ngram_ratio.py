@@ -27,12 +27,21 @@ def count_ngrams(input_ids: Tensor, buckets: int = BUCKETS, mask: Tensor | None 
     Raises:
         ValueError: buckets is not a power of two.
     """
-    counted = _counted(input_ids, mask)
-    counts = []
-    for bucket, inside in zip(ngram_buckets(input_ids, buckets), counted, strict=True):
+    counts = torch.zeros(2, buckets, dtype=torch.int64, device=input_ids.device)
+    add_ngrams(counts, input_ids, mask)
+    return counts
+
+
+def add_ngrams(counts: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> None:
+    """Add the n-grams of ``input_ids (B, T)`` to ``counts (2, buckets)`` in place; see :func:`count_ngrams`."""
+    buckets = counts.shape[1]
+    both = zip(counts, ngram_buckets(input_ids, buckets), _counted(input_ids, mask), strict=True)
+    for count, bucket, inside in both:
         kept = bucket.flatten() if inside is None else bucket[inside]
-        counts.append(torch.bincount(kept, minlength=buckets))
-    return torch.stack(counts)
+        if len(kept) > buckets:
+            count += torch.bincount(kept, minlength=buckets)
+        else:  # a table for each small batch would cost more than its tokens
+            count.index_add_(0, kept, torch.ones_like(kept))
 
 
 def log_ratio(reference_counts: Tensor, pool_counts: Tensor, smoothing: float = SMOOTHING) -> Tensor:

@@ -59,8 +59,10 @@ class PerplexityInfluence(InfluenceEstimator):
         count = min(self.sampled, len(round.candidates))
         ids = round.candidates[uniform_subset(len(round.candidates), count, round.generator("perplexity band"))]
         with model.meter.phase("perplexity band"):
-            mine = [self._losses(model, batch) for batch in round.batches(ids[distributed.shard(count)])]
-            losses = distributed.gather_shards(torch.cat(mine) if mine else torch.empty(0), count)
+            share = model.view.take_share(ids)  # all of them where ranks hold parts, and must compute in step
+            mine = [self._losses(model, batch) for batch in round.batches(share)]
+            losses = torch.cat(mine).cpu() if mine else torch.empty(0)
+            losses = losses if len(share) == count else distributed.gather_shards(losses, count)
         losses = losses[losses.isfinite()]
         if len(losses) < 3:
             raise NotMeasurableError(f"expected 3 of {count} sampled candidates to have finite losses, got {losses}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from liveselect import distributed
-from liveselect.functional.ngram_ratio import BUCKETS, SMOOTHING, count_ngrams, log_ratio, mean_log_ratio
+from liveselect.functional.ngram_ratio import BUCKETS, SMOOTHING, add_ngrams, log_ratio, mean_log_ratio
 from liveselect.functional.sampling import uniform_subset
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, Round
 
@@ -40,7 +40,7 @@ class NgramRatioInfluence(InfluenceEstimator):
         with model.meter.phase("count n-grams"):
             reference = torch.zeros(2, self.buckets, dtype=torch.int64)
             for batch in round.source.reference():
-                reference += self._counts(batch)
+                _add(reference, batch)
             if self._pool is None:
                 count = min(self.pool_rows, round.pool.size)
                 self._pool = self._counted(round, uniform_subset(round.pool.size, count, round.generator("n-grams")))
@@ -64,9 +64,10 @@ class NgramRatioInfluence(InfluenceEstimator):
         counts = torch.zeros(2, self.buckets, dtype=torch.int64)
         if ids is not None:
             for batch in round.batches(ids[distributed.shard(len(ids))]):
-                counts += self._counts(batch)
+                _add(counts, batch)
         return distributed.sum_over_ranks(counts)
 
-    def _counts(self, batch: Batch) -> Tensor:
-        mask = batch.get("attention_mask")
-        return count_ngrams(batch["input_ids"].cpu(), self.buckets, None if mask is None else mask.cpu())
+
+def _add(counts: Tensor, batch: Batch) -> None:
+    mask = batch.get("attention_mask")
+    add_ngrams(counts, batch["input_ids"].cpu(), None if mask is None else mask.cpu())

@@ -30,6 +30,7 @@ class OtherWeights:
     @contextmanager
     def on(self, model: LiveModel) -> Iterator[None]:
         """Compute with these values inside the block; the model's own are put back after it, bit for bit."""
+        model.view.reshard()  # a forward before may have left whole parameters in the place of this rank's parts
         targets = _named(model)
         if self._is_whole:
             laid_out = model.view.lay_out({n: v for n, v in self._values.items() if n in targets})
@@ -46,6 +47,7 @@ class OtherWeights:
         """Return the values whole and on CPU, for a file; a collective where ranks hold parts."""
         if self._is_whole:
             return self._values
+        model.view.reshard()
         targets = _named(model)
         spread = model.view.spread(self._values, {name: targets[name] for name in self._values})
         return {name: model.view.whole(value).cpu() for name, value in spread.items()}
@@ -63,6 +65,7 @@ def trained_on_reference(
     Raises:
         NotMeasurableError: the loss of the reference set is not finite.
     """
+    model.view.reshard()
     parameters = {name: p for name, p in model.module.named_parameters() if _is_trained(model, p)}
     reference = ReferencePass.load(model, round)
     items: list[Weighted] = list(zip(reference.batches, reference.counts, strict=True))

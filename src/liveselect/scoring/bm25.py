@@ -74,13 +74,13 @@ class BM25(Scorer):
         for rows in pool:
             row, term = self._terms(rows)
             once = np.unique(row * self.buckets + term) % self.buckets
-            frequency += torch.from_numpy(np.bincount(once, minlength=self.buckets))
+            _add(frequency.numpy(), once)
             sizes += torch.tensor([_count(rows), len(term)])
         frequency, sizes = total(frequency), total(sizes)
         documents, length = sizes.tolist()
         query, queries = np.zeros(self.buckets), 0
         for rows in reference:
-            query += np.bincount(self._terms(rows)[1], minlength=self.buckets)
+            _add(query, self._terms(rows)[1])
             queries += _count(rows)
         if not length or not queries:
             raise ValueError(f"expected rows with terms in pool and reference set, got {documents} and {queries} rows")
@@ -131,3 +131,8 @@ def hashed_terms(text: str, buckets: int = _BUCKETS) -> list[int]:
 
 def _count(rows: Rows) -> int:
     return len(rows["text"]) if "text" in rows else len(rows["input_ids"])
+
+
+def _add(counts: np.ndarray, terms: np.ndarray) -> None:
+    found, times = np.unique(terms, return_counts=True)  # np.add.at is slower
+    counts[found] += times

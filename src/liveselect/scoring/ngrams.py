@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from liveselect.functional.ngram_ratio import BUCKETS, SMOOTHING, count_ngrams, log_ratio, mean_log_ratio
+from liveselect.functional.ngram_ratio import BUCKETS, SMOOTHING, add_ngrams, log_ratio, mean_log_ratio
 from liveselect.functional.ngrams import ngram_buckets
 from liveselect.scoring.scorer import MethodCard, Rows, Scorer, Total, counted_mask
 
@@ -51,7 +51,7 @@ class NgramRatio(Scorer):
         counts = [torch.zeros(2, self.buckets, dtype=torch.int64) for _ in range(2)]
         for count, batches in zip(counts, (reference, pool), strict=True):
             for rows in batches:
-                count += count_ngrams(rows["input_ids"].cpu(), self.buckets, _on_cpu(counted_mask(rows)))
+                add_ngrams(count, rows["input_ids"].cpu(), _on_cpu(counted_mask(rows)))
         self._table = log_ratio(counts[0], total(counts[1]), self.smoothing)
 
     def __call__(self, rows: Rows) -> Tensor:
@@ -92,35 +92,36 @@ class DSIR(Scorer):
         counts = [torch.zeros(self.buckets, dtype=torch.int64) for _ in range(2)]
         for count, batches in zip(counts, (reference, pool), strict=True):
             for rows in batches:
-                for _, buckets in self._hashed(rows):
-                    count += torch.bincount(buckets, minlength=self.buckets)
+                for buckets, inside in self._hashed(rows):
+                    kept = buckets.flatten() if inside is None else buckets[inside]
+                    count.index_add_(0, kept, torch.ones_like(kept))
         target, raw = (count.double() for count in (counts[0], total(counts[1])))
         if not bool((raw.sum() > 0).item()):
             raise ValueError("expected n-grams in the pool that importance weights are fitted to, got none")
         likely = [count / count.sum().clamp(min=1) + _FLOOR for count in (target, raw)]
-        self._table = (likely[0] / likely[1]).log().float()
+        self._table = (likely[0] / likely[1]).log()
 
     def __call__(self, rows: Rows) -> Tensor:
         """Return the log importance weight of each row, ``(B,)`` float32."""
         table = _fitted(self._table, self)
-        count = len(rows["text"]) if self.terms == "words" else len(rows["input_ids"])
-        result = torch.zeros(count, dtype=torch.float64)
-        for row, buckets in self._hashed(rows):
-            result.index_add_(0, row, table[buckets].double())
+        result = torch.zeros(len(rows["text"]) if self.terms == "words" else len(rows["input_ids"]), dtype=table.dtype)
+        for buckets, inside in self._hashed(rows):
+            values = table[buckets]
+            result += (values if inside is None else values * inside).sum(dim=1)
         return result.float()
 
-    def _hashed(self, rows: Rows) -> Iterable[tuple[Tensor, Tensor]]:
-        """Yield rows and buckets of n-grams, ``(k,)`` each."""
+    def _hashed(self, rows: Rows) -> Iterable[tuple[Tensor, Tensor | None]]:
+        """Yield the buckets of n-grams ``(B, k)``, and which of them count, None for all."""
         if self.terms == "words":
-            found = [hashed_words(text, self.buckets) for text in rows["text"]]
-            lengths = torch.tensor([len(each) for each in found], dtype=torch.int64)
-            yield torch.arange(len(found)).repeat_interleave(lengths), _joined(found)
+            found = [torch.tensor(hashed_words(text, self.buckets), dtype=torch.int64) for text in rows["text"]]
+            lengths = torch.tensor([len(each) for each in found])
+            padded = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+            yield padded, torch.arange(padded.shape[1]) < lengths[:, None]
             return
-        ids, mask = rows["input_ids"].cpu(), _on_cpu(counted_mask(rows))
-        inside = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        both = zip(ngram_buckets(ids, self.buckets), (inside, inside[:, :-1] & inside[:, 1:]), strict=True)
-        for buckets, counted in both:
-            yield counted.nonzero()[:, 0], buckets[counted]
+        mask = _on_cpu(counted_mask(rows))
+        inside = None if mask is None else mask.bool()
+        pairs = None if inside is None else inside[:, :-1] & inside[:, 1:]
+        yield from zip(ngram_buckets(rows["input_ids"].cpu(), self.buckets), (inside, pairs), strict=True)
 
 
 def hashed_words(text: str, buckets: int = _PUBLISHED_BUCKETS) -> list[int]:
@@ -148,7 +149,3 @@ def _fitted(table: Tensor | None, scorer: Scorer) -> Tensor:
     if table is None:
         raise RuntimeError(f"{type(scorer).__name__} was called before fit: call fit(reference, pool) first")
     return table
-
-
-def _joined(lists: list[list[int]]) -> Tensor:
-    return torch.tensor([value for each in lists for value in each], dtype=torch.int64)
