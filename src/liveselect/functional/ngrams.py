@@ -27,13 +27,9 @@ def hashed_ngrams(input_ids: Tensor, buckets: int, mask: Tensor | None = None) -
     Raises:
         ValueError: buckets is not a power of two.
     """
-    if buckets < 2 or buckets & (buckets - 1):
-        raise ValueError(f"expected the number of buckets to be a power of two, got {buckets}")
     tokens = input_ids.long()
     counted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-    pairs = tokens[:, :-1] * _FIRST_FACTOR + tokens[:, 1:] * _SECOND_FACTOR + _PAIR_OFFSET
-    mixed = torch.cat([tokens * _TOKEN_FACTOR, pairs], dim=1)
-    bucket = (mixed >> (65 - buckets.bit_length())) & (buckets - 1)
+    bucket = torch.cat(ngram_buckets(tokens, buckets), dim=1)
     counted = torch.cat([counted, counted[:, :-1] & counted[:, 1:]], dim=1)
     counts = torch.zeros(len(tokens), buckets, dtype=torch.int32, device=tokens.device)
     counts.scatter_add_(1, bucket, counted.int())
@@ -41,3 +37,18 @@ def hashed_ngrams(input_ids: Tensor, buckets: int, mask: Tensor | None = None) -
     value = torch.log1p(count)
     norm = (counted * value.square() / count).sum(dim=1, keepdim=True).sqrt()
     return bucket, counted * value / count / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+
+
+def ngram_buckets(input_ids: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
+    """Return the bucket of every token ``(B, T)`` and of every pair of neighbours ``(B, T - 1)``, int64.
+
+    Raises:
+        ValueError: buckets is not a power of two.
+    """
+    if buckets < 2 or buckets & (buckets - 1):
+        raise ValueError(f"expected the number of buckets to be a power of two, got {buckets}")
+    tokens = input_ids.long()
+    pairs = (tokens[:, :-1] * _FIRST_FACTOR).add_(tokens[:, 1:] * _SECOND_FACTOR).add_(_PAIR_OFFSET)
+    highest = 65 - buckets.bit_length()  # the shift that leaves the highest bits
+    single = (tokens * _TOKEN_FACTOR).bitwise_right_shift_(highest).bitwise_and_(buckets - 1)
+    return single, pairs.bitwise_right_shift_(highest).bitwise_and_(buckets - 1)
