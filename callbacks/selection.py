@@ -213,8 +213,10 @@ class DataSelection(Callback):
         session.begin_fit(trainer, pl_module, self.loss_fn)
         if self.plan is not None:
             check_rest(self.plan, session.global_batch(trainer), trainer)
-        with session.charged("rehearsal"), session.gate.measuring():
-            session.rehearse(trainer)
+        with session.gate.measuring():
+            self.run.prepare()
+            with session.charged("rehearsal"):
+                session.rehearse(trainer)
         self.ahead.begin_round(session)
         if self.plan is None or self.plan.exhausted:
             self._select(trainer)
@@ -298,6 +300,7 @@ class DataSelection(Callback):
         """Run a round and publish its plan."""
         session, run = self.session, self.run
         began, before = time.perf_counter(), 0.0 if run.ahead is None else sum(run.ahead.meter.seconds.values())
+        before += sum(run.preparing.seconds.values())
         budget = session.budget(trainer, trainer.global_step)
         selector = type(run.selector_for(run.next_round)).__name__
         progress = round_progress(f"round {run.next_round} ({selector}, step {trainer.global_step})", trainer)

@@ -116,6 +116,9 @@ class _Excerpt(CandidateSource):
     def candidates(self, ids: Tensor) -> Iterable[Batch]:
         return self._source.candidates(ids)
 
+    def in_bulk(self, ids: Tensor) -> Iterable[Batch]:
+        return self._source.in_bulk(ids)
+
     def reference(self) -> Iterator[Batch]:
         batches = list(self._source.reference())
         yield next((batch for batch in batches if bool(target_counts(batch).any())), batches[0])

@@ -54,6 +54,7 @@ class SelectionRun:
         watch: raises alarms, None for none.
         ahead: what was measured for the next round while its predecessor is trained on; None when nothing was.
         interrupted: whether this process was asked to stop.
+        preparing: what preparing the selector has cost since the last round was recorded.
     """
 
     selector: Selector
@@ -68,6 +69,7 @@ class SelectionRun:
     watch: Watch | None = None
     ahead: Measurement | None = None
     interrupted: Callable[[], bool] = lambda: False
+    preparing: CostMeter = field(default_factory=CostMeter)
 
     @property
     def pool(self) -> CandidatePool:
@@ -86,7 +88,11 @@ class SelectionRun:
 
     def selector_for(self, round_index: int) -> Selector:
         """Return who chooses in a round."""
-        return self.warmup if round_index < self.warmup_rounds else self.selector
+        return self.selector if round_index >= self.warmup_rounds else self.selector.warmup() or self.warmup
+
+    def prepare(self) -> None:
+        """Let the selector make what depends on the data alone; nothing is done where it is ready."""
+        self.selector.prepare(self.source, self.preparing)
 
     def open_round(
         self,
@@ -104,9 +110,11 @@ class SelectionRun:
         Raises:
             ValueError: there are fewer than the budget.
         """
+        self.prepare()
         selector = selector or self.selector_for(self.next_round)
         # of the run's selector in the warm-up too: what it may never choose is not trained on before either
-        eligible = _eligible(self.selector if selector is self.warmup else selector, self.pool, budget)
+        chooses = self.selector if self.next_round < self.warmup_rounds else selector
+        eligible = _eligible(chooses, self.pool, budget)
         candidates = self.pool.available(budget, eligible)
         leftovers = NO_IDS
         if selector.engine_orders:
@@ -119,6 +127,7 @@ class SelectionRun:
             source=self.source,
             leftovers=leftovers,
             trained=None if self.plan is None else self.plan.ids,
+            budget=budget,
             device=device or torch.device("cpu"),
             meter=meter or CostMeter(),
         )
@@ -205,6 +214,7 @@ def finish_round(run: SelectionRun, measurement: Measurement, model: LiveModel, 
     """
     model, round = replace(model, meter=measurement.meter), replace(round, meter=measurement.meter)
     selector = run.selector_for(round.index)
+    _charge_preparing(run, round.meter)
     with measuring(model.module, model.optimizer), round.meter.phase("choose"):
         selection = _choose(selector, round, budget)
     distributed.check_agreement(f"the plan of round {round.index}", selection.ids)
@@ -221,6 +231,13 @@ def finish_round(run: SelectionRun, measurement: Measurement, model: LiveModel, 
     if run.estimator is not None:
         run.estimator.release()
     return plan
+
+
+def _charge_preparing(run: SelectionRun, meter: CostMeter) -> None:
+    for spent, added in ((run.preparing.seconds, meter.seconds), (run.preparing.flops, meter.flops)):
+        for phase, amount in spent.items():
+            added[phase] += amount
+        spent.clear()
 
 
 def _eligible(selector: Selector, pool: CandidatePool, budget: int) -> Tensor | None:

@@ -3,16 +3,17 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from liveselect.cost import CostMeter
 from liveselect.functional.sampling import gumbel_topk
-from liveselect.grammar import Round, SelectionWarning
+from liveselect.grammar import CandidateSource, Round, SelectionWarning
 from liveselect.pool import CandidatePool
 from liveselect.scores import Scores, read_scores
+from liveselect.selectors.ngram_prior import TEMPERATURE, NGramPrior
 
 
 class BetterPart(NamedTuple):
@@ -33,10 +34,11 @@ class ScoreTable:
     """Scores of a pool, and the draw of its better part.
 
     Args:
-        scores: what :func:`liveselect.scores.read_scores` takes.
+        scores: what :func:`liveselect.scores.read_scores` takes; or a :class:`NGramPrior`, or True for one as it is.
         column: name of the Parquet column.
         groups: names of the groups that may be chosen; all by default.
-        standardize: divide the scores by their standard deviation over these groups.
+        standardize: divide the scores by their standard deviation over these groups; those of an n-gram prior always
+            are.
     """
 
     def __init__(
@@ -44,21 +46,58 @@ class ScoreTable:
     ) -> None:
         if isinstance(groups, str):
             raise ValueError(f"expected a list of names of groups, got the string {groups!r}: pass [{groups!r}]")
+        if scores is False:
+            raise ValueError("expected scores, or True for those of the n-gram prior, got False: leave the prior out")
+        self._prior = NGramPrior() if scores is True else scores if isinstance(scores, NGramPrior) else None
+        if self._prior is not None and column != "score":
+            raise ValueError(f"the n-gram prior has no column {column!r}: leave column out")
         self._source = scores
         self._column = column
+        self._read: Scores | None = None
         self.groups = None if groups is None else tuple(groups)
-        self.standardize = standardize
+        self.standardize = standardize or self._prior is not None
         self._values: Tensor | None = None
         self._count = 0
 
-    @cached_property
+    @property
     def scores(self) -> Scores:
         """The scores, read when they are first asked for."""
-        return read_scores(self._source, self._column)
+        if self._prior is not None:
+            return self._prior.scores
+        if self._read is None:
+            self._read = read_scores(self._source, self._column)
+        return self._read
+
+    def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
+        """Make the scores that depend on the run's own data."""
+        if self._prior is not None and self._prior.prepare(source, meter):
+            self._values = None
+
+    def temperature(self, given: float | None, otherwise: float) -> float:
+        """Return the strength of the noise: what is ``given``, or the default of a prior or of scores."""
+        return given if given is not None else otherwise if self._prior is None else TEMPERATURE
+
+    @property
+    def digest(self) -> Any:
+        """What identifies the scores, for a checkpoint."""
+        return self.scores.digest if self._prior is None else self._prior.digest
+
+    def expect(self, digest: Any) -> None:
+        """Raise ValueError when a checkpoint was made with other scores, now or when they are made."""
+        if self._prior is not None:
+            self._prior.expect(digest)
+            self._values = None
+        elif digest != self.scores.digest:
+            raise ValueError(
+                f"the checkpoint was made with other scores than those of {self.scores.name}: resume with the scores "
+                "that the run began with, or start a new run"
+            )
 
     @property
     def cost(self) -> Mapping[str, Mapping[str, float]]:
-        """What making the scores cost, by kind and phase."""
+        """What making the scores cost, by kind and phase; an n-gram prior is charged where it is made."""
+        if self._prior is not None:
+            return {}
         cost: Mapping[str, Mapping[str, float]] = self.scores.about.get("cost", {})
         return cost
 
