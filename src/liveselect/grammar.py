@@ -271,6 +271,15 @@ class InfluenceEstimator(Part):
     def score(self, model: LiveModel, batch: Batch) -> Tensor:
         """Return the influence of each example, ``(B,)``, nats per unit learning rate; NaN where it has none."""
 
+    def score_tokens(self, model: LiveModel, batch: Batch) -> Tensor | None:
+        """Return the influence of each token, ``(B, T)``, or None where it is not known.
+
+        Called instead of :meth:`score` when the selector learns from single tokens. Entry ``(i, t)`` is the influence
+        of training on candidate i to predict its token t alone, NaN where no loss is taken; the influence of the
+        candidate is the mean over the others.
+        """
+        return None
+
     def check(self, model: LiveModel, round: Round) -> None:
         """Raise what a round would raise; called before training starts, with a few candidates."""
 
@@ -380,12 +389,14 @@ class Selector(Part):
     Attributes:
         needs_estimator: whether it proposes candidates, so that a run without an estimator is refused.
         uses_groups: whether it chooses by the groups of the pool, whose cost then belongs to the run.
+        learns_tokens: whether it wants the influence of single tokens, where the estimator knows it.
         engine_orders: whether the engine keeps the pass over the pool and shuffles what was chosen. A selector that
             follows recorded plans says False: its ids are trained on as they are.
     """
 
     needs_estimator: bool = False
     uses_groups: bool = False
+    learns_tokens: bool = False
     engine_orders: bool = True
 
     @abstractmethod
@@ -419,6 +430,13 @@ class Selector(Part):
     def observe(self, ids: Tensor, influence: Tensor) -> None:
         """Take the finite influence ``(m,)`` of proposed ``ids (m,)``, both on CPU; called after each measurement."""
 
+    def observe_tokens(self, ids: Tensor, tokens: Tensor) -> None:
+        """Take the influence of single tokens ``(m, T)`` of proposed ``ids (m,)``, both on CPU; before :meth:`observe`.
+
+        Called where ``learns_tokens`` is True and the estimator knows it. NaN stands where no loss is taken, and rows
+        are filled up with NaN to the longest.
+        """
+
     def observe_step(self, ids: Tensor, influence: Tensor) -> None:
         """Take the influence ``(m,)`` of ``ids (m,)`` as training steps on them have shown it; called between rounds.
 
@@ -444,6 +462,7 @@ class Around(Selector):
         # what either of the two declares holds for both
         self.needs_estimator = type(self).needs_estimator or selector.needs_estimator
         self.uses_groups = type(self).uses_groups or selector.uses_groups
+        self.learns_tokens = type(self).learns_tokens or selector.learns_tokens
         self.engine_orders = type(self).engine_orders and selector.engine_orders
 
     def select(self, round: Round, budget: int) -> Selection | Tensor:
@@ -473,6 +492,10 @@ class Around(Selector):
     def observe(self, ids: Tensor, influence: Tensor) -> None:
         """Pass the measurements on."""
         self.selector.observe(ids, influence)
+
+    def observe_tokens(self, ids: Tensor, tokens: Tensor) -> None:
+        """Pass the influence of single tokens on."""
+        self.selector.observe_tokens(ids, tokens)
 
     def observe_step(self, ids: Tensor, influence: Tensor) -> None:
         """Pass on what training steps have shown."""

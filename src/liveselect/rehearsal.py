@@ -19,7 +19,7 @@ from liveselect.grammar import (
     Selector,
 )
 from liveselect.losses import target_counts
-from liveselect.parts import checked_influence, fit_metrics
+from liveselect.parts import checked_influence, checked_tokens, fit_metrics
 from liveselect.plan import Plan
 from liveselect.preserve import measuring
 
@@ -63,7 +63,7 @@ def rehearse(
             selector.check(round, budget)
             estimator.check(model, round)
             if estimator.rehearsed:
-                _measure(copy.deepcopy(estimator), model, round)
+                _measure(copy.deepcopy(estimator), model, round, selector.learns_tokens)
         except NotMeasurableError:
             pass  # a later round may be able to
         except Exception as error:
@@ -83,11 +83,15 @@ def _batch_of_candidates(round: Round) -> dict[str, Tensor]:
     return next(round.batches(round.candidates[: max(MEASURED_CANDIDATES, distributed.world_size())]))
 
 
-def _measure(estimator: InfluenceEstimator, model: LiveModel, round: Round) -> None:
+def _measure(estimator: InfluenceEstimator, model: LiveModel, round: Round, tokens: bool) -> None:
     batch = _batch_of_candidates(round)
     fit_metrics(estimator, model, round)
     rows, name = len(batch["input_ids"]), type(estimator).__name__
-    checked_influence(estimator.score(model, batch), rows, f"{name}.score")
+    found = estimator.score_tokens(model, batch) if tokens else None
+    if found is None:
+        checked_influence(estimator.score(model, batch), rows, f"{name}.score")
+    else:
+        checked_tokens(found, tuple(batch["input_ids"].shape), f"{name}.score_tokens")
     if estimator.at_once:
         ids = round.candidates[:rows]
         checked_influence(estimator.score_ids(model, round, ids), len(ids), f"{name}.score_ids")

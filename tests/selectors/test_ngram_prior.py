@@ -190,7 +190,7 @@ def test_the_warm_up_is_drawn_by_the_prior_and_not_at_random():
 
 
 def test_candidates_are_repeated_no_more_often_than_allowed():
-    source, planted = planted_source(candidates=400, share=0.1)
+    source, _ = planted_source(candidates=400, share=0.1)
     for most in (1, 2):
         source.pool.uses.zero_()
         selector = PriorSelector(UniformSelector(), True, ratio=0.1, temperature=0.0, max_uses=most)

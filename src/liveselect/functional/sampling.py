@@ -60,6 +60,31 @@ def released_bottomk(scores: Tensor, k: int, temperature: float, generator: torc
     return _perturbed_topk(scores, k, temperature, generator, sign=-1.0)
 
 
+def capped_topk(keys: Tensor, groups: Tensor, k: int, most: int) -> Tensor:
+    """Return the positions of the ``k`` largest of ``keys (n,)`` of which no more than ``most`` are of one group.
+
+    Where the groups do not hold enough, the largest of the others follow.
+
+    Args:
+        keys: ``(n,)``, larger is better; of equal ones the first is.
+        groups: ``(n,)`` int64.
+        k: number to take, 0..n.
+        most: of each group, at least 1.
+
+    Returns:
+        ``(k,)`` int64 distinct positions, ascending.
+    """
+    _check_k(k, len(keys))
+    order = keys.argsort(descending=True, stable=True)
+    by_group = groups[order].argsort(stable=True)  # each group's, best first
+    counts = torch.bincount(groups, minlength=1)
+    first = (counts.cumsum(0) - counts)[groups[order][by_group]]
+    place = torch.empty_like(order)
+    place[by_group] = torch.arange(len(order)) - first  # of each in its group, along the order
+    within = place < most
+    return torch.cat([order[within], order[~within]])[:k].sort().values
+
+
 def uniform_subset(n: int, k: int, generator: torch.Generator) -> Tensor:
     """Draw ``k`` of ``n`` candidates without replacement, all subsets equally likely.
 

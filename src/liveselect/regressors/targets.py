@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from liveselect.functional.correlation import spearman
+from liveselect.functional.correlation import rank_normal, spearman
 from liveselect.grammar import MIN_MEASUREMENTS, NO_IDS, State
 
 TargetScale = Literal["rank_normal", "standardized"]
@@ -63,9 +63,7 @@ def robust_targets(influence: Tensor, scale: TargetScale = "rank_normal") -> Ten
     """
     values = influence.double()
     if scale == "rank_normal":
-        _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
-        middle = counts.cumsum(0) - counts / 2  # of the ranks of equal values, less a half
-        values = torch.special.ndtri(middle.double() / len(values))[place]
+        values = rank_normal(values)
     return standardized(values, float(values.mean()), float(values.std(correction=0)))
 
 

@@ -34,8 +34,8 @@ class ScoredSelector(Selector):
             candidate; or an array. Larger is better, -inf is never drawn. See :mod:`liveselect.scores`. Or True, or a
             :class:`NGramPrior`: scores that are made of the run's own pool and reference set, and need no file.
         ratio: share of the pool that is drawn, above 0 and up to 1.
-        temperature: strength of the noise, in units of the scores; 0 draws the best. By default 0.1, and with the n-gram
-            prior 0.3 of its standard deviation.
+        temperature: strength of the noise, in units of the scores; 0 draws the best. By default 0.1, and with the
+            n-gram prior 0.3 of its standard deviation.
         final_temperature: where the temperature arrives after ``anneal_rounds``, changing by equal steps; by default it
             stays.
         anneal_rounds: rounds until then.
@@ -87,7 +87,7 @@ class ScoredSelector(Selector):
     def over(cls, table: ScoreTable, ratio: float, temperature: float, random_share: float = 0.0) -> "ScoredSelector":
         """Return a selector that draws from a table of scores that another one holds."""
         selector = cls([0.0], ratio, temperature, random_share=random_share)
-        selector._table, selector.uses_groups = table, table.groups is not None  # noqa: SLF001 - its own class
+        selector._table, selector.uses_groups = table, table.groups is not None
         return selector
 
     def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
@@ -199,12 +199,12 @@ class PriorSelector(Around):
             the other selector compares candidates by.
         keep_general: share of the budget that is drawn uniformly from the whole pool, 0..1. A narrow choice ruins what
             the model knows of the rest.
-        max_uses: how often the kept share is trained on before what is below it comes in; None for as often as it takes.
+        max_uses: how often the kept share is trained on before what is below it comes in; None for as often as need be.
         warmup_ratio: share of the pool that rounds before anything is measured are drawn from; by default half of the
             ratio.
     """
 
-    def __init__(  # noqa: PLR0913 - what a gate, an offset and a remainder take
+    def __init__(
         self,
         selector: Selector,
         scores: Any,
