@@ -7,13 +7,14 @@ from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liveselect.distributed import sum_over_ranks
 from liveselect.functional.differences import central_difference_dot
 from liveselect.functional.gradients import forward_mode_dot, plan_products
 from liveselect.functional.slopes import first_moment, step_slope
-from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, Round, State
+from liveselect.grammar import IGNORE_INDEX, Batch, InfluenceEstimator, LiveModel, Round, State
 from liveselect.influence.direction import Direction
 from liveselect.influence.one_step import (
     Probe,
@@ -24,7 +25,7 @@ from liveselect.influence.one_step import (
 )
 from liveselect.influence.reference import Precision, ReferencePass, batch_flops, require_finite
 from liveselect.influence.step_sizes import typical_gradient
-from liveselect.losses import causal_lm_loss, causal_lm_token_losses
+from liveselect.losses import causal_lm_loss, causal_lm_token_losses, shifted_targets
 from liveselect.preserve import Snapshot
 
 Engine = Literal["hooks", "central_difference", "forward_mode", "optimizer_step"]
@@ -293,7 +294,9 @@ class FirstOrderInfluence(InfluenceEstimator):
             model.meter.add_flops(forwards * batch_flops(model.module, batch))
             if self.engine == "forward_mode":
                 with model.autocast():
-                    return forward_mode_dot(model.module, losses, batch, values)
+                    slopes = forward_mode_dot(model.module, losses, batch, values)
+                    carries = shifted_targets(batch) != IGNORE_INDEX  # the slope of a loss that there is not is 0
+                    return slopes.masked_fill(~F.pad(carries, (1, 0)), math.nan)
             with model.full_precision():
                 return central_difference_dot(model.module, losses, batch, values, fitted.difference, model.view.norm)
 
