@@ -27,7 +27,7 @@ def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:
     """Send the numbers of the last round to every logger and say what it did; a failing logger costs a warning."""
     record = ledger.rounds[-1]
     if not any(isinstance(each, LogsRounds) for each in trainer.callbacks):  # type: ignore[attr-defined]
-        _log(trainer, {**record.scalars(), "time_share": ledger.selection_share})
+        log_scalars(trainer, {**record.scalars(), "time_share": ledger.selection_share})
     for note in record.notes:
         rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
     if not trainer.is_global_zero:
@@ -56,10 +56,11 @@ def record_captured(trainer: pl.Trainer, record: RoundRecord, ids: Tensor, influ
     """Note the finite influence ``(m,)`` of examples ``ids (m,)`` that a training step has shown."""
     record.overheard.extend(ids.tolist())
     record.overheard_influence.extend(influence.tolist())
-    _log(trainer, {"overheard_influence": float(influence.double().mean())})
+    log_scalars(trainer, {"overheard_influence": float(influence.double().mean())})
 
 
-def _log(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
+def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
+    """Send numbers to every logger; a failing one costs a warning."""
     for logger in trainer.loggers:
         try:
             logger.log_metrics({f"selection/{key}": value for key, value in scalars.items()}, step=trainer.global_step)

@@ -25,7 +25,7 @@ from liveselect.callbacks.lines import show_lines
 from liveselect.callbacks.overhearing import Overhearing, check_overhear
 from liveselect.callbacks.progress import round_progress
 from liveselect.callbacks.random_state import RandomStates
-from liveselect.callbacks.records import log_end, log_round
+from liveselect.callbacks.records import log_end, log_round, log_scalars
 from liveselect.callbacks.session import Session
 from liveselect.callbacks.settings import check_arguments, check_measures, check_saved, damage_reported, settings_of
 from liveselect.grammar import Batch, InfluenceEstimator, LossFn, Selector, State
@@ -68,6 +68,9 @@ class DataSelection(Callback):
         max_overhead: measure after optimizer steps for up to this share of the time that training takes, and do without
             what was not measured by the end of the round. How much is measured when depends on the machine, so two runs
             differ; a resumed run goes on with what was measured before.
+        mixture_sample: hold out this many candidates, drawn uniformly from the whole pool (and no more than a fiftieth
+            of it), and note the loss on them at every validation: a choice that helps the reference may ruin what the
+            model knows of the rest, and nothing else shows it. 0 for none.
         overhear: score the examples of this many optimizer steps at the beginning of each round out of the steps' own
             backward, at a fraction of what a probe costs; ``every_n_steps`` or more is all of them. The ledger records
             it, and arms and regressors learn from it. Needs an estimator that compares gradients
@@ -87,7 +90,10 @@ class DataSelection(Callback):
         probes_between_steps: int | None = None,
         max_overhead: float | None = None,
         overhear: int = 0,
+        mixture_sample: int = 0,
     ) -> None:
+        if mixture_sample < 0:
+            raise ValueError(f"expected mixture_sample, a number of candidates, of at least 0, got {mixture_sample}")
         pace = Pace(probes_between_steps, max_overhead)
         check_arguments(selector, estimator, every_n_steps, warmup_rounds, loss_fn)
         check_spread(estimator, pace, every_n_steps)
@@ -100,6 +106,7 @@ class DataSelection(Callback):
         self.loss_fn = causal_lm_loss if loss_fn is None else loss_fn
         self.seed = seed
         self.dirpath = dirpath
+        self.mixture_sample = mixture_sample
         self.ahead = Ahead(pace)
         self.overhearing = Overhearing(int(overhear), self.loss_fn)
         self._random_states = RandomStates()
@@ -199,6 +206,7 @@ class DataSelection(Callback):
             }
             self._session = Session(self.selector, self.estimator, about, source)
         self._session.use(source, goes_on=trainer.global_step > 0)
+        self._session.hold_out(self.mixture_sample)
         self._session.write_to(run_folder(trainer) / "selection" if self.dirpath is None else Path(self.dirpath))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -277,6 +285,9 @@ class DataSelection(Callback):
         # not validate again, and would go on with other random numbers
         self._random_states.put_back()
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if (mixture := self._session.mixture_loss()) is not None:
+            metrics["mixture_loss"] = mixture
+            log_scalars(trainer, {"mixture_loss": mixture})
         self.run.ledger.evaluate(trainer.global_step, metrics)
         self.session.write_ledger()
         self.session.clock.start()
@@ -326,6 +337,7 @@ class DataSelection(Callback):
                 "probes_between_steps": self.ahead.pace.probes_between_steps,
                 "max_overhead": self.ahead.pace.max_overhead,
                 "overhear": self.overhearing.steps,
+                "mixture_sample": self.mixture_sample,
                 "reference set": None if self._session is None else self.run.source.reference_fingerprint,
             }
         )

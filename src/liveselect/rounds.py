@@ -54,6 +54,7 @@ class SelectionRun:
         watch: raises alarms, None for none.
         ahead: what was measured for the next round while its predecessor is trained on; None when nothing was.
         interrupted: whether this process was asked to stop.
+        held_out: ids that are never chosen: a sample of the pool's own mixture, to be evaluated on.
         preparing: what preparing the selector has cost since the last round was recorded.
     """
 
@@ -69,6 +70,7 @@ class SelectionRun:
     watch: Watch | None = None
     ahead: Measurement | None = None
     interrupted: Callable[[], bool] = lambda: False
+    held_out: Tensor = field(default_factory=lambda: NO_IDS)
     preparing: CostMeter = field(default_factory=CostMeter)
 
     @property
@@ -114,7 +116,7 @@ class SelectionRun:
         selector = selector or self.selector_for(self.next_round)
         # of the run's selector in the warm-up too: what it may never choose is not trained on before either
         chooses = self.selector if self.next_round < self.warmup_rounds else selector
-        eligible = _eligible(chooses, self.pool, budget)
+        eligible = _without(self.held_out, _eligible(chooses, self.pool, budget), self.pool.size)
         candidates = self.pool.available(budget, eligible)
         leftovers = NO_IDS
         if selector.engine_orders:
@@ -233,6 +235,15 @@ def finish_round(run: SelectionRun, measurement: Measurement, model: LiveModel, 
     return plan
 
 
+def _without(held_out: Tensor, eligible: Tensor | None, size: int) -> Tensor | None:
+    """Return which candidates may be chosen, ``(size,)`` bool, None for all, without those that are ``held_out``."""
+    if not len(held_out):
+        return eligible
+    eligible = torch.ones(size, dtype=torch.bool) if eligible is None else eligible.clone()
+    eligible[held_out] = False
+    return eligible
+
+
 def _charge_preparing(run: SelectionRun, meter: CostMeter) -> None:
     for spent, added in ((run.preparing.seconds, meter.seconds), (run.preparing.flops, meter.flops)):
         for phase, amount in spent.items():
@@ -342,12 +353,19 @@ def _record(
         metrics={
             **measurement.metrics,
             **_staleness(round.step - steps[steps >= 0]),
+            "effective_epochs": _effective_epochs(round.pool.uses, plan.ids),
             **{name: float(value) for name, value in selection.metrics.items()},
         },
         seconds=dict(round.meter.seconds),
         flops=flops,
         notes=[*_unmeasured(measurement), *selection.notes],
     )
+
+
+def _effective_epochs(uses: Tensor, chosen: Tensor) -> float:
+    """Return how often what is trained on at all is trained on, by the end of the round that trains on ``chosen``."""
+    distinct = int((uses > 0).sum()) + int((uses[chosen] == 0).sum())
+    return (int(uses.sum()) + len(chosen)) / max(1, distinct)
 
 
 def _unmeasured(measurement: Measurement) -> tuple[str, ...]:

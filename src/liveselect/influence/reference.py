@@ -13,7 +13,7 @@ from liveselect import distributed
 from liveselect.functional.flops import forward_flops
 from liveselect.functional.layer_pass import count_rows
 from liveselect.functional.updates import Vector
-from liveselect.grammar import IGNORE_INDEX, Batch, LiveModel, NotMeasurableError, Round
+from liveselect.grammar import IGNORE_INDEX, Batch, CandidateSource, LiveModel, NotMeasurableError, Round
 from liveselect.losses import TARGET_COLUMNS, at_targets, causal_lm_loss, output_head, reference_loss, target_counts
 from liveselect.seeding import generator_for
 
@@ -152,6 +152,24 @@ def mean_loss_and_gradient(
     gradient = model.view.summed_gradient(losses(), parameters)
     loss, weight = distributed.sum_over_ranks(sums).tolist()
     return loss / weight, {name: value.div_(weight) for name, value in gradient.items()}
+
+
+def held_out_loss(model: LiveModel, source: CandidateSource, ids: Tensor) -> float:
+    """Return the mean loss over the tokens of the candidates ``ids (n,)``, nats per token; a collective.
+
+    Ranks share them out. Call it with the model in eval mode.
+    """
+    spare = next(iter(source.candidates(ids[:1])))
+    mine = ids[distributed.shard(len(ids))]
+    sums = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad(), model.autocast():
+        batches = source.candidates(mine) if len(mine) else ()
+        for batch, counts in model.view.in_step(batches, lambda: spare):
+            losses = model.losses(model.to_device(batch))
+            tokens = target_counts(batch).cpu().double() * counts
+            sums += torch.stack([losses.cpu().double() @ tokens, tokens.sum()])
+    total, weight = distributed.sum_over_ranks(sums).tolist()
+    return total / max(1.0, weight)
 
 
 def _in_turn(batches: list[Batch], rows: int, round: Round) -> list[Batch]:

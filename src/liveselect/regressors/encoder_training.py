@@ -15,10 +15,11 @@ _CLIP_NORM = 1.0  # the default of the Hugging Face Trainer, which the released 
 
 
 class Examples(NamedTuple):
-    """Texts as token ids ``(L_i,)`` and their standardised targets ``(m,)`` float32."""
+    """Texts as token ids ``(L_i,)``, their targets ``(m,)`` float32, and how much each counts; None is all alike."""
 
     texts: list[Tensor]
     targets: Tensor
+    weights: Tensor | None = None
 
 
 class Schedule(NamedTuple):
@@ -52,8 +53,10 @@ def accumulate_gradients(
     network.train()
     mine = rows[shard(len(rows))]
     for group, predicted in network.parts([examples.texts[i] for i in mine.tolist()], add_flops):
-        targets = examples.targets[mine[group]].to(predicted.device)
-        ((predicted - targets).square().sum() / len(rows)).backward()
+        errors = (predicted - examples.targets[mine[group]].to(predicted.device)).square()
+        if examples.weights is not None:
+            errors = errors * examples.weights[mine[group]].to(errors.device)
+        (errors.sum() / len(rows)).backward()
     for parameter in network.parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = sum_over_ranks(gradient)
@@ -109,5 +112,12 @@ def held_out_spearman(
     network: InfluenceNetwork, examples: Examples, rows: Tensor, add_flops: Callable[[float], None]
 ) -> float:
     """Return the rank correlation of predictions and targets of ``rows``; each rank predicts its share."""
+    return spearman(predict_rows(network, examples, rows, add_flops), examples.targets[rows])
+
+
+def predict_rows(
+    network: InfluenceNetwork, examples: Examples, rows: Tensor, add_flops: Callable[[float], None]
+) -> Tensor:
+    """Return the predictions for ``rows (n,)`` of the examples, ``(n,)`` on CPU; each rank predicts its share."""
     mine = predict(network, [examples.texts[i] for i in rows[shard(len(rows))].tolist()], add_flops)
-    return spearman(gather_shards(mine, len(rows)), examples.targets[rows])
+    return gather_shards(mine, len(rows))

@@ -126,6 +126,10 @@ class Memory:
         every = torch.cat([torch.ones(len(known.ids), dtype=torch.float64), weights[kept]])
         return Weighted(self._ids, self._targets, every, len(known.ids))
 
+    def forget(self) -> None:
+        """Remember nothing."""
+        self._ids, self._targets, self._rounds = NO_IDS, torch.empty(0, dtype=torch.float64), NO_IDS
+
     def state_dict(self) -> State:
         """Return what is remembered."""
         return {"ids": self._ids.clone(), "targets": self._targets.clone(), "rounds": self._rounds.clone()}

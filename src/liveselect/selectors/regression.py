@@ -36,6 +36,9 @@ _DRAW: dict[str, Callable[[Tensor, int, float, torch.Generator], Tensor]] = {
 _SIGN: dict[str, float] = {"gumbel_topk": 1.0, "released_bottomk": -1.0}
 
 
+_MOST_OF_A_SHARE = 2048
+"""Probes of a round where they are a share of its budget: more would hardly teach more."""
+
 _HARD = 0.1
 """Temperature, in standard deviations of the predictions, up to which a choice is as good as that of the best."""
 
@@ -91,7 +94,8 @@ class RegressionSelector(Selector):
 
     Args:
         regressor: learns from the measured influence.
-        probes: candidates measured in each round, at least 8; below 1 a share of the round's budget.
+        probes: candidates measured in each round, at least 8; below 1 a share of the round's budget, up to 2048 of
+            them.
         ratio: share of the window that is chosen, 0..1. With fewer candidates than the window needs, all are compared.
         temperature: strength of the noise, in units of the predictions; 0 takes the best.
         noise: ``gumbel_topk`` is the exact Plackett-Luce draw with weights ``exp(prediction / temperature)``;
@@ -170,7 +174,9 @@ class RegressionSelector(Selector):
         if self._asked == round.index:
             return NO_IDS
         self._asked, self._measured = round.index, _Found()
-        wanted = self.probes if self.probes >= 1 else max(MIN_MEASUREMENTS, _round_up(self.probes * round.budget))
+        wanted = self.probes
+        if wanted < 1:
+            wanted = min(max(MIN_MEASUREMENTS, _round_up(self.probes * round.budget)), _MOST_OF_A_SHARE)
         trained = NO_IDS if round.trained is None else round.trained.unique()
         again = min(len(trained), int(self.trained_share * wanted))
         probes = min(int(wanted) - again, len(round.candidates))
