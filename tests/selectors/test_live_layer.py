@@ -28,6 +28,10 @@ def a_source(candidates=4000, reference_kind=0, seed=0):
     return FakeSource(tokens, reference, groups=kinds, group_names=NAMES)
 
 
+def aim_at(source, references):
+    source.references = source.reference_labels = references
+
+
 class Saturates(InfluenceEstimator):
     """What tokens of a kind are worth falls with how much of it was trained on lately, as for a model that learns."""
 
@@ -88,7 +92,7 @@ def test_the_references_kind_is_found_at_once_and_kept():
 
 def test_a_reference_that_moves_half_way_is_followed():
     def move(source):
-        source.references = source.references + 10
+        aim_at(source, source.references + 10)
 
     _, shares = rounds_of(default(), Saturates([1.0, 1.0, 0.0, 0.0]), a_source(), change=move)
     assert shares[:5, 0].mean() > 0.9
@@ -97,18 +101,18 @@ def test_a_reference_that_moves_half_way_is_followed():
 
 def test_of_two_kinds_that_the_prior_lets_through_the_one_that_is_worth_more_is_taken():
     source = a_source()
-    source.references = torch.cat([source.references, source.references + 10])
+    aim_at(source, torch.cat([source.references, source.references + 10]))
     _, shares = rounds_of(default(), Saturates([0.2, 1.0, 0.0, 0.0]), source)
-    assert shares[3:, 1].mean() > 0.75
-    assert shares[3:, 0].mean() < 0.2
+    assert shares[3:, 1].mean() > 0.65
+    assert shares[3:, :2].sum(dim=1).mean() > 0.95
 
 
 def test_an_exchangeable_pool_is_left_alone():
     """All kinds are worth the same, and the reference set is a sample of the pool."""
     source = a_source()
-    source.references = source.tokens[torch.randperm(4000, generator=torch.Generator().manual_seed(1))[:400]]
+    aim_at(source, source.tokens[torch.randperm(4000, generator=torch.Generator().manual_seed(1))[:400]])
     _, shares = rounds_of(default(), Saturates([0.5, 0.5, 0.5, 0.5]), source)
-    assert (shares.mean(dim=0) - 1 / KINDS).abs().max() < 0.2
+    assert (shares.mean(dim=0) - 1 / KINDS).abs().max() < 0.15
 
 
 def hard_and_forgetful():
@@ -127,12 +131,12 @@ def test_a_narrow_source_that_saturates_is_left_without_oscillation_and_a_hard_c
     """Two kinds are worth most until they are learned: a hard choice without memory turns round in every round."""
     worth, saturation = [1.0, 0.9, 0.0, 0.0], 1.5
     source = a_source()
-    source.references = torch.cat([source.references, source.references + 10])
+    aim_at(source, torch.cat([source.references, source.references + 10]))
     hard, of_hard = rounds_of(hard_and_forgetful(), Saturates(worth, saturation), source, watch=Watch(canaries=0))
     alarms = [alarm.kind for record in hard.ledger.rounds for alarm in record.alarms]
     assert "oscillation" in alarms
     again = a_source()
-    again.references = source.references
+    aim_at(again, source.references)
     calm, of_calm = rounds_of(default(), Saturates(worth, saturation), again, watch=Watch(canaries=0))
     assert "oscillation" not in [alarm.kind for record in calm.ledger.rounds for alarm in record.alarms]
     assert changes(of_calm)[2:].mean() < 0.5 * changes(of_hard[:5]).mean()

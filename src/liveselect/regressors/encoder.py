@@ -21,8 +21,8 @@ from liveselect.regressors.encoder_training import (
     Examples,
     Schedule,
     accumulate_gradients,
+    look,
     predict,
-    predict_rows,
     train,
 )
 from liveselect.regressors.targets import (
@@ -30,7 +30,6 @@ from liveselect.regressors.targets import (
     TargetScale,
     check_learning,
     distinct_targets,
-    held_out_metrics,
     robust_targets,
     standardized,
 )
@@ -199,8 +198,7 @@ class EncoderRegressor(InfluenceRegressor):
             found = train(network, self.schedule, examples, learned, held_out, order, round.meter.add_flops, advance)
             if before is not None:
                 _move(network, before, self.damping)
-            predicted = predict_rows(network, examples, held_out, round.meter.add_flops)
-        found |= held_out_metrics(predicted, examples.targets[held_out])
+                found |= look(network, examples, held_out, round.meter.add_flops)
         return {**found, "remembered": float(len(rows.ids) - fresh)}
 
     def predict(self, round: Round, batch: Batch) -> Tensor:

@@ -18,6 +18,8 @@ TEMPERATURE = 0.3
 """Strength of the noise with which the prior is drawn from, in its standard deviations."""
 
 _COUNTED_CANDIDATES = 32_768  # of the pool, for the frequencies of its words: more would hardly change them
+_COMPARED_CANDIDATES = 2048  # of the pool, against halves of the reference set
+_FULL_STRENGTH = 0.5  # standard deviations by which unseen reference text scores above the pool
 _GRID = 2.0**20  # steps of a table to one nat: sums of such numbers are exact, in whatever batches rows are read
 
 
@@ -29,7 +31,10 @@ class NGramPrior:
     and no model: pass it, or ``True``, wherever scores are taken. It is made of the run's own data when the first round
     is opened, by all ranks together, is charged to selection, and is made again when the reference set has changed.
 
-    It knows words only. Where the reference set is not told from the pool by its words it is blind.
+    It knows words only. Where the reference set is not told from the pool by its words it is blind, and what is left of
+    it is chance: by a prior of one half of the reference set, the other half must score higher than the pool. It has
+    its full :attr:`strength` where that is by half a standard deviation of the pool or more, beyond the standard error,
+    and none where it is by nothing.
 
     Args:
         smoothing: strength of the smoothing, in n-grams.
@@ -48,6 +53,7 @@ class NGramPrior:
         self._scores: Scores | None = None
         self._made_for: tuple[str, str | None] = ("", None)  # pool and reference set
         self._counted: str | None = None  # hash of the counts of the reference set
+        self.strength = 1.0
         self._expected: tuple[str, str] | None = None  # that hash, and the scores, of a checkpoint
 
     @property
@@ -91,6 +97,8 @@ class NGramPrior:
         if self._scores is not None and (data[0], counted) == (self._made_for[0], self._counted):
             return False  # a source that does not say which reference set it has
         scores = self._score(source, reference, meter)
+        with meter.phase("prior"):
+            self.strength = self._told_apart(source)
         if self._expected is not None and self._expected[0] == counted and self._expected[1] != scores.digest:
             raise ValueError(
                 "the n-gram prior of this pool and reference set is not the one that the checkpoint was made with: "
@@ -115,11 +123,42 @@ class NGramPrior:
         scores = read_scores(values)
         return Scores(scores.values, scores.digest, source.pool.fingerprint, name="the n-gram prior")
 
+    def _told_apart(self, source: CandidateSource) -> float:
+        """Return how much the prior is worth, 0..1, by halves of the reference set that do not know each other.
+
+        All ranks do the same: it takes a small part of the pool.
+        """
+        size = source.pool.size
+        few = uniform_subset(size, min(size, _COMPARED_CANDIDATES), generator_for(0, 0, "n-gram prior, compared"))
+        pool = self._count(source.in_bulk(few))
+        halves = [[_part(batch, half) for batch in source.reference()] for half in range(2)]
+        counts = [self._count(half) for half in halves]
+        apart, rows = 0.0, 0
+        for mine, other in ((0, 1), (1, 0)):
+            table = log_ratio(counts[mine], pool, self.smoothing)
+            of_pool, of_other = (self._rows(batches, table) for batches in (source.in_bulk(few), halves[other]))
+            spread = float(of_pool.std(correction=0)) if len(of_pool) else 0.0
+            if spread and len(of_other):
+                apart += len(of_other) * float(of_other.mean() - of_pool.mean()) / spread
+            rows += len(of_other)
+        return min(1.0, max(0.0, (apart / rows - rows**-0.5) / _FULL_STRENGTH)) if rows > 1 else 1.0
+
+    @staticmethod
+    def _rows(batches: Iterable[Batch], table: Tensor) -> Tensor:
+        parts = [mean_log_ratio(batch["input_ids"].cpu(), _readable(batch), table) for batch in batches]
+        return torch.cat([torch.empty(0), *parts]).double()
+
     def _count(self, batches: Iterable[Batch]) -> Tensor:
         counts = torch.zeros(2, self.buckets, dtype=torch.int64)
         for batch in batches:
             counts += count_ngrams(batch["input_ids"].cpu(), self.buckets, _readable(batch))
         return counts
+
+
+def _part(batch: Batch, half: int) -> Batch:
+    """Return every second row of a batch."""
+    keys = ("input_ids", "labels", "attention_mask")
+    return {key: batch[key][half::2] for key in keys if key in batch}
 
 
 def _readable(batch: Batch) -> Tensor | None:

@@ -78,6 +78,11 @@ class ScoreTable:
         return given if given is not None else otherwise if self._prior is None else TEMPERATURE
 
     @property
+    def strength(self) -> float:
+        """How much the scores are worth, 0..1; below 1 where an n-gram prior does not tell the reference set apart."""
+        return 1.0 if self._prior is None else self._prior.strength
+
+    @property
     def digest(self) -> Any:
         """What identifies the scores, for a checkpoint."""
         return self.scores.digest if self._prior is None else self._prior.digest
@@ -131,7 +136,7 @@ class ScoreTable:
             if not self._count:
                 raise ValueError(f"no candidate in the groups {self.groups or 'of the pool'} has a score above -inf")
             if self.standardize:
-                values = values / (_deviation(values[eligible].double()) or 1.0)
+                values = values / (_deviation(values[eligible].double()) or 1.0) * self.strength
             self._values = values
         return self._values
 

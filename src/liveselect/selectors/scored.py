@@ -299,7 +299,11 @@ class PriorSelector(Around):
         narrowed, beyond, again = self._narrowed(round, budget - general)
         chosen = super().select(narrowed, budget - general)
         selection = Selection(chosen) if isinstance(chosen, Tensor) else chosen
-        metrics = {**selection.metrics, "prior/candidates": float(len(narrowed.candidates))}
+        metrics = {
+            **selection.metrics,
+            "prior/candidates": float(len(narrowed.candidates)),
+            "prior/strength": self._table.strength,
+        }
         notes = selection.notes + _notes(round, self.ratio, beyond, again)
         if not general:
             return replace(selection, metrics=metrics, notes=notes)
@@ -339,7 +343,11 @@ class PriorSelector(Around):
         finite = among[among.isfinite()]
         spread = float(finite.std(correction=0)) if len(finite) else 0.0
         offset = torch.zeros(round.pool.size) if round.offset is None else round.offset.clone()
-        offset[kept] += (self.offset * (among - finite.mean()) / (spread or 1.0)).float()
+        strength = self._table.strength
+        added = strength * (among - finite.mean()) / (spread or 1.0)
+        if strength < 1:  # chance takes the place of what the scores do not know
+            added += (1 - strength) * Noise(1.0, round.generator("in place of the prior"))(0, len(kept))
+        offset[kept] += (self.offset * added).float()
         return offset
 
 

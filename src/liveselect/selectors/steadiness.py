@@ -1,5 +1,7 @@
 """Whether selection goes back and forth, and how much what was measured may count when it does."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,11 +62,15 @@ class Steadiness:
 
 
 def _worth(trained: Tensor, ids: Tensor, influence: Tensor) -> dict[str, float]:
-    """Return the mean influence of what was trained on last and of random candidates, where both were measured."""
+    """Return the mean influence of what was trained on last and of random candidates, where both were measured.
+
+    ``excess`` is by how much random candidates are worth more, in standard errors of this difference.
+    """
     again = torch.isin(ids, trained)
-    if not again.any() or again.all():
+    parts = {"trained": influence[again].double(), "random": influence[~again].double()}
+    if min(map(len, parts.values())) < 2:
         return {}
-    return {
-        "influence/trained": float(influence[again].double().mean()),
-        "influence/random": float(influence[~again].double().mean()),
-    }
+    means = {name: float(values.mean()) for name, values in parts.items()}
+    error = math.sqrt(sum(float(values.var()) / len(values) for values in parts.values()))
+    excess = (means["random"] - means["trained"]) / error if error else 0.0
+    return {**{f"influence/{name}": mean for name, mean in means.items()}, "influence/excess": excess}

@@ -24,6 +24,8 @@ MIN_SHARED_SCORES, MIN_SHARED_GROUPS = 30, 8
 """Scores or rewards that two rounds must share: the rank correlation of fewer varies too much by chance."""
 TURN = 0.7
 """Change of the mixture, 0..1, from one round to the next that is more than following the model."""
+CLEAR = 2.0
+"""Standard errors from which on a difference of two means is no chance."""
 EXAMPLES_PER_GROUP = 4
 """Of a plan: with fewer, two draws from one mixture differ by chance."""
 MIN_CHOSEN = 20
@@ -272,15 +274,13 @@ def _oscillates(scene: Scene) -> Alarms:
                 "give the selector a prior",
             )
             return
-    worth = [
-        [one.metrics.get(f"influence/{kind}", math.nan) for kind in ("random", "trained")] for one in (record, before)
-    ]
-    if all(random > trained for random, trained in worth):
+    excess = [one.metrics.get("influence/excess", math.nan) for one in (record, before)]
+    if min(excess) > CLEAR:
         yield (
             "oscillation",
-            f"random candidates are worth more than what was trained on ({worth[0][0]:.3g} to {worth[0][1]:.3g}), in "
-            "two rounds running: the choice went too far. Choose more softly or more widely (ratio, temperature), or "
-            "in shorter rounds",
+            f"random candidates are worth more than what was trained on, by {excess[1]:.1f} and {excess[0]:.1f} standard "
+            "errors in two rounds running: the choice went too far. Choose more softly or more widely (ratio, "
+            "temperature), or in shorter rounds",
         )
 
 
