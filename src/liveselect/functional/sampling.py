@@ -97,8 +97,10 @@ def uniform_subset(n: int, k: int, generator: torch.Generator) -> Tensor:
     _check_k(k, n)
     seed = _draw_seed(generator)
 
+    room = np.empty(min(n, _CHUNK_ROWS))
+
     def keys(_: _Rows, size: int, place: tuple[int, int]) -> npt.NDArray[np.float64]:
-        return _uniform(seed, place, size)
+        return _uniform(seed, place, size, room)
 
     return _largest(n, k, keys, seed)
 
@@ -142,9 +144,21 @@ def _perturbed_topk(scores: Tensor, k: int, temperature: float, generator: torch
     # scores + temperature * noise orders like scores / temperature + noise, and has the limit 0 without overflow
     scale = sign * temperature
 
+    values = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
+    given, room, widened = values.numpy(), np.empty(min(len(scores), _CHUNK_ROWS)), np.empty(_CHUNK_ROWS)
+
     def keys(rows: _Rows, size: int, place: tuple[int, int]) -> npt.NDArray[np.float64]:
-        values = scores[rows].double().numpy()
-        return values + scale * _gumbel(seed, place, size) if scale else values
+        if not scale:
+            return given[rows].astype(np.float64)
+        noise = _gumbel(seed, place, size, room)
+        noise *= scale
+        # through memory of its own: a fresh array of this size costs more than all that is computed
+        if size > len(widened):
+            noise += given[rows]
+            return noise
+        widened[:size] = given[rows]
+        noise += widened[:size]
+        return noise
 
     return _largest(len(scores), k, keys, seed)
 
@@ -177,18 +191,29 @@ def _draw_seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
 
 
-def _uniform(seed: int, place: tuple[int, int], size: int) -> npt.NDArray[np.float64]:
-    # raw bits and not numpy's own distributions, whose streams may change with its version. The centres of 2^52 cells:
-    # neither 0 nor 1 occurs, so the logarithms below are finite
-    bits = np.random.SFC64(np.random.SeedSequence((seed, *place))).random_raw(size)
-    uniform = (bits >> np.uint64(12)).view(np.int64).astype(np.float64)  # signed: conversion is ten times as fast
+def _uniform(
+    seed: int, place: tuple[int, int], size: int, room: npt.NDArray[np.float64] | None = None
+) -> npt.NDArray[np.float64]:
+    """Return ``size`` numbers, ``((raw >> 12) + 0.5) * 2^-52`` of the generator's raw bits, in ``room`` where it fits.
+
+    They are the centres of 2^52 cells: neither 0 nor 1 occurs, so the logarithms below are finite.
+    """
+    if room is None or size > len(room):
+        room = np.empty(size)
+    # the generator's own doubles are (raw >> 11) * 2^-53, written without another array; a test holds them to it
+    uniform: npt.NDArray[np.float64] = room[:size]
+    np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, *place)))).random(out=uniform)
+    uniform *= 2.0**52
+    np.floor(uniform, out=uniform)
     uniform += 0.5
     uniform *= 2.0**-52
     return uniform
 
 
-def _gumbel(seed: int, place: tuple[int, int], size: int) -> npt.NDArray[np.float64]:
-    noise = _uniform(seed, place, size)
+def _gumbel(
+    seed: int, place: tuple[int, int], size: int, room: npt.NDArray[np.float64] | None = None
+) -> npt.NDArray[np.float64]:
+    noise = _uniform(seed, place, size, room)
     np.log(noise, out=noise)
     np.negative(noise, out=noise)
     np.log(noise, out=noise)
@@ -205,14 +230,13 @@ class _Bound(NamedTuple):
     key: float
     position: int
 
-    def precede(
-        self, keys: npt.NDArray[np.float64], positions: npt.NDArray[np.int64], inclusive: bool
-    ) -> npt.NDArray[np.bool_]:
-        """Return which candidates come before this place, ``(n,)``; at it too when ``inclusive``."""
-        before = keys > self.key
+    def precede(self, keys: npt.NDArray[np.float64], start: int, inclusive: bool) -> npt.NDArray[np.bool_]:
+        """Return which of the candidates from ``start`` on come before this place, ``(n,)``; at it if ``inclusive``."""
+        before: npt.NDArray[np.bool_] = keys > self.key
         tied = keys == self.key
         if tied.any():
-            before |= tied & (positions <= self.position if inclusive else positions < self.position)
+            tied[max(0, self.position - start + inclusive) :] = False  # they come after it
+            before |= tied
         return before
 
 
@@ -232,13 +256,12 @@ def _largest(n: int, k: int, keys: _Keys, seed: int) -> Tensor:
         above = 0
         for start, stop in _chunks(n):
             values = keys(slice(start, stop), stop - start, (_KEY_STREAM, start // _CHUNK_ROWS))
-            positions = np.arange(start, stop)
-            rows = np.flatnonzero(lower.precede(values, positions, inclusive=True))
-            values, positions = values[rows], positions[rows]
-            surely = upper.precede(values, positions, inclusive=False)
-            chosen[positions[surely]] = True
-            above += int(surely.sum())
-            inside.append((values[~surely], positions[~surely]))
+            maybe = lower.precede(values, start, inclusive=True)
+            surely = upper.precede(values, start, inclusive=False)
+            chosen[start:stop] = surely
+            above += int(np.count_nonzero(surely))
+            rows = np.flatnonzero(maybe ^ surely)
+            inside.append((values[rows], rows + start))
         values, positions = (np.concatenate(parts) for parts in zip(*inside, strict=True))
         if above <= k <= above + len(values):
             chosen[positions[_first_largest(values, k - above)]] = True

@@ -278,8 +278,8 @@ def _oscillates(scene: Scene) -> Alarms:
     if min(excess) > CLEAR:
         yield (
             "oscillation",
-            f"random candidates are worth more than what was trained on, by {excess[1]:.1f} and {excess[0]:.1f} standard "
-            "errors in two rounds running: the choice went too far. Choose more softly or more widely (ratio, "
+            f"random candidates are worth more than what was trained on, by {excess[1]:.1f} and {excess[0]:.1f} "
+            "standard errors in two rounds running: the choice went too far. Choose more softly or more widely (ratio, "
             "temperature), or in shorter rounds",
         )
 
