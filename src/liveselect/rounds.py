@@ -331,7 +331,7 @@ def _record(
     measured, steps = measurement.ids, measurement.steps
     histogram = None
     if selection.scored is not None and selection.scores is not None:
-        histogram = Histogram.of(selection.scores, torch.isin(selection.scored, plan.ids))
+        histogram = Histogram.of(selection.scores, round.pool.mask(plan.ids)[selection.scored])
     available = torch.cat([round.leftovers, round.candidates])
     examples = _examples(round, selection)
     flops: dict[str, float] = {}
@@ -460,7 +460,7 @@ def _examples(round: Round, selection: Selection) -> list[Example]:
         ids, scores = selection.ids[:EXAMPLES_SHOWN], None
         chosen = torch.ones(len(ids), dtype=torch.bool)
     else:
-        is_chosen = torch.isin(selection.scored, selection.ids)
+        is_chosen = round.pool.mask(selection.ids)[selection.scored]
         order = selection.scores.argsort(descending=True, stable=True)
         best = order[is_chosen[order]][:EXAMPLES_SHOWN]
         worst = order[~is_chosen[order]].flip(0)[:EXAMPLES_SHOWN]

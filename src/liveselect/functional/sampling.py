@@ -1,5 +1,6 @@
 """Draw k of n without replacement, exactly, for n up to hundreds of millions, in bounded memory."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ _MAX_TEMPERATURE = 1e300  # keys stay finite below it
 _BRACKET_DEVIATIONS = 6.0  # standard deviations on either side of the guess: one draw in 10^8 needs a second pass
 
 _Rows = slice | npt.NDArray[np.int64]
-_Keys = Callable[[_Rows, int, tuple[int, int]], npt.NDArray[np.float64]]
+_Keys = Callable[[_Rows, int, tuple[int, int]], npt.NDArray[np.floating]]
 # the keys of ``size`` rows of the candidates, with the noise of one (stream, chunk)
 
 _KEY_STREAM, _SAMPLE_KEY_STREAM, _SAMPLE_ROW_STREAM = range(3)  # the independent streams of noise
@@ -99,7 +100,7 @@ def uniform_subset(n: int, k: int, generator: torch.Generator) -> Tensor:
 
     room = np.empty(min(n, _CHUNK_ROWS))
 
-    def keys(_: _Rows, size: int, place: tuple[int, int]) -> npt.NDArray[np.float64]:
+    def keys(_: _Rows, size: int, place: tuple[int, int]) -> npt.NDArray[np.floating]:
         return _uniform(seed, place, size, room)
 
     return _largest(n, k, keys, seed)
@@ -145,19 +146,14 @@ def _perturbed_topk(scores: Tensor, k: int, temperature: float, generator: torch
     scale = sign * temperature
 
     values = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
-    given, room, widened = values.numpy(), np.empty(min(len(scores), _CHUNK_ROWS)), np.empty(_CHUNK_ROWS)
+    given, room = values.numpy(), np.empty(min(len(scores), _CHUNK_ROWS))
 
-    def keys(rows: _Rows, size: int, place: tuple[int, int]) -> npt.NDArray[np.float64]:
+    def keys(rows: _Rows, size: int, place: tuple[int, int]) -> npt.NDArray[np.floating]:
         if not scale:
-            return given[rows].astype(np.float64)
+            return given[rows]
         noise = _gumbel(seed, place, size, room)
         noise *= scale
-        # through memory of its own: a fresh array of this size costs more than all that is computed
-        if size > len(widened):
-            noise += given[rows]
-            return noise
-        widened[:size] = given[rows]
-        noise += widened[:size]
+        noise += given[rows]  # widened on the way
         return noise
 
     return _largest(len(scores), k, keys, seed)
@@ -172,7 +168,7 @@ def _check_scores(scores: Tensor, k: int) -> None:
     counts = {"NaN": 0, "+inf": 0, "-inf": 0}
     for start, stop in _chunks(len(scores)):
         part = scores[start:stop]
-        if not part.isfinite().all():
+        if not math.isfinite(float(part.sum())):  # or their sum is beyond the type, which is no harm
             counts["NaN"] += int(part.isnan().sum())
             counts["+inf"] += int(part.isposinf().sum())
             counts["-inf"] += int(part.isneginf().sum())
@@ -230,7 +226,7 @@ class _Bound(NamedTuple):
     key: float
     position: int
 
-    def precede(self, keys: npt.NDArray[np.float64], start: int, inclusive: bool) -> npt.NDArray[np.bool_]:
+    def precede(self, keys: npt.NDArray[np.floating], start: int, inclusive: bool) -> npt.NDArray[np.bool_]:
         """Return which of the candidates from ``start`` on come before this place, ``(n,)``; at it if ``inclusive``."""
         before: npt.NDArray[np.bool_] = keys > self.key
         tied = keys == self.key
@@ -252,7 +248,9 @@ def _largest(n: int, k: int, keys: _Keys, seed: int) -> Tensor:
     while True:
         upper, lower = _bracket(n, k, keys, seed, margin)
         chosen = np.zeros(n, dtype=np.bool_)
-        inside = [(np.empty(0), np.empty(0, dtype=np.int64))]
+        inside: list[tuple[npt.NDArray[np.floating], npt.NDArray[np.int64]]] = [
+            (np.empty(0), np.empty(0, dtype=np.int64))
+        ]
         above = 0
         for start, stop in _chunks(n):
             values = keys(slice(start, stop), stop - start, (_KEY_STREAM, start // _CHUNK_ROWS))
@@ -269,7 +267,7 @@ def _largest(n: int, k: int, keys: _Keys, seed: int) -> Tensor:
         margin *= 4  # the bracket missed; in the end it holds everything
 
 
-def _first_largest(values: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:
+def _first_largest(values: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.int64]:
     """Return the places of the ``k`` largest values; of equal values the first."""
     if k == 0:
         return np.empty(0, dtype=np.int64)

@@ -58,6 +58,7 @@ class ScoreTable:
         self.standardize = standardize or self._prior is not None
         self._values: Tensor | None = None
         self._count = 0
+        self._last: tuple[tuple[int, int, float, float], Tensor, Tensor] | None = None  # draw: of what, scores, result
 
     @property
     def scores(self) -> Scores:
@@ -156,9 +157,7 @@ class ScoreTable:
         """
         values = self.values(round.pool)
         candidates = round.candidates
-        kept = torch.zeros(len(values), dtype=torch.bool)
-        kept[gumbel_topk(values, max(1, self._share(ratio)), temperature, round.generator("scores"))] = True
-        is_kept = kept[candidates]
+        is_kept = self._drawn(round, ratio, temperature)[candidates]
         beyond = max(0, at_least - int(is_kept.sum()))
         from_below = candidates[:0]
         if beyond:
@@ -168,6 +167,15 @@ class ScoreTable:
             below = rest[gumbel_topk(values[candidates[rest]], beyond, temperature, generator)]
             is_kept[below], from_below = True, candidates[below]
         return BetterPart(candidates[is_kept], beyond, from_below)
+
+    def _drawn(self, round: Round, ratio: float, temperature: float) -> Tensor:
+        """Return which of the pool the draw of a round takes, ``(size,)`` bool; drawn once, however often asked."""
+        values, of = self.values(round.pool), (round.seed, round.index, ratio, temperature)
+        if self._last is None or self._last[0] != of or self._last[1] is not values:
+            kept = torch.zeros(len(values), dtype=torch.bool)
+            kept[gumbel_topk(values, max(1, self._share(ratio)), temperature, round.generator("scores"))] = True
+            self._last = of, values, kept
+        return self._last[2]
 
     def _share(self, ratio: float) -> int:
         """Return how many candidates a share of those that may be chosen is."""

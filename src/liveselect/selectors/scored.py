@@ -142,7 +142,7 @@ class ScoredSelector(Selector):
         else:
             drawn = better.ids[gumbel_topk(round.offset[better.ids], by_score, 1.0, round.generator("select"))]
         scored = round.candidates
-        rest = scored[~torch.isin(scored, drawn)]
+        rest = scored[~round.pool.mask(drawn)[scored]]
         others = rest[uniform_subset(len(rest), budget - by_score, round.generator("random share"))]
         metrics = {
             "temperature": temperature,
@@ -307,7 +307,7 @@ class PriorSelector(Around):
         notes = selection.notes + _notes(round, self.ratio, beyond, again)
         if not general:
             return replace(selection, metrics=metrics, notes=notes)
-        rest = round.candidates[~torch.isin(round.candidates, selection.ids)]
+        rest = round.candidates[~round.pool.mask(selection.ids)[round.candidates]]
         others = rest[uniform_subset(len(rest), general, round.generator("keep general"))]
         reasons = {"kept general: drawn uniformly from the whole pool": others, **selection.reasons}
         ids = torch.cat([selection.ids, others])
