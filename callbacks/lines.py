@@ -53,6 +53,11 @@ def round_line(record: RoundRecord, share: float | None) -> str:
     measured = f"measured {len(record.measured)}, " if record.measured else ""
     spearman = record.metrics.get("regressor/spearman")
     guess = "" if spearman is None else f", Spearman {spearman:.2f}"
+    held_out, top = (record.metrics.get(f"regressor/{name}") for name in ("held_out", "top_fifth"))
+    if spearman is not None and held_out is not None:
+        guess += f" of {held_out:.0f} held out"
+    if spearman is not None and top is not None:
+        guess += f" (best fifth {top:+.2f} sd)"
     taken = "" if share is None else f"; selection took {share:.1%} of the time"
     return (
         f"round {record.round}, step {record.step}: {record.selector} {measured}chose {record.chosen} of "

@@ -62,7 +62,7 @@ class Overhearing:
     def direction(self, run: SelectionRun, global_batch: int) -> Mapping[str, Tensor] | None:
         """Return what the examples of the present optimizer step are compared with, None where it is not captured."""
         plan = run.plan
-        if plan is None or plan.cursor >= self.steps * global_batch or run.selector_for(plan.round) is run.warmup:
+        if plan is None or plan.cursor >= self.steps * global_batch or run.selector_for(plan.round) is not run.selector:
             return None
         return None if run.estimator is None else checked_direction(run.estimator)
 

@@ -40,7 +40,7 @@ def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:
     record = ledger.rounds[-1]
     with only_looking("the numbers of a round could not be logged"):
         if not any(isinstance(each, LogsRounds) for each in trainer.callbacks):  # type: ignore[attr-defined]
-            _log(trainer, {**record.scalars(), "time_share": ledger.selection_share, **ledger.utilisation()})
+            log_scalars(trainer, {**record.scalars(), "time_share": ledger.selection_share, **ledger.utilisation()})
     for note in record.notes:
         rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
     if not trainer.is_global_zero:
@@ -78,7 +78,7 @@ def record_captured(trainer: pl.Trainer, record: RoundRecord, ids: Tensor, influ
     """Note the finite influence ``(m,)`` of examples ``ids (m,)`` that a training step has shown."""
     record.overheard.extend(ids.tolist())
     record.overheard_influence.extend(influence.tolist())
-    _log(trainer, {"overheard_influence": float(influence.double().mean())})
+    log_scalars(trainer, {"overheard_influence": float(influence.double().mean())})
 
 
 def report_uncounted(ledger: Ledger, names: Iterable[str]) -> None:
@@ -89,7 +89,8 @@ def report_uncounted(ledger: Ledger, names: Iterable[str]) -> None:
         rank_zero_warn(f"not counted in the FLOPs of the ledger: {'; '.join(new)}", category=SelectionWarning)
 
 
-def _log(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
+def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
+    """Send numbers to every logger; a failing one costs a warning."""
     for logger in trainer.loggers:
         with only_looking(f"{type(logger).__name__} failed on selection metrics"):
             logger.log_metrics({f"selection/{key}": value for key, value in scalars.items()}, step=trainer.global_step)

@@ -28,7 +28,7 @@ from liveselect.callbacks.lines import say_price, show_lines
 from liveselect.callbacks.overhearing import Overhearing, check_overhear
 from liveselect.callbacks.progress import round_progress
 from liveselect.callbacks.random_state import RandomStates
-from liveselect.callbacks.records import log_end, log_round, log_settings, scalars_of
+from liveselect.callbacks.records import log_end, log_round, log_scalars, log_settings, scalars_of
 from liveselect.callbacks.session import Session
 from liveselect.callbacks.settings import (
     as_text,
@@ -82,6 +82,9 @@ class DataSelection(Callback):
         max_overhead: measure after optimizer steps for up to this share of the time that training takes, and do without
             what was not measured by the end of the round. How much is measured when depends on the machine, so two runs
             differ; a resumed run goes on with what was measured before.
+        mixture_sample: hold out this many candidates, drawn uniformly from the whole pool (and no more than a fiftieth
+            of it), and note the loss on them at every validation: a choice that helps the reference may ruin what the
+            model knows of the rest, and nothing else shows it. 0 for none.
         overhear: score the examples of this many optimizer steps at the beginning of each round out of the steps' own
             backward, at a fraction of what a probe costs; ``every_n_steps`` or more is all of them. The ledger records
             it, and arms and regressors learn from it. Needs an estimator that compares gradients
@@ -107,8 +110,11 @@ class DataSelection(Callback):
         overhear: int = 0,
         training_loss_differs: bool = False,
         most_rejected: int = MOST_REJECTED,
+        mixture_sample: int = 0,
     ) -> None:
         check_plain(DataSelection, locals())
+        if mixture_sample < 0:
+            raise ValueError(f"expected mixture_sample, a number of candidates, of at least 0, got {mixture_sample}")
         pace = Pace(probes_between_steps, max_overhead)
         check_arguments(selector, estimator, every_n_steps, warmup_rounds, loss_fn, most_rejected)
         check_spread(estimator, pace, every_n_steps)
@@ -122,6 +128,7 @@ class DataSelection(Callback):
         self.seed = seed
         self.dirpath = dirpath
         self.most_rejected = most_rejected
+        self.mixture_sample = mixture_sample
         self.ahead = Ahead(pace)
         self.overhearing = Overhearing(int(overhear), self.loss_fn)
         self.training_loss_differs = training_loss_differs
@@ -232,6 +239,7 @@ class DataSelection(Callback):
             }
             self._session = Session(self.selector, self.estimator, about, source)
         self._session.use(source, goes_on=trainer.global_step > 0)
+        self._session.hold_out(self.mixture_sample)
         own = run_folder(trainer) / "selection" if self.dirpath is None else Path(self.dirpath)
         apart = self.dirpath is None and logger_folder(trainer) is None
         self._session.write_to(own, apart, self.most_rejected)
@@ -261,8 +269,10 @@ class DataSelection(Callback):
         elif trainer.global_step and self.plan is None:
             say_late_beginning(trainer.global_step, self.warmup_rounds)
         self._conditions = now
-        with session.charged("rehearsal"), session.measuring():
-            price = session.rehearse(trainer)
+        with session.measuring():
+            self.run.prepare()
+            with session.charged("rehearsal"):
+                price = session.rehearse(trainer)
         if price is not None:
             say_price(price, self.every_n_steps, self.ahead.pace.max_overhead)
         self.ahead.begin_round(session)
@@ -326,7 +336,13 @@ class DataSelection(Callback):
         # a loader that draws its seed moves the global state; a run resumed from the checkpoint of this very step does
         # not validate again, and would go on with other random numbers
         self._random_states.put_back()
-        self.run.ledger.evaluate(trainer.global_step, scalars_of(trainer.callback_metrics))
+        metrics = scalars_of(trainer.callback_metrics)
+        with self.session.measuring():
+            mixture = self.session.mixture_loss()
+        if mixture is not None:
+            metrics["mixture_loss"] = mixture
+            log_scalars(trainer, {"mixture_loss": mixture})
+        self.run.ledger.evaluate(trainer.global_step, metrics)
         self.session.write_ledger()
         self.session.clock.start()
 
@@ -354,6 +370,7 @@ class DataSelection(Callback):
         """Run a round and publish its plan."""
         session, run = self.session, self.run
         began, before = time.perf_counter(), 0.0 if run.ahead is None else sum(run.ahead.meter.seconds.values())
+        before += sum(run.preparing.seconds.values())
         budget = session.budget(trainer, trainer.global_step)
         selector = type(run.selector_for(run.next_round)).__name__
         progress = round_progress(f"round {run.next_round} ({selector}, step {trainer.global_step})", trainer)
@@ -384,6 +401,7 @@ class DataSelection(Callback):
                 "max_overhead": self.ahead.pace.max_overhead,
                 "overhear": self.overhearing.steps,
                 "most_rejected": self.most_rejected,
+                "mixture_sample": self.mixture_sample,
                 "reference set": None if self._session is None else self.run.source.reference_fingerprint,
             }
         )

@@ -20,6 +20,7 @@ from liveselect.callbacks.records import carry_earlier_decisions, report_uncount
 from liveselect.callbacks.silence import silent_logging
 from liveselect.callbacks.training_flops import TrainingFlops, peak_flops
 from liveselect.decisions import MOST_REJECTED, DecisionLedger
+from liveselect.functional.sampling import uniform_subset
 from liveselect.grammar import (
     Batch,
     CandidateSource,
@@ -32,13 +33,16 @@ from liveselect.grammar import (
     Selector,
     State,
 )
+from liveselect.influence.reference import held_out_loss
 from liveselect.ledger import new_run_id
 from liveselect.looking import only_looking
 from liveselect.parts import save_part
 from liveselect.plan import Plan
+from liveselect.preserve import measuring
 from liveselect.price import Price, price_of_round
 from liveselect.rehearsal import rehearse
 from liveselect.rounds import SelectionRun
+from liveselect.seeding import generator_for
 from liveselect.selectors import UniformSelector
 from liveselect.watch import Watch
 
@@ -114,9 +118,24 @@ class Session:
             decisions=old.decisions,
             watch=old.watch,
             interrupted=old.interrupted,
+            held_out=old.held_out,
         )
         self.run.pool.uses.zero_()
         self._describe()
+
+    def hold_out(self, count: int) -> None:
+        """Keep ``count`` candidates, but no more than a fiftieth of the pool, from ever being chosen."""
+        size = self.run.pool.size
+        generator = generator_for(self.run.seed, 0, "held-out mixture")
+        self.run.held_out = uniform_subset(size, min(count, size // 50), generator)
+
+    def mixture_loss(self) -> float | None:
+        """Return the loss on what is held out of the pool, nats per token; None where nothing is, or before a fit."""
+        run, model = self.run, self._model
+        if model is None or not len(run.held_out):
+            return None
+        with measuring(model.module, model.optimizer):
+            return held_out_loss(model, run.source, run.held_out)
 
     def write_to(self, folder: Path, apart: bool, most_rejected: int) -> None:
         """Keep the records in ``folder``, once training begins; ``apart`` from what earlier runs have left there."""

@@ -104,6 +104,13 @@ class CandidateSource(ABC):
     def candidates(self, ids: Tensor) -> Iterable[Batch]:
         """Yield batches of the candidates ``ids (n,)``, in their order."""
 
+    def in_bulk(self, ids: Tensor) -> Iterable[Batch]:
+        """Yield the candidates ``ids (n,)`` in batches as large as are read fastest; called where no model sees them.
+
+        A batch that a model fits into is small, and reading a pool in such batches takes most of the time.
+        """
+        return self.candidates(ids)
+
     @abstractmethod
     def reference(self) -> Iterable[Batch]:
         """Yield the batches of the reference set, the same ones in the same order at each call."""
@@ -137,6 +144,9 @@ class Round:
         leftovers: ``(l,)`` ids that the last pass over the pool left over. The engine trains on them in this round,
             so the selector is asked for ``l`` fewer.
         trained: ``(k,)`` ids of the plan that was trained on last; None before the first.
+        budget: candidates that the round trains on, its leftovers among them; 0 where it is not known.
+        offset: ``(size,)`` float32, what a prior adds to the scores by which the round's candidates are compared, in
+            standard deviations of these scores; None where there is none.
         device: where :meth:`batches` puts tensors.
         meter: where costs are charged, and the progress display.
     """
@@ -148,6 +158,8 @@ class Round:
     source: CandidateSource
     leftovers: Tensor = NO_IDS
     trained: Tensor | None = None
+    budget: int = 0
+    offset: Tensor | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     meter: CostMeter = field(default_factory=CostMeter)
 
@@ -165,6 +177,12 @@ class Round:
         if not len(ids):
             return iter(())
         return (on_device(batch, self.device) for batch in self.source.candidates(ids))
+
+    def in_bulk(self, ids: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Yield the candidates ``ids (n,)`` in large batches on the round's device; nothing on a rank without ids."""
+        if not len(ids):
+            return iter(())
+        return (on_device(batch, self.device) for batch in self.source.in_bulk(ids))
 
 
 @dataclass(frozen=True)
@@ -316,6 +334,15 @@ class InfluenceEstimator(Part):
     def score(self, model: LiveModel, batch: Batch) -> Tensor:
         """Return the influence of each example, ``(B,)``, nats per unit learning rate; NaN where it has none."""
 
+    def score_tokens(self, model: LiveModel, batch: Batch) -> Tensor | None:
+        """Return the influence of each token, ``(B, T)``, or None where it is not known.
+
+        Called instead of :meth:`score` when the selector learns from single tokens. Entry ``(i, t)`` is the influence
+        of training on candidate i to predict its token t alone, NaN where no loss is taken; the influence of the
+        candidate is the mean over the others.
+        """
+        return None
+
     def check(self, model: LiveModel, round: Round) -> None:
         """Raise what a round would raise; called before training starts, with a few candidates."""
 
@@ -356,9 +383,15 @@ class InfluenceRegressor(Part):
     Attributes:
         rehearsed: whether a copy learns from a few candidates before training starts; if not, :meth:`check` says what
             would fail.
+        learns_tokens: whether :meth:`fit_tokens` learns more from the influence of single tokens than :meth:`fit` does
+            from that of candidates; measuring then keeps it, where the estimator gives it.
+        remembers: whether what is predicted depends on earlier rounds too. A hard choice by one that forgets them sends
+            the mixture back and forth.
     """
 
     rehearsed: bool = True
+    learns_tokens: bool = False
+    remembers: bool = False
 
     @abstractmethod
     def fit(self, round: Round, ids: Tensor, influence: Tensor) -> Mapping[str, float]:
@@ -367,6 +400,14 @@ class InfluenceRegressor(Part):
         Returns:
             Metrics for the ledger. ``spearman`` among them is the rank correlation on measurements held out of the fit.
         """
+
+    def fit_tokens(self, round: Round, ids: Tensor, influence: Tensor, tokens: Tensor) -> Mapping[str, float]:
+        """Learn from ``tokens (m, T)`` too, called in place of :meth:`fit` where the estimator gives them.
+
+        Entry ``(i, t)`` is the influence of training on candidate i to predict its token t; NaN where it takes no loss
+        or is not known. Rows are filled up with NaN to the longest.
+        """
+        return self.fit(round, ids, influence)
 
     @abstractmethod
     def predict(self, round: Round, batch: Batch) -> Tensor:
@@ -413,6 +454,7 @@ class Selector(Part):
     Attributes:
         needs_estimator: whether it proposes candidates, so that a run without an estimator is refused.
         uses_groups: whether it chooses by the groups of the pool, whose cost then belongs to the run.
+        learns_tokens: whether it wants the influence of single tokens, where the estimator knows it.
         engine_orders: whether the engine keeps the pass over the pool and shuffles what was chosen. A selector that
             follows recorded plans says False: its ids are trained on as they are.
         has_share: whether only a share of the pool is meant to be trained on. The last round then holds what training
@@ -421,6 +463,7 @@ class Selector(Part):
 
     needs_estimator: bool = False
     uses_groups: bool = False
+    learns_tokens: bool = False
     engine_orders: bool = True
     has_share: bool = False
 
@@ -434,6 +477,16 @@ class Selector(Part):
         A round trains on ``budget`` candidates.
         """
 
+    def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
+        """Make what depends on the data alone, at the expense of ``meter``; called before each round is opened.
+
+        All ranks call it together. What is ready and still holds needs no second making.
+        """
+
+    def warmup(self) -> "Selector | None":
+        """Return who chooses in warm-up rounds, in which nothing is measured; None draws uniformly."""
+        return None
+
     def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
         """Return which candidates may ever be chosen, ``(size,)`` bool, or None for all; called before each round."""
         return None
@@ -444,6 +497,13 @@ class Selector(Part):
 
     def observe(self, ids: Tensor, influence: Tensor) -> None:
         """Take the finite influence ``(m,)`` of proposed ``ids (m,)``, both on CPU; called after each measurement."""
+
+    def observe_tokens(self, ids: Tensor, tokens: Tensor) -> None:
+        """Take the influence of single tokens ``(m, T)`` of proposed ``ids (m,)``, both on CPU; before :meth:`observe`.
+
+        Called where ``learns_tokens`` is True and the estimator knows it. NaN stands where no loss is taken, and rows
+        are filled up with NaN to the longest.
+        """
 
     def observe_step(self, ids: Tensor, influence: Tensor) -> None:
         """Take the influence ``(m,)`` of ``ids (m,)`` as training steps on them have shown it; called between rounds.
@@ -471,6 +531,7 @@ class Around(Selector):
         # what either of the two declares holds for both
         self.needs_estimator = type(self).needs_estimator or selector.needs_estimator
         self.uses_groups = type(self).uses_groups or selector.uses_groups
+        self.learns_tokens = type(self).learns_tokens or selector.learns_tokens
         self.engine_orders = type(self).engine_orders and selector.engine_orders
         self.has_share = type(self).has_share or selector.has_share
 
@@ -481,6 +542,14 @@ class Around(Selector):
     def check(self, round: Round, budget: int) -> None:
         """Let the inner selector check."""
         self.selector.check(round, budget)
+
+    def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
+        """Let the inner selector prepare."""
+        self.selector.prepare(source, meter)
+
+    def warmup(self) -> Selector | None:
+        """Return who chooses for the inner selector in warm-up rounds."""
+        return self.selector.warmup()
 
     def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
         """Return what the inner selector may choose."""
@@ -493,6 +562,10 @@ class Around(Selector):
     def observe(self, ids: Tensor, influence: Tensor) -> None:
         """Pass the measurements on."""
         self.selector.observe(ids, influence)
+
+    def observe_tokens(self, ids: Tensor, tokens: Tensor) -> None:
+        """Pass the influence of single tokens on."""
+        self.selector.observe_tokens(ids, tokens)
 
     def observe_step(self, ids: Tensor, influence: Tensor) -> None:
         """Pass on what training steps have shown."""

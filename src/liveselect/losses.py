@@ -1,6 +1,7 @@
 """Per-example losses of causal language models."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeGuard
@@ -86,6 +87,23 @@ def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
     logits, targets = _logits_and_targets(model, batch)
     losses = _token_losses(logits.flatten(0, 1), targets.flatten())
     return losses.view_as(targets).sum(dim=1) / (targets != IGNORE_INDEX).sum(dim=1).clamp(min=1)
+
+
+def causal_lm_token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the cross-entropy of each token, ``(B, T)``, nats, NaN where no loss is taken; else as the loss above.
+
+    Column t is the loss of predicting token t from those before it; the mean over a row's tokens is its loss.
+    """
+    cut = batch if TARGET_COLUMNS in batch else at_targets(batch)
+    logits, targets = _logits_and_targets(model, cut)
+    losses = _token_losses(logits.flatten(0, 1), targets.flatten()).view_as(targets)
+    losses = losses.masked_fill(targets == IGNORE_INDEX, math.nan)
+    columns = cut[TARGET_COLUMNS]
+    losses = losses[:, : columns.shape[1]]
+    every = losses.new_full((len(losses), batch["input_ids"].shape[1] + 1), math.nan)
+    # a row with fewer targets than columns repeats one that has none: it goes to the end, and is cut off
+    places = torch.where(losses.isnan(), every.shape[1] - 1, columns + 1)
+    return every.scatter(1, places, losses)[:, :-1]
 
 
 def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -288,6 +288,17 @@ def checked_influence(influence: object, rows: int, what: str) -> Tensor:
     return influence.detach().float().cpu()
 
 
+def checked_tokens(tokens: object, shape: tuple[int, ...], what: str) -> Tensor:
+    """Return the influence of tokens, of this ``shape``, float32 on CPU; raise ValueError when it is something else."""
+    if not isinstance(tokens, Tensor) or tokens.shape != shape or not tokens.is_floating_point():
+        got = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(
+            f"expected {what} to return None, or one influence for each token of {shape[0]} candidates, {shape}, NaN "
+            f"where no loss is taken, got {got}"
+        )
+    return tokens.detach().float().cpu()
+
+
 def _described(part: object) -> str:
     return f"the class {part.__name__}" if isinstance(part, type) else f"an object of {type(part).__name__}"
 

@@ -109,6 +109,12 @@ class CandidatePool:
                 return ids
             level += 1
 
+    def mask(self, ids: Tensor) -> Tensor:
+        """Return which candidates are among ``ids (k,)``, ``(size,)`` bool; ``isin`` would sort the pool for it."""
+        found = torch.zeros(self.size, dtype=torch.bool)
+        found[ids] = True
+        return found
+
     def record_use(self, ids: Tensor) -> None:
         """Count one use of each id in ``ids (k,)``; ids must be distinct."""
         self.uses[ids] += 1

@@ -19,7 +19,7 @@ from liveselect.grammar import (
     Selector,
 )
 from liveselect.losses import target_counts
-from liveselect.parts import checked_direction, checked_influence, fit_metrics
+from liveselect.parts import checked_direction, checked_influence, checked_tokens, fit_metrics
 from liveselect.plan import Plan
 from liveselect.preserve import changed_since, listen, measuring
 
@@ -90,7 +90,7 @@ def _try_out(selector: Selector, estimator: InfluenceEstimator, model: LiveModel
             selector.check(round, budget)
             estimator.check(model, round)
             if estimator.rehearsed:
-                _measure(copy.deepcopy(estimator), model, round)
+                _measure(copy.deepcopy(estimator), model, round, selector.learns_tokens)
         except NotMeasurableError:
             pass  # a later round may be able to
         except Exception as error:
@@ -110,11 +110,15 @@ def _batch_of_candidates(round: Round) -> dict[str, Tensor]:
     return next(round.batches(round.candidates[: max(MEASURED_CANDIDATES, distributed.world_size())]))
 
 
-def _measure(estimator: InfluenceEstimator, model: LiveModel, round: Round) -> None:
+def _measure(estimator: InfluenceEstimator, model: LiveModel, round: Round, tokens: bool) -> None:
     batch = _batch_of_candidates(round)
     fit_metrics(estimator, model, round)
     rows, name = len(batch["input_ids"]), type(estimator).__name__
-    checked_influence(estimator.score(model, batch), rows, f"{name}.score")
+    found = estimator.score_tokens(model, batch) if tokens else None
+    if found is None:
+        checked_influence(estimator.score(model, batch), rows, f"{name}.score")
+    else:
+        checked_tokens(found, tuple(batch["input_ids"].shape), f"{name}.score_tokens")
     checked_direction(estimator)
     if estimator.at_once:
         ids = round.candidates[:rows]
@@ -143,6 +147,9 @@ class _Excerpt(CandidateSource):
 
     def candidates(self, ids: Tensor) -> Iterable[Batch]:
         return self._source.candidates(ids)
+
+    def in_bulk(self, ids: Tensor) -> Iterable[Batch]:
+        return self._source.in_bulk(ids)
 
     def reference(self) -> Iterator[Batch]:
         batches = list(self._source.reference())

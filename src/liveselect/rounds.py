@@ -61,6 +61,8 @@ class SelectionRun:
         ahead: what was measured for the next round while its predecessor is trained on; None when nothing was.
         interrupted: whether this process was asked to stop.
         disabled: why nothing is measured any more, None as long as measuring leaves the model as it was.
+        held_out: ids that are never chosen: a sample of the pool's own mixture, to be evaluated on.
+        preparing: what preparing the selector has cost since the last round was recorded.
     """
 
     selector: Selector
@@ -76,6 +78,8 @@ class SelectionRun:
     ahead: Measurement | None = None
     interrupted: Callable[[], bool] = lambda: False
     disabled: str | None = None
+    held_out: Tensor = field(default_factory=lambda: NO_IDS)
+    preparing: CostMeter = field(default_factory=CostMeter)
 
     def __post_init__(self) -> None:
         check_source(self.source, "source")
@@ -97,7 +101,11 @@ class SelectionRun:
 
     def selector_for(self, round_index: int) -> Selector:
         """Return who chooses in a round."""
-        return self.warmup if round_index < self.warmup_rounds else self.selector
+        return self.selector if round_index >= self.warmup_rounds else self.selector.warmup() or self.warmup
+
+    def prepare(self) -> None:
+        """Let the selector make what depends on the data alone; nothing is done where it is ready."""
+        self.selector.prepare(self.source, self.preparing)
 
     def can_plan(self, budget: int) -> bool:
         """Return whether the round to come can hold ``budget`` candidates that are all as good as a smaller choice.
@@ -113,7 +121,8 @@ class SelectionRun:
 
     def _eligible_for(self, selector: Selector, budget: int) -> Tensor | None:
         # of the run's selector in the warm-up too: what it may never choose is not trained on before either
-        return _eligible(self.selector if selector is self.warmup else selector, self.pool, budget)
+        chooses = self.selector if self.next_round < self.warmup_rounds else selector
+        return _without(self.held_out, _eligible(chooses, self.pool, budget), self.pool.size)
 
     def open_round(
         self,
@@ -131,6 +140,7 @@ class SelectionRun:
         Raises:
             ValueError: there are fewer than the budget.
         """
+        self.prepare()
         selector = selector or self.selector_for(self.next_round)
         eligible = self._eligible_for(selector, budget)
         candidates = self.pool.available(budget, eligible)
@@ -145,6 +155,7 @@ class SelectionRun:
             source=self.source,
             leftovers=leftovers,
             trained=None if self.plan is None else self.plan.ids,
+            budget=budget,
             device=device or torch.device("cpu"),
             meter=meter or CostMeter(),
         )
@@ -239,6 +250,7 @@ def finish_round(run: SelectionRun, measurement: Measurement, model: LiveModel, 
     """
     model, round = replace(model, meter=measurement.meter), replace(round, meter=measurement.meter)
     selector = run.selector_for(round.index)
+    _charge_preparing(run, round.meter)
     with measuring(model.module, model.optimizer), round.meter.phase("choose"):
         selection = _choose(selector, round, budget)
     distributed.check_agreement(f"the plan of round {round.index}", selection.ids)
@@ -256,6 +268,22 @@ def finish_round(run: SelectionRun, measurement: Measurement, model: LiveModel, 
     if run.estimator is not None:
         run.estimator.release()
     return plan
+
+
+def _without(held_out: Tensor, eligible: Tensor | None, size: int) -> Tensor | None:
+    """Return which candidates may be chosen, ``(size,)`` bool, None for all, without those that are ``held_out``."""
+    if not len(held_out):
+        return eligible
+    eligible = torch.ones(size, dtype=torch.bool) if eligible is None else eligible.clone()
+    eligible[held_out] = False
+    return eligible
+
+
+def _charge_preparing(run: SelectionRun, meter: CostMeter) -> None:
+    for spent, added in ((run.preparing.seconds, meter.seconds), (run.preparing.flops, meter.flops)):
+        for phase, amount in spent.items():
+            added[phase] += amount
+        spent.clear()
 
 
 def _eligible(selector: Selector, pool: CandidatePool, budget: int) -> Tensor | None:
@@ -352,7 +380,10 @@ def _record(
         plan=plan.fingerprint,
         measured=measured.tolist(),
         influence=measurement.influence.tolist(),
-        metrics=_staleness(round.step - steps[steps >= 0]),
+        metrics={
+            **_staleness(round.step - steps[steps >= 0]),
+            "effective_epochs": _effective_epochs(round.pool.uses, plan.ids),
+        },
         seconds=dict(round.meter.seconds),
         flops=flops,
         notes=[
@@ -375,7 +406,7 @@ def _described(
         record = replace(record, groups=groups)
     with only_looking("the scores of a round could not be recorded"):
         if selection.scored is not None and selection.scores is not None:
-            chosen = torch.isin(selection.scored, plan.ids)
+            chosen = round.pool.mask(plan.ids)[selection.scored]
             record = replace(record, histogram=Histogram.of(selection.scores, chosen))
     with only_looking("the examples of a round could not be shown"):
         return replace(record, examples=_examples(round, selection))
@@ -387,6 +418,12 @@ def _newly_uncounted(ledger: Ledger, names: Iterable[str]) -> tuple[str, ...]:
     new = [name for name in names if name not in ledger.uncounted]
     ledger.uncounted.extend(new)
     return (f"not counted in the FLOPs of the ledger: {'; '.join(new)}",) if new else ()
+
+
+def _effective_epochs(uses: Tensor, chosen: Tensor) -> float:
+    """Return how often what is trained on at all is trained on, by the end of the round that trains on ``chosen``."""
+    distinct = int((uses > 0).sum()) + int((uses[chosen] == 0).sum())
+    return (int(uses.sum()) + len(chosen)) / max(1, distinct)
 
 
 def _unmeasured(measurement: Measurement) -> tuple[str, ...]:
@@ -476,7 +513,7 @@ def _examples(round: Round, selection: Selection) -> list[Example]:
         ids, scores = selection.ids[:EXAMPLES_SHOWN], None
         chosen = torch.ones(len(ids), dtype=torch.bool)
     else:
-        is_chosen = torch.isin(selection.scored, selection.ids)
+        is_chosen = round.pool.mask(selection.ids)[selection.scored]
         order = selection.scores.argsort(descending=True, stable=True)
         best = order[is_chosen[order]][:EXAMPLES_SHOWN]
         worst = order[~is_chosen[order]].flip(0)[:EXAMPLES_SHOWN]

@@ -9,7 +9,7 @@ from tiny_encoder import TINY, save_pretrained, tiny_regressor
 
 from liveselect.regressors import EncoderRegressor, encoder_training
 from liveselect.regressors.encoder_model import InfluenceNetwork
-from liveselect.regressors.encoder_training import Examples, accumulate_gradients, held_out_spearman, predict
+from liveselect.regressors.encoder_training import Examples, accumulate_gradients, look, predict
 
 torch.set_num_threads(1)
 
@@ -36,14 +36,12 @@ def learnable():
 def test_the_reported_spearman_is_that_of_the_kept_weights_on_what_was_held_out(learnable, monkeypatch):
     source, influence = learnable
     seen = []
-    monkeypatch.setattr(
-        encoder_training, "held_out_spearman", lambda *looked: seen.append(looked) or held_out_spearman(*looked)
-    )
+    monkeypatch.setattr(encoder_training, "look", lambda *looked: seen.append(looked) or look(*looked))
     regressor, context = tiny_regressor(), fake_context(source)
     metrics = regressor.fit(context.round, torch.arange(160), influence)
     assert len(seen) == 8
     assert metrics["held_out"] == 32
-    assert held_out_spearman(regressor._network, *seen[0][1:]) == metrics["spearman"] > 0.3
+    assert look(regressor._network, *seen[0][1:])["spearman"] == metrics["spearman"] > 0.3
 
 
 @pytest.mark.parametrize(
@@ -62,9 +60,9 @@ def test_the_weights_of_the_best_look_are_restored(learnable, monkeypatch, looks
 
     def scripted(network, *looked):
         weights.append({k: v.clone() for k, v in network.state_dict().items()})
-        return looks[len(weights) - 1]
+        return {"spearman": looks[len(weights) - 1]}
 
-    monkeypatch.setattr(encoder_training, "held_out_spearman", scripted)
+    monkeypatch.setattr(encoder_training, "look", scripted)
     regressor = tiny_regressor(epochs=4, evaluations=4)
     metrics = regressor.fit(fake_context(source).round, torch.arange(64), influence[:64])
     kept = regressor.state_dict()["weights"]

@@ -27,11 +27,8 @@ def hashed_ngrams(input_ids: Tensor, buckets: int, mask: Tensor | None = None) -
     Raises:
         ValueError: buckets is not a power of two.
     """
-    tokens = input_ids.long()
-    counted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-    bucket = torch.cat(ngram_buckets(tokens, buckets), dim=1)
-    counted = torch.cat([counted, counted[:, :-1] & counted[:, 1:]], dim=1)
-    counts = torch.zeros(len(tokens), buckets, dtype=torch.int32, device=tokens.device)
+    bucket, counted = counted_ngrams(input_ids, buckets, mask)
+    counts = torch.zeros(len(bucket), buckets, dtype=torch.int32, device=bucket.device)
     counts.scatter_add_(1, bucket, counted.int())
     count = counts.gather(1, bucket).clamp(min=1).float()
     value = torch.log1p(count)
@@ -52,3 +49,14 @@ def ngram_buckets(input_ids: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
     highest = 65 - buckets.bit_length()  # the shift that leaves the highest bits
     single = (tokens * _TOKEN_FACTOR).bitwise_right_shift_(highest).bitwise_and_(buckets - 1)
     return single, pairs.bitwise_right_shift_(highest).bitwise_and_(buckets - 1)
+
+
+def counted_ngrams(input_ids: Tensor, buckets: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the buckets of all tokens and pairs of each row, ``(B, 2 T - 1)`` int64, and which count, bool.
+
+    A linear function of the shares that buckets have in a row is a gather and a mean of these, with no row of all
+    buckets. Tokens and pairs share the buckets; ``mask (B, T)`` is zero or False where a token does not count.
+    """
+    counted = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    bucket = torch.cat(ngram_buckets(input_ids, buckets), dim=1)
+    return bucket, torch.cat([counted, counted[:, :-1] & counted[:, 1:]], dim=1)

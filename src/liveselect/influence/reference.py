@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from liveselect import distributed
 from liveselect.functional.layer_pass import count_rows
 from liveselect.functional.updates import Vector
-from liveselect.grammar import IGNORE_INDEX, Batch, LiveModel, NotMeasurableError, Round
+from liveselect.grammar import IGNORE_INDEX, Batch, CandidateSource, LiveModel, NotMeasurableError, Round
 from liveselect.losses import at_targets, causal_lm_loss, reference_loss, target_counts, targets_shape
+from liveselect.seeding import generator_for
 
 Precision = Literal["float32", "training"]
 
@@ -41,8 +42,8 @@ class ReferencePass:
     tokens: int
 
     @classmethod
-    def load(cls, model: LiveModel, round: Round) -> "ReferencePass":
-        """Fetch the reference set once.
+    def load(cls, model: LiveModel, round: Round, rows: int | None = None) -> "ReferencePass":
+        """Fetch the reference set once, or ``rows`` of it: others in each round, all of them in turn.
 
         For :func:`causal_lm_loss` rows are cut after their last target and grouped with rows of like length, which
         changes no loss: a causal model looks only to the left. Any other loss gets the source's own batches.
@@ -51,6 +52,8 @@ class ReferencePass:
             ValueError: no token of the reference set carries loss.
         """
         batches = list(round.source.reference())
+        if rows is not None:
+            batches = _in_turn(batches, rows, round)
         if model.view.inner_loss(model.loss_fn) is causal_lm_loss:
             batches = [at_targets(batch) for batch in group_by_length(batches)]
         counts = [target_counts(batch).cpu() for batch in batches]
@@ -93,7 +96,11 @@ class ReferencePass:
         return float(model.view.sum(mine))
 
     def gradient(
-        self, model: LiveModel, parameters: Mapping[str, nn.Parameter], weights: Sequence[Tensor] | None = None
+        self,
+        model: LiveModel,
+        parameters: Mapping[str, nn.Parameter],
+        weights: Sequence[Tensor] | None = None,
+        seen: Callable[[Tensor, Tensor], None] | None = None,
     ) -> tuple[float, Vector]:
         """Return the mean loss over the set, nats per token, and its gradient in the named ``parameters``.
 
@@ -103,10 +110,11 @@ class ReferencePass:
             model: in the precision that is wanted.
             parameters: to differentiate in, by name.
             weights: for each batch ``(B,)``, of its examples; by default their numbers of tokens.
+            seen: called with the losses and the weights ``(B,)`` of each batch of this rank.
         """
         items = list(zip(self.batches, self.counts if weights is None else weights, strict=True))
         mine = items[distributed.rank() :: distributed.world_size()]
-        return mean_loss_and_gradient(model, mine, lambda: items[0], parameters)
+        return mean_loss_and_gradient(model, mine, lambda: items[0], parameters, seen)
 
 
 def mean_loss_and_gradient(
@@ -114,6 +122,7 @@ def mean_loss_and_gradient(
     items: Sequence[Weighted],
     spare: Callable[[], Weighted],
     parameters: Mapping[str, nn.Parameter],
+    seen: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[float, Vector]:
     """Return the weighted mean loss over the examples of all ranks, and its gradient in the named ``parameters``.
 
@@ -125,6 +134,7 @@ def mean_loss_and_gradient(
         items: of this rank; ranks may have unequally many.
         spare: the item that a rank without further ones computes and does not count, where all ranks must compute.
         parameters: to differentiate in, by name.
+        seen: called with the losses and the weights ``(B,)`` of each batch that counts.
     """
     sums = torch.zeros(2, dtype=torch.float64)  # of losses and of weights
     # where ranks hold parts, a backward reaches all trained parameters
@@ -136,6 +146,8 @@ def mean_loss_and_gradient(
             charge_gradient(model, batch, reached)
             each = model.losses(batch)
             weighted = each @ (weights * counts).to(each)
+            if seen is not None and counts:
+                seen(each.detach().double().cpu(), weights.double().cpu())
             yield weighted
             sums.add_(torch.stack([weighted.detach().double().cpu(), weights.sum(dtype=torch.float64) * counts]))
 
@@ -175,6 +187,41 @@ def _shapes(batch: Batch) -> Hashable:
     """Return what the cost of a batch depends on: its tensors' shapes, and where its targets are."""
     shapes = [(key, tuple(value.shape)) for key, value in batch.items() if isinstance(value, Tensor)]
     return tuple(sorted(shapes)), targets_shape(batch)
+
+
+def held_out_loss(model: LiveModel, source: CandidateSource, ids: Tensor) -> float:
+    """Return the mean loss over the tokens of the candidates ``ids (n,)``, nats per token; a collective.
+
+    Ranks share them out. Call it with the model in eval mode.
+    """
+    spare = next(iter(source.candidates(ids[:1])))
+    mine = ids[distributed.shard(len(ids))]
+    sums = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad(), model.autocast():
+        batches = source.candidates(mine) if len(mine) else ()
+        for batch, counts in model.view.in_step(batches, lambda: spare):
+            losses = model.losses(model.to_device(batch))
+            tokens = target_counts(batch).cpu().double() * counts
+            sums += torch.stack([losses.cpu().double() @ tokens, tokens.sum()])
+    total, weight = distributed.sum_over_ranks(sums).tolist()
+    return total / max(1.0, weight)
+
+
+def _in_turn(batches: list[Batch], rows: int, round: Round) -> list[Batch]:
+    """Return ``rows`` rows of all batches, those whose turn it is in a round."""
+    counts = [count_rows(batch) for batch in batches]
+    total = sum(counts)
+    if rows >= total:
+        return batches
+    order = torch.randperm(total, generator=generator_for(round.seed, 0, "reference rows"))
+    mine = order[(torch.arange(rows) + round.index * rows) % total].sort().values
+    parts, begin = list[Batch](), 0
+    for batch, count in zip(batches, counts, strict=True):
+        own = mine[(mine >= begin) & (mine < begin + count)] - begin
+        begin += count
+        if len(own):
+            parts.append({key: value[own] if len(value) == count else value for key, value in batch.items()})
+    return parts
 
 
 def split_rows(batch: Batch, rows: int | None) -> list[dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """What to measure, and what to train on."""
 
+from liveselect.selectors.ngram_prior import NGramPrior
 from liveselect.selectors.regression import RegressionSelector
 from liveselect.selectors.replay import ReplaySelector
 from liveselect.selectors.scored import PriorSelector, ScoredSelector
@@ -8,6 +9,7 @@ from liveselect.selectors.ucb import UCBSelector
 from liveselect.selectors.uniform import UniformSelector
 
 __all__ = [
+    "NGramPrior",
     "PriorSelector",
     "RegressionSelector",
     "ReplaySelector",
