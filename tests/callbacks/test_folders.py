@@ -15,6 +15,7 @@ from small_run import SIMPLE, SmallLM, forked, small_data, small_trainer
 
 from liveselect.callbacks import DataSelection
 from liveselect.callbacks.folder import LOCK_FILE
+from liveselect.cli.fit import RunConfig
 from liveselect.decisions import find_decisions, read_about, read_plan, rounds_in
 from liveselect.decisions.diff import compare_runs
 from liveselect.decisions.explain import explain
@@ -204,3 +205,19 @@ def test_readers_refuse_the_records_of_several_runs(tmp_path):
     for reader in (lambda: explain(a, 3), lambda: load_runs([a])):
         with pytest.raises(ValueError, match="the ledger beside it is of run"):
             reader()
+
+
+def test_the_settings_of_a_run_from_a_file_are_kept_beside_its_own_records(tmp_path):
+    class Parser:
+        def save(self, config, path, **settings):
+            Path(path).write_text(config)
+
+    for seed in (0, 1):
+        selection = DataSelection(UniformSelector(), every_n_steps=4, seed=seed)
+        config = RunConfig(Parser(), f"seed: {seed}", save_to_log_dir=False, overwrite=True)
+        trainer = small_trainer(tmp_path, [selection, config], **{**SIMPLE, "max_steps": 4})
+        trainer.fit(SmallLM(), datamodule=small_data())
+    assert {run.name: run.config for run in load_runs([tmp_path])} == {
+        tmp_path.name: "seed: 0",
+        "selection-1": "seed: 1",
+    }

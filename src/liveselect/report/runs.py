@@ -201,9 +201,9 @@ def _ledgers_in(path: Path) -> list[Path]:
 
 
 def _config_of(ledger: Path) -> str:
-    folder = ledger.parent.parent if ledger.parent.name == DEFAULT_FOLDER else ledger.parent
-    path = folder / CONFIG_NAME
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    above = ledger.parent.parent if ledger.parent.name == DEFAULT_FOLDER else ledger.parent
+    found = next((place / CONFIG_NAME for place in (ledger.parent, above) if (place / CONFIG_NAME).is_file()), None)
+    return "" if found is None else found.read_text(encoding="utf-8", errors="replace")
 
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:
