@@ -190,7 +190,7 @@ class KFACInfluence(InfluenceEstimator):
             type(self).__name__,
             sum(sizes[name] for name in names) / trained,
             "it has factors for linear layers only, and for no embedding, output head or fused layer of experts. "
-            "FirstOrderInfluence measures all of them",
+            'FirstOrderInfluence(engine="central_difference") measures all of them',
         )
 
     def score(self, model: LiveModel, batch: Batch) -> Tensor:
