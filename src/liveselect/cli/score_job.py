@@ -115,6 +115,10 @@ class PoolJob(ABC):
     def _scores_of(self, batch: Batch) -> Tensor:
         """Return the scores of a batch, ``(B,)`` float32, or numbers ``(B, K)`` that :meth:`_finished` is given."""
 
+    def _checked(self, values: Tensor) -> Tensor:
+        """Return the scores of a shard, or raise what is wrong with them."""
+        return values
+
     def _finished(self, values: np.ndarray) -> np.ndarray:
         """Return the scores ``(n,)`` from what was made of all candidates, ``(n,)`` or ``(n, K)``."""
         return values
@@ -175,7 +179,7 @@ class PoolJob(ABC):
                 for batch in round.batches(torch.arange(shard.start, shard.stop)):
                     parts.append(self._scores_of(batch).cpu())
                     advance(len(parts[-1]))
-                _write_array(self._file("scores", shard), torch.cat(parts).numpy())
+                _write_array(self._file("scores", shard), self._checked(torch.cat(parts)).numpy())
                 self._spent.keep()
         wait_for_all()
 
@@ -250,7 +254,10 @@ class ScoreJob(PoolJob):
     def _scores_of(self, batch: Batch) -> Tensor:
         predicted = self.regressor.predict(self.round, batch)
         check_predictions(self.regressor, predicted, len(batch["input_ids"]))
-        return _finite(predicted.float().cpu(), self.regressor)
+        return predicted.float().cpu()
+
+    def _checked(self, values: Tensor) -> Tensor:
+        return _finite(values, self.regressor)
 
     def _rehearse(self) -> None:
         """Raise errors of the scorer now, not after hours of measuring; a scorer that was fitted needs no rehearsal."""
