@@ -10,9 +10,9 @@ from fakes import FakeSource, fake_context, planted_source, play, random_source
 from ranks import on_ranks
 
 from liveselect.cost import CostMeter
-from liveselect.grammar import Selection, Selector
+from liveselect.grammar import InfluenceEstimator, Selection, Selector
 from liveselect.rounds import SelectionRun
-from liveselect.selectors import NGramPrior, PriorSelector, ScoredSelector, UniformSelector
+from liveselect.selectors import NGramPrior, PriorSelector, ScoredSelector, UCBSelector, UniformSelector
 
 
 def made(source, **settings):
@@ -216,3 +216,29 @@ def test_a_run_that_is_resumed_draws_the_same_candidates():
 def test_a_round_that_nobody_prepared_says_who_would():
     with pytest.raises(RuntimeError, match="open_round calls prepare"):
         ScoredSelector(True).select(fake_context(random_source()).round, 4)
+
+
+class Level(InfluenceEstimator):
+    """Every candidate is worth the same, but for noise of its own."""
+
+    def score(self, model, batch):
+        return torch.sin(batch["id"].float() * 12.9898)
+
+
+def test_arms_take_the_prior_as_an_offset_of_their_rewards():
+    shares = {}
+    for weight in (0.0, 5.0):
+        generator = torch.Generator().manual_seed(0)
+        kinds = torch.randint(0, 4, (800,), generator=generator)
+        tokens = torch.randint(0, 10, (800, 12), generator=generator) + 10 * kinds[:, None]
+        names = tuple(f"kind {k}" for k in range(4))
+        source = FakeSource(
+            tokens, torch.randint(0, 10, (12, 12), generator=generator), groups=kinds, group_names=names
+        )
+        arms = UCBSelector(pulls=8, at_once=4, probes=4, controls=0, arms=1, tau=None, alpha=0.5)
+        selector = PriorSelector(arms, True, ratio=1.0, offset=weight)
+        run = SelectionRun(selector, Level(), UniformSelector(), 0, source)
+        chosen = torch.cat([play(run, 20).ids for _ in range(3)])
+        shares[weight] = float((kinds[chosen] == 0).float().mean())
+    assert shares[5.0] > 0.9
+    assert shares[5.0] > shares[0.0]

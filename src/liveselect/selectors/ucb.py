@@ -327,10 +327,12 @@ class UCBSelector(Selector):
         """Return how many candidates each arm gives, ``(K,)``, and how many of them are beyond what was meant."""
         room = current.open.room
         quota = torch.minimum(room, (self.gamma * current.open.arms.sizes).ceil().long())
-        ties = round.generator("mixture")
-        order = top_arms(self._scores(), len(room), ties, accepted)
+        ties, scores = round.generator("mixture"), self._scores()
+        if round.offset is not None:
+            scores = scores + self._offset(round, len(room))
+        order = top_arms(scores, len(room), ties, accepted)
         missing = max(0, self.arms - len(order))
-        order = torch.cat([order, top_arms(self._scores(), missing, ties, ~self._rewards.known & (room > 0))])
+        order = torch.cat([order, top_arms(scores, missing, ties, ~self._rewards.known & (room > 0))])
         enough = int((quota[order].cumsum(0) < budget).sum()) + 1
         weights = torch.zeros(len(room), dtype=torch.float64)
         weights[order[: max(self.arms, enough)]] = 1.0
@@ -339,6 +341,14 @@ class UCBSelector(Selector):
         for fallback in (accepted, known, room > 0):
             counts += allocate(fallback.double(), room - counts, budget - int(counts.sum()))
         return counts, spilled
+
+    def _offset(self, round: Round, arms: int) -> Tensor:
+        """Return what a prior adds to the reward of each arm, ``(K,)``: the mean over the arm's candidates."""
+        if self._arms is None or round.offset is None:
+            return torch.zeros(arms, dtype=torch.float64)
+        codes, offset = self._arms.codes[round.candidates].long(), round.offset[round.candidates].double()
+        sums, counts = torch.bincount(codes, offset, arms), torch.bincount(codes, minlength=arms)
+        return sums / counts.clamp(min=1)
 
     def _metrics(self, open_arms: Tensor, accepted: Tensor, counts: Tensor) -> dict[str, float]:
         metrics = {
