@@ -1,5 +1,6 @@
 """Lightning callbacks: they say when to select, and hand over the live model."""
 
+from liveselect.callbacks.live import LiveSelection
 from liveselect.callbacks.loggers import OfflineFallbackWandbLogger
 from liveselect.callbacks.mates import MATES
 from liveselect.callbacks.monitor import SelectionMonitor
@@ -13,6 +14,7 @@ __all__ = [
     "PDS",
     "DataSelection",
     "LivePDS",
+    "LiveSelection",
     "OfflineFallbackWandbLogger",
     "Quad",
     "Replay",

@@ -180,7 +180,7 @@ class Ahead:
             self._round = session.open_round(trainer, session.budget(trainer, begins))
         left, longest = self._left(session)
         if limit := self.pace.affordable(run.ahead, left, longest):
-            with session.gate.measuring():
+            with session.measuring():
                 _advance(run.ahead, session, session.at_step(self._round, trainer), limit)
             run.ledger.ahead_seconds = sum(run.ahead.meter.seconds.values())
             run.ledger.ahead_flops = sum(run.ahead.meter.flops.values()) * trainer.world_size

@@ -1,9 +1,10 @@
 """Arguments that mean the same in every preset, typed once."""
 
 from pathlib import Path
-from typing import TypedDict, TypeVar, get_type_hints
+from typing import Any, TypedDict, TypeVar, get_type_hints
 
-from liveselect.grammar import LossFn
+from liveselect.grammar import LossFn, Selector
+from liveselect.selectors import PriorSelector
 from liveselect.verdict import Verdict
 
 
@@ -13,6 +14,9 @@ class RunArguments(TypedDict, total=False):
     loss_fn: LossFn | None
     seed: int
     dirpath: str | Path | None
+    training_loss_differs: bool
+    most_rejected: int
+    mixture_sample: int
     verdict: Verdict | None
 
 
@@ -24,6 +28,11 @@ class SpreadRunArguments(RunArguments, total=False):
 
 
 R = TypeVar("R", bound=RunArguments)
+
+
+def with_prior(selector: Selector, prior: Any, ratio: float) -> Selector:
+    """Return a selector that sees the share ``ratio`` of the pool that a prior keeps; all of it where that is None."""
+    return selector if prior is None else PriorSelector(selector, prior, ratio)
 
 
 def only(run: R, kind: type[R]) -> R:

@@ -22,8 +22,10 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from liveselect.callbacks.folder import logger_folder
 from liveselect.functional.sharding import ThroughRoot, is_flat
 from liveselect.grammar import CandidateSource, LossFn, SelectionWarning, State
+from liveselect.parts import check_source
 from liveselect.plan import Plan
 
 
@@ -35,7 +37,7 @@ def find_source(trainer: pl.Trainer) -> CandidateSource:
             f"DataSelection needs a datamodule that serves candidates, got {type(source).__name__}: use "
             "trainer.fit(model, datamodule=SelectionDataModule(...)), or SelectionDataModule.wrap(your_datamodule)"
         )
-    return source
+    return check_source(source, "datamodule")
 
 
 def check_setup(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -217,8 +219,4 @@ def count_finished_epoch(checkpoint: State) -> None:
 
 def run_folder(trainer: pl.Trainer) -> Path:
     """Return the folder of this run: where its logger writes, or its checkpoints would lie by default."""
-    logger = trainer.logger
-    if logger is None or getattr(logger, "log_dir", None) is not None or logger.save_dir is None:
-        return Path(trainer.log_dir or trainer.default_root_dir)
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir) / str(logger.name) / version  # W&B and others: one folder for each run
+    return logger_folder(trainer) or Path(trainer.default_root_dir)

@@ -6,6 +6,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_warn
 
+from liveselect.arguments import check_plain
 from liveselect.grammar import SelectionWarning
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class OfflineFallbackWandbLogger(WandbLogger):
     def __init__(self, *, patience: float = 30.0, **arguments: Any) -> None:
         import wandb
 
+        check_plain(OfflineFallbackWandbLogger, locals())
         given = arguments.get("settings")
         settings = wandb.Settings(**given) if isinstance(given, dict) else given or wandb.Settings()
         settings.init_timeout = min(settings.init_timeout, patience)

@@ -1,8 +1,9 @@
 """MATES: a regressor of locally probed influence, refreshed as the model changes."""
 
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
-from liveselect.callbacks.arguments import SpreadRunArguments, only
+from liveselect.arguments import check_plain
+from liveselect.callbacks.arguments import SpreadRunArguments, only, with_prior
 from liveselect.callbacks.selection import DataSelection
 from liveselect.grammar import InfluenceRegressor
 from liveselect.influence import OneStepInfluence
@@ -68,6 +69,9 @@ class MATES(DataSelection):
         step: size of the probe step.
         regressor: predicts influence; by default the BERT encoder of the paper.
         warmup_rounds: rounds of uniform data at the beginning.
+        prior: scores that narrow the pool first, as :class:`~liveselect.selectors.PriorSelector` takes them; True is
+            the n-gram prior, which needs no file.
+        prior_ratio: share of the pool that it keeps.
         run: arguments of every run, see :class:`~liveselect.callbacks.DataSelection`.
     """
 
@@ -83,18 +87,24 @@ class MATES(DataSelection):
         step: Literal["published", "in_batch"] = "published",
         regressor: InfluenceRegressor | None = None,
         warmup_rounds: int = 1,
+        prior: Any = None,
+        prior_ratio: float = 0.5,
         **run: Unpack[SpreadRunArguments],
     ) -> None:
+        check_plain(MATES, locals())
+        if regressor is None:
+            regressor = EncoderRegressor("bert-base-uncased", targets="standardized", forgetting=0.0, damping=1.0)
+        selector = RegressionSelector(
+            regressor=regressor,
+            probes=probes,
+            ratio=ratio,
+            temperature=temperature,
+            noise=noise,
+            standardize=standardize,
+            min_spearman=min_spearman,
+        )
         super().__init__(
-            selector=RegressionSelector(
-                regressor=EncoderRegressor("bert-base-uncased") if regressor is None else regressor,
-                probes=probes,
-                ratio=ratio,
-                temperature=temperature,
-                noise=noise,
-                standardize=standardize,
-                min_spearman=min_spearman,
-            ),
+            selector=with_prior(selector, prior, prior_ratio),
             estimator=OneStepInfluence(step=step),
             every_n_steps=every_n_steps,
             warmup_rounds=warmup_rounds,

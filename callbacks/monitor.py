@@ -10,11 +10,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from liveselect.callbacks.records import LogsRounds
+from liveselect.arguments import check_plain
+from liveselect.callbacks.records import LogsRounds, scalars_of
 from liveselect.callbacks.selection import DataSelection
 from liveselect.decisions import rounds_in
 from liveselect.grammar import SelectionWarning, State
 from liveselect.ledger import Evaluation, RoundRecord
+from liveselect.looking import only_looking
 from liveselect.monitoring.tensorboard_sink import TensorBoardSink
 from liveselect.monitoring.view import RoundView, evaluation_scalars, names_to_show, round_scalars, shortened
 from liveselect.monitoring.wandb_sink import WandbSink
@@ -59,6 +61,7 @@ class SelectionMonitor(Callback, LogsRounds):
         watch: Watch | None = None,
         workspace: bool = True,
     ) -> None:
+        check_plain(SelectionMonitor, locals())
         for name, value in {"examples": examples, "characters": characters, "groups": groups}.items():
             if value < 0:
                 raise ValueError(f"expected {name} of zero or more, got {value}")
@@ -73,6 +76,7 @@ class SelectionMonitor(Callback, LogsRounds):
         self._selection: DataSelection | None = None
         self._sinks: dict[int, WandbSink | TensorBoardSink] = {}
         self._failures: dict[int, int] = {}
+        self._opened = False
         self._names: list[str] = []
         self._rounds_shown = self._evaluations_shown = 0
         self._verdict_shown = ""  # the sentence
@@ -90,7 +94,7 @@ class SelectionMonitor(Callback, LogsRounds):
     # ---- hooks -------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the selection, and prepare the loggers."""
+        """Find the selection."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self._selection = next((each for each in callbacks if isinstance(each, DataSelection)), None)
         if self._selection is None:
@@ -102,10 +106,7 @@ class SelectionMonitor(Callback, LogsRounds):
             self._selection.run.watch = self.watch
         self._sinks.clear()
         self._failures.clear()
-        if not trainer.is_global_zero or self._selection is None:
-            return
-        for logger in trainer.loggers:
-            self._try(logger, self._open, logger)
+        self._opened = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the first round."""
@@ -125,7 +126,8 @@ class SelectionMonitor(Callback, LogsRounds):
         if not trainer.sanity_checking:
             self._show(trainer)
             if self._selection is not None and trainer.is_global_zero and self._selection.plan is not None:
-                log.info(_progress_line(trainer, self._selection))
+                with only_looking("where the run stands could not be said"):
+                    log.info(_progress_line(trainer, self._selection))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show what came last, and name the checkpoint that it led to."""
@@ -143,11 +145,7 @@ class SelectionMonitor(Callback, LogsRounds):
 
     def _about(self) -> State:
         """Return the settings of selection, and where its records lie."""
-        if self._selection is None:
-            return {}
-        decisions = self._selection.run.decisions
-        folder = {} if decisions is None else {"folder": str(decisions.folder.parent.resolve())}
-        return {**self._selection.run.ledger.about, **folder}
+        return {} if self._selection is None else self._selection.run.ledger.about
 
     # ---- showing -----------------------------------------------------------------------------------------------
 
@@ -172,13 +170,17 @@ class SelectionMonitor(Callback, LogsRounds):
         ledger = selection.run.ledger
         rounds, evaluations = ledger.rounds[self._rounds_shown :], ledger.evaluations[self._evaluations_shown :]
         self._rounds_shown, self._evaluations_shown = len(ledger.rounds), len(ledger.evaluations)
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or selection.plan is None:
             return
-        for record in rounds:
-            view = self._view(selection.run, record)
-            rich = self._is_rich(trainer, record.round)
+        if not self._opened:  # not before training begins, when the folder of the records is known
+            self._opened = True
             for logger in trainer.loggers:
-                self._try(logger, self._show_round, logger, view, rich)
+                self._try(logger, self._open, logger)
+        for record in rounds:
+            with only_looking("a round could not be shown"):
+                view, rich = self._view(selection.run, record), self._is_rich(trainer, record.round)
+                for logger in trainer.loggers:
+                    self._try(logger, self._show_round, logger, view, rich)
         for entry in evaluations:
             for logger in trainer.loggers:
                 self._try(logger, self._show_evaluation, logger, entry)
@@ -251,7 +253,7 @@ class SelectionMonitor(Callback, LogsRounds):
 
 def _progress_line(trainer: pl.Trainer, selection: DataSelection) -> str:
     """Return a line that says where the run stands, for terminals that show no bar."""
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "loss" in name}
+    metrics = scalars_of({name: value for name, value in trainer.callback_metrics.items() if "loss" in name})
     losses = "".join(f", {name} {value:.4f}" for name, value in sorted(metrics.items(), reverse=True))
     round_index = -1 if selection.plan is None else selection.plan.round
     steps = trainer.estimated_stepping_batches

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from liveselect import distributed
 from liveselect.callbacks.records import record_captured
+from liveselect.callbacks.silence import silent_logging
 from liveselect.cost import CostMeter
-from liveselect.functional.flops import forward_flops
 from liveselect.functional.sharding import is_sharded
 from liveselect.grammar import Batch, InfluenceEstimator, LossFn, SelectionWarning, State
 from liveselect.influence.training_step import LossMean, TrainingStepScores, find_loss_mean, mean_weights
-from liveselect.losses import target_counts
+from liveselect.losses import target_counts, targets_shape
+from liveselect.parts import checked_direction
 from liveselect.preserve import measuring
 from liveselect.rounds import SelectionRun
 
@@ -61,9 +62,9 @@ class Overhearing:
     def direction(self, run: SelectionRun, global_batch: int) -> Mapping[str, Tensor] | None:
         """Return what the examples of the present optimizer step are compared with, None where it is not captured."""
         plan = run.plan
-        if plan is None or plan.cursor >= self.steps * global_batch or run.selector_for(plan.round) is run.warmup:
+        if plan is None or plan.cursor >= self.steps * global_batch or run.selector_for(plan.round) is not run.selector:
             return None
-        return None if run.estimator is None else run.estimator.direction()
+        return None if run.estimator is None else checked_direction(run.estimator)
 
     def begin(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, run: SelectionRun, global_batch: int
@@ -166,9 +167,14 @@ class StepCapture:
                 self._same = bool((counts == counts[0]).all())
             if self._mean is None and not (self._same and self._compared):  # which mean is the training loss?
                 forward = trainer.precision_plugin.forward_context()
-                with measuring(pl_module, trainer.optimizers[0]), torch.no_grad(), forward:
+                with (
+                    silent_logging(),
+                    measuring(pl_module, trainer.optimizers[0]),
+                    torch.no_grad(),
+                    forward,
+                    self.meter.counting(pl_module, "loss", batch["input_ids"].shape, targets_shape(batch)),
+                ):
                     self._losses = self.loss_fn(pl_module, batch)
-                self.meter.flops[PHASE] += forward_flops(pl_module, batch["input_ids"].numel())
             # the first ones of the batch over all ranks: the same on any number of ranks
             mine = len(batch["id"])
             if self.examples is not None:
@@ -211,7 +217,9 @@ class StepCapture:
             if self._mean is not None or self._same:  # else the weights of the examples are not known yet
                 self._captured.append((self._batch["id"].cpu(), influence))
         self.meter.seconds[PHASE] += scores.watch.read()  # spent in the forward and backward of training
-        self.meter.flops[PHASE] += scores.flops
+        self.meter.flops[PHASE] += sum(scores.meter.flops.values())
+        for name, times in scores.meter.uncounted.items():
+            self.meter.uncounted[name] += times
         self._stop()
 
     def collect(self) -> tuple[Tensor, Tensor, float]:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Unpack
 
-from liveselect.callbacks.arguments import RunArguments, only
+from liveselect.arguments import check_plain
+from liveselect.callbacks.arguments import RunArguments, only, with_prior
 from liveselect.callbacks.selection import DataSelection
 from liveselect.grammar import InfluenceEstimator, InfluenceRegressor
 from liveselect.influence import PMPInfluence
@@ -66,6 +67,9 @@ class PDS(DataSelection):
         column: the column of a Parquet file that holds them.
         repeat: whether a share that was trained on is trained on again, rather than what is below it.
         warmup_rounds: rounds of uniform data at the beginning.
+        prior: scores that narrow the pool first, as :class:`~liveselect.selectors.PriorSelector` takes them; True is
+            the n-gram prior, which needs no file.
+        prior_ratio: share of the pool that it keeps.
         run: arguments of every run, see :class:`~liveselect.callbacks.DataSelection`.
     """
 
@@ -83,8 +87,11 @@ class PDS(DataSelection):
         column: str = "score",
         repeat: bool = True,
         warmup_rounds: int = 0,
+        prior: Any = None,
+        prior_ratio: float = 0.5,
         **run: Unpack[RunArguments],
     ) -> None:
+        check_plain(PDS, locals())
         if scores is None:
             raise ValueError(
                 "expected scores, a file made by `liveselect score` or elsewhere, got None: pass one, or solve on the "
@@ -102,7 +109,12 @@ class PDS(DataSelection):
             column=column,
             repeat=repeat,
         )
-        super().__init__(selector, every_n_steps=every_n_steps, warmup_rounds=warmup_rounds, **only(run, RunArguments))
+        super().__init__(
+            with_prior(selector, prior, prior_ratio),
+            every_n_steps=every_n_steps,
+            warmup_rounds=warmup_rounds,
+            **only(run, RunArguments),
+        )
 
 
 class LivePDS(DataSelection):
@@ -149,6 +161,9 @@ class LivePDS(DataSelection):
         estimator: measures influence.
         regressor: predicts influence; by default a BERT encoder.
         warmup_rounds: rounds of uniform data at the beginning.
+        prior: scores that narrow the pool first, as :class:`~liveselect.selectors.PriorSelector` takes them; True is
+            the n-gram prior, which needs no file.
+        prior_ratio: share of the pool that it keeps.
         run: arguments of every run, see :class:`~liveselect.callbacks.DataSelection`.
     """
 
@@ -163,10 +178,15 @@ class LivePDS(DataSelection):
         estimator: InfluenceEstimator | None = None,
         regressor: InfluenceRegressor | None = None,
         warmup_rounds: int = 1,
+        prior: Any = None,
+        prior_ratio: float = 0.5,
         **run: Unpack[RunArguments],
     ) -> None:
+        check_plain(LivePDS, locals())
+        if regressor is None:
+            regressor = EncoderRegressor("bert-base-uncased", targets="standardized", forgetting=0.0, damping=1.0)
         selector = RegressionSelector(
-            regressor=EncoderRegressor("bert-base-uncased") if regressor is None else regressor,
+            regressor=regressor,
             probes=probes,
             ratio=ratio,
             temperature=temperature,
@@ -174,7 +194,7 @@ class LivePDS(DataSelection):
             min_spearman=min_spearman,
         )
         super().__init__(
-            selector,
+            with_prior(selector, prior, prior_ratio),
             PMPInfluence() if estimator is None else estimator,
             every_n_steps=every_n_steps,
             warmup_rounds=warmup_rounds,

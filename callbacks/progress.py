@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from liveselect import cost, distributed
+from liveselect.looking import CarefulProgress, only_looking
 
 log = logging.getLogger("liveselect")
 
@@ -27,6 +28,12 @@ def round_progress(title: str, trainer: pl.Trainer) -> cost.Progress:
     """Return what shows a round of ``trainer``, as a line of the Trainer's own display where one is running."""
     if distributed.rank() != 0:
         return cost.SilentProgress()
+    with only_looking("the progress of a round could not be shown"):
+        return CarefulProgress(_progress(title, trainer))
+    return cost.SilentProgress()
+
+
+def _progress(title: str, trainer: pl.Trainer) -> "RoundProgress":
     bar = trainer.progress_bar_callback
     if not isinstance(bar, RichProgressBar):
         return RoundProgress(title)

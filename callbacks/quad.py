@@ -1,8 +1,9 @@
 """Quad: clusters of the pool as arms of a bandit, pulled by the influence that the live model shows."""
 
-from typing import Unpack
+from typing import Any, Unpack
 
-from liveselect.callbacks.arguments import RunArguments, only
+from liveselect.arguments import check_plain
+from liveselect.callbacks.arguments import RunArguments, only, with_prior
 from liveselect.callbacks.overhearing import Overhearing
 from liveselect.callbacks.selection import DataSelection
 from liveselect.grammar import InfluenceEstimator
@@ -79,6 +80,9 @@ class Quad(DataSelection):
         estimator: measures influence; by default :class:`~liveselect.influence.KFACInfluence` with the curvature of all
             candidates: that of the mixture alone makes too much of what the mixture leaves out.
         warmup_rounds: rounds of uniform data at the beginning.
+        prior: scores that narrow the pool first, as :class:`~liveselect.selectors.PriorSelector` takes them; True is
+            the n-gram prior, which needs no file.
+        prior_ratio: share of the pool that it keeps.
         run: arguments of every run, see :class:`~liveselect.callbacks.DataSelection`.
     """
 
@@ -99,8 +103,11 @@ class Quad(DataSelection):
         overhear: bool = True,
         estimator: InfluenceEstimator | None = None,
         warmup_rounds: int = 5,
+        prior: Any = None,
+        prior_ratio: float = 0.5,
         **run: Unpack[RunArguments],
     ) -> None:
+        check_plain(Quad, locals())
         selector = UCBSelector(
             alpha=alpha,
             pulls=pulls,
@@ -118,7 +125,7 @@ class Quad(DataSelection):
         estimator = KFACInfluence(factors_of="candidates") if estimator is None else estimator
         check_part(estimator, InfluenceEstimator, "estimator")
         super().__init__(
-            selector=selector,
+            selector=with_prior(selector, prior, prior_ratio),
             estimator=estimator,
             every_n_steps=every_n_steps,
             warmup_rounds=warmup_rounds,

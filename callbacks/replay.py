@@ -4,6 +4,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
+from liveselect.arguments import check_plain
 from liveselect.callbacks.selection import DataSelection
 from liveselect.selectors.replay import ReplaySelector, recorded_interval
 
@@ -21,6 +22,7 @@ class Replay(DataSelection):
     """
 
     def __init__(self, run: str | Path, every_n_steps: int | None = None, dirpath: str | Path | None = None) -> None:
+        check_plain(Replay, locals())
         super().__init__(
             selector=ReplaySelector(run),
             every_n_steps=recorded_interval(run) if every_n_steps is None else every_n_steps,

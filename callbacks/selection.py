@@ -6,9 +6,12 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from liveselect.arguments import check_plain
 from liveselect.callbacks.ahead import Ahead, Pace, check_spread
+from liveselect.callbacks.checkpoint_files import install_whole_files
 from liveselect.callbacks.compatibility import (
     check_intervals,
     check_rest,
@@ -19,15 +22,28 @@ from liveselect.callbacks.compatibility import (
     run_folder,
     warn_inside_window,
 )
-from liveselect.callbacks.lines import show_lines
+from liveselect.callbacks.conditions import conditions_of, say_changes, say_late_beginning
+from liveselect.callbacks.folder import logger_folder
+from liveselect.callbacks.lines import say_price, show_lines
 from liveselect.callbacks.overhearing import Overhearing, check_overhear
 from liveselect.callbacks.progress import round_progress
 from liveselect.callbacks.random_state import RandomStates
-from liveselect.callbacks.records import log_end, log_round
+from liveselect.callbacks.records import log_end, log_round, log_scalars, log_settings, scalars_of
 from liveselect.callbacks.session import Session
-from liveselect.callbacks.settings import check_arguments, check_measures, check_saved, damage_reported, settings_of
+from liveselect.callbacks.settings import (
+    as_text,
+    check_arguments,
+    check_measures,
+    check_saved,
+    damage_reported,
+    facts_of,
+    settings_of,
+)
+from liveselect.callbacks.training_loss import TrainingLossCheck
 from liveselect.callbacks.verdict import Judging, check_verdict
+from liveselect.decisions import MOST_REJECTED
 from liveselect.grammar import Batch, InfluenceEstimator, LossFn, Selector, State
+from liveselect.looking import only_looking
 from liveselect.losses import causal_lm_loss
 from liveselect.plan import Plan
 from liveselect.rounds import SelectionRun
@@ -69,11 +85,18 @@ class DataSelection(Callback):
         max_overhead: measure after optimizer steps for up to this share of the time that training takes, and do without
             what was not measured by the end of the round. How much is measured when depends on the machine, so two runs
             differ; a resumed run goes on with what was measured before.
+        mixture_sample: hold out this many candidates, drawn uniformly from the whole pool (and no more than a fiftieth
+            of it), and note the loss on them at every validation: a choice that helps the reference may ruin what the
+            model knows of the rest, and nothing else shows it. 0 for none.
         overhear: score the examples of this many optimizer steps at the beginning of each round out of the steps' own
             backward, at a fraction of what a probe costs; ``every_n_steps`` or more is all of them. The ledger records
             it, and arms and regressors learn from it. Needs an estimator that compares gradients
             with a direction, and at most 1 with rounds that are measured between steps. The numbers of later steps are
             as old as the round.
+        training_loss_differs: whether ``training_step`` returns another loss than a mean of ``loss_fn`` deliberately
+            (label smoothing, a term beside it). Otherwise the run ends at the first batch, before it is stepped on.
+        most_rejected: limit on the rejected candidates that the decisions of a round record, those nearest to being
+            chosen; chosen and measured ones are all recorded.
         verdict: find out in the run whether selection beats random data at equal total cost, and act on it; see
             :class:`~liveselect.verdict.Verdict`. Selection then sees a half of the reference set, and the other half
             judges it. Not by default, because of that half.
@@ -91,10 +114,16 @@ class DataSelection(Callback):
         probes_between_steps: int | None = None,
         max_overhead: float | None = None,
         overhear: int = 0,
+        training_loss_differs: bool = False,
+        most_rejected: int = MOST_REJECTED,
+        mixture_sample: int = 0,
         verdict: Verdict | None = None,
     ) -> None:
+        check_plain(DataSelection, locals())
+        if mixture_sample < 0:
+            raise ValueError(f"expected mixture_sample, a number of candidates, of at least 0, got {mixture_sample}")
         pace = Pace(probes_between_steps, max_overhead)
-        check_arguments(selector, estimator, every_n_steps, warmup_rounds, loss_fn)
+        check_arguments(selector, estimator, every_n_steps, warmup_rounds, loss_fn, most_rejected)
         check_spread(estimator, pace, every_n_steps)
         check_overhear(overhear, estimator, is_spread=bool(pace))
         check_measures(selector, estimator)
@@ -105,9 +134,14 @@ class DataSelection(Callback):
         self.loss_fn = causal_lm_loss if loss_fn is None else loss_fn
         self.seed = seed
         self.dirpath = dirpath
+        self.most_rejected = most_rejected
+        self.mixture_sample = mixture_sample
         self.ahead = Ahead(pace)
         self.overhearing = Overhearing(int(overhear), self.loss_fn)
+        self.training_loss_differs = training_loss_differs
+        self._loss_check = TrainingLossCheck(training_loss_differs)
         self._random_states = RandomStates()
+        self._conditions: State = {}  # of the checkpoint until training begins
         self.verdict = check_verdict(verdict)
         self._judging = Judging(verdict, seed, warmup_rounds, every_n_steps, self._random_states)
         self._session: Session | None = None  # made in setup, when the data are known
@@ -149,13 +183,18 @@ class DataSelection(Callback):
         return {
             "version": STATE_VERSION,
             "seed": self.seed,
-            "settings": self._settings(),
+            "settings": as_text(self._settings()),
             "global_batch": self.session.batch_of_round(),
+            "conditions": dict(self._conditions),
             "run": self.run.state_dict(),
             "overhearing": self.overhearing.state_dict(self.run),
             "random_states": self._random_states.state_dict(),
             "verdict": self._judging.state_dict(),
         }
+
+    # Lightning refuses two callbacks with state under one key by the name of the second, and asks for other keys; it
+    # looks behind what is wrapped, and so leaves two selections to setup, which says what to do
+    state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore the state that :meth:`state_dict` described.
@@ -165,7 +204,7 @@ class DataSelection(Callback):
         """
         if not state_dict:
             return
-        changed = check_saved(state_dict, STATE_VERSION, self.seed, self._settings())
+        changed = check_saved(state_dict, STATE_VERSION, self.seed, as_text(self._settings()))
         self.overhearing.forget()
         with damage_reported():
             self._judging.load_state_dict(state_dict["verdict"])  # first: it says who chooses in the round to come
@@ -174,6 +213,7 @@ class DataSelection(Callback):
             self._random_states.load_state_dict(state_dict["random_states"])
         if changed:
             self.run.ahead = None  # measured for the round to come with other settings: it is measured again
+        self._conditions = state_dict["conditions"]
         self.session.resumed, self.session.saved_batch = True, state_dict["global_batch"]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: State) -> None:
@@ -197,8 +237,10 @@ class DataSelection(Callback):
         if stage != "fit":
             return
         show_lines()
+        check_alone(trainer)
         source = find_source(trainer)
         check_setup(trainer, pl_module)
+        install_whole_files(trainer)
         if self._session is None:
             about = {
                 "preset": type(self).__name__,
@@ -209,24 +251,44 @@ class DataSelection(Callback):
             self._session = Session(self.selector, self.estimator, about, source)
         self._session.use(source, goes_on=trainer.global_step > 0)
         self._session.run.at_random = self._judging.at_random
-        self._session.write_to(run_folder(trainer) / "selection" if self.dirpath is None else Path(self.dirpath))
+        self._session.hold_out(self.mixture_sample)
+        own = run_folder(trainer) / "selection" if self.dirpath is None else Path(self.dirpath)
+        apart = self.dirpath is None and logger_folder(trainer) is None
+        self._session.write_to(own, apart, self.most_rejected)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the settings to the loggers' configuration, just before Lightning adds the module's and saves it."""
+        self._describe(trainer, pl_module)
+        log_settings(trainer, self.run.ledger.about)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the first plan, or continue the one of the checkpoint."""
         check_intervals(trainer)
         keep_checkpoints_out_of_windows(trainer)
-        session = self.session
+        session, resumed = self.session, self.session.resumed
         self._random_states.begin_run()
         session.run.source.before_batch = self._random_states.begin_batch
         if not session.resumed:
             self.overhearing.forget()
         self._judging.begin_fit(starts_over=not session.resumed and trainer.global_step == 0)
         session.begin_fit(trainer, pl_module, self.loss_fn)
+        self._loss_check.begin_fit()
+        self._describe(trainer, pl_module)
         self._judging.begin_training(session, trainer, pl_module)
         if self.plan is not None:
             check_rest(self.plan, session.global_batch(trainer), trainer)
-        with session.charged("rehearsal"), session.gate.measuring():
-            session.rehearse(trainer)
+        now = conditions_of(trainer, session.run, self.every_n_steps)
+        if resumed:
+            say_changes(self._conditions, now, self.plan, session.next_begins(trainer), bool(self.ahead.pace))
+        elif trainer.global_step and self.plan is None:
+            say_late_beginning(trainer.global_step, self.warmup_rounds)
+        self._conditions = now
+        with session.measuring():
+            self.run.prepare()
+            with session.charged("rehearsal"):
+                price = session.rehearse(trainer)
+        if price is not None:
+            say_price(price, self.every_n_steps, self.ahead.pace.max_overhead)
         self.ahead.begin_round(session)
         if self.plan is None or self.plan.exhausted:
             self._select(trainer)
@@ -240,11 +302,13 @@ class DataSelection(Callback):
     ) -> None:
         """Capture the batch, if its step is one of those that are scored."""
         self._random_states.ensure_begun()
-        self.session.begin_batch()
+        self.session.begin_batch(batch)
+        self._loss_check.begin(self.session, batch)
         self.overhearing.begin(trainer, pl_module, batch, self.run, self.session.global_batch(trainer))
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Check that the step can be captured."""
+        """Check that the loss is the one that is measured, and that the step can be captured."""
+        self._loss_check.compare(trainer, self.session, loss)
         self.overhearing.capture.before_backward(trainer, loss)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -260,7 +324,7 @@ class DataSelection(Callback):
         examples = session.run.source.batch_size * trainer.world_size
         self.overhearing.end(trainer, self.run, examples, session.global_batch(trainer))
         session.charge("overhearing", self.overhearing.take_seconds())
-        stepped = session.count_batch(trainer, tokens_in(batch))
+        stepped = session.count_batch(trainer, batch)
         self._judging.after_batch(session, trainer, tokens_in(batch), stepped)
         if session.plan.exhausted and not stepped:
             raise RuntimeError(
@@ -288,7 +352,12 @@ class DataSelection(Callback):
         # a loader that draws its seed moves the global state; a run resumed from the checkpoint of this very step does
         # not validate again, and would go on with other random numbers
         self._random_states.put_back()
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = scalars_of(trainer.callback_metrics)
+        with self.session.measuring():
+            mixture = self.session.mixture_loss()
+        if mixture is not None:
+            metrics["mixture_loss"] = mixture
+            log_scalars(trainer, {"mixture_loss": mixture})
         self.run.ledger.evaluate(trainer.global_step, metrics)
         self.session.write_ledger()
         self.session.clock.start()
@@ -299,12 +368,17 @@ class DataSelection(Callback):
         self.session.stop_training()
         self.run.ledger.finished = True
         self.session.write_ledger()
-        log_end(trainer, self.run.ledger)
+        log_end(trainer, self.run.ledger, self.plan)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Put the signal handlers back."""
+        """Put the signal handlers back, and let others have the folder."""
         if self._session is not None:
-            self._session.gate.remove()
+            self._session.release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the signal handlers back, and let others have the folder, however the run has ended."""
+        if self._session is not None:
+            self._session.release()
 
     # ---- a round -----------------------------------------------------------------------------------------------
 
@@ -312,11 +386,12 @@ class DataSelection(Callback):
         """Run a round and publish its plan."""
         session, run = self.session, self.run
         began, before = time.perf_counter(), 0.0 if run.ahead is None else sum(run.ahead.meter.seconds.values())
+        before += sum(run.preparing.seconds.values())
         budget = session.budget(trainer, trainer.global_step)
         selector = type(run.selector_for(run.next_round)).__name__
         progress = round_progress(f"round {run.next_round} ({selector}, step {trainer.global_step})", trainer)
         round = session.open_round(trainer, budget)
-        with session.gate.measuring():
+        with session.measuring():
             plan = self.ahead.finish(session, round, budget, progress)
         run.source.follow(plan)
         self._judging.begin_round(session, trainer)
@@ -326,7 +401,11 @@ class DataSelection(Callback):
         session.write_ledger()
         self.ahead.begin_round(session)
 
-    def _settings(self) -> dict[str, str]:
+    def _describe(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with only_looking("the settings of selection could not be recorded"):
+            self.session.describe({**self._settings(), **facts_of(trainer, pl_module, self.run.source)})
+
+    def _settings(self) -> dict[str, object]:
         """Return what a resumed run should not change without noticing; the pool and the seed are looked at apart."""
         return settings_of(
             {
@@ -339,6 +418,18 @@ class DataSelection(Callback):
                 "max_overhead": self.ahead.pace.max_overhead,
                 "overhear": self.overhearing.steps,
                 "verdict": self.verdict,
+                "most_rejected": self.most_rejected,
+                "mixture_sample": self.mixture_sample,
                 "reference set": None if self._session is None else self.run.source.reference_fingerprint,
             }
+        )
+
+
+def check_alone(trainer: pl.Trainer) -> None:
+    """Raise MisconfigurationException when more than one selection is among the callbacks of a Trainer."""
+    found = [type(each).__name__ for each in trainer.callbacks if isinstance(each, DataSelection)]  # type: ignore[attr-defined]
+    if len(found) > 1:
+        raise MisconfigurationException(
+            f"expected one selection in a Trainer, got {' and '.join(found)}: they would choose the same batches. Keep "
+            "one of them; a YAML file names it under `select` or among trainer.callbacks, not in both"
         )

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,31 +12,42 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
+from liveselect import distributed
 from liveselect.callbacks.clipping import clip_gradients
 from liveselect.callbacks.clock import TrainingClock
 from liveselect.callbacks.compatibility import callable_model, requeue_signals
+from liveselect.callbacks.folder import LEDGER_FILE, RunFolder
 from liveselect.callbacks.preemption import SignalGate
-from liveselect.callbacks.records import carry_earlier_decisions, keep_older_ledger, write_ledger
-from liveselect.decisions import DecisionLedger
-from liveselect.functional.flops import forward_flops
+from liveselect.callbacks.records import carry_earlier_decisions, report_uncounted, write_ledger
+from liveselect.callbacks.silence import silent_logging
+from liveselect.callbacks.training_flops import TrainingFlops, peak_flops
+from liveselect.decisions import MOST_REJECTED, DecisionLedger
+from liveselect.functional.sampling import uniform_subset
 from liveselect.grammar import (
+    Batch,
     CandidateSource,
     InfluenceEstimator,
     LiveModel,
     LossFn,
+    Named,
     Round,
     SelectionWarning,
     Selector,
     State,
 )
+from liveselect.influence.reference import held_out_loss
+from liveselect.ledger import new_run_id
+from liveselect.looking import only_looking
 from liveselect.parts import save_part
 from liveselect.plan import Plan
+from liveselect.preserve import measuring
+from liveselect.price import Price, price_of_round
 from liveselect.rehearsal import rehearse
 from liveselect.rounds import SelectionRun
+from liveselect.seeding import generator_for
 from liveselect.selectors import UniformSelector
 from liveselect.watch import Watch
 
-LEDGER_FILE = "ledger.jsonl"
 STRETCH = "round_stretch"
 """Metric of a round's record: how many times as long as set the rounds after it are, where that has changed."""
 
@@ -84,9 +95,11 @@ class Session:
         self.stretch = 1
         self._about = about
         self._first_states = [copy.deepcopy(part.state_dict()) for part in self._parts()]
+        self._folder = RunFolder()
+        self._wanted, self._apart, self._most_rejected = Path(), False, MOST_REJECTED
         self._ledger_path: Path | None = None
         self._model: LiveModel | None = None
-        self._flops_per_token = 0.0
+        self._training_flops = TrainingFlops()
         self._describe()
 
     # ---- life --------------------------------------------------------------------------------------------------
@@ -94,7 +107,7 @@ class Session:
     def use(self, source: CandidateSource, goes_on: bool) -> None:
         """Take the data of a fit: those of a fit before that this one continues, or others, from the start."""
         used = self.run.pool
-        if goes_on and used.fingerprint == source.pool.fingerprint:
+        if goes_on and used.identity == source.pool.identity:
             source.pool.uses, self.run.source = used.uses, source  # a new datamodule of the same pool
         elif used is not source.pool:
             self.start_over(source)
@@ -114,15 +127,52 @@ class Session:
             decisions=old.decisions,
             watch=old.watch,
             interrupted=old.interrupted,
+            held_out=old.held_out,
             at_random=old.at_random,
         )
         self.run.pool.uses.zero_()
         self._describe()
 
-    def write_to(self, folder: Path) -> None:
-        """Keep the records in ``folder``."""
+    def hold_out(self, count: int) -> None:
+        """Keep ``count`` candidates, but no more than a fiftieth of the pool, from ever being chosen."""
+        size = self.run.pool.size
+        generator = generator_for(self.run.seed, 0, "held-out mixture")
+        self.run.held_out = uniform_subset(size, min(count, size // 50), generator)
+
+    def mixture_loss(self) -> float | None:
+        """Return the loss on what is held out of the pool, nats per token; None where nothing is, or before a fit."""
+        run, model = self.run, self._model
+        if model is None or not len(run.held_out):
+            return None
+        with measuring(model.module, model.optimizer):
+            return held_out_loss(model, run.source, run.held_out)
+
+    def write_to(self, folder: Path, apart: bool, most_rejected: int) -> None:
+        """Keep the records in ``folder``, once training begins; ``apart`` from what earlier runs have left there."""
+        self._wanted, self._apart, self._most_rejected = folder, apart, most_rejected
+
+    def release(self) -> None:
+        """Let others have the folder, and put the signal handlers back."""
+        self._folder.release()
+        self.gate.remove()
+
+    def describe(self, settings: Mapping[str, object]) -> None:
+        """Note what the run is set to, and where its records are, beside what it is."""
+        plain = {name: str(value) if isinstance(value, Named) else value for name, value in settings.items()}
+        folder = {} if self._ledger_path is None else {"folder": str(self._ledger_path.parent.resolve())}
+        self.run.ledger.about = {**plain, **self._about, **folder}
+
+    def _take_folder(self) -> None:
+        """Find the folder of this run, the same on all ranks; a collective."""
+        run, folder, run_id = self.run, self._wanted, self.run.ledger.run_id or new_run_id()
+        if distributed.rank() == 0:
+            folder = self._folder.claim(self._wanted, run_id, bool(run.ledger.rounds), self._apart)
+            before = [Path(place).parent for place in reversed(run.ledger.decision_folders)]
+            with only_looking("what training steps showed in earlier rounds could not be read"):
+                run.ledger.recall(place / LEDGER_FILE for place in (folder, *before))
+        folder, run.ledger.run_id = distributed.gather_objects((folder, run_id))[0]
         self._ledger_path = folder / LEDGER_FILE
-        self.run.decisions = DecisionLedger(folder / "decisions")
+        run.decisions = DecisionLedger(folder / "decisions", self._most_rejected)
 
     def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss_fn: LossFn) -> None:
         """Take hold of the live model, and bring the records along.
@@ -133,15 +183,15 @@ class Session:
         for part in self._parts():
             save_part(part)
         starts_over = trainer.global_step == 0 and not self.resumed and self.run.plan is not None
-        self._flops_per_token = 3 * forward_flops(pl_module, 1)  # backward costs twice the forward
+        self._training_flops = TrainingFlops()
         self.counted_step, self.in_batch, self._in_step = trainer.global_step, False, False
         if starts_over:
             self.start_over()  # another fit of the same callback
-        if not self.resumed:
-            keep_older_ledger(self._ledger_path)
+        self._take_folder()
         if self.resumed:
             self._check_place(trainer)
         self.saved_batch = self.global_batch(trainer)
+        self.run.ledger.peak_flops = peak_flops(trainer)
         self.resumed, self.run.ledger.finished = False, False
         changed = [record.metrics[STRETCH] for record in self.run.ledger.rounds if STRETCH in record.metrics]
         self.stretch = int(changed[-1]) if changed else 1
@@ -203,9 +253,15 @@ class Session:
         return trainer.global_step + left // self.global_batch(trainer)
 
     def budget(self, trainer: pl.Trainer, begins: int) -> int:
-        """Return how many candidates a round that begins at step ``begins`` trains on."""
-        steps = int(min(self._every_n_steps * self.stretch, trainer.estimated_stepping_batches - begins))
-        return max(1, steps) * self.global_batch(trainer)
+        """Return how many candidates are chosen for a round that begins at step ``begins``.
+
+        Those of a whole round; if training and the pass over the pool end before, as many as are trained on.
+        """
+        batch, every = self.global_batch(trainer), self._every_n_steps * self.stretch
+        steps = int(min(every, trainer.estimated_stepping_batches - begins))
+        whole, left = every * batch, max(1, steps) * batch
+        # whole also where training ends inside: a run that goes on later then trains what one long run would have
+        return whole if left == whole or self.run.can_plan(whole) else left
 
     def stretch_rounds(self, steps: float, why: str) -> None:
         """Make the rounds to come at least ``steps`` long, in multiples of the set length, and record why.
@@ -229,28 +285,55 @@ class Session:
         """Return the round to come, as it stands at the present step."""
         return self.run.open_round(trainer.global_step, budget, selector=selector, device=self.model.device)
 
-    def rehearse(self, trainer: pl.Trainer) -> None:
-        """Try, small, the first round that measures."""
+    def rehearse(self, trainer: pl.Trainer) -> Price | None:
+        """Try, small, the first round that measures, and return what such a round costs if that is known."""
         run = self.run
         begins = max(self.next_begins(trainer), run.warmup_rounds * self._every_n_steps)
         needed = self.budget(trainer, begins) if begins < trainer.estimated_stepping_batches else 1
         round = self.open_round(trainer, needed, run.selector)
-        rehearse(run.selector, run.estimator, self.model, round, needed)
+        changed, meter = rehearse(run.selector, run.estimator, self.model, round, needed)
+        spent = meter.spent()
+        flops = sum(distributed.gather_objects(sum(spent["flops"].values())))
+        if flops:
+            run.ledger.around_flops["rehearsal"] = run.ledger.around_flops.get("rehearsal", 0.0) + flops
+        report_uncounted(run.ledger, spent["uncounted"])
+        if changed is not None and run.disabled is None:
+            run.disabled = changed
+            rank_zero_warn(changed, category=SelectionWarning)
+        if run.estimator is None or begins >= trainer.estimated_stepping_batches:
+            return None
+        examples = self._every_n_steps * self.global_batch(trainer)
+        return price_of_round(run.selector, run.estimator, self.model, round, examples)
 
     def at_step(self, round: Round, trainer: pl.Trainer) -> Round:
         """Return a round that was opened at an earlier step as it stands now."""
         return replace(round, step=trainer.global_step)
 
-    def begin_batch(self) -> None:
-        """Hold signals from the first batch of an optimizer step until the step is counted."""
+    def begin_batch(self, batch: Batch) -> None:
+        """Hold signals from the first batch of an optimizer step until the step is counted.
+
+        The first batch of a fit is looked at to know what training on it costs.
+        """
+        if not self._training_flops.known:
+            with self.charged("count FLOPs"), self.measuring():
+                looked = self._training_flops.look_at(self.model, batch)
+            around = self.run.ledger.around_flops
+            around["count FLOPs"] = around.get("count FLOPs", 0.0) + looked * distributed.world_size()
+            report_uncounted(self.run.ledger, self._training_flops.uncounted)
         if not self._in_step:
             self.gate.hold()
         self._in_step = self.in_batch = True
 
-    def count_batch(self, trainer: pl.Trainer, tokens: int) -> bool:
+    def flops_of(self, batch: object) -> float:
+        """Return the FLOPs of a forward and backward of a batch of this rank."""
+        return self._training_flops.of(batch).total
+
+    def count_batch(self, trainer: pl.Trainer, batch: object) -> bool:
         """Count a batch that was trained on; returns whether an optimizer step ended with it."""
         self.plan.advance(self.run.source.batch_size * trainer.world_size)
-        self.run.ledger.training_flops += self._flops_per_token * tokens * trainer.world_size
+        flops, ledger = self._training_flops.of(batch), self.run.ledger
+        ledger.training_flops += flops.total * trainer.world_size
+        ledger.training_repeated_flops += flops.repeated * trainer.world_size
         stepped = trainer.global_step != self.counted_step
         self.counted_step, self.in_batch = trainer.global_step, False
         return stepped
@@ -262,7 +345,7 @@ class Session:
             self.gate.release()
 
     def _check_place(self, trainer: pl.Trainer) -> None:
-        """Raise ValueError when the plan of a checkpoint stands elsewhere than its step; warn of another batch size."""
+        """Raise ValueError when the plan of a checkpoint stands elsewhere than its step."""
         plan, batch = self.run.plan, self.global_batch(trainer)
         if plan is None:
             return
@@ -271,11 +354,6 @@ class Session:
             return
         if batch != self.saved_batch:
             self._mixed_round = plan.round
-            rank_zero_warn(
-                f"the run is resumed with {batch} examples in an optimizer step, the checkpoint was written with "
-                f"{self.saved_batch}: rounds to come hold other candidates than those of the original run",
-                category=SelectionWarning,
-            )
             return
         trained = (trainer.global_step - self.run.ledger.rounds[-1].step) * batch
         # inside an accumulation window some batches of the step are counted already; check_rest refuses that
@@ -294,6 +372,12 @@ class Session:
         if not self._in_step:
             self.gate.let_through()
         return trainer.received_sigterm
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Hold signals and keep logging silent in this block, in which weights may be displaced."""
+        with self.gate.measuring(), silent_logging():
+            yield
 
     # ---- records -----------------------------------------------------------------------------------------------
 

@@ -1,12 +1,26 @@
 """What selection was set to, so that a resumed run can say what has changed."""
 
 import inspect
+import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
-from liveselect.grammar import InfluenceEstimator, LossFn, Part, SelectionWarning, Selector, State
+from liveselect.grammar import (
+    CandidateSource,
+    InfluenceEstimator,
+    LossFn,
+    Named,
+    Part,
+    SelectionWarning,
+    Selector,
+    State,
+    as_setting,
+    given_to,
+)
 from liveselect.parts import check_keys, check_part
 
 
@@ -16,14 +30,18 @@ def check_arguments(
     every_n_steps: int,
     warmup_rounds: int,
     loss_fn: LossFn | None,
+    most_rejected: int,
 ) -> None:
     """Raise TypeError or ValueError for what cannot be the parts and the rounds of a run."""
     if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 1:
         raise ValueError(f"expected every_n_steps of at least one optimizer step, got {every_n_steps}")
     if not isinstance(warmup_rounds, int) or warmup_rounds < 0:
         raise ValueError(f"expected warmup_rounds of zero or more, got {warmup_rounds}")
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"expected loss_fn to be a function (module, batch) -> (B,) losses, got {loss_fn!r}")
+    if not isinstance(most_rejected, int) or isinstance(most_rejected, bool) or most_rejected < 0:
+        raise ValueError(f"expected most_rejected of zero or more candidates, got {most_rejected}")
+    if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
+        hint = f": pass {loss_fn.__name__}(...)" if isinstance(loss_fn, type) else ""
+        raise TypeError(f"expected loss_fn to be a function (module, batch) -> (B,) losses, got {loss_fn!r}{hint}")
     check_part(selector, Selector, "selector")
     if estimator is not None:
         check_part(estimator, InfluenceEstimator, "estimator")
@@ -38,24 +56,62 @@ def check_measures(selector: Selector, estimator: InfluenceEstimator | None) -> 
         )
 
 
-def settings_of(parts: Mapping[str, object]) -> dict[str, str]:
-    """Return the settings of some parts as text, by dotted name.
+def settings_of(parts: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings of some parts by dotted name, as values that JSON knows.
 
-    A part is named by its class, and by the arguments of its constructor that it keeps under their names, where they
-    are plain values; parts inside a part likewise. What a part learns is no setting.
+    A part is named by its class, and by what its constructor was given; parts inside a part likewise. An argument that
+    a part keeps under its own name counts as it is now. What a part learns is no setting.
     """
-    found: dict[str, str] = {}
+    found: dict[str, object] = {}
     for name, part in parts.items():
-        if _is_plain(part):
-            found[name] = repr(part)
-            continue
-        found[name] = getattr(part, "__qualname__", type(part).__qualname__)
-        if hasattr(part, "__dict__") and not inspect.isroutine(part) and not inspect.isclass(part):
-            kept = {argument: vars(part)[argument] for argument in _arguments(part) if argument in vars(part)}
-            # of other objects only those that are parts of selection; a data set or a model is none
-            inner = {key: value for key, value in kept.items() if _is_plain(value) or isinstance(value, Part)}
-            found.update({f"{name}.{key}": value for key, value in settings_of(inner).items()})
+        value = as_setting(part)
+        found[name] = Named(type(value).__qualname__) if isinstance(value, Part) else value
+        if isinstance(value, Part):
+            kept = vars(value)
+            now = {argument: kept.get(argument, given) for argument, given in _given(value).items()}
+            found.update({f"{name}.{key}": each for key, each in settings_of(now).items()})
     return found
+
+
+def _given(part: Part) -> Mapping[str, object]:
+    """Return what a part was given; one whose constructor a decorator has made keeps it under the arguments' names."""
+    if given := given_to(part):
+        return given
+    kept, names = vars(part), list[str]()
+    with suppress(TypeError, ValueError):  # a compiled class has no signature
+        names = list(inspect.signature(type(part)).parameters)
+    return {name: kept[name] for name in names if name in kept}
+
+
+def as_text(settings: Mapping[str, object]) -> dict[str, str]:
+    """Return settings as texts that can be compared: classes and functions by name, values as Python writes them."""
+    return {name: str(value) if isinstance(value, Named) else repr(value) for name, value in settings.items()}
+
+
+def facts_of(trainer: pl.Trainer, module: pl.LightningModule, source: CandidateSource) -> dict[str, object]:
+    """Return what else a run is made of: its data, sizes, precision and versions."""
+    names = ("liveselect", "torch", "lightning", "transformers", "numpy")
+    window, ranks = trainer.accumulate_grad_batches, trainer.world_size
+    return {
+        "pool": source.pool.fingerprint,
+        "pool.candidates": source.pool.size,
+        "pool.groups": len(source.pool.group_names),
+        "reference": source.reference_fingerprint,
+        "reference.examples": source.reference_examples,
+        "batch_size": source.batch_size,
+        "ranks": ranks,
+        "accumulate_grad_batches": window,
+        "global_batch": source.batch_size * ranks * window,
+        "max_steps": trainer.max_steps,
+        "model": type(module).__qualname__,
+        "model.parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "optimizer": type(trainer.optimizers[0]).__qualname__,
+        "precision": str(trainer.precision),
+        "strategy": type(trainer.strategy).__qualname__,
+        "device": str(trainer.strategy.root_device.type),
+        **{f"versions.{name}": version(name) for name in names},
+        "versions.python": platform.python_version(),
+    }
 
 
 @contextmanager
@@ -90,7 +146,7 @@ def check_saved(state: State, version: int, seed: int, settings: Mapping[str, st
         )
     check_keys(
         state,
-        {"version", "seed", "settings", "global_batch", "run", "overhearing", "random_states", "verdict"},
+        {"version", "seed", "settings", "global_batch", "conditions", "run", "overhearing", "random_states", "verdict"},
         "entry of DataSelection",
     )
     if state["seed"] != seed:
@@ -117,16 +173,3 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         for name in sorted(before.keys() & now.keys())
         if before[name] != now[name]
     ]
-
-
-def _arguments(part: object) -> list[str]:
-    try:
-        return list(inspect.signature(type(part)).parameters)
-    except (TypeError, ValueError):  # of a compiled class
-        return []
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)

@@ -105,7 +105,9 @@ class Judging:
             self._give_up(session, trainer, obstacle)
             return
         run.shown = HalfReference(run.source, self._seed)
-        self._steps = training_steps(trainer, pl_module, self._random_states, lambda: session.gate.waits)
+        self._steps = replace(
+            training_steps(trainer, pl_module, self._random_states, lambda: session.gate.waits), flops=session.flops_of
+        )
         total, window = trainer.estimated_stepping_batches, trainer.accumulate_grad_batches
         if look.answer is None and trainer.is_global_zero:
             share, number = look.settings.share, look.looks_affordable(total, window)
@@ -143,7 +145,7 @@ class Judging:
         look.note_batch(tokens)
         if not stepped or not look.watches(trainer.global_step):
             return
-        with self._charged(session) as model, session.gate.measuring():
+        with self._charged(session) as model, session.measuring():
             ended = look.after_step(model, session.run.source, trainer.global_step)
         if not ended:
             return
@@ -174,7 +176,7 @@ class Judging:
         place = session.plan.round, trainer.global_step, trainer.estimated_stepping_batches
         while True:
             try:
-                with self._charged(session) as model, session.gate.measuring():
+                with self._charged(session) as model, session.measuring():
                     look.begin(model, steps, run.source, candidates, *place)
                 return
             except RoundInterruptedError as stopped:

@@ -3,7 +3,6 @@
 import inspect
 import itertools
 import re
-import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -19,8 +18,7 @@ from liveselect.datamodules.pools.tokens import TokenStore
 from liveselect.datamodules.rows.collating import without_fill
 from liveselect.datamodules.rows.content import spread_ids
 from liveselect.datamodules.rows.rows import Rows
-from liveselect.datamodules.settings import Place
-from liveselect.grammar import SelectionWarning
+from liveselect.datamodules.settings import OnOther, Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,17 +46,19 @@ def check_same_tokenizer(pool: TokenStore | None, reference: TokenStore | None) 
         )
 
 
-def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: Rows, what: str) -> None:
-    """Raise where ``tokenizer`` cannot be the one that made the pool; warn where that is unlikely.
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: Rows, what: str, other: OnOther = "refuse") -> None:
+    """Raise unless ``tokenizer`` can be the one that made the pool.
 
-    A reference set of other ids than the pool's is noise to the model, and causes no error. Two signs are ids beyond
-    the tokenizer's, and rows of the pool that do not become the same ids again after decoding and encoding: with the
-    right tokenizer nearly all do.
+    A reference set of other ids than the pool's is noise to the model, and causes no error. Signs are another
+    vocabulary than that of the pool's own tokenizer, or other tokens for its text; and where the pool has none, ids
+    beyond the tokenizer's, and rows that do not become the same ids again after decoding and encoding: with the right
+    tokenizer nearly all do.
 
     Args:
         tokenizer: tokenizer of the reference set.
         rows: the pool.
         what: origin of the tokenizer, for messages.
+        other: ``allow`` to accept another one.
 
     Raises:
         TypeError: it is no Hugging Face tokenizer.
@@ -68,24 +68,35 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: Rows, what: str)
         raise TypeError(
             f"expected {what} as a Hugging Face tokenizer, or the name or path of one, got {type(tokenizer).__name__}"
         )
-    if rows.store is not None and rows.store.tokenizer_path is not None:
-        own = load_tokenizer(rows.store.tokenizer_path)
-        if own.get_vocab() != tokenizer.get_vocab():
+    if other == "allow":
+        return
+    folder = rows.store.tokenizer_path if rows.store is not None else None
+    if folder is not None:
+        own = load_tokenizer(folder)
+        if own.get_vocab() != tokenizer.get_vocab() or _same_token_share(own, tokenizer, rows) < MIN_ROUND_TRIP_SHARE:
             raise ValueError(
-                f"{what} is not the tokenizer that {rows.store.path} was prepared with, so the same ids mean different "
-                "texts: leave it out, the pool holds its own"
+                f"{what} is not the tokenizer that {folder.parent} was prepared with, so the same ids mean different "
+                "texts: leave it out, the pool holds its own (or pass other_tokenizer='allow' if that is meant)"
             )
         return
     known = len(tokenizer)
     again = _round_trip_share(tokenizer, rows)
     if rows.vocab_size > known or again < MIN_ROUND_TRIP_SHARE:
-        warnings.warn(
+        raise ValueError(
             f"{what} does not look like the one that made the pool: it knows {known} tokens, ids of the pool go up to "
-            f"{rows.vocab_size - 1}, and {again:.0%} of the ids in some rows came back after decoding and encoding. If "
-            "it is another one, the reference set means nothing to the model",
-            SelectionWarning,
-            stacklevel=2,
+            f"{rows.vocab_size - 1}, and {again:.0%} of the ids in some rows came back after decoding and encoding. "
+            "With another one the reference set means nothing to the model: pass the tokenizer that made the pool, or "
+            "other_tokenizer='allow' if you know that this one fits"
         )
+
+
+def _same_token_share(own: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase", rows: Rows) -> float:
+    """Return the share of the tokens of some rows' text in which two tokenizers agree."""
+    blocks = [rows.candidates([i])["input_ids"][0, :256].tolist() for i in spread_ids(len(rows), 8)]
+    texts = own.batch_decode(blocks, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    one, two = (Counter(itertools.chain(*each(texts, add_special_tokens=False)["input_ids"])) for each in (own, other))
+    most = max(sum(one.values()), sum(two.values()))
+    return sum((one & two).values()) / most if most else 1.0
 
 
 def _round_trip_share(tokenizer: "PreTrainedTokenizerBase", rows: Rows) -> float:

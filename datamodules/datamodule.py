@@ -28,6 +28,7 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         batch_size: rows in the training batch of one rank; 0 while only the unopened data knows it.
         before_batch: called before each training batch is fetched, or None.
         reference_fingerprint: a hash of the reference set, None before ``setup("fit")``.
+        reference_examples: how many it has, None before.
         setup_seconds: seconds that the last ``setup("fit")`` took to open and check the data, without the setup of a
             wrapped module.
     """
@@ -40,6 +41,7 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         self.batch_size = settings.batch_size or 0
         self.before_batch: Callable[[], None] | None = None
         self.reference_fingerprint: str | None = None
+        self.reference_examples: int | None = None
         self.setup_seconds = 0.0
         self._served: ServedPool | None = None
         self._validation: list[Batch] | None = None
@@ -56,8 +58,9 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         Raises:
             ValueError: the pool is smaller than a global batch, the reference set is empty or inside the pool, or token
                 ids exceed the model's vocabulary.
-            TypeError: the pool or the reference set is of an unknown kind.
+            TypeError: the pool or the reference set is of an unknown kind, or a callback is a class.
         """
+        refuse_classes(self.trainer)
         with isolate_rng(include_cuda=False):  # datasets may draw when they are read, and training must not change
             if stage == "fit":
                 began = time.perf_counter()
@@ -108,6 +111,10 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         """Yield batches of the candidates ``ids (n,)``, in their order."""
         return self.served.candidates(ids)
 
+    def in_bulk(self, ids: Tensor) -> Iterator[Batch]:
+        """Yield the candidates ``ids (n,)`` in batches that are read fastest, in their order."""
+        return self.served.in_bulk(ids)
+
     def reference(self) -> Iterable[Batch]:
         """Return the batches of the reference set, the same ones in the same order at each call."""
         return iter(self.served.reference)
@@ -151,6 +158,7 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         self._served = ServedPool(opened, self.settings, Place.of(self.trainer), before, self._begin_batch)
         self.batch_size = opened.batch_size
         self.reference_fingerprint = self._served.reference_fingerprint
+        self.reference_examples = sum(len(batch["input_ids"]) for batch in self._served.reference)
         self._validation = self._open_validation(opened) if self._serves_validation else None
         self._check_model()
 
@@ -181,3 +189,15 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         if self._served is not None:
             self._served.close()
         self.before_batch = None
+
+
+def refuse_classes(trainer: pl.Trainer | None) -> None:
+    """Raise TypeError when a class is among the callbacks of a Trainer, where an object belongs."""
+    callbacks: list[object] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, type):
+            callbacks.remove(callback)  # or Lightning calls its on_exception, whose error hides this one
+            raise TypeError(
+                f"expected objects among the callbacks of the Trainer, got the class {callback.__name__}: write "
+                f"{callback.__name__}(...)"
+            )

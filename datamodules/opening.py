@@ -23,7 +23,7 @@ from liveselect.datamodules.rows.collating import unpadded, without_fill
 from liveselect.datamodules.rows.draws import Collate
 from liveselect.datamodules.rows.rows import CollatedRows, DatasetRows, Rows, StoreRows
 from liveselect.datamodules.rows.token_rows import complete_batch
-from liveselect.datamodules.settings import OnOverlap, ServingSettings
+from liveselect.datamodules.settings import OnOther, OnOverlap, ServingSettings
 from liveselect.grammar import IGNORE_INDEX, Batch, SelectionWarning
 
 if TYPE_CHECKING:
@@ -73,7 +73,10 @@ def open_source(source: object, collate_fn: Collate | None) -> Rows:
 
 
 def open_tokenizer(
-    spec: "str | Path | PreTrainedTokenizerBase | None", rows: Rows, what: str = "tokenizer="
+    spec: "str | Path | PreTrainedTokenizerBase | None",
+    rows: Rows,
+    what: str = "tokenizer=",
+    other: OnOther = "refuse",
 ) -> "PreTrainedTokenizerBase | None":
     """Return the tokenizer that made the ids of a pool: ``spec``, else the pool's, else None.
 
@@ -81,12 +84,16 @@ def open_tokenizer(
         spec: a Hugging Face tokenizer, its name or path, or None.
         rows: the pool.
         what: origin of ``spec``, for messages.
+        other: whether a tokenizer that is not the pool's is refused or allowed.
+
+    Raises:
+        ValueError: it is another tokenizer than that of the pool, and these are refused.
     """
     if spec is None:
         kept = rows.store.tokenizer_path if rows.store is not None else None
         return None if kept is None else load_tokenizer(kept)
     tokenizer = load_tokenizer(spec) if isinstance(spec, (str, Path)) else spec
-    checks.check_tokenizer(tokenizer, rows, what)
+    checks.check_tokenizer(tokenizer, rows, what, other)
     return tokenizer
 
 
@@ -115,11 +122,17 @@ def open_reference(source: object, opened: OpenedRows, settings: ServingSettings
     rows = opened.rows
     reference = ReferenceSet.of(source)
     if isinstance(reference.source, DataLoader):
+        if settings.pack_reference:
+            raise ValueError(
+                "pack_reference=True has no effect on a DataLoader, whose batches are used unchanged: pass its "
+                "dataset, or leave it out"
+            )
         batches = _completed(loader_batches(reference.source))
         if on_overlap != "allow":
             _check_batches_apart(opened, batches)
         return batches
-    checks.check_same_tokenizer(rows.store, as_store(reference.source))
+    if settings.other_tokenizer != "allow":
+        checks.check_same_tokenizer(rows.store, as_store(reference.source))
     loaded = load_reference(reference, opened.tokenizer, rows.block_size)
     if loaded.left_out:
         warnings.warn(
@@ -128,6 +141,8 @@ def open_reference(source: object, opened: OpenedRows, settings: ServingSettings
             SelectionWarning,
             stacklevel=2,
         )
+    for remark in loaded.remarks:
+        warnings.warn(remark, SelectionWarning, stacklevel=2)
     loaded = set_apart(rows, loaded, on_overlap, opened.decode)
     pad_id = (rows.store.eos_id or 0) if rows.store is not None else 0
     if settings.pack_reference:

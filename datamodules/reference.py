@@ -1,6 +1,8 @@
 """The reference set, which selection aims to improve: read from files, pools, lists and datasets."""
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +15,11 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Subs
 from liveselect.datamodules.batching import Item
 from liveselect.datamodules.pools.encoding import Encoded, encode_answers, encode_texts
 from liveselect.datamodules.pools.pool_files import MANIFEST, hash_tokens
+from liveselect.datamodules.pools.readers import whole_characters
 from liveselect.datamodules.pools.sources import read_records
 from liveselect.datamodules.pools.tokens import TokenStore
 from liveselect.datamodules.rows.draws import candidate_seeds, fetch, private_draws
-from liveselect.datamodules.rows.token_rows import check_map_style, token_row
+from liveselect.datamodules.rows.token_rows import WEIGHTS, check_map_style, token_row
 from liveselect.grammar import IGNORE_INDEX
 from liveselect.seeding import generator_for
 
@@ -24,6 +27,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORDS_PER_BATCH = 1024  # read and tokenised at once
+ROLES = ("input_ids", "prompt", "answer", "text")
+DESCRIPTIONS = {
+    *("_id", "doc_id", "id", "idx", "index", "record", "uid", "uuid", "hash", "length", "name", "path", "file"),
+    *("url", "author", "date", "created", "timestamp", "meta", "metadata", "title", "lang", "language"),
+    *("source", "dataset", "domain", "group", "category", "subject", "topic", "task", "split", "subset"),
+}
+"""Fields that only describe a record: nobody expects an effect of them."""
 
 Numbered = tuple[int, object]
 """A record, with its position in the source."""
@@ -38,8 +48,11 @@ class ReferenceSet:
     A record is one of these:
 
     - ``text``: every token counts; a text longer than ``max_length`` is cut into several examples.
-    - ``prompt`` and ``answer``: only the tokens of the answer count; a long prompt loses its beginning.
+    - ``prompt`` and ``answer``: only the tokens of the answer count; a long prompt loses its beginning, and so does,
+      with a warning, an answer that is too long itself.
     - ``input_ids`` and, if given, ``labels`` and ``attention_mask``.
+
+    Records without text (null) are left out with a warning. All records count alike: a ``weight`` is refused.
 
     Args:
         source: the source of the records.
@@ -66,6 +79,16 @@ class ReferenceSet:
         for name, value, least in (("max_examples", self.max_examples, 1), ("max_length", self.max_length, 2)):
             if value is not None and value < least:
                 raise ValueError(f"expected {name} of at least {least}, got {value}")
+        if unknown := set(self.columns) - set(ROLES):
+            raise ValueError(f"expected columns to name those for {', '.join(ROLES)}, got {sorted(unknown)}")
+        given: dict[str, object] = {"answer": self.answer != "all", "max_examples": self.max_examples}
+        given |= {"separator": self.separator, "columns": self.columns, "max_length": self.max_length}
+        if isinstance(self.source, DataLoader) and any(given.values()):
+            names = ", ".join(name for name, value in given.items() if value)
+            raise ValueError(
+                f"expected a DataLoader alone, whose batches are used unchanged, got {names} too, without effect on "
+                "it: pass its dataset instead, or leave these out"
+            )
 
     @classmethod
     def of(cls, source: object) -> "ReferenceSet":
@@ -82,6 +105,7 @@ class Loaded:
         documents: ``(records,)`` uint64, the hash of each record's tokens before any cutting.
         positions: the position of each record in its source.
         left_out: number of records without a token that could count.
+        remarks: what else was mended or had no effect, for warnings.
         fingerprint: fingerprint of the prepared pool that it was read from, or None.
     """
 
@@ -90,6 +114,58 @@ class Loaded:
     positions: list[int]
     left_out: int = 0
     fingerprint: str | None = None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass
+class _Seen:
+    """What was found in the records of a reference set.
+
+    Attributes:
+        used: roles that some record has.
+        unused: fields without effect, with the number of records that have them.
+        mended: texts with halves of surrogate pairs.
+        shortened: answers too long for an example.
+    """
+
+    used: set[str] = field(default_factory=set)
+    unused: Counter[str] = field(default_factory=Counter)
+    mended: int = 0
+    shortened: int = 0
+
+    def check(self, reference: ReferenceSet) -> None:
+        """Raise ValueError when a setting had no effect on any record."""
+        for setting, role, given in (
+            ("separator", "prompt", reference.separator),
+            ("answer='last_word'", "text", reference.answer == "last_word"),
+            *((f"columns[{role!r}]={name!r}", role, True) for role, name in reference.columns.items()),
+        ):
+            if given and role not in self.used:
+                raise ValueError(
+                    f"{setting} has no effect: no record of the reference set ({_name(reference.source)}) is read by "
+                    f"its {reference.columns.get(role, role)!r}. Leave it out, or name columns that the records have"
+                )
+
+    def remarks(self, records: int, longest: int | None) -> tuple[str, ...]:
+        """Return what to warn of."""
+        found = []
+        if self.shortened:
+            found.append(
+                f"{self.shortened} of {records} reference answers do not fit into the {longest} tokens of an example: "
+                "only their last tokens count. Pass ReferenceSet(max_length=...), prepare longer blocks or shorten them"
+            )
+        if self.mended:
+            found.append(
+                f"{self.mended} of {records} reference records hold halves of surrogate pairs (a cut emoji), which no "
+                "tokenizer takes: U+FFFD stands in their place"
+            )
+        if self.unused:
+            names = ", ".join(f"{name!r} ({count})" for name, count in sorted(self.unused.items()))
+            found.append(
+                f"fields of the reference records have no effect, with the number of records that have them: {names}. "
+                "Leave them out, or name what is meant with ReferenceSet(columns=...)"
+            )
+        return tuple(found)
 
 
 class _Answered(NamedTuple):
@@ -114,25 +190,31 @@ def load_reference(
         TypeError: it is of an unknown kind.
     """
     store = as_store(reference.source)
+    if store is not None:
+        store.verify()
     records = _records(reference.source if store is None else store, reference)
     longest = reference.max_length or max_length
     items: list[Item] = []
     documents: list[int] = []
     positions: list[int] = []
     left_out = 0
-    for position, encoded in _encode(records, reference, tokenizer):
+    seen = _Seen()
+    for position, encoded in _encode(records, reference, tokenizer, seen):
         parts = [item for item in _cut(encoded, longest, len(documents)) if item.targets]
         documents.append(hash_tokens(encoded.input_ids))
         positions.append(position)
         left_out += not parts
+        seen.shortened += bool(parts) and _is_shortened(encoded, longest)
         items += parts
     items = [items[i] for i in _drawn(len(items), reference)]
+    seen.check(reference)
     if not items:
         raise ValueError(
             f"the reference set is empty: of its {len(documents)} records none has a token that could count (a text "
             f"needs two tokens, an answer needs a prompt before it). It was read from {_name(reference.source)}"
         )
-    return Loaded(items, np.array(documents, np.uint64), positions, left_out, store.fingerprint if store else None)
+    fingerprint, remarks = store.fingerprint if store else None, seen.remarks(len(documents), longest)
+    return Loaded(items, np.array(documents, np.uint64), positions, left_out, fingerprint, remarks)
 
 
 def as_store(source: object) -> TokenStore | None:
@@ -200,11 +282,11 @@ def _reservoir(records: Iterable[Numbered], reference: ReferenceSet) -> Iterator
 
 
 def _encode(
-    records: Iterator[Numbered], reference: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None"
+    records: Iterator[Numbered], reference: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None", seen: _Seen
 ) -> Iterator[tuple[int, Encoded]]:
     """Yield each record's position, and its tokens with a mask of those that count."""
     while part := list(itertools.islice(records, RECORDS_PER_BATCH)):
-        contents = [_content(record, reference, position) for position, record in part]
+        contents = [_content(record, reference, position, seen) for position, record in part]
         texts = [content for content in contents if isinstance(content, str)]
         pairs = [content for content in contents if isinstance(content, _Answered)]
         encoded: dict[type, Iterator[Encoded]] = {Encoded: (one for one in contents if isinstance(one, Encoded))}
@@ -220,27 +302,53 @@ def _encode(
             yield position, next(encoded[type(content)])
 
 
-def _content(record: object, reference: ReferenceSet, position: int) -> Encoded | _Answered | str:
-    """Return the tokens or text of a record."""
+def _content(record: object, reference: ReferenceSet, position: int, seen: _Seen) -> Encoded | _Answered | str:
+    """Return the tokens or text of a record; no tokens where its text is missing."""
     where = f"record {position} of the reference set ({_name(reference.source)})"
-    if isinstance(record, str):
-        record = {"text": record}
+    if isinstance(record, str) or record is None:
+        record = {reference.columns.get("text", "text"): record}
     if not isinstance(record, Mapping):
         raise TypeError(f"expected {where} as a string or a dict, got {type(record).__name__}")
-    names = {role: reference.columns.get(role, role) for role in ("input_ids", "prompt", "answer", "text")}
-    if names["input_ids"] in record:
-        return _ready(record, names["input_ids"], where)
-    if names["prompt"] in record and names["answer"] in record:
-        prompt, answer = (_text(record[names[role]], names[role], where) for role in ("prompt", "answer"))
-        return _Answered(prompt + reference.separator, answer)
-    if names["text"] in record:
-        text = _text(record[names["text"]], names["text"], where)
-        return _last_word(text) if reference.answer == "last_word" else text
-    raise ValueError(
-        f"expected {where} to have {names['text']!r}, {names['prompt']!r} and {names['answer']!r}, or "
-        f"{names['input_ids']!r}, got the columns {sorted(map(str, record))}: name yours, as in "
-        'ReferenceSet(source, columns={"text": "content"})'
-    )
+    names = {role: reference.columns.get(role, role) for role in ROLES}
+    kinds: tuple[tuple[str, ...], ...] = (("input_ids",), ("prompt", "answer"), ("text",))
+    there = [roles for roles in kinds if all(names[role] in record for role in roles)]
+    if not there:
+        raise ValueError(
+            f"expected {where} to have {names['text']!r}, {names['prompt']!r} and {names['answer']!r}, or "
+            f"{names['input_ids']!r}, got the columns {sorted(map(str, record))}: name yours, as in "
+            'ReferenceSet(source, columns={"text": "content"})'
+        )
+    # a table of records of several kinds has nulls in the columns of the others
+    kind = next((roles for roles in there if not any(_is_missing(record[names[role]]) for role in roles)), there[0])
+    columns = [names[role] for role in kind]
+    seen.used.update(kind)
+    _look_at_others(record, columns, where, seen)
+    if any(_is_missing(record[column]) for column in columns):
+        return NOTHING
+    if kind == ("input_ids",):
+        return _ready(record, columns[0], where)
+    texts = [_text(record[column], column, where) for column in columns]
+    whole = [text if text.isascii() else whole_characters(text) for text in texts]
+    seen.mended += whole != texts
+    if kind == ("text",):
+        return _last_word(whole[0]) if reference.answer == "last_word" else whole[0]
+    return _Answered(whole[0] + reference.separator, whole[1])
+
+
+def _look_at_others(record: Mapping, columns: Sequence[str], where: str, seen: _Seen) -> None:
+    """Note the fields of a record without effect; raise ValueError for a weight."""
+    used = {*columns, *(("labels", "attention_mask") if columns == ["input_ids"] else ())}
+    others = [str(name) for name, value in record.items() if name not in used and value is not None]
+    if weights := [name for name in others if name in WEIGHTS]:
+        raise ValueError(
+            f"{where} has the field {weights[0]!r}, which has no effect: all reference records count alike. Repeat "
+            "records that should count more, or leave the field out"
+        )
+    seen.unused.update(name for name in others if name not in DESCRIPTIONS)
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _ready(record: Mapping, column: str, where: str) -> Encoded:
@@ -271,12 +379,15 @@ def _text(value: object, column: str, where: str) -> str:
     return str(value)  # numpy's strings too become plain ones
 
 
+NOTHING = Encoded(np.empty(0, np.int64), np.empty(0, bool))
+
+
 def _last_word(text: str) -> Encoded | _Answered:
     """Return the text before the last word, and that word with the white space before it; a lone word is no answer."""
     text = text.rstrip()
     words = text.rsplit(maxsplit=1)
     if len(words) < 2:
-        return Encoded(np.empty(0, np.int64), np.empty(0, bool))
+        return NOTHING
     prompt = text[: len(text) - len(words[-1])].rstrip()
     return _Answered(prompt, text[len(prompt) :])
 
@@ -295,6 +406,12 @@ def _cut(encoded: Encoded, longest: int | None, record: int) -> list[Item]:
         return [Item(tokens[-longest:], labels[-longest:], record)]
     starts = range(0, len(tokens), longest)
     return [Item(tokens[i : i + longest], labels[i : i + longest], record) for i in starts]
+
+
+def _is_shortened(encoded: Encoded, longest: int | None) -> bool:
+    """Return whether an answer loses tokens, or the token before it that predicts its first."""
+    lost = 0 if longest is None else len(encoded.input_ids) - longest
+    return lost > 0 and not encoded.counts.all() and bool(encoded.counts[: lost + 1].any())
 
 
 def _name(source: object) -> str:

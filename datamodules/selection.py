@@ -1,10 +1,10 @@
 """SelectionDataModule: serves candidates, the reference set, and the batches of the plan."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
+from liveselect.arguments import check_plain
 from liveselect.datamodules.datamodule import ServedDataModule
 from liveselect.datamodules.opening import OpenedRows, open_source, open_tokenizer
 from liveselect.datamodules.reference import ReferenceSet
@@ -29,7 +29,7 @@ class SelectionDataModule(ServedDataModule):
         collate_fn: makes training batches of the dataset's rows, in place of ``{"id", "input_ids", "labels"}``.
         settings: further arguments of :class:`~liveselect.datamodules.ServingSettings`: ``validation``,
             ``probe_batch_size``, ``reference_tokens``, ``pack_reference``, ``epoch_examples``, ``groups``,
-            ``tokenizer``, ``overlap``, ``further_sets`` and ``seed``.
+            ``tokenizer``, ``other_tokenizer``, ``overlap``, ``further_sets`` and ``seed``.
 
     Raises:
         TypeError: ``pool`` is a datamodule.
@@ -38,7 +38,7 @@ class SelectionDataModule(ServedDataModule):
 
     def __init__(
         self,
-        pool: str | Path | Any,
+        pool: str | Any,  # a Path is one of any; named here it would be the form in which YAML saves a dataset's class
         reference: str | ReferenceSet | Any,
         batch_size: int,
         *,
@@ -46,6 +46,7 @@ class SelectionDataModule(ServedDataModule):
         collate_fn: Collate | None = None,
         **settings: Any,
     ) -> None:
+        check_plain(SelectionDataModule, locals())
         if isinstance(pool, pl.LightningDataModule):
             name = type(pool).__name__
             raise TypeError(
@@ -55,6 +56,11 @@ class SelectionDataModule(ServedDataModule):
             )
         if batch_size is None:
             raise ValueError("expected batch_size, the rows in the training batch of one rank")
+        for name, value in {"pool": pool, "reference": reference}.items():
+            if isinstance(value, type):
+                raise TypeError(
+                    f"expected {name} to be an object, got the class {value.__name__}: pass {value.__name__}(...)"
+                )
         super().__init__(ServingSettings(reference, batch_size, **settings))
         self._source = pool
         self._num_workers = num_workers
@@ -62,7 +68,13 @@ class SelectionDataModule(ServedDataModule):
 
     @classmethod
     def wrap(
-        cls, existing: pl.LightningDataModule, reference: str | ReferenceSet | Any, **settings: Any
+        cls,
+        existing: pl.LightningDataModule,
+        reference: str | ReferenceSet | Any,
+        *,
+        num_workers: int | None = None,
+        collate_fn: Collate | None = None,
+        **settings: Any,
     ) -> WrappingDataModule:
         """Return a datamodule that selects from the training data of ``existing``.
 
@@ -73,13 +85,16 @@ class SelectionDataModule(ServedDataModule):
         Args:
             existing: has a map-style training dataset whose batches hold ``input_ids``.
             reference: as in the constructor.
+            num_workers: worker processes of the training loader, in place of those of ``existing``.
+            collate_fn: makes training batches, in place of the collate function of ``existing``: for rows that are no
+                dicts with ``input_ids``, for example.
             settings: further arguments of :class:`~liveselect.datamodules.ServingSettings`; ``batch_size`` replaces
                 that of ``existing``.
         """
-        return WrappingDataModule(existing, reference, **settings)
+        return WrappingDataModule(existing, reference, num_workers=num_workers, collate_fn=collate_fn, **settings)
 
     def open_rows(self) -> OpenedRows:
         """Open the rows of the pool."""
         rows = open_source(self._source, self._collate_fn)
-        tokenizer = open_tokenizer(self.settings.tokenizer, rows)
+        tokenizer = open_tokenizer(self.settings.tokenizer, rows, other=self.settings.other_tokenizer)
         return OpenedRows(rows, self.batch_size, tokenizer, {"num_workers": self._num_workers})

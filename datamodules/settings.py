@@ -5,9 +5,11 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 
+from liveselect.arguments import check_plain
 from liveselect.datamodules.reference import ReferenceSet
 
 OnOverlap = Literal["refuse", "drop", "allow"]
+OnOther = Literal["refuse", "allow"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class ServingSettings:
             passed to `liveselect cluster`; by default its sources.
         tokenizer: name, path or Hugging Face tokenizer; by default the one inside the prepared pool, or the
             ``tokenizer`` of the wrapped module.
+        other_tokenizer: what to do with a tokenizer that is not the one that made the pool, as far as can be seen:
+            ``refuse`` it, or ``allow`` it, for a model that reads the ids of both.
         overlap: what to do with reference records that are in the pool: ``refuse`` them, ``drop`` them from the
             reference set with a warning that lists them, or ``allow`` them without looking.
         further_sets: further sets by name, in the same forms as ``reference``, at which selection does not aim: a
@@ -39,7 +43,7 @@ class ServingSettings:
             each row in the plan.
 
     Raises:
-        ValueError: a size is below 1, or ``overlap`` is none of the three.
+        ValueError: a size is below 1, or ``overlap`` or ``other_tokenizer`` is none of its values.
     """
 
     reference: str | ReferenceSet | Any
@@ -51,11 +55,13 @@ class ServingSettings:
     epoch_examples: int | None = None
     groups: str | None = None
     tokenizer: str | Any = None
+    other_tokenizer: OnOther = "refuse"
     overlap: OnOverlap = "refuse"
     further_sets: dict[str, Any] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_plain(ServingSettings, vars(self))
         sizes = {
             "batch_size": self.batch_size,
             "probe_batch_size": self.probe_batch_size,
@@ -65,6 +71,8 @@ class ServingSettings:
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"expected {name} of at least 1, got {value}")
+        if self.other_tokenizer not in get_args(OnOther):
+            raise ValueError(f"expected other_tokenizer to be one of {get_args(OnOther)}, got {self.other_tokenizer!r}")
         if self.overlap not in get_args(OnOverlap):
             raise ValueError(f"expected overlap to be one of {get_args(OnOverlap)}, got {self.overlap!r}")
 

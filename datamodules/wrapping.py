@@ -17,6 +17,7 @@ from torch.utils.data import (
 from liveselect.datamodules.datamodule import ServedDataModule
 from liveselect.datamodules.opening import OpenedRows, open_tokenizer
 from liveselect.datamodules.reference import ReferenceSet
+from liveselect.datamodules.rows.draws import Collate
 from liveselect.datamodules.rows.rows import CollatedRows
 from liveselect.datamodules.settings import ServingSettings
 from liveselect.grammar import SelectionWarning
@@ -49,6 +50,8 @@ class WrappingDataModule(ServedDataModule):
     Args:
         existing: has a map-style training dataset whose batches hold ``input_ids``.
         reference: what selection aims to improve.
+        num_workers: in place of those of its training ``DataLoader``.
+        collate_fn: in place of that of its training ``DataLoader``.
         settings: further arguments of :class:`~liveselect.datamodules.ServingSettings`.
 
     Attributes:
@@ -57,9 +60,20 @@ class WrappingDataModule(ServedDataModule):
 
     validates_on_reference = False
 
-    def __init__(self, existing: pl.LightningDataModule, reference: str | ReferenceSet | Any, **settings: Any) -> None:
+    def __init__(
+        self,
+        existing: pl.LightningDataModule,
+        reference: str | ReferenceSet | Any,
+        *,
+        num_workers: int | None = None,
+        collate_fn: Collate | None = None,
+        **settings: Any,
+    ) -> None:
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"expected num_workers of 0 or more, got {num_workers}")
         super().__init__(ServingSettings(reference, **settings))
         self.wrapped = existing
+        self._num_workers, self._collate_fn = num_workers, collate_fn
         # bound methods are copied rather than called by methods here: Lightning compares a hook's code with its own to
         # see whether a datamodule overrides it, and calls the LightningModule's hook where it does not
         for name in (*ADOPTED_ATTRIBUTES, *([] if self._serves_validation else ["val_dataloader"])):
@@ -110,11 +124,16 @@ class WrappingDataModule(ServedDataModule):
                 "SelectionDataModule.wrap"
             )
         options = {option: getattr(loader, option) for option in LOADER_OPTIONS}
-        rows = CollatedRows(loader.dataset, options.pop("collate_fn"))
-        tokenizer = open_tokenizer(self.settings.tokenizer, rows)
+        own_collate = options.pop("collate_fn")
+        rows = CollatedRows(loader.dataset, self._collate_fn or own_collate)
+        if self._num_workers is not None:
+            options["num_workers"] = self._num_workers
+            if not self._num_workers:  # what needs workers goes with them
+                options |= {"timeout": 0, "prefetch_factor": None, "multiprocessing_context": None}
+        tokenizer = open_tokenizer(self.settings.tokenizer, rows, other=self.settings.other_tokenizer)
         if tokenizer is None:
             own = getattr(self.wrapped, "tokenizer", None)
-            tokenizer = open_tokenizer(own, rows, f"the tokenizer of {name}")
+            tokenizer = open_tokenizer(own, rows, f"the tokenizer of {name}", self.settings.other_tokenizer)
         return OpenedRows(rows, size, tokenizer, options)
 
 

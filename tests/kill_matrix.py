@@ -1,11 +1,14 @@
 """Kills live runs at random moments, resumes them, and compares what they trained on with runs that were left alone.
 
 Every method, loader workers or none, one to three ranks, and other numbers of ranks after the kill. A run and all its
-processes are ended by SIGKILL at a moment drawn uniformly from the time that the uninterrupted run took; some are
-killed again while they resume. With the same ranks the weights must be equal bit for bit as well; with others sums are
-rounded otherwise, so runs compute in float64 and must train on the same candidates in the same order.
+processes are ended at a moment drawn uniformly from the time that the uninterrupted run took, by SIGKILL, or by one of
+the signals that ask a job to stop (SIGTERM, SIGINT) or to save and be requeued (SIGUSR1, whose handler here saves as
+Lightning's for SLURM does); some are ended again while they resume. They write to the folder of temporary files, or to
+another file system. With the same ranks the weights must be equal bit for bit as well; with others sums are rounded
+otherwise, so runs compute in float64 and must train on the same candidates in the same order.
 
     python tests/kill_matrix.py --kills 120
+    python tests/kill_matrix.py --kills 120 --signals KILL TERM INT USR1 --folder /dev/shm
 
 Prints a line for each case and a table at the end; exits with 1 when a case differs.
 """
@@ -42,6 +45,9 @@ from liveselect.selectors import RegressionSelector, UniformSelector
 
 GLOBAL_BATCH, ACCUMULATE, STEPS, ROUND, POOL = 6, 2, 12, 4, 96
 LONGEST = 120  # seconds after which a run is taken to hang
+GRACE = 30.0  # seconds that a run has to end by itself
+REQUEUED = 3
+SIGNALS = {name: getattr(signal, f"SIG{name}") for name in ("KILL", "TERM", "INT", "USR1")}
 
 
 def say(line: str) -> None:
@@ -120,12 +126,29 @@ def train(folder: Path, case: Case, ranks: int) -> None:
         settings["strategy"] = DDPStrategy(process_group_backend="gloo", start_method="fork")
     elastic = case.ranks[0] != case.ranks[1]  # ranks draw their own dropout
     trainer = small_trainer(folder, [Trace(folder, selection), selection, keep], **settings)
+    requeue_by(trainer, folder)
     # not precision="64-true": Lightning loads a checkpoint before it converts the module, which rounds the weights
     trainer.fit(SmallLM(dropout=0.0 if elastic else 0.1).double(), datamodule=data, ckpt_path="last")
 
 
-def run(function: Callable[..., None], *arguments: object, kill_after: float | None = None) -> tuple[int, float]:
-    """Run in a forked child and kill it and its children after so many seconds; returns its exit status and time."""
+def requeue_by(trainer: pl.Trainer, folder: Path) -> None:
+    """Let SIGUSR1 save at once and end the run, as a job that is requeued does."""
+
+    def save(number: int, frame: object) -> None:
+        if trainer.training and trainer.fit_loop.epoch_loop.global_step:
+            trainer.save_checkpoint(folder / "checkpoints" / "last-1.ckpt")
+        os._exit(REQUEUED)
+
+    signal.signal(signal.SIGUSR1, save)
+
+
+def run(
+    function: Callable[..., None], *arguments: object, kill_after: float | None = None, by: int = signal.SIGKILL
+) -> tuple[int, float]:
+    """Run in a forked child and end it and its children after so many seconds; returns its exit status and time.
+
+    What does not end by a signal within :data:`GRACE` seconds is killed, as a cluster does.
+    """
     began = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -138,6 +161,8 @@ def run(function: Callable[..., None], *arguments: object, kill_after: float | N
             code = 1
         os._exit(code)
     deadline = began + (LONGEST if kill_after is None else kill_after)
+    if by != signal.SIGKILL and kill_after is not None:
+        return _asked_to_stop(child, began, deadline, by)
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -148,6 +173,29 @@ def run(function: Callable[..., None], *arguments: object, kill_after: float | N
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return -signal.SIGKILL, time.monotonic() - began
+        time.sleep(0.002)
+
+
+def _asked_to_stop(child: int, began: float, moment: float, by: int) -> tuple[int, float]:
+    """Send the signal to the process alone at the moment, and kill what does not end."""
+    asked = False
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)  # its loader workers
+            code = os.waitstatus_to_exitcode(status)
+            return (-signal.SIGKILL if asked and code != 0 else code), time.monotonic() - began
+        now = time.monotonic()
+        if now >= moment and not asked:
+            asked = True
+            os.kill(child, by)
+        if now >= moment + GRACE:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return -signal.SIGKILL, now - began
         time.sleep(0.002)
 
 
@@ -180,14 +228,18 @@ def batches(folder: Path) -> dict[tuple[int, int], tuple[list[int], set[str]]]:
     return found
 
 
-def attempt(case: Case, folder: Path, whole: Path, seconds: float, draw: random.Random) -> tuple[int, str]:
+def attempt(
+    case: Case, folder: Path, whole: Path, seconds: float, draw: random.Random, signals: list[int]
+) -> tuple[int, str]:
     """Kill a run of the case, resume it to its end, and compare; returns the kills and what differs."""
     folder.mkdir(parents=True)
     kills = 0
     ranks = case.ranks[0]
     while True:
         again = kills == 0 or draw.random() < 0.3
-        code, _ = run(train, folder, case, ranks, kill_after=draw.uniform(0, seconds) if again else None)
+        by = draw.choice(signals) if ranks == 1 else signal.SIGKILL  # how ranks stop is tested apart
+        moment = draw.uniform(0, seconds) if again else None
+        code, _ = run(train, folder, case, ranks, kill_after=moment, by=by)
         if code == 0:
             break
         if code != -signal.SIGKILL or not again:
@@ -215,6 +267,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ranks", nargs="+", default=[f"{a}{b}" for a, b in RANKS], help="such as 11 22 21")
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
+    parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=["KILL"])
+    parser.add_argument("--folder", type=Path, help="where the runs write, such as /dev/shm (default: temporary files)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     draw = random.Random(options.seed)
@@ -222,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases = [Case(*each) for each in itertools.product(options.methods, options.workers, ranks)]
     draw.shuffle(cases)
     kills, failures, left_alone = dict.fromkeys(cases, 0), [], {}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True, dir=options.folder) as name:
         for index, case in enumerate(itertools.cycle(cases)):
             if sum(kills.values()) >= options.kills:
                 break
@@ -235,7 +289,14 @@ def main(arguments: list[str] | None = None) -> int:
                 if code != 0:
                     failures.append(f"{case.name}: the uninterrupted run ended with {code}")
                     say(failures[-1])
-            number, trouble = attempt(case, Path(name) / str(index), whole, left_alone[whole], draw)
+            number, trouble = attempt(
+                case,
+                Path(name) / str(index),
+                whole,
+                left_alone[whole],
+                draw,
+                [SIGNALS[each] for each in options.signals],
+            )
             kills[case] += number
             say(f"{sum(kills.values()):4d} kills  {case.name}: {trouble or 'equal'}")
             if trouble:

@@ -97,6 +97,11 @@ class Trace(Callback):
         os.close(descriptor)
 
 
+def trace_of(folder: Path) -> list:
+    """Return the lines of the trace of a run."""
+    return [json.loads(line) for line in (folder / "trace").read_text().splitlines()]
+
+
 class Place(Callback):
     """Notes the batch's place in the plan before the selection callback moves on. Must be the first callback."""
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 ENGINE = ROOT / "src" / "liveselect"
 LINKED = ("callbacks", "datamodules", "configs")
 MATHEMATICS = {"torch", "numpy", "torchmetrics", "math"}
-MATHEMATICS |= {"collections", "typing", "dataclasses", "functools", "inspect", "contextlib"}
+MATHEMATICS |= {"collections", "typing", "dataclasses", "functools", "inspect", "contextlib", "sys"}
 DATA_LIBRARIES = {"datasets", "pyarrow"}
 
 # `Any` in 1,000 lines of product code: what comparable libraries have at most

@@ -204,7 +204,9 @@ def test_mates_in_python_is_mates_in_yaml():
         "hub:EleutherAI/lambada_openai:default:test", answer="last_word", max_examples=1024, seed=1234
     )
     data = SelectionDataModule(pool="pools/dsdm-candidate-c4", reference=lambada, batch_size=16, num_workers=2)
-    select = MATES(noise="released_bottomk", regressor=EncoderRegressor())
+    select = MATES(
+        noise="released_bottomk", regressor=EncoderRegressor(targets="standardized", forgetting=0.0, damping=1.0)
+    )
     assert told(cli.model) == told(model)
     assert told(cli.datamodule) == told(data)
     assert told(callback_of(cli)) == told(select)

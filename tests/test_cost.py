@@ -2,6 +2,7 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 from liveselect.cost import CostMeter, SilentProgress, Stopwatch
 
@@ -55,3 +56,52 @@ def test_the_laps_of_a_gpu_take_no_longer_than_what_surrounds_them():
         with watch.lap(device):
             large = large @ large * 1e-4
     assert 0.0 < watch.read() <= time.perf_counter() - began
+
+
+def test_work_is_counted_once_and_charged_every_time_to_the_open_phase():
+    layer, x, meter, trials = nn.Linear(4, 4), torch.randn(2, 4), CostMeter(), []
+
+    def run():
+        trials.append(layer(x).sum().backward())
+
+    for _ in range(3):
+        with meter.phase("a"), meter.counting(layer, "forward", x.shape):
+            layer(x)
+    with meter.phase("b"), meter.counting(layer, "backward", trial=run):
+        pass
+    with meter.phase("b"), meter.counting(layer, "backward", trial=run):
+        pass
+    with meter.phase("c"), meter.counting():
+        layer(x)
+        torch.fft.fft(x)
+    assert dict(meter.flops) == {"a": 3 * 64, "b": 2 * 2 * 64, "c": 64}
+    assert len(trials) == 1
+    assert dict(meter.uncounted) == {"aten._fft_r2c": 1}
+    assert meter.spent()["uncounted"] == {"aten._fft_r2c": 1.0}
+
+
+def test_another_shape_and_another_model_are_counted_anew():
+    layer, meter = nn.Linear(4, 4), CostMeter()
+    for rows in (2, 3, 2):
+        with meter.counting(layer, rows):
+            layer(torch.randn(rows, 4))
+    other = nn.Linear(4, 8)
+    with meter.counting(other, 2):
+        other(torch.randn(2, 4))
+    assert sum(meter.flops.values()) == 32 * (2 + 3 + 2) + 2 * 64
+
+
+def test_a_trial_moves_no_random_state_and_a_failed_block_is_not_remembered():
+    layer, meter, state = nn.Linear(4, 4), CostMeter(), torch.get_rng_state()
+    with meter.counting(layer, "draws", trial=lambda: torch.randn(3)):
+        pass
+    assert torch.equal(state, torch.get_rng_state())
+
+    def broken():
+        with meter.counting(layer, "broken"):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken()
+    assert not meter.knows(layer, "broken")
+    assert meter.knows(layer, "draws")

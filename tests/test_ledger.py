@@ -169,3 +169,42 @@ def test_a_histogram_counts_every_finite_score_once():
     assert sum(histogram.chosen) == 2
     assert sum(Histogram.of(torch.ones(3), torch.ones(3, dtype=torch.bool)).counts) == 3
     assert sum(Histogram.of(torch.full((2,), float("nan")), torch.ones(2, dtype=torch.bool)).counts) == 0
+
+
+def heard(rounds: int, examples: int) -> Ledger:
+    book = Ledger(run_id="a")
+    for index in range(rounds):
+        ids = list(range(examples))
+        book.rounds.append(
+            replace(ledger().rounds[0], round=index, overheard=ids, overheard_influence=[0.5] * examples)
+        )
+    return book
+
+
+def saved_bytes(book: Ledger) -> int:
+    file = io.BytesIO()
+    torch.save(book.state_dict(), file)
+    return len(file.getvalue())
+
+
+def test_what_training_steps_showed_in_rounds_that_are_over_stays_out_of_checkpoints(tmp_path):
+    grown = saved_bytes(heard(21, 5000)) - saved_bytes(heard(1, 5000))
+    assert grown < 20 * 2 * saved_bytes(heard(1, 0))
+    whole = heard(3, 100)
+    whole.write(tmp_path / "ledger.jsonl")
+    file = tmp_path / "state.pt"
+    torch.save(whole.state_dict(), file)
+    resumed = Ledger()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert [record.captured for record in resumed.rounds] == [100, 100, 100]
+    assert (resumed.rounds[0].overheard, resumed.rounds[0].overheard_mean) == ([], 0.5)
+    assert resumed.rounds[2] == whole.rounds[2]  # the one that may still be trained on
+    resumed.recall([tmp_path / "none.jsonl", tmp_path / "ledger.jsonl"])
+    assert resumed == whole
+    other = Ledger()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    other.run_id = "b"
+    other.recall([tmp_path / "ledger.jsonl"])  # of another run
+    assert other.rounds[0].overheard == []
+    other.write(tmp_path / "other.jsonl")
+    assert Ledger.read(tmp_path / "other.jsonl") == other

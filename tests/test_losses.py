@@ -341,3 +341,70 @@ def test_the_reference_loss_sums_in_float64():
 
 def test_longer_examples_weigh_more_in_the_reference_loss():
     assert reference_loss([torch.tensor([1.0, 5.0])], [torch.tensor([3, 1])]) == 2.0
+
+
+class Shaped(nn.Module):
+    """Returns the logits of every position in the form that ``shape`` gives them."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.embed, self.head, self.shape = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB), shape
+
+    def forward(self, idx, targets=None):
+        logits = self.head(self.embed(idx))
+        return logits if targets is not None else self.shape(logits)
+
+
+def with_answers_of(tokens, count):
+    """Return a batch in which the last ``count`` tokens of a row carry loss."""
+    return {"input_ids": tokens, "labels": tokens.masked_fill(torch.arange(tokens.shape[1]) < 12 - count, -100)}
+
+
+@pytest.mark.parametrize("answers", [12, 2, 1])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (lambda logits: logits[:, [-1]], r"got \(4, 1, 60\): they are those of the last position only.*nanoGPT"),
+        (lambda logits: (logits[:, [-1]], None), "the last position only"),
+        (lambda logits: logits.transpose(0, 1), r"time comes first: return logits.transpose\(0, 1\)"),
+        (lambda logits: logits.transpose(1, 2), r"the vocabulary comes before time: return logits.transpose\(1, 2\)"),
+        (lambda logits: logits.permute(1, 2, 0), r"the batch comes last: return logits.permute\(2, 0, 1\)"),
+        (lambda logits: logits.permute(2, 1, 0), r"the batch comes last: return logits.permute\(2, 1, 0\)"),
+        (lambda logits: logits[:, :-1], "leave out a position"),
+        (lambda logits: torch.cat([logits[:, :3], logits], 1), "positions that are no tokens of the batch"),
+        (lambda logits: logits[:, ::2], "examples or positions are missing"),
+        (lambda logits: logits.flatten(0, 1)[None], "examples or positions are missing or joined"),
+    ],
+)
+def test_logits_of_other_positions_than_the_tokens_are_refused(shape, message, answers):
+    model, batch = Shaped(shape), with_answers_of(draw_tokens(), answers)
+    with pytest.raises(ValueError, match=r"expected Shaped to return logits \(B, T, V\).*" + message):
+        causal_lm_loss(model, batch)
+    with pytest.raises(ValueError, match=message):
+        losses_module.target_logits(model, batch)
+    whole = F.cross_entropy(
+        model(batch["input_ids"], 1)[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none"
+    )
+    model.shape = lambda logits: logits
+    assert torch.allclose(causal_lm_loss(model, batch), whole.sum(1) / min(answers, 11))
+
+
+def test_a_language_model_that_keeps_the_last_logits_only_is_refused_though_one_target_asks_for_one(model):
+    class LastOnly(type(model)):
+        def forward(self, *arguments, **settings):
+            return super().forward(*arguments, logits_to_keep=1, **settings)
+
+    model.__class__ = LastOnly
+    for answers in (1, 2, 12):
+        with pytest.raises(ValueError, match="last position only"):
+            causal_lm_loss(model, with_answers_of(draw_tokens(), answers))
+
+
+def test_a_forward_that_takes_something_else_is_named():
+    class TakesBatch(Shaped):
+        def forward(self, batch):
+            return super().forward(batch["input_ids"])
+
+    with pytest.raises((TypeError, IndexError)) as caught:
+        causal_lm_loss(TakesBatch(None), {"input_ids": draw_tokens()})
+    assert "TakesBatch.forward(input_ids), called with token ids (4, 12)" in caught.value.__notes__[0]

@@ -190,6 +190,7 @@ def test_what_the_last_fit_reported_is_recorded_also_when_nothing_is_left_to_mea
     resumed.load_state_dict(saved(run))
     for one in (run, resumed):
         one.ahead.advance(context.live, at(context, 4))
+        context.source.pool.uses.zero_()  # both runs have this pool
         finish_round(one, one.ahead, context.live, at(context, 4), BUDGET)
     assert resumed.ledger.rounds[0].metrics == run.ledger.rounds[0].metrics
     assert resumed.ledger.rounds[0].metrics["step"] == {Counts: 3.0, Lasts: 0.0}[estimator]

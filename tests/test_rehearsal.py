@@ -266,3 +266,38 @@ def test_influence_that_is_not_one_number_for_each_candidate_is_refused():
     selector, estimator, context = a_rehearsal(estimator=Column())
     with pytest.raises(ValueError, match=r"Column.score to return one influence for each of 2 .*\(2, 1\)"):
         rehearse_in(context, selector, estimator)
+
+
+@pytest.mark.parametrize(
+    ("direction", "got"),
+    [
+        (torch.ones(3), "an object of Tensor"),
+        ([("embed.weight", torch.ones(3))], "an object of list"),
+        ({"embed.weight": 1.0}, "float under 'embed.weight'"),
+        ({"embed.weight": None}, "NoneType under 'embed.weight'"),
+        ({0: torch.ones(3)}, "Tensor under 0"),
+    ],
+)
+def test_a_direction_that_is_no_mapping_of_names_to_tensors_is_refused(direction, got):
+    class Mine(OneStepInfluence):
+        has_direction = True
+
+        def direction(self):
+            return direction
+
+    selector, estimator, context = a_rehearsal(estimator=Mine())
+    expected = r"expected Mine\.direction to return a mapping of parameter names to tensors"
+    with pytest.raises(TypeError, match=expected) as error:
+        rehearse_in(context, selector, estimator)
+    assert str(error.value).endswith(f"got {got}")
+
+
+def test_no_direction_yet_is_no_mistake():
+    class Mine(OneStepInfluence):
+        has_direction = True
+
+        def direction(self):
+            return None
+
+    selector, estimator, context = a_rehearsal(estimator=Mine())
+    rehearse_in(context, selector, estimator)

@@ -121,7 +121,8 @@ def test_the_record_adds_up():
         assert record.groups[name]["available"] == 20
         assert record.groups[name]["chosen"] == int((groups[plan.ids] == code).sum())
         assert record.groups[name]["measured"] == sum(int(groups[i]) == code for i in record.measured)
-    assert record.metrics == {"reference_loss": 3.0, "observed": float(len(run.selector.observed))}
+    observed = float(len(run.selector.observed))
+    assert record.metrics == {"reference_loss": 3.0, "observed": observed, "effective_epochs": 1.0}
     assert sum(record.histogram.chosen) == 5
     shown = {example.id for example in record.examples if example.chosen}
     assert shown == set(plan.ids.tolist())
@@ -367,7 +368,7 @@ def test_what_a_pass_left_over_is_trained_on_before_anything_comes_again():
     assert sorted(plan.ids.tolist()) == [*range(4), *left_over]
     assert plan.ids.tolist() != sorted(plan.ids.tolist())  # in no place of their own
     record = run.ledger.rounds[-1]
-    assert record.metrics == {"asked for": 4.0, "left_over": 4.0}
+    assert record.metrics == {"asked for": 4.0, "left_over": 4.0, "effective_epochs": 24 / 20}
     assert record.candidates == 20
 
 

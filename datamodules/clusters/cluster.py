@@ -1,6 +1,7 @@
 """Clusters of a pool: made from its blocks, kept beside it, opened as the groups of its candidates.
 
-``POOL/clusters/`` holds ``clusters.json`` (settings, names, sizes, the pool's fingerprint, the seconds that it took),
+``POOL/clusters/`` holds ``clusters.json`` (settings, names, sizes, the pool's fingerprint, the seconds that it took,
+and size and hashes of the other files),
 ``assignment.npy`` (rows,) int32, ``offsets.npy`` (rows,) float32 distances to the own centroid, ``centroids.npy``
 (K, D), ``near.npz`` the cosine distances of near centroids as a sparse matrix, ``typical.npy`` (K, 8) the ids nearest
 to each centroid, and ``vectors.npy`` (rows, D) float16, from which other clusterings are made without a new embedding.
@@ -23,6 +24,7 @@ from liveselect.datamodules.clusters.embedding import Embedder, make_embedder
 from liveselect.datamodules.clusters.kmeans import Engine, check_fit, fit_centroids, near_pairs, nearest, unit
 from liveselect.datamodules.clusters.naming import cluster_names
 from liveselect.datamodules.pools.display import PrepareDisplay
+from liveselect.datamodules.pools.integrity import entry_of
 from liveselect.datamodules.pools.pool_files import PARTIAL, sync_file, sync_folder, write_durably
 from liveselect.datamodules.pools.tokenizers import load_tokenizer
 from liveselect.datamodules.pools.tokens import TokenStore
@@ -87,6 +89,7 @@ def cluster_pool(
         ImportError: an optional library is missing.
     """
     store = pool if isinstance(pool, TokenStore) else TokenStore(pool)
+    store.verify()
     _check(store, clustering, name)
     settings: Settings = {**vars(clustering), "pool": store.fingerprint}
     path = store.path / name
@@ -116,6 +119,10 @@ def cluster_pool(
 def _check(store: TokenStore, clustering: Clustering, name: str) -> None:
     """Raise errors that would otherwise come after the embedding; refuse to replace a folder of something else."""
     check_fit(store.rows, clustering.clusters, clustering.engine)
+    if clustering.dimensions != Clustering.dimensions and ":" in clustering.embed:
+        raise ValueError(
+            f"dimensions={clustering.dimensions} has no effect on {clustering.embed}, which has its own: leave it out"
+        )
     if clustering.epochs < 1:
         raise ValueError(f"expected at least one pass over the pool (epochs), got {clustering.epochs}")
     if not 0.0 <= clustering.reach <= 2.0:
@@ -266,6 +273,7 @@ def _build(
         "settings": settings,
         "sizes": sizes.tolist(),
         "names": names,
+        "files": {file.name: entry_of(file) for file in sorted(folder.glob("*.np?"))},
         "seconds": {**seconds, "cluster": time.perf_counter() - began},
     }
     write_durably(folder / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1).encode())

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from liveselect.datamodules.rows.groups import check_if_listed
 from liveselect.functional.ngrams import hashed_ngrams
 
 if TYPE_CHECKING:
@@ -206,6 +207,7 @@ def _load_array(path: Path) -> np.ndarray:
         raise ValueError(f"expected a .npy file of vectors, written by numpy.save, got {path}: {error}") from error
     if not isinstance(found, np.ndarray):
         raise ValueError(f"expected a .npy file of vectors, written by numpy.save, got the archive {path}")
+    check_if_listed(path)
     return found
 
 
@@ -224,7 +226,7 @@ def _encoder(name: str) -> Encode:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         return _mean_state(name, device)
-    model = SentenceTransformer(name, device=device)
+    model = SentenceTransformer(name, device=device, trust_remote_code=False)
     return lambda texts: model.encode(texts, convert_to_numpy=True, show_progress_bar=False)
 
 
@@ -232,8 +234,8 @@ def _mean_state(name: str, device: str, rows: int = 32, longest: int = 512) -> E
     # pipeline("feature-extraction") leaves padding in its batches, or runs text by text, which takes many times longer
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModel.from_pretrained(name).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    model = AutoModel.from_pretrained(name, trust_remote_code=False).to(device).eval()
     longest = min(longest, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", longest))
 
     @torch.inference_mode()

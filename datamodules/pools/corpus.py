@@ -8,11 +8,25 @@ from pathlib import Path
 
 import numpy as np
 
+from liveselect.datamodules.pools.integrity import hash_file
 from liveselect.datamodules.pools.parts import Content, Document
-from liveselect.datamodules.pools.pool_files import hash_file
-from liveselect.datamodules.pools.readers import ON_UNDECODABLE, DataError, OnUndecodable, Reading, Record
+from liveselect.datamodules.pools.readers import (
+    ON_INVALID,
+    ON_UNDECODABLE,
+    DataError,
+    OnInvalid,
+    OnUndecodable,
+    Reading,
+    Record,
+    RecordError,
+    whole_characters,
+)
 from liveselect.datamodules.pools.sources import Source, describe_source, parts_of
 from liveselect.datamodules.pools.tokenizers import bpe_size
+from liveselect.grammar import IGNORE_INDEX
+
+BESIDE_IDS = ("attention_mask", "labels")
+"""Columns that say which of the ids in another column are padding."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,8 @@ class Recipe:
         eos_id: that token, where the tokenizer has none or another is wanted.
         vocab_size: every id is below it; required for ready ids without a tokenizer.
         on_undecodable: what to do with text that is not UTF-8: ``error``, ``replace`` or ``skip``.
+        on_invalid: what to do with malformed records (a line that is no JSON object, a column that is missing or holds
+            no text or ids, a file that is not text): ``error``, or ``skip``, which leaves them out and counts them.
     """
 
     tokenizer: str | None = None
@@ -43,6 +59,7 @@ class Recipe:
     eos_id: int | None = None
     vocab_size: int | None = None
     on_undecodable: OnUndecodable = "error"
+    on_invalid: OnInvalid = "error"
 
     def __post_init__(self) -> None:
         if self.block_size < 2:
@@ -52,6 +69,8 @@ class Recipe:
             )
         if self.on_undecodable not in ON_UNDECODABLE:
             raise DataError(f"expected on_undecodable to be one of {ON_UNDECODABLE}, got {self.on_undecodable!r}")
+        if self.on_invalid not in ON_INVALID:
+            raise DataError(f"expected on_invalid to be one of {ON_INVALID}, got {self.on_invalid!r}")
         if self.ids_column is None and self.tokenizer is None:
             raise DataError(
                 "text needs a tokenizer: pass a Hugging Face name, a path, or bpe:N to train one (bpe:4096)"
@@ -71,8 +90,9 @@ class Recipe:
     def reading(self) -> Reading:
         """Return which columns of the records to read, and how."""
         required = [self.content_column, *([self.id_column] if self.id_column else [])]
-        keep = None if self.metadata is None else [*required, *self.metadata]
-        return Reading(required=required, keep=keep, on_undecodable=self.on_undecodable)
+        beside = BESIDE_IDS if self.ids_column is not None else ()
+        keep = None if self.metadata is None else [*required, *beside, *self.metadata]
+        return Reading(required, keep, self.on_undecodable, self.on_invalid)
 
 
 class Corpus:
@@ -100,7 +120,7 @@ class Corpus:
         self.tally: Counter[str] = Counter()
         self.settings = {
             "sources": [describe_source(source, parts) for source, parts in self._parts],
-            **asdict(recipe),
+            **{name: value for name, value in asdict(recipe).items() if (name, value) != ("on_invalid", "error")},
             "metadata": None if recipe.metadata is None else list(recipe.metadata),
             "tokenizer_files": _identity(recipe.tokenizer),
         }
@@ -113,14 +133,21 @@ class Corpus:
         for source, parts in self._parts:
             for part in parts:
                 for record in part.read(reading):
-                    content = self._content(record)
-                    if content is None:
-                        reading.tally["empty"] += 1
-                        continue
-                    name = self._document_id(source, record)
-                    metadata = json.dumps(self._metadata(record), default=_plain)
-                    yield Document(source.name, name, record.where, content, metadata, before + record.done)
+                    document = None
+                    with reading.tolerant():
+                        document = self._document(source, record, before)
+                        reading.tally["empty"] += document is None
+                    if document is not None:
+                        yield document
                 before += part.size
+
+    def _document(self, source: Source, record: Record, before: int) -> Document | None:
+        content = self._content(record)
+        if content is None:
+            return None
+        name = self._document_id(source, record)
+        metadata = json.dumps(self._metadata(record), default=_plain)
+        return Document(source.name, name, record.where, content, metadata, before + record.done)
 
     def sample(self, characters: int) -> list[str]:
         """Return the beginnings of all sources and their files, in equal shares of at most ``characters`` in all.
@@ -132,10 +159,13 @@ class Corpus:
             for_source = characters // (len(self._parts) - index)
             for position, part in enumerate(parts):
                 for_part = for_source // (len(parts) - position)
-                for record in part.read(self.recipe.reading()):
+                reading = self.recipe.reading()
+                for record in part.read(reading):
                     if for_part <= 0:
                         break
-                    text = str(self._content(record) or "")[:for_part]
+                    text = ""
+                    with reading.tolerant():
+                        text = str(self._content(record) or "")[:for_part]
                     texts.append(text)
                     for_part -= len(text)
                     for_source -= len(text)
@@ -148,23 +178,62 @@ class Corpus:
         content = record.values[column]
         if self.recipe.ids_column is not None:
             if content is not None and not isinstance(content, (list, np.ndarray)):
-                raise DataError(
+                raise RecordError(
                     f"{record.where}: expected a list of token ids in column {column!r}, got {content!r:.60}"
                 )
-            return None if content is None or not len(content) else content
+            return None if content is None or not len(content) else self._without_padding(record, content)
         if content is not None and not isinstance(content, str):
             kind = type(content).__name__
-            raise DataError(
+            raise RecordError(
                 f"{record.where}: expected text in column {column!r}, got {kind}. Name the column with the text, or "
                 "for ready token ids pass their column as ids_column (--ids-column)"
             )
         return content if content and not content.isspace() else None
 
+    def _without_padding(self, record: Record, ids: list[int] | np.ndarray) -> list[int] | np.ndarray | None:
+        """Return ready ids without those that a mask or labels beside them hide; None where nothing is left.
+
+        A pool has neither: every token of its blocks is seen and carries loss.
+        """
+        mask, labels = (_beside(record, name, len(ids)) for name in BESIDE_IDS)
+        if mask is None and labels is None:
+            return ids
+        try:
+            tokens = np.asarray(ids)
+        except ValueError:  # lists of unequal lengths
+            return ids
+        if tokens.ndim != 1:
+            return ids  # whoever encodes it says what is wrong, as without a mask
+        seen = np.ones(len(tokens), bool) if mask is None else mask != 0
+        if labels is not None:
+            carries = labels != IGNORE_INDEX
+            if (labels != tokens)[carries].any():
+                raise RecordError(
+                    f"{record.where}: the labels are neither the token ids nor {IGNORE_INDEX}, and a pool has no "
+                    "labels: remove them (losses shift labels themselves), or pass the rows as a map-style dataset"
+                )
+            seen &= _until_the_last(carries)
+            first = int((carries & seen).argmax())
+            if first > 1 and (tokens[:first] == tokens[0]).all():  # padding on the left
+                seen[:first] = False
+            if (seen & ~carries)[int(seen.argmax()) + 1 :].any():
+                raise RecordError(
+                    f"{record.where}: labels of {IGNORE_INDEX} hide tokens before others, such as those of a prompt, "
+                    "and in a pool every token carries loss: remove the labels to train on all of them, or pass the "
+                    "rows as a map-style dataset, which keeps labels"
+                )
+        if seen.all():
+            return ids
+        self.tally["padded"] += 1
+        return tokens[seen] if seen.any() else None
+
     def _metadata(self, record: Record) -> dict[str, object]:
         recipe = self.recipe
         used = {recipe.content_column, recipe.id_column}
         values = {name: value for name, value in record.values.items() if name not in used}
-        if recipe.metadata is not None or recipe.ids_column is None:
+        if recipe.metadata is not None:
+            return {name: value for name, value in values.items() if name in recipe.metadata}
+        if recipe.ids_column is None:
             return values
         values.pop(recipe.text_column, None)
         return {name: value for name, value in values.items() if not isinstance(value, (list, np.ndarray))}
@@ -172,10 +241,32 @@ class Corpus:
     def _document_id(self, source: Source, record: Record) -> str:
         column = self.recipe.id_column
         if column is None:
-            return f"{source.name}/{record.key}"
+            return whole_characters(f"{source.name}/{record.key}")  # names of files may be no UTF-8
         if record.values[column] is None:
-            raise DataError(f"{record.where}: the id column {column!r} is empty; choose another, or none")
+            raise RecordError(f"{record.where}: the id column {column!r} is empty; choose another, or none")
         return str(record.values[column])
+
+
+def _beside(record: Record, name: str, length: int) -> np.ndarray | None:
+    """Return the column that says something about each of ``length`` ids, or None without one."""
+    value = record.values.get(name)
+    if not isinstance(value, (list, np.ndarray)):  # a label of the whole document is metadata
+        return None
+    try:
+        found = np.asarray(value)
+    except ValueError:
+        found = np.empty(0, object)
+    if found.shape != (length,) or found.dtype.kind not in "iub":
+        raise RecordError(
+            f"{record.where}: expected {name!r} as one integer for each of the {length} token ids, got "
+            f"{str(value)[:60]}: mend or remove it"
+        )
+    return found
+
+
+def _until_the_last(marks: np.ndarray) -> np.ndarray:
+    """Return which of ``marks (n,)`` stand before or at the last that is set."""
+    return np.logical_or.accumulate(marks[::-1])[::-1]
 
 
 def _plain(value: object) -> object:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
+MARK = "\n"
+
+
 class Encoded(NamedTuple):
     """Tokens of one text.
 
@@ -60,6 +63,11 @@ def _one_by_one(tokenizer: "PreTrainedTokenizerBase", prompt: str, answer: str) 
     context = prompt.rstrip()
     answer = prompt[len(context) :] + answer  # tokenizers join white space to the word that follows
     before, after = _call(tokenizer, [context, answer])["input_ids"]
+    if tokenizer.is_fast:  # behind a mark, because SentencePiece would put a space before a text of its own
+        marked = _call(tokenizer, [MARK + answer], return_offsets_mapping=True)
+        starts, ends = np.asarray(marked["offset_mapping"][0], dtype=np.int64).reshape(-1, 2).T
+        if not ((starts < len(MARK)) & (ends > len(MARK))).any():
+            after = np.asarray(marked["input_ids"][0])[ends > len(MARK)].tolist()
     ids = np.asarray([*before, *after], dtype=np.int64)
     return Encoded(ids, np.arange(len(ids)) >= len(before))
 

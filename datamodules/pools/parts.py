@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,10 +22,11 @@ import pyarrow as pa
 
 from liveselect.datamodules.pools.metadata import metadata_array, value_kinds
 from liveselect.datamodules.pools.pool_files import hash_tokens, token_dtype, write_durably
-from liveselect.datamodules.pools.readers import DataError
+from liveselect.datamodules.pools.readers import RecordError
 from liveselect.datamodules.pools.tokenizers import Encoder
 
 UNIT_BYTES = 1 << 20  # an interruption loses the work on this much for each worker
+PART_VERSION = 2  # of what a part holds for the same documents: others are made again
 UNIT_DOCUMENTS = 4096  # short documents have overheads of their own
 
 Content = str | list[int] | np.ndarray
@@ -95,6 +97,8 @@ class Encoding:
         vocab_size: every id is below it.
         separator: the id after each document, or None.
         ready: whether the documents are token ids already.
+        padding: the id that ready ids may be padded with on either side, or None.
+        skip_invalid: whether documents whose ids are impossible are left out.
         key: hash of everything that determines the tokens.
     """
 
@@ -103,16 +107,25 @@ class Encoding:
     separator: int | None
     ready: bool
     key: str
+    padding: int | None = None
+    skip_invalid: bool = False
 
 
-def encoding_of(tokenizer_folder: Path | None, vocab_size: int, separator: int | None, ready: bool) -> Encoding:
-    """Return an encoding with its key."""
+def encoding_of(
+    tokenizer_folder: Path | None,
+    vocab_size: int,
+    separator: int | None,
+    ready: bool,
+    padding: int | None = None,
+    skip_invalid: bool = False,
+) -> Encoding:
+    """Return an encoding with its key; ``padding`` and ``skip_invalid`` matter for ready ids alone."""
     files = [] if tokenizer_folder is None or ready else sorted(tokenizer_folder.iterdir())
     files = [file for file in files if file.name == "tokenizer.json"] or files
     content = [hashlib.blake2b(file.read_bytes()).hexdigest() for file in files if file.is_file()]
-    text = json.dumps([content, vocab_size, separator])
+    text = json.dumps([PART_VERSION, content, vocab_size, separator, *([padding, skip_invalid] if ready else [])])
     key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    return Encoding(tokenizer_folder, vocab_size, separator, ready, key)
+    return Encoding(tokenizer_folder, vocab_size, separator, ready, key, padding, skip_invalid)
 
 
 class WrittenPart(NamedTuple):
@@ -124,7 +137,7 @@ class WrittenPart(NamedTuple):
         done: bytes of all sources read up to its end.
         existed: whether an earlier run wrote it.
         tokens: tokens of the part, separators included.
-        empty: number of documents without tokens.
+        counts: numbers of documents left out or repaired, by reason.
         kinds: the types of the metadata, as :func:`value_kinds` finds them.
     """
 
@@ -133,7 +146,7 @@ class WrittenPart(NamedTuple):
     done: int
     existed: bool
     tokens: int
-    empty: int
+    counts: dict[str, int]
     kinds: dict[str, list[str]]
 
 
@@ -150,7 +163,7 @@ def write_part(folder: Path, unit: Unit, encoding: Encoding) -> WrittenPart:
     with pa.memory_map(str(path)) as source:
         facts = json.loads(pa.ipc.open_file(source).schema.metadata[b"facts"])
     size, done = path.stat().st_size, unit.documents[-1].done
-    return WrittenPart(path, size, done, existed, facts["tokens"], facts["empty"], facts["kinds"])
+    return WrittenPart(path, size, done, existed, facts["tokens"], facts["counts"], facts["kinds"])
 
 
 def start_worker() -> None:
@@ -186,21 +199,25 @@ def encode_unit(unit: Unit, encoding: Encoding) -> pa.Table:
 
     The columns are ``id``, ``source``, ``tokens``, ``hash``, ``metadata`` (JSON), and ``ids`` with the separator.
     """
-    encoder = _encoder(encoding)
+    encoder, counts = _encoder(encoding), Counter[str]()
+    arrays: list[np.ndarray | None]
     tail = [] if encoding.separator is None else [encoding.separator]
     if encoder is not None:
-        arrays = encoder([cast("str", document.content) for document in unit.documents])
+        arrays = list(encoder([cast("str", document.content) for document in unit.documents]))
     else:
-        arrays = [_checked_ids(document, encoding.vocab_size) for document in unit.documents]
-        # ready ids may come with their separator
-        arrays = [array[:-1] if tail and len(array) and array[-1] == tail[0] else array for array in arrays]
-    kept = [(document, array) for document, array in zip(unit.documents, arrays, strict=True) if len(array)]
+        arrays = [_ready_ids(document, encoding, counts) for document in unit.documents]
+    kept = [
+        (document, array)
+        for document, array in zip(unit.documents, arrays, strict=True)
+        if array is not None and len(array)
+    ]
+    counts["empty"] = sum(array is not None and not len(array) for array in arrays)
     lengths = np.array([len(array) + len(tail) for _, array in kept], dtype=np.int64)
     stream = np.concatenate([part for _, array in kept for part in (array, tail)] or [[]])
     flat = pa.array(stream.astype(token_dtype(encoding.vocab_size)))
     facts = {
         "tokens": int(lengths.sum()),
-        "empty": len(unit.documents) - len(kept),
+        "counts": counts,
         "kinds": value_kinds(json.loads(document.metadata) for document, _ in kept),
     }
     columns = {
@@ -214,18 +231,40 @@ def encode_unit(unit: Unit, encoding: Encoding) -> pa.Table:
     return pa.table(columns).replace_schema_metadata({"facts": json.dumps(facts)})
 
 
+def _ready_ids(document: Document, encoding: Encoding, counts: Counter[str]) -> np.ndarray | None:
+    """Return ids without padding, and without the separators that they may come with; None to leave them out."""
+    try:
+        ids = _checked_ids(document, encoding.vocab_size)
+    except RecordError:
+        if not encoding.skip_invalid:
+            raise
+        counts["invalid"] += 1
+        return None
+    if encoding.padding is not None:
+        whole = len(ids)
+        ids = _trimmed(_trimmed(ids, encoding.padding)[::-1], encoding.padding)[::-1]
+        counts["padded"] += len(ids) < whole
+    return ids if encoding.separator is None else _trimmed(ids, encoding.separator)
+
+
+def _trimmed(ids: np.ndarray, token: int) -> np.ndarray:
+    """Return ``ids (n,)`` without the run of a token at their end."""
+    others = np.flatnonzero(ids != token)
+    return ids[: others[-1] + 1 if len(others) else 0]
+
+
 def _checked_ids(document: Document, vocab_size: int) -> np.ndarray:
     try:
         ids = np.asarray(document.content)
     except ValueError:  # lists of unequal lengths
         ids = np.empty(1, dtype=object)
     if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
-        raise DataError(
+        raise RecordError(
             f"{document.where}: expected a flat list of integer token ids, got {str(document.content)[:60]}"
         )
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-        raise DataError(
+        raise RecordError(
             f"{document.where}: expected token ids from 0 to {vocab_size - 1}, got {wrong}: name the tokenizer that "
             "made them (--tokenizer), or pass a larger --vocab-size"
         )

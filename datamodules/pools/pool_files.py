@@ -1,6 +1,6 @@
 """The files of a pool: their content, how they are written, and the fingerprint of a pool.
 
-``pool.json``          the manifest: shape, vocabulary, sources, settings, the size and hash of every other file
+``pool.json``          the manifest: shape, vocabulary, sources, settings, the size and hashes of every other file
 ``tokens.bin``         the blocks, ``(rows, T)`` little-endian uint16 or uint32, row after row
 ``documents.parquet``  one row per document, in the order of the stream: ``id``, ``source``, ``start``, ``tokens``,
                        ``hash``, and ``metadata``, a struct with the columns that came with the text
@@ -22,6 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
+from liveselect.datamodules.pools.integrity import entry_of, hash_file
+
+REMEDY = "copy it again or prepare the pool again"
 FORMAT = "liveselect-pool"
 VERSION = 1
 MANIFEST, TOKENS, DOCUMENTS, TOKENIZER = "pool.json", "tokens.bin", "documents.parquet", "tokenizer"
@@ -49,15 +52,6 @@ def hash_tokens(ids: ArrayLike) -> int:
     """Return the 64-bit hash of a token sequence ``(n,)``, which does not depend on the integer type of the ids."""
     data = np.ascontiguousarray(ids, dtype="<u4").tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def hash_file(path: Path) -> str:
-    """Return the BLAKE2b hash of a file, read in pieces."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def sync_file(path: Path) -> None:
@@ -119,24 +113,21 @@ def read_manifest(path: Path) -> JsonObject:
         raise ValueError(f"{file} is not the manifest of a pool ({error}): prepare the pool again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise ValueError(f"expected {file} to say format {FORMAT!r} version {VERSION}: prepare the pool again")
-    if pool_fingerprint(manifest) != manifest["fingerprint"]:
+    try:
+        is_whole = pool_fingerprint(manifest) == manifest["fingerprint"] and _fits_its_tokens(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError):  # a name or a kind of value was changed
+        is_whole = False
+    if not is_whole:
         raise ValueError(f"{file} was changed after the pool was made: prepare the pool again")
     return manifest
 
 
-def check_files(path: Path, manifest: JsonObject, verify: bool = False) -> None:
-    """Raise ValueError unless every file has the size, and with ``verify`` the hash, that the manifest states."""
-    for name, expected in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"the pool {path} lacks its file {name}: copy it again or prepare the pool again")
-        if file.stat().st_size != expected["bytes"]:
-            raise ValueError(
-                f"{file} has {file.stat().st_size} bytes where the manifest says {expected['bytes']}: it was changed "
-                "or copied in part; copy it again or prepare the pool again"
-            )
-        if verify and hash_file(file) != expected["blake2b"]:
-            raise ValueError(f"the content of {file} is not what the manifest says: prepare the pool again")
+def _fits_its_tokens(manifest: JsonObject) -> bool:
+    """Return whether the file of tokens is said to have the type and size that follow from the rest."""
+    dtype = token_dtype(manifest["vocab_size"])
+    size = manifest["rows"] * manifest["block_size"] * dtype.itemsize
+    sizes = {name: int(entry["bytes"]) for name, entry in manifest["files"].items() if str(entry["blake2b"])}
+    return bool(manifest["dtype"] == dtype.name and sizes[TOKENS] == size and DOCUMENTS in sizes)
 
 
 class PoolWriter:
@@ -239,13 +230,10 @@ class PoolWriter:
             "documents_digest": self._documents_digest.hexdigest(),
             "counts": dict(counts or {}),
             "settings": dict(settings),
-            "files": {
-                TOKENS: {"bytes": self._written * self._dtype.itemsize, "blake2b": self._tokens_digest.hexdigest()}
-            },
+            "files": {TOKENS: entry_of(self.folder / TOKENS, self._tokens_digest.hexdigest())},
         }
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file() and path.name != TOKENS):
-            entry = {"bytes": path.stat().st_size, "blake2b": hash_file(path)}
-            manifest["files"][path.relative_to(self.folder).as_posix()] = entry
+            manifest["files"][path.relative_to(self.folder).as_posix()] = entry_of(path, hash_file(path))
         manifest["fingerprint"] = pool_fingerprint(manifest)
         write_durably(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 

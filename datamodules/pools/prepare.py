@@ -25,6 +25,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from liveselect.datamodules.pools.corpus import Corpus, Recipe
 from liveselect.datamodules.pools.display import PrepareDisplay
+from liveselect.datamodules.pools.integrity import check_sizes
 from liveselect.datamodules.pools.metadata import struct_type
 from liveselect.datamodules.pools.parts import (
     UNIT_BYTES,
@@ -41,9 +42,9 @@ from liveselect.datamodules.pools.pool_files import (
     LOCK,
     MANIFEST,
     PARTIAL,
+    REMEDY,
     TOKENIZER,
     PoolWriter,
-    check_files,
     read_manifest,
     sync_folder,
 )
@@ -96,6 +97,10 @@ def prepare(
     listed = [sources] if isinstance(sources, (str, Path, Source)) else sources
     found = [Source.parse(source, include).require() for source in listed]  # a missing file is reported first
     made = Recipe(tokenizer=None if tokenizer is None else str(tokenizer), block_size=block_size, **recipe)
+    if include and not any(Path(source.location).expanduser().is_dir() for source in found):
+        raise DataError(
+            f"expected a folder among the sources, whose files include={list(include)} chooses: leave it out"
+        )
     corpus, display = Corpus(found, made), PrepareDisplay(quiet)
     out = Path(out).absolute()  # workers may have another current folder
     partial = out.with_name(out.name + PARTIAL)
@@ -205,7 +210,7 @@ def _assemble(
 ) -> None:
     """Write ``partial/pool`` from its parts, in their order; raise DataError for less than one block of tokens."""
     recipe = corpus.recipe
-    tally = corpus.tally + Counter(empty=sum(part.empty for part in parts))
+    tally = sum((Counter(part.counts) for part in parts), corpus.tally)
     _require_a_block(sum(part.tokens for part in parts), recipe.block_size, tally)
     kind = struct_type(part.kinds for part in parts)
     columns = [field.name for field in kind or ()]
@@ -246,7 +251,7 @@ def _require_a_block(tokens: int, block_size: int, tally: Counter[str]) -> None:
 def _encoding(corpus: Corpus, partial: Path, display: PrepareDisplay) -> Encoding:
     """Return the encoding of the documents, after loading or training the tokenizer."""
     recipe = corpus.recipe
-    path, vocab_size, eos_id = None, recipe.vocab_size or 0, recipe.eos_id
+    path, vocab_size, eos_id, pad_id = None, recipe.vocab_size or 0, recipe.eos_id, None
     if recipe.tokenizer is not None:
         path, tokenizer = make_tokenizer(recipe.tokenizer, partial, corpus.sample, display.say)
         needed = vocabulary_size(tokenizer)
@@ -254,11 +259,14 @@ def _encoding(corpus: Corpus, partial: Path, display: PrepareDisplay) -> Encodin
             raise DataError(f"vocab_size={recipe.vocab_size} is smaller than the tokenizer's, {needed}: leave it out")
         vocab_size = max(needed, vocab_size)
         eos_id = end_of_text_id(tokenizer) if eos_id is None else eos_id
+        ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}  # these stand in text, too
+        pad_id = None if recipe.ids_column is None or tokenizer.pad_token_id in ends else tokenizer.pad_token_id
     if eos_id is not None and not 0 <= eos_id < vocab_size:
         raise DataError(f"expected eos_id in 0..{vocab_size - 1}, got {eos_id}")
     if recipe.separate and eos_id is None:
         display.say("the tokenizer has no end-of-text token: documents are joined without one (set it by --eos-id)")
-    return encoding_of(path, vocab_size, eos_id if recipe.separate else None, recipe.ids_column is not None)
+    separator, ready = eos_id if recipe.separate else None, recipe.ids_column is not None
+    return encoding_of(path, vocab_size, separator, ready, pad_id, recipe.on_invalid == "skip")
 
 
 def _sensible_workers(workers: int | None, size: int, unit_bytes: int) -> int:
@@ -276,7 +284,7 @@ def _is_prepared(out: Path, settings: Mapping[str, object]) -> bool:
         return False
     try:
         manifest = read_manifest(out)
-        check_files(out, manifest)
+        check_sizes(out, manifest["files"], REMEDY)
     except ValueError as error:
         raise DataError(f"{error}, with --overwrite") from error
     before, now = manifest["settings"], json.loads(json.dumps(settings))

@@ -126,7 +126,7 @@ def _default_name(location: str) -> str:
 
 
 def _kind(path: Path) -> str:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSIONS]
     suffix = suffixes[-1] if suffixes else ""
     return "json" if suffix in JSON_LINES else "parquet" if suffix in PARQUET else "text"
 
@@ -234,5 +234,5 @@ def describe_source(source: Source, parts: Sequence[Part]) -> dict[str, object]:
         "include": list(source.include),
         "parts": len(parts),
         "bytes": sum(part.size for part in parts),
-        "content": hashlib.blake2b(identities.encode(), digest_size=8).hexdigest(),
+        "content": hashlib.blake2b(identities.encode(errors="surrogatepass"), digest_size=8).hexdigest(),
     }

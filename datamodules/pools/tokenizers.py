@@ -2,26 +2,26 @@
 
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from liveselect.datamodules.pools.readers import DataError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_BPE_TOKENS = 257  # every byte, and the end of text
 SAMPLE_CHARACTERS = 32 << 20  # a BPE is trained on this many at the most: more take minutes and change few merges
 PIECE_CHARACTERS = 1 << 20  # encoded at once: bounds the memory that a very long document takes
-_BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
+OVERLAP_CHARACTERS = 1 << 12  # of two pieces of a document, which are joined in its middle
 
 
 def bpe_size(spec: str) -> int | None:
@@ -57,11 +57,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase
 
 
 def load_tokenizer(spec: str | Path) -> "PreTrainedTokenizerBase":
-    """Return the Hugging Face tokenizer of a name or path."""
+    """Return the Hugging Face tokenizer of a name or path; one that needs code of its own is refused."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(spec))
+        return AutoTokenizer.from_pretrained(str(spec), trust_remote_code=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
@@ -136,13 +136,15 @@ class Encoder:
 
     def __init__(self, folder: Path) -> None:
         file = folder / "tokenizer.json"
+        self._fast: Tokenizer | None = None
         if file.is_file():
-            from tokenizers import Tokenizer  # without transformers a worker starts in a tenth of the time
+            import tokenizers  # without transformers a worker starts in a tenth of the time
 
-            fast = Tokenizer.from_file(str(file))
+            fast = tokenizers.Tokenizer.from_file(str(file))
             fast.no_truncation()
             fast.no_padding()
             fast.encode_special_tokens = True
+            self._fast = fast
             self._encode = lambda texts: [
                 encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)
             ]
@@ -154,22 +156,59 @@ class Encoder:
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids ``(n,)`` int64 of each text."""
-        pieces = [list(_pieces(text)) for text in texts]
+        short = [text for text in texts if self._fast is None or len(text) <= PIECE_CHARACTERS]
         with _one_thread():
-            encoded = iter(self._encode([piece for parts in pieces for piece in parts]) if pieces else [])
-        return [np.concatenate([np.asarray(next(encoded), dtype=np.int64) for _ in parts]) for parts in pieces]
+            encoded = iter(self._encode(short) if short else [])
+            return [
+                np.asarray(next(encoded), dtype=np.int64)
+                if self._fast is None or len(text) <= PIECE_CHARACTERS
+                else self._in_pieces(self._fast, text)
+                for text in texts
+            ]
+
+    def _in_pieces(self, fast: "Tokenizer", text: str) -> np.ndarray:
+        """Return the ids of a long text, of which ``PIECE_CHARACTERS`` are encoded at once.
+
+        Each piece begins inside the one before it, and the tokens of the two are joined where both end a token: what a
+        tokenizer puts before every text (SentencePiece: a space), and how it splits a word that was cut, stays outside.
+        """
+        overlap = min(OVERLAP_CHARACTERS, PIECE_CHARACTERS // 2)
+        found = []
+        start = begin = 0  # of a piece, and of its tokens that are taken
+        piece = _tokens(fast, text, 0)
+        while (stop := start + PIECE_CHARACTERS) < len(text):
+            following = _tokens(fast, text, stop - overlap)
+            joint = _joint(piece, following, stop - overlap // 2)
+            if joint is None:  # no token ends there: a word of thousands of characters is one token
+                return np.asarray(fast.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+            found.append(piece.ids[(piece.starts >= begin) & (piece.ends <= joint)])
+            piece, start, begin = following, stop - overlap, joint
+        return np.concatenate([*found, piece.ids[piece.starts >= begin]])
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text between words, where tokens end anyway; tokens are unlikely to differ from those of the whole."""
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        window = text[start : start + PIECE_CHARACTERS]
-        near_the_end = _BETWEEN_WORDS.finditer(window, PIECE_CHARACTERS - 4096)
-        cut = max((match.start() for match in near_the_end), default=PIECE_CHARACTERS)
-        yield window[:cut]
-        start += cut
-    yield text[start:]
+class _Piece(NamedTuple):
+    """The tokens ``(n,)`` of a part of a text, and the characters of the text at which each starts and ends."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    def cuts(self) -> np.ndarray:
+        """Return the characters, ascending, at which one token has ended and the next not begun."""
+        ended = np.maximum.accumulate(self.ends)[:-1]
+        return ended[self.starts[1:] >= ended]
+
+
+def _tokens(fast: "Tokenizer", text: str, start: int) -> _Piece:
+    encoding = fast.encode(text[start : start + PIECE_CHARACTERS], add_special_tokens=False)
+    starts, ends = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2).T + start
+    return _Piece(np.asarray(encoding.ids, dtype=np.int64), starts, ends)
+
+
+def _joint(piece: _Piece, following: _Piece, middle: int) -> int | None:
+    """Return the character nearest to the ``middle`` of the overlap of two pieces at which both may be cut, or None."""
+    shared = np.intersect1d(piece.cuts(), following.cuts())
+    return int(shared[np.abs(shared - middle).argmin()]) if len(shared) else None
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The token store: a finished pool folder, opened for reading."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,14 +15,17 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from liveselect import distributed
+from liveselect.datamodules.pools.display import PrepareDisplay
+from liveselect.datamodules.pools.integrity import check_content, check_sizes
 from liveselect.datamodules.pools.pool_files import (
     DOCUMENTS,
+    REMEDY,
     ROW_GROUP,
     TOKENIZER,
     TOKENS,
     JsonObject,
     PoolWriter,
-    check_files,
     hash_tokens,
     read_manifest,
 )
@@ -37,7 +41,7 @@ class TokenStore:
 
     Args:
         path: folder made by ``liveselect prepare`` or :func:`write_store`.
-        verify: compare hashes of the files with the manifest; by default only their sizes are compared.
+        verify: compare the content of the files with the manifest, as :meth:`verify` does; by default only their sizes.
 
     Attributes:
         rows: number of blocks.
@@ -55,13 +59,24 @@ class TokenStore:
     def __init__(self, path: str | Path, verify: bool = False) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        check_files(self.path, self.manifest, verify)
+        check_sizes(self.path, self.manifest["files"], REMEDY)
         self.rows: int = self.manifest["rows"]
         self.block_size: int = self.manifest["block_size"]
         self.vocab_size: int = self.manifest["vocab_size"]
         self.eos_id: int | None = self.manifest["eos_id"]
         self.fingerprint: str = self.manifest["fingerprint"]
         self.group_names: tuple[str, ...] = tuple(source["name"] for source in self.manifest["sources"])
+        if verify:
+            self.verify()
+
+    def verify(self) -> None:
+        """Raise ValueError, which names the file, unless the files hold what the manifest says.
+
+        Files up to 4 GiB are read in full, and of larger ones 4096 blocks that are evenly spread; what the manifest of
+        an older pool has no blocks of is read in full. Whoever trains on a pool, scores or clusters it calls this.
+        """
+        display = PrepareDisplay(quiet=distributed.rank() > 0)
+        check_content(self.path, self.manifest["files"], REMEDY, display.say)
 
     def __len__(self) -> int:
         return self.rows
@@ -86,10 +101,20 @@ class TokenStore:
 
     @cached_property
     def _parquet(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self.path / DOCUMENTS)
+        with self._naming_documents():
+            return pq.ParquetFile(self.path / DOCUMENTS)
 
     def _column(self, name: str) -> pa.ChunkedArray:
-        return self._parquet.read([name])[name]
+        with self._naming_documents():
+            return self._parquet.read([name])[name]
+
+    @contextmanager
+    def _naming_documents(self) -> Iterator[None]:
+        """Name the file of the documents where it cannot be read."""
+        try:
+            yield
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise ValueError(f"{self.path / DOCUMENTS} is damaged ({error}): {REMEDY}") from error
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -116,7 +141,14 @@ class TokenStore:
         rows = np.asarray(ids, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.rows):
             raise IndexError(f"expected row ids in 0..{self.rows - 1}, got {rows.min()}..{rows.max()}")
-        return torch.from_numpy(self._tokens[rows].astype(np.int64))
+        tokens = self._tokens[rows].astype(np.int64)
+        if rows.size and tokens.max() >= self.vocab_size:  # a model would fail at its embedding, without a name
+            row = rows[int((tokens >= self.vocab_size).any(axis=1).argmax())]
+            raise ValueError(
+                f"{self.path / TOKENS}, row {row}: token id {tokens.max()} is beyond the vocabulary of "
+                f"{self.vocab_size}: the file was damaged; {REMEDY}"
+            )
+        return torch.from_numpy(tokens)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.__getitems__([index])[0]
@@ -149,7 +181,8 @@ class TokenStore:
     def document(self, index: int) -> JsonObject:
         """Return ``id``, ``source`` and ``metadata`` of the document at a position of ``documents.parquet``."""
         group, position = divmod(index, ROW_GROUP)
-        row = self._row_group(group).slice(position, 1).to_pylist()[0]
+        with self._naming_documents():
+            row = self._row_group(group).slice(position, 1).to_pylist()[0]
         return {"id": row["id"], "source": row["source"], "metadata": row.get("metadata") or {}}
 
     @cached_property

@@ -2,12 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from liveselect.datamodules.pools.integrity import check_content
 from liveselect.datamodules.pools.pool_files import JsonObject
 from liveselect.datamodules.pools.tokens import TokenStore
 from liveselect.datamodules.rows import hugging_face
@@ -18,6 +23,8 @@ from liveselect.pool import CandidatePool, GroupGeometry
 
 FORMAT, VERSION = "liveselect-clusters", 1
 MANIFEST = "clusters.json"
+GROUP_FILES = ("assignment.npy", "offsets.npy", "typical.npy", "near.npz")  # what a run uses of them
+REMEDY = "cluster the pool again (--overwrite)"
 
 
 class Clusters:
@@ -40,15 +47,20 @@ class Clusters:
                 + ("`" if name == "clusters" else f" --name {name}`")
                 + ", or leave groups out to group by source"
             )
-        self.manifest: JsonObject = json.loads((self.path / MANIFEST).read_bytes())
-        if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
-            raise ValueError(f"{self.path} does not hold clusters of this version: cluster the pool again")
+        self.manifest = _read_manifest(self.path / MANIFEST)
         if self.manifest["pool"] != store.fingerprint:
             raise ValueError(
                 f"the clusters {self.path} were made from the pool {self.manifest['pool']}, and this is "
-                f"{store.fingerprint}: cluster it again (--overwrite)"
+                f"{store.fingerprint}: {REMEDY}"
             )
         self.names: tuple[str, ...] = tuple(self.manifest["names"])
+        self._shapes = {
+            "assignment": ("i", 1, store.rows),
+            "offsets": ("f", 1, store.rows),
+            "vectors": ("f", 2, store.rows),
+            "centroids": ("f", 2, len(self.names)),
+            "typical": ("i", 2, len(self.names)),
+        }
 
     @property
     def cost(self) -> dict[str, dict[str, float]]:
@@ -60,27 +72,87 @@ class Clusters:
         return len(self.names)
 
     def read(self, name: str) -> np.ndarray:
-        """Return one of the arrays, by its file name without the ending."""
-        return np.load(self.path / f"{name}.npy", mmap_mode="r")
+        """Return one of the arrays, by its file name without the ending; raise ValueError for a damaged file."""
+        path = self.path / f"{name}.npy"
+        kind, dimensions, length = self._shapes[name]
+        with _naming(path):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if array.dtype.kind != kind or array.ndim != dimensions or len(array) != length:
+                raise ValueError(f"it holds {array.dtype} of shape {array.shape}")
+            return array
 
     def geometry(self) -> GroupGeometry:
         """Return the pairs of near clusters, and how typical each candidate is of its own cluster."""
         from scipy.sparse import load_npz
 
-        near = load_npz(self.path / "near.npz")
+        with _naming(self.path / "near.npz"):
+            near = load_npz(self.path / "near.npz")
+            if near.shape != (len(self), len(self)):
+                raise ValueError(f"it holds a matrix of shape {near.shape}")
+        typical = np.array(self.read("typical")[:, 0])
+        with _naming(self.path / "typical.npy"):
+            if typical.min() < 0 or typical.max() >= self._shapes["assignment"][2]:
+                raise ValueError("it names candidates that are not in the pool")
         return GroupGeometry(
             starts=torch.from_numpy(near.indptr.astype(np.int64)),
             columns=torch.from_numpy(near.indices.astype(np.int64)),
             distances=torch.from_numpy(near.data.astype(np.float32)),
-            typical=torch.from_numpy(np.array(self.read("typical")[:, 0])),
+            typical=torch.from_numpy(typical),
             offsets=torch.from_numpy(np.array(self.read("offsets"))),
             reach=self.manifest["settings"]["reach"],
         )
 
     def pool(self, fingerprint: str) -> CandidatePool:
-        """Return the candidates of the pool, with the clusters as their groups."""
-        groups = torch.from_numpy(np.array(self.read("assignment")))
-        return CandidatePool(len(groups), fingerprint, groups, self.names, self.geometry())
+        """Return the candidates of the pool, with the clusters as their groups.
+
+        Raises:
+            ValueError: a file does not hold what was written, or what clusters of the pool can be.
+        """
+        listed = {name: entry for name, entry in self.manifest.get("files", {}).items() if name in GROUP_FILES}
+        check_content(self.path, listed, REMEDY)
+        groups = np.array(self.read("assignment"))
+        with _naming(self.path / "assignment.npy"):  # of clusters that were made before hashes were kept, too
+            if groups.min() < 0 or groups.max() >= len(self):
+                raise ValueError(f"it names clusters beyond the {len(self)} that there are")
+            if np.bincount(groups, minlength=len(self)).tolist() != self.manifest["sizes"]:
+                raise ValueError(f"the sizes of its clusters are not those in {MANIFEST}")
+        geometry = self.geometry()
+        digest = hashlib.blake2b(json.dumps([self.names, geometry.reach]).encode(), digest_size=16)
+        for array in (groups, *(value.numpy() for value in vars(geometry).values() if isinstance(value, Tensor))):
+            digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        codes = torch.from_numpy(groups)
+        return CandidatePool(len(groups), fingerprint, codes, self.names, geometry, digest.hexdigest())
+
+
+def _read_manifest(file: Path) -> JsonObject:
+    with _naming(file):
+        manifest: JsonObject = json.loads(file.read_bytes())
+        if not isinstance(manifest, dict):
+            raise ValueError("it holds no JSON object")
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise ValueError(f"{file.parent} does not hold clusters of this version: cluster the pool again")
+    with _naming(file):
+        names, sizes = list(manifest["names"]), [int(size) for size in manifest["sizes"]]
+        float(manifest["settings"]["reach"])
+        if not names or len(names) != len(sizes) or not isinstance(manifest["pool"], str):
+            raise ValueError(f"it has {len(names)} names for {len(sizes)} clusters")
+    return manifest
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in the error of one that is damaged."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): {REMEDY}") from error
+
+
+def check_if_listed(file: Path) -> None:
+    """Raise ValueError when a file lies beside clusters whose manifest says that it holds something else."""
+    manifest = file.parent / MANIFEST
+    listed = _read_manifest(manifest).get("files", {}) if manifest.is_file() else {}
+    check_content(file.parent, {name: entry for name, entry in listed.items() if name == file.name}, REMEDY)
 
 
 def open_pool(rows: Rows, groups: str | None) -> CandidatePool:

@@ -1,7 +1,7 @@
 """The rows of a pool or dataset: read by id, and collated as candidates and as training batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from liveselect.datamodules.rows import hugging_face, transport
 from liveselect.datamodules.rows.collating import check_order, unpadded
 from liveselect.datamodules.rows.content import WHOLE_ROWS, WHOLE_TOKENS, Chunk, join, spread_ids, survey
 from liveselect.datamodules.rows.draws import Collate, MapStyle, candidate_seeds, fetch, load_rows, private_draws
-from liveselect.datamodules.rows.token_rows import check_map_style, complete_batch, pad_rows, token_row
+from liveselect.datamodules.rows.token_rows import WEIGHTS, check_map_style, complete_batch, pad_rows, token_row
 from liveselect.grammar import Batch
 
 ARROW_TOKENS = 1 << 29  # Hugging Face datasets are read by columns, which is fast: this many tokens take some seconds
@@ -63,7 +63,11 @@ class Rows(ABC):
 
 
 class StoreRows(Rows):
-    """The rows of a prepared pool; batches are ``id (B,)``, ``input_ids (B, T)`` and ``labels (B, T)``."""
+    """The rows of a prepared pool; batches are ``id (B,)``, ``input_ids (B, T)`` and ``labels (B, T)``.
+
+    Raises:
+        ValueError: the files of the pool do not hold what its manifest says.
+    """
 
     source: TokenStore
     receive = staticmethod(transport.receive)
@@ -71,6 +75,7 @@ class StoreRows(Rows):
     worth_workers = False
 
     def __init__(self, store: TokenStore) -> None:
+        store.verify()
         self.source = self.store = store
         self.vocab_size, self.fingerprint = store.vocab_size, store.fingerprint
         self.block_size = self.longest = store.block_size
@@ -107,6 +112,7 @@ class DatasetRows(Rows):
         self.source = check_map_style(dataset, "the pool")
         size = len(self.source)
         self._view = hugging_face.numpy_view(self.source)
+        self._refuse_weights()
         arrow = hugging_face.arrow_view(self.source)
         if arrow is None and hasattr(self._view, "__getitems__"):
             where = f"the pool ({type(dataset).__name__}), when it is asked for several rows at once,"
@@ -128,6 +134,15 @@ class DatasetRows(Rows):
     def candidates(self, ids: Sequence[int]) -> dict[str, Tensor]:
         """Return the rows ``ids (B,)`` as a candidate batch, with the same random draws at every call."""
         return pad_rows(self._rows(ids, candidate_seeds(ids)), ids)
+
+    def _refuse_weights(self) -> None:
+        with private_draws() as seed:
+            (row, *_) = fetch(self._view, [0], candidate_seeds([0]), seed)
+        if isinstance(row, Mapping) and (weights := sorted(WEIGHTS & {str(name) for name in row})):
+            raise ValueError(
+                f"rows of the pool have the field {weights[0]!r}, which has no effect: batches hold input_ids and "
+                "labels. Leave it out, or pass a collate_fn that hands it on, and a loss_fn that uses it"
+            )
 
     def _rows(self, ids: Sequence[int], seeds: Sequence[int | None]) -> list[tuple[np.ndarray, np.ndarray]]:
         with private_draws() as seed:
@@ -162,6 +177,8 @@ class CollatedRows(Rows):
 
     def __init__(self, dataset: object, collate_fn: Collate) -> None:
         self.source = check_map_style(dataset, "the training data")
+        if isinstance(dataset, TokenStore):
+            dataset.verify()
         self.collate_fn = collate_fn
         tried = spread_ids(len(self.source), COLLATED_ROWS)
         widths = {self.candidates([i])["input_ids"].shape[1] for i in tried}

@@ -11,6 +11,9 @@ from torch import Tensor
 from liveselect.datamodules.rows.draws import MapStyle
 from liveselect.grammar import IGNORE_INDEX
 
+WEIGHTS = frozenset({"weight", "weights", "sample_weight", "example_weight", "loss_weight", "importance", "loss_mask"})
+"""Fields that would change the loss if they had an effect."""
+
 
 def check_map_style(dataset: object, what: str) -> MapStyle:
     """Return ``dataset``; raise unless it has a length and rows that can be read by position."""

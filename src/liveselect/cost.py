@@ -2,15 +2,25 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
+
+from liveselect.functional.flops import Flops, flops_counted, flops_set_aside
 
 Cost = dict[str, dict[str, float]]
-"""Amounts by kind (``seconds``, ``flops``) and phase."""
+"""Amounts by kind (``seconds``, ``flops``, ``uncounted``) and phase; of ``uncounted`` how often something of a name ran
+whose FLOPs are not known."""
+
+_MOST_REMEMBERED = 10_000
+
+_remembered: WeakKeyDictionary[nn.Module, dict[Hashable, Flops]] = WeakKeyDictionary()
+"""What the pieces of work with a module cost."""
 
 
 class Progress(Protocol):
@@ -47,13 +57,15 @@ class CostMeter:
 
     Attributes:
         seconds: wall-clock seconds of this rank by phase.
-        flops: floating point operations of this rank by phase (one multiply-add = 2), as reported by the code that ran.
+        flops: floating point operations of this rank by phase (one multiply-add = 2), as they ran.
+        uncounted: by name, how often something ran whose FLOPs are not known.
         progress: the display.
     """
 
     progress: Progress = field(default_factory=SilentProgress)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    uncounted: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _open: list[str] = field(default_factory=list)
     _since: float = 0.0
 
@@ -82,6 +94,54 @@ class CostMeter:
         """Charge ``flops`` to the innermost open phase."""
         self.flops[self._open[-1] if self._open else "other"] += flops
 
+    @contextmanager
+    def counting(
+        self, model: nn.Module | None = None, *work: Hashable, trial: Callable[[], object] | None = None
+    ) -> Iterator[None]:
+        """Charge the FLOPs of the block to the innermost open phase.
+
+        They are counted the first time that this ``work`` (what is done, and the shapes of what it is done with) is
+        done with ``model``, and remembered. Without a model they are counted every time, which is for rare work:
+        counting passes every operation through Python.
+
+        Where the block runs a backward, give a ``trial`` that does the same and leaves no trace: counting changes how a
+        backward rounds, so a result that is counted would differ from one whose cost is remembered.
+        """
+        known = {} if model is None else _remembered.setdefault(model, {})
+        if work not in known and trial is None:
+            with flops_counted(model) as flops:
+                yield
+            _remember(known, work, flops)
+        else:
+            if work not in known and trial is not None:
+                self.learn(model, *work, trial=trial)
+            with flops_set_aside():
+                yield
+        self.charge(known[work])
+
+    @staticmethod
+    def learn(model: nn.Module | None, *work: Hashable, trial: Callable[[], object]) -> None:
+        """Count the work of a trial, and remember it for :meth:`counting`; random states stay as they are."""
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        with torch.random.fork_rng(devices=None if cuda else [], device_type="cuda"), flops_counted(model) as flops:
+            trial()
+        _remember({} if model is None else _remembered.setdefault(model, {}), work, flops)
+
+    @staticmethod
+    def knows(model: nn.Module, *work: Hashable) -> bool:
+        """Return whether the cost of some work is remembered."""
+        return work in _remembered.get(model, {})
+
+    def charge(self, flops: Flops) -> None:
+        """Charge what was counted to the innermost open phase."""
+        self.add_flops(flops.total)
+        for name, times in flops.uncounted.items():
+            self.uncounted[name] += times
+
+    def spent(self) -> Cost:
+        """Return a copy of all amounts of this rank."""
+        return {"seconds": dict(self.seconds), "flops": dict(self.flops), "uncounted": dict(self.uncounted)}
+
     def _charge(self) -> None:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()  # kernels are asynchronous: without this the next phase would pay for this one
@@ -89,6 +149,12 @@ class CostMeter:
         if self._open:
             self.seconds[self._open[-1]] += now - self._since
         self._since = now
+
+
+def _remember(known: dict[Hashable, Flops], work: Hashable, flops: Flops) -> None:
+    if len(known) >= _MOST_REMEMBERED:
+        known.clear()
+    known[work] = flops
 
 
 @dataclass

@@ -96,6 +96,11 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def first_said(sentence: str | None) -> str | None:
+    """Return the sentence of the first rank that has one; a collective."""
+    return next((each for each in gather_objects(sentence) if each is not None), None)
+
+
 def any_rank(flag: bool) -> bool:
     """Return whether ``flag`` is true on some rank."""
     if world_size() == 1:

@@ -22,13 +22,16 @@ Shape letters, used everywhere: ``B`` batch rows, ``T`` tokens, ``V`` vocabulary
 methods whose papers use another sign are converted in one place each.
 """
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +89,7 @@ class CandidateSource(ABC):
         batch_size: rows in the training batch of one rank.
         setup_seconds: seconds that reading and checking the data took, which the ledger charges to selection.
         reference_fingerprint: identifies the reference set; a resumed run reports when it has changed.
+        reference_examples: how many examples it has, where that is known.
         before_batch: called in the training process when the trainer asks for its next batch; the callback sets it.
     """
 
@@ -93,11 +97,19 @@ class CandidateSource(ABC):
     batch_size: int
     setup_seconds: float = 0.0
     reference_fingerprint: str | None = None
+    reference_examples: int | None = None
     before_batch: Callable[[], None] | None = None
 
     @abstractmethod
     def candidates(self, ids: Tensor) -> Iterable[Batch]:
         """Yield batches of the candidates ``ids (n,)``, in their order."""
+
+    def in_bulk(self, ids: Tensor) -> Iterable[Batch]:
+        """Yield the candidates ``ids (n,)`` in batches as large as are read fastest; called where no model sees them.
+
+        A batch that a model fits into is small, and reading a pool in such batches takes most of the time.
+        """
+        return self.candidates(ids)
 
     @abstractmethod
     def reference(self) -> Iterable[Batch]:
@@ -143,6 +155,9 @@ class Round:
         leftovers: ``(l,)`` ids that the last pass over the pool left over. The engine trains on them in this round,
             so the selector is asked for ``l`` fewer.
         trained: ``(k,)`` ids of the plan that was trained on last; None before the first.
+        budget: candidates that the round trains on, its leftovers among them; 0 where it is not known.
+        offset: ``(size,)`` float32, what a prior adds to the scores by which the round's candidates are compared, in
+            standard deviations of these scores; None where there is none.
         device: where :meth:`batches` puts tensors.
         meter: where costs are charged, and the progress display.
     """
@@ -154,6 +169,8 @@ class Round:
     source: CandidateSource
     leftovers: Tensor = NO_IDS
     trained: Tensor | None = None
+    budget: int = 0
+    offset: Tensor | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     meter: CostMeter = field(default_factory=CostMeter)
 
@@ -171,6 +188,12 @@ class Round:
         if not len(ids):
             return iter(())
         return (on_device(batch, self.device) for batch in self.source.candidates(ids))
+
+    def in_bulk(self, ids: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Yield the candidates ``ids (n,)`` in large batches on the round's device; nothing on a rank without ids."""
+        if not len(ids):
+            return iter(())
+        return (on_device(batch, self.device) for batch in self.source.in_bulk(ids))
 
 
 @dataclass(frozen=True)
@@ -227,9 +250,67 @@ def on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 # ---- parts -------------------------------------------------------------------------------------------------------
 
+_GIVEN = "_given"
+LONGEST_SETTING = 32
+"""Items of a list that is noted as a setting; longer ones are data."""
+
+
+class Named(str):
+    """What a setting is called that is no plain value: a class, a function, a tensor."""
+
+    __slots__ = ()
+
+
+def _noted(constructor: Callable[..., None]) -> Callable[..., None]:
+    """Return a constructor that notes its arguments; of nested ones (``super().__init__``) the outermost does."""
+    signature = inspect.signature(constructor)
+
+    @wraps(constructor)
+    def construct(self: "Part", *arguments: Any, **named: Any) -> None:
+        if _GIVEN not in vars(self):
+            with suppress(TypeError):  # the constructor itself says what is wrong with them
+                bound = signature.bind(self, *arguments, **named)
+                bound.apply_defaults()
+                given = dict(list(bound.arguments.items())[1:])
+                vars(self)[_GIVEN] = {name: as_setting(value) for name, value in given.items()}
+        constructor(self, *arguments, **named)
+
+    return construct
+
+
+def given_to(part: "Part") -> Mapping[str, object]:
+    """Return what the constructor of a part was given, defaults included, as :func:`as_setting` returns it."""
+    found: Mapping[str, object] = vars(part).get(_GIVEN, {})
+    return found
+
+
+def as_setting(value: object) -> object:
+    """Return a plain value or a part as it is, anything else as text that says what it is."""
+    if value is None or isinstance(value, bool | int | float | str | Part):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list) and len(value) <= LONGEST_SETTING:
+        return [as_setting(each) for each in value]
+    if isinstance(value, Mapping) and len(value) <= LONGEST_SETTING:
+        return {str(name): as_setting(each) for name, each in value.items()}
+    if isinstance(value, Tensor | np.ndarray):
+        return Named(f"{type(value).__name__} {tuple(value.shape)} {value.dtype}")
+    if isinstance(value, Sequence):
+        return Named(f"{type(value).__name__} of {len(value)}")
+    return Named(value.__qualname__ if inspect.isroutine(value) or inspect.isclass(value) else type(value).__qualname__)
+
 
 class Part(ABC):  # noqa: B024 - what is abstract is declared by the kinds of parts
-    """What a selection is made of. A part without memory keeps the default state."""
+    """What a selection is made of. A part without memory keeps the default state.
+
+    What its constructor is given is noted, for the records of a run.
+    """
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "__init__" in vars(cls):
+            cls.__init__ = _noted(vars(cls)["__init__"])  # type: ignore[method-assign]
 
     def state_dict(self) -> State:
         """Return what the part remembers between rounds; called for every checkpoint, on every rank."""
@@ -263,6 +344,15 @@ class InfluenceEstimator(Part):
     @abstractmethod
     def score(self, model: LiveModel, batch: Batch) -> Tensor:
         """Return the influence of each example, ``(B,)``, nats per unit learning rate; NaN where it has none."""
+
+    def score_tokens(self, model: LiveModel, batch: Batch) -> Tensor | None:
+        """Return the influence of each token, ``(B, T)``, or None where it is not known.
+
+        Called instead of :meth:`score` when the selector learns from single tokens. Entry ``(i, t)`` is the influence
+        of training on candidate i to predict its token t alone, NaN where no loss is taken; the influence of the
+        candidate is the mean over the others.
+        """
+        return None
 
     def check(self, model: LiveModel, round: Round) -> None:
         """Raise what a round would raise; called before training starts, with a few candidates."""
@@ -304,9 +394,15 @@ class InfluenceRegressor(Part):
     Attributes:
         rehearsed: whether a copy learns from a few candidates before training starts; if not, :meth:`check` says what
             would fail.
+        learns_tokens: whether :meth:`fit_tokens` learns more from the influence of single tokens than :meth:`fit` does
+            from that of candidates; measuring then keeps it, where the estimator gives it.
+        remembers: whether what is predicted depends on earlier rounds too. A hard choice by one that forgets them sends
+            the mixture back and forth.
     """
 
     rehearsed: bool = True
+    learns_tokens: bool = False
+    remembers: bool = False
 
     @abstractmethod
     def fit(self, round: Round, ids: Tensor, influence: Tensor) -> Mapping[str, float]:
@@ -315,6 +411,14 @@ class InfluenceRegressor(Part):
         Returns:
             Metrics for the ledger. ``spearman`` among them is the rank correlation on measurements held out of the fit.
         """
+
+    def fit_tokens(self, round: Round, ids: Tensor, influence: Tensor, tokens: Tensor) -> Mapping[str, float]:
+        """Learn from ``tokens (m, T)`` too, called in place of :meth:`fit` where the estimator gives them.
+
+        Entry ``(i, t)`` is the influence of training on candidate i to predict its token t; NaN where it takes no loss
+        or is not known. Rows are filled up with NaN to the longest.
+        """
+        return self.fit(round, ids, influence)
 
     @abstractmethod
     def predict(self, round: Round, batch: Batch) -> Tensor:
@@ -340,6 +444,7 @@ class Selection:
             these two; None when nothing was.
         eligible: ids that the scores let through, when they are more than the chosen ones.
         reasons: why ids were chosen, where it was something else than their scores.
+        scores_id: names the scores, where they were made before training and stay: the decisions hold them once.
     """
 
     ids: Tensor
@@ -351,6 +456,7 @@ class Selection:
     noise: Callable[[int, int], Tensor] | None = None
     eligible: Tensor | None = None
     reasons: Mapping[str, Tensor] = field(default_factory=dict)
+    scores_id: str | None = None
 
 
 class Selector(Part):
@@ -359,13 +465,18 @@ class Selector(Part):
     Attributes:
         needs_estimator: whether it proposes candidates, so that a run without an estimator is refused.
         uses_groups: whether it chooses by the groups of the pool, whose cost then belongs to the run.
+        learns_tokens: whether it wants the influence of single tokens, where the estimator knows it.
         engine_orders: whether the engine keeps the pass over the pool and shuffles what was chosen. A selector that
             follows recorded plans says False: its ids are trained on as they are.
+        has_share: whether only a share of the pool is meant to be trained on. The last round then holds what training
+            still takes, and not a whole round, which might reach below the share.
     """
 
     needs_estimator: bool = False
     uses_groups: bool = False
+    learns_tokens: bool = False
     engine_orders: bool = True
+    has_share: bool = False
 
     @abstractmethod
     def select(self, round: Round, budget: int) -> "Selection | Tensor":
@@ -377,6 +488,16 @@ class Selector(Part):
         A round trains on ``budget`` candidates.
         """
 
+    def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
+        """Make what depends on the data alone, at the expense of ``meter``; called before each round is opened.
+
+        All ranks call it together. What is ready and still holds needs no second making.
+        """
+
+    def warmup(self) -> "Selector | None":
+        """Return who chooses in warm-up rounds, in which nothing is measured; None draws uniformly."""
+        return None
+
     def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
         """Return which candidates may ever be chosen, ``(size,)`` bool, or None for all; called before each round."""
         return None
@@ -387,6 +508,13 @@ class Selector(Part):
 
     def observe(self, ids: Tensor, influence: Tensor) -> None:
         """Take the finite influence ``(m,)`` of proposed ``ids (m,)``, both on CPU; called after each measurement."""
+
+    def observe_tokens(self, ids: Tensor, tokens: Tensor) -> None:
+        """Take the influence of single tokens ``(m, T)`` of proposed ``ids (m,)``, both on CPU; before :meth:`observe`.
+
+        Called where ``learns_tokens`` is True and the estimator knows it. NaN stands where no loss is taken, and rows
+        are filled up with NaN to the longest.
+        """
 
     def observe_step(self, ids: Tensor, influence: Tensor) -> None:
         """Take the influence ``(m,)`` of ``ids (m,)`` as training steps on them have shown it; called between rounds.
@@ -408,12 +536,15 @@ class Around(Selector):
 
     def __init__(self, selector: Selector) -> None:
         if not isinstance(selector, Selector):
-            raise TypeError(f"expected a Selector inside {type(self).__name__}, got {selector!r}")
+            right = f"{selector.__name__}(...)" if isinstance(selector, type) else "an object that inherits from it"
+            raise TypeError(f"expected a Selector inside {type(self).__name__}, got {selector!r}: pass {right}")
         self.selector = selector
         # what either of the two declares holds for both
         self.needs_estimator = type(self).needs_estimator or selector.needs_estimator
         self.uses_groups = type(self).uses_groups or selector.uses_groups
+        self.learns_tokens = type(self).learns_tokens or selector.learns_tokens
         self.engine_orders = type(self).engine_orders and selector.engine_orders
+        self.has_share = type(self).has_share or selector.has_share
 
     def select(self, round: Round, budget: int) -> Selection | Tensor:
         """Let the inner selector choose."""
@@ -422,6 +553,14 @@ class Around(Selector):
     def check(self, round: Round, budget: int) -> None:
         """Let the inner selector check."""
         self.selector.check(round, budget)
+
+    def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
+        """Let the inner selector prepare."""
+        self.selector.prepare(source, meter)
+
+    def warmup(self) -> Selector | None:
+        """Return who chooses for the inner selector in warm-up rounds."""
+        return self.selector.warmup()
 
     def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
         """Return what the inner selector may choose."""
@@ -434,6 +573,10 @@ class Around(Selector):
     def observe(self, ids: Tensor, influence: Tensor) -> None:
         """Pass the measurements on."""
         self.selector.observe(ids, influence)
+
+    def observe_tokens(self, ids: Tensor, tokens: Tensor) -> None:
+        """Pass the influence of single tokens on."""
+        self.selector.observe_tokens(ids, tokens)
 
     def observe_step(self, ids: Tensor, influence: Tensor) -> None:
         """Pass on what training steps have shown."""

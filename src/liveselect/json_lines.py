@@ -1,36 +1,89 @@
 """Files that are replaced as a whole, and files of JSON lines that are added to and read at the same time."""
 
 import json
+import math
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
+
+UNFINISHED = ".tmp"
+_NUMBERS = count()
 
 Line = dict[str, Any]
 """The content of a line, as JSON knows it."""
 
 
 def json_line(kind: str, content: object) -> str:
-    """Return a line of the given ``kind`` that holds a dictionary or an object's attributes."""
-    named = content if isinstance(content, dict) else vars(content)
-    return json.dumps({"kind": kind, **named}, ensure_ascii=False, default=vars) + "\n"
+    """Return a line of the given ``kind`` that holds a dictionary or an object's attributes.
+
+    Numbers that are not finite, which JSON does not know, become null. Half a surrogate pair, which UTF-8 does not
+    know, becomes the escape that JSON has for it.
+    """
+    named = {"kind": kind, **(content if isinstance(content, dict) else vars(content))}
+    try:
+        line = json.dumps(named, ensure_ascii=False, default=vars, allow_nan=False)
+    except ValueError:  # looking at every number of a ledger takes longer, and most are finite
+        line = json.dumps(_finite(named), ensure_ascii=False, allow_nan=False)
+    return line.encode("utf-8", "backslashreplace").decode() + "\n"
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value if value is None or isinstance(value, bool | int | str) else _finite(vars(value))
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes the place of ``path`` once it is complete; an error leaves ``path`` as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # not mkstemp, whose files only their owner may read; beside the target, because only that is renamed atomically
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # not mkstemp, whose files only their owner may read; beside the target, because only that is renamed atomically;
+    # numbered, because the handler of a signal may write the same file while it is written
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}{UNFINISHED}")
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes of this machine left of files when they were killed in the middle of one."""
+    for path in folder.glob(f"*.{socket.gethostname()}.*{UNFINISHED}"):
+        process = path.name.split(".")[-3]
+        if process.isdecimal() and not _is_running(int(process)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
+    return True
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let the new name of a file outlive a loss of power, where the file system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def append_lines(path: Path, size: int, lines: Iterable[str]) -> None:

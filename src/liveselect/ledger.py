@@ -1,10 +1,13 @@
 """The ledger: what every round measured, chose and cost, and what training cost beside it."""
 
+import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from liveselect.json_lines import Line, append_lines, json_line, read_lines, who
 
 T = TypeVar("T")
 
+_HEARD = ("overheard", "overheard_influence")
 _WANDB_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(\w+)")
 
 
@@ -97,6 +101,8 @@ class RoundRecord:
         alarms: what is wrong.
         overheard: ids whose influence was captured from the round's own training steps.
         overheard_influence: that influence, nats per unit learning rate.
+        overheard_count: how many they were, where a checkpoint kept no more of them than this and their mean.
+        overheard_mean: mean of that influence.
     """
 
     round: int
@@ -117,6 +123,13 @@ class RoundRecord:
     alarms: list[Alarm] = field(default_factory=list)
     overheard: list[int] = field(default_factory=list)
     overheard_influence: list[float] = field(default_factory=list)
+    overheard_count: int = 0
+    overheard_mean: float = 0.0
+
+    @property
+    def captured(self) -> int:
+        """How many examples showed their influence in the round's own training steps."""
+        return len(self.overheard) or self.overheard_count
 
     @property
     def total_seconds(self) -> float:
@@ -169,11 +182,13 @@ class Ledger:
     """All rounds and evaluations of a run, and the cost of its training.
 
     Attributes:
+        run_id: tells the run from all others; that of a resumed run is the one it began with.
         about: what kind of run it is, for a reader of the file (selector, seed, interval).
         rounds: one record for each round.
         evaluations: one entry for each validation.
         training_seconds: wall-clock seconds spent between rounds, outside validation.
         training_flops: floating point operations of the training steps, over all ranks.
+        training_repeated_flops: of these, what was computed again because activations had not been kept.
         finished: whether training came to its end; None in records that do not say.
         ahead_seconds: seconds spent so far for the round to come, which has no record yet.
         ahead_flops: FLOPs likewise.
@@ -182,27 +197,36 @@ class Ledger:
         before_flops: FLOPs likewise.
         around_seconds: by name, seconds spent around the rounds: loggers, monitor, records, opening and checking the
             data, the rehearsal at the start.
+        around_flops: FLOPs likewise.
+        uncounted: what ran without its FLOPs being known, so that they are in none of the numbers.
+        peak_flops: what all devices together could do in a second in the run's precision; None where not known.
         decision_folders: where the decisions are written; before it, where a resumed run wrote them earlier and may
             have left what the last folder lacks.
         verdict: whether selection pays, with the numbers behind it; empty where the run does not find out.
     """
 
+    run_id: str = ""
     about: Line = field(default_factory=dict)
     rounds: list[RoundRecord] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     training_seconds: float = 0.0
     training_flops: float = 0.0
+    training_repeated_flops: float = 0.0
     ahead_seconds: float = 0.0
     ahead_flops: float = 0.0
     finished: bool | None = None
     before_seconds: dict[str, float] = field(default_factory=dict)
     before_flops: dict[str, float] = field(default_factory=dict)
     around_seconds: dict[str, float] = field(default_factory=dict)
+    around_flops: dict[str, float] = field(default_factory=dict)
+    uncounted: list[str] = field(default_factory=list)
+    peak_flops: float | None = None
     decision_folders: list[str] = field(default_factory=list)
     verdict: Line = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._file: _LedgerFile | None = None
+        self._means: dict[int, float] = {}
 
     @property
     def selection_seconds(self) -> float:
@@ -212,14 +236,35 @@ class Ledger:
 
     @property
     def selection_flops(self) -> float:
-        """FLOPs spent in rounds, and before training for them."""
-        before = sum(self.before_flops.values())
+        """FLOPs spent in rounds, around them, and before training for them."""
+        before = sum(self.before_flops.values()) + sum(self.around_flops.values())
         return before + self.ahead_flops + sum(record.total_flops for record in self.rounds)
 
     @property
     def selection_share(self) -> float:
         """Share of selection in the time of training and selection together."""
         return self.selection_seconds / max(1e-9, self.selection_seconds + self.training_seconds)
+
+    @property
+    def selection_flops_share(self) -> float:
+        """Share of selection in the FLOPs of training and selection together."""
+        return self.selection_flops / max(1.0, self.selection_flops + self.training_flops)
+
+    def utilisation(self) -> dict[str, float]:
+        """Return the shares of the devices' peak that training and the whole run used, empty where that is not known.
+
+        ``mfu_training`` is FLOPs over time of training, ``mfu_whole`` those of training and selection together. What
+        is computed again to save memory, and what was spent before the run, do not count.
+        """
+        if not self.peak_flops or not self.training_seconds:
+            return {}
+        training = self.training_flops - self.training_repeated_flops
+        selection = self.selection_flops - sum(self.before_flops.values())
+        seconds = self.selection_seconds - sum(self.before_seconds.values())
+        return {
+            "mfu_training": training / (self.training_seconds * self.peak_flops),
+            "mfu_whole": (training + selection) / ((self.training_seconds + seconds) * self.peak_flops),
+        }
 
     def new_alarms(self, record: RoundRecord) -> list[Alarm]:
         """Return the alarms of a round whose kind the previous round did not raise: those reported to a person."""
@@ -230,6 +275,7 @@ class Ledger:
         """Add what was spent before training: ``seconds`` and ``flops`` by phase."""
         self.before_seconds.update(spent.get("seconds", {}))
         self.before_flops.update(spent.get("flops", {}))
+        self.uncounted.extend(name for name in spent.get("uncounted", {}) if name not in self.uncounted)
 
     def evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note the model's metrics at ``step`` beside what was spent so far."""
@@ -245,15 +291,50 @@ class Ledger:
         )
 
     def state_dict(self) -> Line:
-        """Return the ledger as builtins, so that checkpoints load with ``weights_only=True``."""
-        return {each.name: _builtins(getattr(self, each.name)) for each in fields(self)}
+        """Return the ledger as builtins and tensors, so that checkpoints load with ``weights_only=True``.
+
+        What training steps have shown can be millions of numbers. Of rounds that are over it holds number and mean, of
+        the last one tensors; the file has the rest.
+        """
+        state: Line = {each.name: _builtins(getattr(self, each.name)) for each in fields(self) if each.name != "rounds"}
+        rounds = [_builtins(self._without_overheard(record)) for record in self.rounds[:-1]]
+        return {**state, "rounds": [*rounds, *map(_compact, self.rounds[-1:])]}
+
+    def _without_overheard(self, record: RoundRecord) -> RoundRecord:
+        if not record.overheard:
+            return record
+        if record.round not in self._means:  # a round that is over does not change
+            self._means[record.round] = sum(record.overheard_influence) / len(record.overheard)
+        count, mean = len(record.overheard), self._means[record.round]
+        return replace(record, overheard=[], overheard_influence=[], overheard_count=count, overheard_mean=mean)
+
+    def recall(self, paths: Iterable[Path]) -> None:
+        """Take back from files of this run what checkpoints left out of its rounds, as far as it is there.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        for path in paths:
+            lacking = {r.round: i for i, r in enumerate(self.rounds) if r.overheard_count and not r.overheard}
+            if not lacking or run_id_of(path) != self.run_id:
+                continue
+            for other in Ledger.read(path).rounds:
+                index = lacking.get(other.round)
+                if index is not None and _same_round(self.rounds[index], other):
+                    self.rounds[index] = replace(
+                        self.rounds[index],
+                        overheard=other.overheard,
+                        overheard_influence=other.overheard_influence,
+                        overheard_count=0,
+                        overheard_mean=0.0,
+                    )
 
     def load_state_dict(self, state: Line) -> None:
         """Restore the ledger that :meth:`state_dict` described."""
         restored = _ledger_from(state)
         for entry in fields(self):
             setattr(self, entry.name, getattr(restored, entry.name))
-        self._file = None
+        self._file, self._means = None, {}
 
     def write(self, path: Path) -> None:
         """Write the ledger as JSON lines: one that describes the run, one for each round and evaluation.
@@ -299,6 +380,26 @@ class Ledger:
             raise ValueError(
                 f"{path} is not a ledger that this version of liveselect can read ({error!r}): did another write it?"
             ) from error
+
+
+def new_run_id() -> str:
+    """Return a name that no other run has; it decides nothing that is computed."""
+    return uuid.uuid4().hex[:16]
+
+
+def run_id_of(path: Path) -> str | None:
+    """Return the name of the run that a ledger file is of, "" in files of older versions; None for no such file."""
+    try:
+        with path.open("rb") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError):
+        return "" if path.is_file() else None  # damaged, and still the only record of a run
+    return str(first.get("run_id", "")) if isinstance(first, dict) else ""
+
+
+def writable(text: object) -> str:
+    """Return a text without halves of surrogate pairs, as cut emoji leave them, which no file or logger takes."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
@@ -354,7 +455,9 @@ class _LedgerFile:
 
 def _lines_of(ledger: Ledger, first_round: int, first_evaluation: int) -> Iterator[str]:
     """Yield the line about the run, then those of the rounds and evaluations from the given ones on."""
-    about = {name: value for name, value in vars(ledger).items() if name not in ("rounds", "evaluations", "_file")}
+    about = {
+        name: value for name, value in vars(ledger).items() if name not in ("rounds", "evaluations", "_file", "_means")
+    }
     yield json_line("run", about)
     for record in ledger.rounds[first_round:]:
         yield json_line("round", record)
@@ -376,21 +479,46 @@ def _builtins(value: object) -> object:
     return value
 
 
+def _compact(record: RoundRecord) -> object:
+    if not record.overheard:
+        return _builtins(record)
+    heard = {"overheard": torch.tensor(record.overheard, dtype=torch.int64)}
+    influence = torch.tensor(record.overheard_influence, dtype=torch.float64)
+    rest = _builtins(replace(record, overheard=[], overheard_influence=[]))
+    return {**cast(Line, rest), **heard, "overheard_influence": influence}
+
+
+def _same_round(record: RoundRecord, other: RoundRecord) -> bool:
+    return (record.plan, record.overheard_count) == (other.plan, len(other.overheard))
+
+
 def _ledger_from(state: Line) -> Ledger:
     return Ledger(
         **{
             **state,
             "rounds": [_record_from(record) for record in state["rounds"]],
-            "evaluations": [Evaluation(**entry) for entry in state["evaluations"]],
+            "evaluations": [
+                Evaluation(**{**entry, "metrics": _numbers(entry["metrics"])}) for entry in state["evaluations"]
+            ],
         }
     )
 
 
+def _numbers(named: Mapping[str, float | None]) -> dict[str, float]:
+    """Return numbers, NaN for those that JSON has no word for."""
+    return {name: math.nan if value is None else value for name, value in named.items()}
+
+
 def _record_from(state: Line) -> RoundRecord:
     histogram = state["histogram"]
+    influence = state["influence"]
     return RoundRecord(
         **{
             **state,
+            **{name: state[name].tolist() for name in _HEARD if isinstance(state[name], Tensor)},
+            "influence": [math.nan if each is None else each for each in influence] if None in influence else influence,
+            "metrics": _numbers(state["metrics"]),
+            "groups": {name: _numbers(row) for name, row in state["groups"].items()},
             "histogram": Histogram(**histogram) if histogram else None,
             "examples": [Example(**example) for example in state["examples"]],
             "alarms": [Alarm(**alarm) for alarm in state.get("alarms", [])],

@@ -1,7 +1,8 @@
 """Per-example losses of causal language models."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -35,6 +36,21 @@ def target_counts(batch: Batch) -> Tensor:
     return (shifted_targets(batch) != IGNORE_INDEX).sum(dim=1)
 
 
+def targets_shape(batch: Batch) -> tuple[int, ...]:
+    """Return what the cost of :func:`causal_lm_loss` depends on beside the shapes of a batch's tensors.
+
+    The largest number of targets of an example and the column of the last one; nothing where the shapes say it.
+    """
+    if TARGET_COLUMNS in batch or "labels" not in batch or batch["labels"].dim() != 2:
+        return ()
+    carries = shifted_targets(batch) != IGNORE_INDEX
+    columns = torch.arange(1, carries.shape[1] + 1, device=carries.device) * carries
+    if not columns.numel():
+        return ()
+    most, last = torch.stack([carries.sum(dim=1).max(), columns.max()]).tolist()
+    return most, last
+
+
 def at_targets(batch: Batch) -> dict[str, Tensor]:
     """Return the batch cut after its last target, and with the columns that carry loss under :data:`TARGET_COLUMNS`.
 
@@ -66,10 +82,28 @@ def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
 
     Raises:
         TypeError: the module cannot be called with token ids, or returns no logits; pass a ``loss_fn``.
+        ValueError: there is not one row of logits for each token of the batch.
     """
     logits, targets = _logits_and_targets(model, batch)
     losses = _token_losses(logits.flatten(0, 1), targets.flatten())
     return losses.view_as(targets).sum(dim=1) / (targets != IGNORE_INDEX).sum(dim=1).clamp(min=1)
+
+
+def causal_lm_token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the cross-entropy of each token, ``(B, T)``, nats, NaN where no loss is taken; else as the loss above.
+
+    Column t is the loss of predicting token t from those before it; the mean over a row's tokens is its loss.
+    """
+    cut = batch if TARGET_COLUMNS in batch else at_targets(batch)
+    logits, targets = _logits_and_targets(model, cut)
+    losses = _token_losses(logits.flatten(0, 1), targets.flatten()).view_as(targets)
+    losses = losses.masked_fill(targets == IGNORE_INDEX, math.nan)
+    columns = cut[TARGET_COLUMNS]
+    losses = losses[:, : columns.shape[1]]
+    every = losses.new_full((len(losses), batch["input_ids"].shape[1] + 1), math.nan)
+    # a row with fewer targets than columns repeats one that has none: it goes to the end, and is cut off
+    places = torch.where(losses.isnan(), every.shape[1] - 1, columns + 1)
+    return every.scatter(1, places, losses)[:, :-1]
 
 
 def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -83,6 +117,13 @@ def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     logits, targets = _logits_and_targets(model, batch)
     wanted = batch[TARGET_COLUMNS].shape[1]
     return logits[:, :wanted], targets[:, :wanted]
+
+
+def all_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits of all positions, ``(B, T, V)``; errors are those of :func:`causal_lm_loss`."""
+    ids = batch["input_ids"]
+    rows, columns = (torch.arange(size, device=ids.device) for size in ids.shape)
+    return _logits_at(find_language_model(model), batch, rows[:, None], columns.expand(len(rows), -1))
 
 
 def _logits_and_targets(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -151,9 +192,48 @@ def _logits_at(network: nn.Module, batch: Batch, rows: Tensor, columns: Tensor) 
     if "use_cache" in accepted:
         options["use_cache"] = False
     width, wanted = batch["input_ids"].shape[1], columns.shape[1]
-    with _head_narrowed(network, rows, columns, width):
-        logits = _logits(network(batch["input_ids"], **options), network)
-    return logits if logits.shape[1] == wanted or wanted == width - 1 else logits[rows, columns]
+    with _head_narrowed(network, rows, columns, width) as was_narrowed:
+        try:
+            output = network(batch["input_ids"], **options)
+        except (TypeError, IndexError, KeyError, AttributeError) as error:
+            error.add_note(
+                f"this came from {type(network).__name__}.forward(input_ids), called with token ids "
+                f"{tuple(batch['input_ids'].shape)} to get logits: if it takes something else, pass "
+                "loss_fn=(model, batch) -> (B,) losses"
+            )
+            raise
+        logits = _logits(output, network)
+    _check_positions(logits, (len(rows), wanted if was_narrowed() else width), network)
+    return logits if was_narrowed() or wanted == width - 1 else logits[rows, columns]
+
+
+def _check_positions(logits: Tensor, expected: tuple[int, int], network: nn.Module) -> None:
+    """Raise ValueError unless there is a row of logits for each of the ``expected`` examples and positions."""
+    found, (examples, positions) = tuple(logits.shape), expected
+    if found[:2] == expected:
+        return
+    if found[:2] == (examples, 1):
+        cause = (
+            "they are those of the last position only, as nanoGPT's forward returns without targets, or one with "
+            "logits_to_keep=1: no loss of the tokens before can be had from them. Return the logits of all positions"
+        )
+    elif found[:2] == (positions, examples):
+        cause = "time comes first: return logits.transpose(0, 1)"
+    elif found[0] == examples and found[2] == positions:
+        cause = "the vocabulary comes before time: return logits.transpose(1, 2)"
+    elif found[2] == examples and positions in found[:2]:
+        cause = f"the batch comes last: return logits.permute(2, {'0, 1' if found[0] == positions else '1, 0'})"
+    elif found[:2] == (examples, positions - 1):
+        cause = "they leave out a position: return those of all of them; the shift to next tokens is made here"
+    elif found[0] == examples and found[1] > positions:
+        cause = "they hold positions that are no tokens of the batch, such as those of a learned prompt: cut them off"
+    else:
+        cause = "examples or positions are missing or joined: return one row of logits for each token"
+    raise ValueError(
+        f"expected {type(network).__name__} to return logits (B, T, V) with B={examples} examples and T={positions} "
+        f"positions, got {found}: {cause}, or pass loss_fn=(model, batch) -> (B,) losses that calls the model as "
+        "training does"
+    )
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -174,24 +254,26 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @contextmanager
-def _head_narrowed(network: nn.Module, rows: Tensor, columns: Tensor, width: int) -> Iterator[None]:
-    """Let the output head see the positions ``columns`` only, where they are few.
+def _head_narrowed(network: nn.Module, rows: Tensor, columns: Tensor, width: int) -> Iterator[Callable[[], bool]]:
+    """Let the output head see the positions ``columns`` only, where they are few; yields whether it did, as a function.
 
     A hook, and not the models' own ``logits_to_keep``, because that keeps the same columns in all rows. The model
     scales or caps the remaining logits as usual.
     """
     head = output_head(network) if columns.shape[1] < width - 1 else None
+    narrowed: list[bool] = []
     if head is None:
-        yield
+        yield lambda: False
         return
 
     def narrow(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0]
-        return (hidden[rows, columns], *inputs[1:]) if hidden.shape[:2] == (len(rows), width) else inputs
+        narrowed.append(hidden.shape[:2] == (len(rows), width))
+        return (hidden[rows, columns], *inputs[1:]) if narrowed[-1] else inputs
 
     handle = head.register_forward_pre_hook(narrow)
     try:
-        yield
+        yield lambda: any(narrowed)
     finally:
         handle.remove()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from liveselect import distributed
 from liveselect.cost import CostMeter
 from liveselect.grammar import (
+    Batch,
     InfluenceEstimator,
     LiveModel,
     NotMeasurableError,
@@ -19,8 +20,12 @@ from liveselect.grammar import (
     Selector,
     State,
 )
-from liveselect.parts import checked_influence, fit_metrics
-from liveselect.preserve import bit_sum, measuring
+from liveselect.parts import checked_influence, checked_tokens, fit_metrics
+from liveselect.preserve import bit_sum, changed_since, listen, measuring
+from liveselect.preserve.echo import Echo
+
+_Found = tuple[Tensor, Tensor | None]
+"""The influence of some candidates, and of their tokens."""
 
 CANDIDATES_PER_BARRIER = 64
 """Candidates that a rank measures before it waits for the others."""
@@ -34,16 +39,24 @@ class Question:
         ids: ``(m,)`` int64.
         influence: ``(m,)`` float32, NaN where it is not known.
         steps: ``(m,)`` int64, the optimizer step at which each was measured; -1 where it was not yet.
+        tokens: ``(m, T)`` float32, the influence of single tokens, NaN where it is not known; None where none is.
     """
 
     ids: Tensor
     influence: Tensor
     steps: Tensor
+    tokens: Tensor | None = None
 
     @classmethod
     def about(cls, ids: Tensor) -> "Question":
         """Return a question of which nothing is measured yet."""
         return cls(ids, torch.full((len(ids),), math.nan), torch.full((len(ids),), -1))
+
+    def keep_tokens(self, rows: Tensor, tokens: Tensor) -> None:
+        """Take the influence of single tokens, ``(r, T)``, of the ``rows (r,)``."""
+        known = torch.full((len(self.ids), 0), math.nan) if self.tokens is None else self.tokens
+        self.tokens = _widened(known, max(known.shape[1], tokens.shape[1]))
+        self.tokens[rows] = _widened(tokens, self.tokens.shape[1])
 
     @property
     def todo(self) -> Tensor:
@@ -77,6 +90,8 @@ class Measurement:
         selector: proposes, and observes.
         meter: where the cost is charged.
         interrupted: whether this process was asked to stop; looked at after every batch on a single rank.
+        disabled: says why nothing is measured any more; None where it is.
+        listens: whether the first piece compares what the model answers to a fixed row before and after it.
 
     Attributes:
         questions: what was proposed, in order.
@@ -84,6 +99,7 @@ class Measurement:
         obstacle: why something could not be measured, None when everything could.
         complete: whether the selector has asked enough.
         restored: whether model and optimizer were the same, to the bit, after every piece.
+        changed: a sentence on state that measuring has changed and nothing puts back, None where none was noticed.
         meter: what measuring has cost so far.
         selector_state: the selector's state before the first question.
     """
@@ -94,17 +110,22 @@ class Measurement:
         selector: Selector,
         meter: CostMeter | None = None,
         interrupted: Callable[[], bool] = lambda: False,
+        disabled: Callable[[], str | None] = lambda: None,
+        listens: bool = False,
     ) -> None:
         self.questions: list[Question] = []
         self.metrics: Mapping[str, float] = {}
         self.obstacle: str | None = None
         self.complete = False
         self.restored = True
+        self.changed: str | None = None
         self.meter = meter or CostMeter()
         self.selector_state = copy.deepcopy(selector.state_dict())
         self._estimator = estimator
         self._selector = selector
         self._interrupted = interrupted
+        self._disabled = disabled
+        self._listens = listens
         self._fit: Fit | None = None
         self._observed = 0  # questions whose answers the selector has
         self._saved: State | None = None  # a checkpoint's answers, until there is a round to ask in
@@ -142,10 +163,12 @@ class Measurement:
         model, round = replace(model, meter=self.meter), replace(round, meter=self.meter)
         self._catch_up(round)
         bits: int | None = None
+        heard: tuple[Echo | None, Batch] | None = None
         left = None if limit is None else max(1, math.ceil(limit / distributed.world_size()))
         while left != 0 and (question := self._open_question(round)) is not None:
             if bits is None:  # where nothing is measured there is nothing to restore
                 bits = self._bits(model)
+                heard = self._listen(model, round, question)
             done = self._measure(model, round, question, self._fitted(model, round), left)
             if left is not None:
                 left -= min(left, done)
@@ -153,6 +176,9 @@ class Measurement:
                 self._report(question)
         if bits is not None:
             self.restored &= self._bits(model) == bits
+        if heard is not None:
+            with self.meter.phase("check restore"):
+                self.changed = distributed.first_said(changed_since(heard[0], model, heard[1]))
 
     def cut(self, round: Round) -> int:
         """Give the selector what is known of the open question, and ask no more; returns how many stay unmeasured."""
@@ -200,6 +226,16 @@ class Measurement:
         with self.meter.phase("check restore"):
             return bit_sum(model.module, model.optimizer)
 
+    def _listen(self, model: LiveModel, round: Round, question: Question) -> tuple[Echo | None, Batch] | None:
+        """Return what the model answers to a row, and the row; None when it was listened to before."""
+        if not self._listens or self._disabled() is not None:
+            return None
+        self._listens = False
+        with self.meter.phase("check restore"):
+            with measuring(model.module, model.optimizer):
+                row = next(round.batches(question.ids[:1]))
+            return listen(model, row), row
+
     def _open_question(self, round: Round) -> Question | None:
         """Return the question that is not fully measured, a new one if need be; None when the selector has enough."""
         if self._observed < len(self.questions):
@@ -224,6 +260,8 @@ class Measurement:
         """Give the selector the finite answers: NaN sorts above all numbers and spoils sums."""
         finite = question.influence.isfinite()
         with self.meter.phase("ask"):
+            if question.tokens is not None:
+                self._selector.observe_tokens(question.ids[finite], question.tokens[finite])
             self._selector.observe(question.ids[finite], question.influence[finite])
         self._observed = len(self.questions)
 
@@ -232,6 +270,9 @@ class Measurement:
         fit, estimator = self._fit, self._estimator
         if estimator is None:
             raise RuntimeError("nothing can be measured without an estimator")
+        if (disabled := self._disabled()) is not None:
+            self.obstacle = disabled
+            return Fit(round.step, disabled)
         if fit is not None and (fit.step == round.step or (estimator.fit_lasts and fit.obstacle is None)):
             return fit
         try:
@@ -260,15 +301,22 @@ class Measurement:
         mine = question.ids[shares[distributed.rank()]]
         if fit.obstacle is None:
             barriers = len(shares[-1]) // CANDIDATES_PER_BARRIER
-            found = self._influence_of(model, round, mine, longest, barriers)
+            found, tokens = self._influence_of(model, round, mine, longest, barriers)
         else:
-            found = torch.full((len(mine),), math.nan)
+            found, tokens = torch.full((len(mine),), math.nan), None
+        if self._selector.learns_tokens:
+            widths = distributed.gather_objects(0 if tokens is None else tokens.shape[1])
+            if width := max(widths):
+                own = torch.full((len(mine), 0), math.nan) if tokens is None else tokens
+                question.keep_tokens(rows, distributed.gather_shards(_widened(own, width), len(rows)))
         question.influence[rows] = distributed.gather_shards(found, len(rows))
         question.steps[rows] = round.step
         return longest
 
-    def _influence_of(self, model: LiveModel, round: Round, ids: Tensor, longest: int, barriers: int) -> Tensor:
-        """Return the influence of ``ids (m,)`` as this rank measures it, ``(m,)`` float32 on CPU.
+    def _influence_of(
+        self, model: LiveModel, round: Round, ids: Tensor, longest: int, barriers: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the influence of ``ids (m,)`` as this rank measures it, ``(m,)`` float32 on CPU, and of their tokens.
 
         On the way it waits ``barriers`` times for the others: without it a rank that is a tenth slower would make them
         wait at the end for a tenth of the round, longer than a process group allows.
@@ -281,15 +329,17 @@ class Measurement:
             if estimator.at_once
             else self._by_batch(estimator, model, round, ids)
         )
-        scores, passed = [torch.empty(0)], 0
+        scores, tokens, passed = [torch.empty(0)], list[Tensor | None](), 0
         with self.meter.tracked("measure influence", len(ids), "candidates") as advance:
             while True:
                 with measuring(model.module, model.optimizer):
                     # inside: a user's dataset may draw from the global random state
-                    influence = next(parts, None)
-                if influence is None:
-                    return torch.cat(scores)
+                    found = next(parts, None)
+                if found is None:
+                    return torch.cat(scores), _stacked(scores[1:], tokens)
+                influence, of_tokens = found
                 scores.append(influence)
+                tokens.append(of_tokens)
                 advance(len(influence))
                 # parameters that ranks hold in parts keep them in step batch by batch anyway
                 while not model.view.in_parts and passed < min(
@@ -300,22 +350,29 @@ class Measurement:
                 if distributed.world_size() == 1 and self._interrupted():  # ranks would stop at different batches
                     raise RoundInterruptedError(f"stopped while round {round.index} was measuring")
 
-    def _by_batch(self, estimator: InfluenceEstimator, model: LiveModel, round: Round, ids: Tensor) -> Iterator[Tensor]:
+    def _by_batch(self, estimator: InfluenceEstimator, model: LiveModel, round: Round, ids: Tensor) -> Iterator[_Found]:
         """Yield the influence of ``ids (m,)`` batch by batch; on all ranks as often where they hold parts."""
         spare_id, name = self.questions[-1].ids[:1], type(estimator).__name__
         for batch, counts in model.view.in_step(round.batches(ids), lambda: next(round.batches(spare_id))):
-            influence = checked_influence(estimator.score(model, batch), len(batch["input_ids"]), f"{name}.score")
-            yield influence[: len(influence) * counts]
+            rows = len(batch["input_ids"])
+            tokens = estimator.score_tokens(model, batch) if self._selector.learns_tokens else None
+            if tokens is None:
+                influence = checked_influence(estimator.score(model, batch), rows, f"{name}.score")
+            else:
+                tokens = checked_tokens(tokens, tuple(batch["input_ids"].shape), f"{name}.score_tokens")[
+                    : rows * counts
+                ]
+                influence = tokens.nanmean(dim=1)
+            yield influence[: rows * counts], tokens
 
     @staticmethod
     def _at_once(
         estimator: InfluenceEstimator, model: LiveModel, round: Round, ids: Tensor, longest: int
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[_Found]:
         """Yield the influence of ``ids (m,)`` in a few parts, of which all ranks have as many."""
         for part in ids.tensor_split(math.ceil(longest / CANDIDATES_PER_BARRIER)):
-            yield checked_influence(
-                estimator.score_ids(model, round, part), len(part), f"{type(estimator).__name__}.score_ids"
-            )
+            name = f"{type(estimator).__name__}.score_ids"
+            yield checked_influence(estimator.score_ids(model, round, part), len(part), name), None
 
     def _catch_up(self, round: Round) -> None:
         """Bring the selector to where it was when the state was saved."""
@@ -330,10 +387,29 @@ class Measurement:
                     f"({len(proposed)} candidates, then {len(question['ids'])}): expected propose() to depend on the "
                     "round and on what was observed only. Draw from round.generator()"
                 )
-            self.questions.append(Question(**{name: value.clone() for name, value in question.items()}))
+            ids, influence, steps, tokens = (question[name] for name in ("ids", "influence", "steps", "tokens"))
+            tokens = None if tokens is None else tokens.clone()
+            self.questions.append(Question(ids.clone(), influence.clone(), steps.clone(), tokens))
             if index < state["observed"]:
                 self._report(self.questions[-1])
         self.complete = state["complete"]
+
+
+def _widened(tokens: Tensor, width: int) -> Tensor:
+    """Return ``tokens (m, T)`` filled up with NaN to ``(m, width)``."""
+    return torch.nn.functional.pad(tokens, (0, width - tokens.shape[1]), value=math.nan)
+
+
+def _stacked(scores: list[Tensor], tokens: list[Tensor | None]) -> Tensor | None:
+    """Return the influence of tokens of all batches, ``(m, T)``, NaN for batches without; None where all are."""
+    width = max((part.shape[1] for part in tokens if part is not None), default=0)
+    if not width:
+        return None
+    parts = [
+        torch.full((len(of_rows), 0), math.nan) if part is None else part
+        for of_rows, part in zip(scores, tokens, strict=True)
+    ]
+    return torch.cat([_widened(part, width) for part in parts])
 
 
 def _proposed(selector: Selector, round: Round) -> Tensor:

@@ -136,6 +136,11 @@ class ParameterView:
         """Return the user's loss, without the wrapper that lets it see the whole parameters of FSDP1."""
         return loss_fn.loss_fn if isinstance(loss_fn, sharding.ThroughRoot) else loss_fn
 
+    @staticmethod
+    def with_loss(loss_fn: Callable[..., Tensor], other: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return ``other`` as ``loss_fn`` is called: inside of the wrapper for FSDP1, if it has it."""
+        return sharding.ThroughRoot(other) if isinstance(loss_fn, sharding.ThroughRoot) else other
+
     def refuse_parts(self, message: str) -> None:
         """Raise TypeError with this message where ranks hold parts."""
         if self.in_parts:

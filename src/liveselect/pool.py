@@ -38,6 +38,7 @@ class CandidatePool:
         groups: ``(size,)`` integer group (source, cluster) of every candidate, or None for a single group.
         group_names: a name for each group code.
         geometry: which groups are near each other, where that is known.
+        groups_fingerprint: identifies the groups where ``fingerprint`` does not; a resumed run refuses others.
 
     Attributes:
         uses: ``(size,)`` int32, the number of plans that held each candidate.
@@ -50,6 +51,7 @@ class CandidatePool:
         groups: Tensor | None = None,
         group_names: Sequence[str] | None = None,
         geometry: GroupGeometry | None = None,
+        groups_fingerprint: str | None = None,
     ) -> None:
         if size < 1:
             raise ValueError(f"expected a pool of at least one candidate, got {size}")
@@ -67,7 +69,13 @@ class CandidatePool:
         self.groups = groups
         self.group_names = tuple(group_names or ())
         self.geometry = geometry
+        self.groups_fingerprint = groups_fingerprint
         self.uses = torch.zeros(size, dtype=torch.int32)
+
+    @property
+    def identity(self) -> tuple[str, str | None]:
+        """What identifies the candidates and their groups."""
+        return self.fingerprint, self.groups_fingerprint
 
     def available(self, at_least: int = 1, among: Tensor | None = None) -> Tensor:
         """Return the ids of the least used candidates, ``(n,)`` ascending, at least ``at_least`` of them.
@@ -101,6 +109,12 @@ class CandidatePool:
                 return ids
             level += 1
 
+    def mask(self, ids: Tensor) -> Tensor:
+        """Return which candidates are among ``ids (k,)``, ``(size,)`` bool; ``isin`` would sort the pool for it."""
+        found = torch.zeros(self.size, dtype=torch.bool)
+        found[ids] = True
+        return found
+
     def record_use(self, ids: Tensor) -> None:
         """Count one use of each id in ``ids (k,)``; ids must be distinct."""
         self.uses[ids] += 1
@@ -113,8 +127,8 @@ class CandidatePool:
         return dict(zip(self.group_names, counts.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the uses, and the fingerprint of the pool that they belong to."""
-        return {"fingerprint": self.fingerprint, "uses": self.uses.clone()}
+        """Return the uses, and the fingerprints of the pool that they belong to."""
+        return {"fingerprint": self.fingerprint, "groups": self.groups_fingerprint, "uses": self.uses.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the uses; raise ValueError when the checkpoint belongs to another pool."""
@@ -123,6 +137,13 @@ class CandidatePool:
                 f"the checkpoint was made with pool {state['fingerprint']!r} but this run was given pool "
                 f"{self.fingerprint!r}: its row ids would mean other texts. Point the run at the original pool, or "
                 "start a new run (without ckpt_path) on the new one"
+            )
+        groups = state.get("groups", self.groups_fingerprint)  # not in older checkpoints
+        if groups != self.groups_fingerprint:
+            raise ValueError(
+                f"the checkpoint was made with the clusters {groups!r} of the pool as its groups (None for its "
+                f"sources), this run has {self.groups_fingerprint!r}: names, members or distances differ. Put the "
+                "clusters back, group as before, or start a new run (without ckpt_path)"
             )
         self.uses = state["uses"].to(torch.int32, copy=True)  # older checkpoints hold int16
 

@@ -19,9 +19,9 @@ from liveselect.grammar import (
     Selector,
 )
 from liveselect.losses import target_counts
-from liveselect.parts import checked_influence, fit_metrics
+from liveselect.parts import checked_direction, checked_influence, checked_tokens, fit_metrics
 from liveselect.plan import Plan
-from liveselect.preserve import measuring
+from liveselect.preserve import changed_since, listen, measuring
 
 MEASURED_CANDIDATES = 2
 """Candidates that are measured; one alone would hide a loss that is summed or averaged over the batch."""
@@ -32,7 +32,7 @@ LOOKED_AT_CANDIDATES = 32
 
 def rehearse(
     selector: Selector, estimator: InfluenceEstimator | None, model: LiveModel, round: Round, budget: int
-) -> None:
+) -> tuple[str | None, CostMeter]:
     """Let the selector check; measure a few candidates on one batch of the reference set, with copies of the parts.
 
     Everything that a round would do is done once, small, for real; the model, the random states and the parts are left
@@ -45,17 +45,44 @@ def rehearse(
         round: a round that the selector will choose in.
         budget: candidates that a round trains on.
 
+    Returns:
+        Why nothing must be measured, a sentence on state of the model that measuring cannot put back, or None; and what
+        the rehearsal cost. Its seconds are charged as a whole by the caller.
+
     Raises:
         Exception: what the first measuring round would raise; a note says where it came from.
     """
-    meter = CostMeter()  # the rehearsal is charged as a whole
+    meter = CostMeter()
     spread = _spread(round.candidates, max(LOOKED_AT_CANDIDATES, distributed.world_size()))
     model = replace(model, meter=meter)
     round = replace(round, source=_Excerpt(round.source), candidates=spread, meter=meter)
-    with measuring(model.module, model.optimizer):
-        if estimator is None:
+    if estimator is None:
+        with measuring(model.module, model.optimizer):
             selector.check(round, budget)
-            return
+        return None, meter
+    row = _one_row(model, round)
+    before = None if row is None else listen(model, row)
+    _try_out(selector, estimator, model, round, budget)
+    changed = None if row is None else changed_since(before, model, row)
+    return distributed.first_said(changed), meter
+
+
+def _one_row(model: LiveModel, round: Round) -> Batch | None:
+    """Return a candidate, None where data cannot be read, which others report."""
+    try:
+        with measuring(model.module, model.optimizer):
+            batch = _batch_of_candidates(round)
+            rows = len(batch["input_ids"])
+    except Exception:
+        return None
+    return {
+        key: value[:1] if isinstance(value, Tensor) and len(value) == rows else value for key, value in batch.items()
+    }
+
+
+def _try_out(selector: Selector, estimator: InfluenceEstimator, model: LiveModel, round: Round, budget: int) -> None:
+    """Do once, small, what a round does."""
+    with measuring(model.module, model.optimizer):
         try:
             _check_losses(model, _batch_of_candidates(round), "candidates", differentiated=True)
             reference = model.to_device(next(iter(round.source.reference())))
@@ -63,7 +90,7 @@ def rehearse(
             selector.check(round, budget)
             estimator.check(model, round)
             if estimator.rehearsed:
-                _measure(copy.deepcopy(estimator), model, round)
+                _measure(copy.deepcopy(estimator), model, round, selector.learns_tokens)
         except NotMeasurableError:
             pass  # a later round may be able to
         except Exception as error:
@@ -83,11 +110,16 @@ def _batch_of_candidates(round: Round) -> dict[str, Tensor]:
     return next(round.batches(round.candidates[: max(MEASURED_CANDIDATES, distributed.world_size())]))
 
 
-def _measure(estimator: InfluenceEstimator, model: LiveModel, round: Round) -> None:
+def _measure(estimator: InfluenceEstimator, model: LiveModel, round: Round, tokens: bool) -> None:
     batch = _batch_of_candidates(round)
     fit_metrics(estimator, model, round)
     rows, name = len(batch["input_ids"]), type(estimator).__name__
-    checked_influence(estimator.score(model, batch), rows, f"{name}.score")
+    found = estimator.score_tokens(model, batch) if tokens else None
+    if found is None:
+        checked_influence(estimator.score(model, batch), rows, f"{name}.score")
+    else:
+        checked_tokens(found, tuple(batch["input_ids"].shape), f"{name}.score_tokens")
+    checked_direction(estimator)
     if estimator.at_once:
         ids = round.candidates[:rows]
         checked_influence(estimator.score_ids(model, round, ids), len(ids), f"{name}.score_ids")
@@ -115,6 +147,9 @@ class _Excerpt(CandidateSource):
 
     def candidates(self, ids: Tensor) -> Iterable[Batch]:
         return self._source.candidates(ids)
+
+    def in_bulk(self, ids: Tensor) -> Iterable[Batch]:
+        return self._source.in_bulk(ids)
 
     def reference(self) -> Iterator[Batch]:
         batches = list(self._source.reference())

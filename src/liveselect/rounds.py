@@ -2,8 +2,7 @@
 
 import copy
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,22 +18,29 @@ from liveselect.grammar import (
     LiveModel,
     Round,
     Selection,
-    SelectionWarning,
     Selector,
     State,
 )
-from liveselect.ledger import Example, Histogram, Ledger, RoundRecord
+from liveselect.ledger import Example, Histogram, Ledger, RoundRecord, writable
+from liveselect.looking import only_looking
 from liveselect.measurement import Measurement
-from liveselect.parts import check_keys, restore_part, save_part
+from liveselect.parts import check_keys, check_source, restore_part, save_part
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool, split_by_use
 from liveselect.preserve import measuring
-from liveselect.watch import Scene, Watch
+from liveselect.watch import RESTORE, Scene, Watch
 
 EXAMPLES_SHOWN = 6
 CHARACTERS_SHOWN = 600
 GROUPS_RECORDED = 64
 """A pool with more groups records only those that a round touched: thousands of clusters would swell the ledger."""
+
+NOT_RESTORED = (
+    "parameters, optimizer state or attributes of modules are not as they were before influence was measured: training "
+    "goes on with a model that measuring has changed. Nothing is measured from now on. Report it, with the estimator "
+    "and the optimizer"
+)
+NOT_DECODED = "(could not be decoded)"
 
 LEFT_OVER = "used less often than the others, so its turn came first"
 
@@ -55,6 +61,9 @@ class SelectionRun:
         watch: raises alarms, None for none.
         ahead: what was measured for the next round while its predecessor is trained on; None when nothing was.
         interrupted: whether this process was asked to stop.
+        disabled: why nothing is measured any more, None as long as measuring leaves the model as it was.
+        held_out: ids that are never chosen: a sample of the pool's own mixture, to be evaluated on.
+        preparing: what preparing the selector has cost since the last round was recorded.
         shown: the data as those see them who measure and choose; None for all of ``source``.
         at_random: whether a round is drawn uniformly although the warm-up is over.
     """
@@ -71,8 +80,14 @@ class SelectionRun:
     watch: Watch | None = None
     ahead: Measurement | None = None
     interrupted: Callable[[], bool] = lambda: False
+    disabled: str | None = None
+    held_out: Tensor = field(default_factory=lambda: NO_IDS)
+    preparing: CostMeter = field(default_factory=CostMeter)
     shown: CandidateSource | None = None
     at_random: Callable[[int], bool] = lambda round_index: False
+
+    def __post_init__(self) -> None:
+        check_source(self.source, "source")
 
     @property
     def pool(self) -> CandidatePool:
@@ -91,13 +106,38 @@ class SelectionRun:
 
     def selector_for(self, round_index: int) -> Selector:
         """Return who chooses in a round."""
-        return self.warmup if round_index < self.warmup_rounds or self.at_random(round_index) else self.selector
+        if self.at_random(round_index):
+            return self.warmup
+        return self.selector if round_index >= self.warmup_rounds else self.selector.warmup() or self.warmup
+
+    def prepare(self) -> None:
+        """Let the selector make what depends on the data alone; nothing is done where it is ready."""
+        self.selector.prepare(self.source, self.preparing)
+
+    def can_plan(self, budget: int) -> bool:
+        """Return whether the round to come can hold ``budget`` candidates that are all as good as a smaller choice.
+
+        They are where all were used equally often, and the selector neither follows plans nor keeps to a share.
+        """
+        selector = self.selector_for(self.next_round)
+        if not selector.engine_orders or selector.has_share:
+            return False
+        eligible = self._eligible_for(selector, budget)
+        uses = self.pool.uses if eligible is None else self.pool.uses[eligible]
+        return len(uses) > 0 and int((uses == uses.min()).sum()) >= budget
+
+    def _eligible_for(self, selector: Selector, budget: int) -> Tensor | None:
+        if selector is self.warmup and self.next_round >= self.warmup_rounds:
+            return self.ever_eligible(budget)  # drawn at random in the middle of a run, and not from what it chose
+        # of the run's selector in the warm-up too: what it may never choose is not trained on before either
+        chooses = self.selector if self.next_round < self.warmup_rounds else selector
+        return _without(self.held_out, _eligible(chooses, self.pool, budget), self.pool.size)
 
     def ever_eligible(self, budget: int) -> Tensor | None:
         """Return what the run's selector may choose of an unused pool, ``(size,)`` bool, or None for all."""
         unused = copy.copy(self.pool)
         unused.uses = torch.zeros_like(unused.uses)
-        return _eligible(self.selector, unused, budget)
+        return _without(self.held_out, _eligible(self.selector, unused, budget), self.pool.size)
 
     def open_round(
         self,
@@ -115,12 +155,9 @@ class SelectionRun:
         Raises:
             ValueError: there are fewer than the budget.
         """
+        self.prepare()
         selector = selector or self.selector_for(self.next_round)
-        # of the run's selector in the warm-up too: what it may never choose is not trained on before either
-        if selector is self.warmup and self.next_round >= self.warmup_rounds:
-            eligible = self.ever_eligible(budget)  # drawn at random in the middle of a run, and not from what it chose
-        else:
-            eligible = _eligible(self.selector if selector is self.warmup else selector, self.pool, budget)
+        eligible = self._eligible_for(selector, budget)
         candidates = self.pool.available(budget, eligible)
         leftovers = NO_IDS
         if selector.engine_orders:
@@ -133,13 +170,20 @@ class SelectionRun:
             source=self.shown or self.source,
             leftovers=leftovers,
             trained=None if self.plan is None else self.plan.ids,
+            budget=budget,
             device=device or torch.device("cpu"),
             meter=meter or CostMeter(),
         )
 
     def measurement(self, meter: CostMeter | None = None) -> Measurement:
         """Return the measurement of the round to come, with nothing measured yet."""
-        return Measurement(self.estimator, self.selector_for(self.next_round), meter, self.interrupted)
+        selector = self.selector_for(self.next_round)
+        return Measurement(self.estimator, selector, meter, self.interrupted, lambda: self.disabled, self._listens())
+
+    def _listens(self) -> bool:
+        """Return whether the round to come compares answers of the model: the first one that measures, 2nd, 4th, ..."""
+        measured = 1 + sum(1 for record in self.ledger.rounds if record.measured)
+        return measured & (measured - 1) == 0
 
     def state_dict(self) -> State:
         """Return everything that a resumed run needs, as tensors and builtins."""
@@ -164,6 +208,8 @@ class SelectionRun:
         self.plan = None if state["plan"] is None else Plan.from_state_dict(state["plan"])
         self.ledger.load_state_dict(state["ledger"])
         self._check_consistent()
+        alarms = [alarm for record in self.ledger.rounds for alarm in record.alarms if alarm.kind == RESTORE]
+        self.disabled = alarms[0].text if alarms else None
         restore_part(self.selector, state["selector"], "selector")
         restore_part(self.estimator, state["estimator"], "estimator")
         self.ahead = None
@@ -219,13 +265,15 @@ def finish_round(run: SelectionRun, measurement: Measurement, model: LiveModel, 
     """
     model, round = replace(model, meter=measurement.meter), replace(round, meter=measurement.meter)
     selector = run.selector_for(round.index)
+    _charge_preparing(run, round.meter)
     with measuring(model.module, model.optimizer), round.meter.phase("choose"):
         selection = _choose(selector, round, budget)
     distributed.check_agreement(f"the plan of round {round.index}", selection.ids)
     plan = Plan(round.index, selection.ids)
     with measuring(model.module, model.optimizer):
-        record = _record(round, selector, selection, plan, measurement)
+        record = _record(round, selector, selection, plan, measurement, run.ledger)
     _write_decisions(run, round, record, selection, plan)
+    run.disabled = run.disabled or measurement.changed or (None if measurement.restored else NOT_RESTORED)
     _raise_alarms(run, model, round, record, selection, plan, measurement)
     run.pool.record_use(plan.ids)
     run.plan = plan
@@ -235,6 +283,22 @@ def finish_round(run: SelectionRun, measurement: Measurement, model: LiveModel, 
     if run.estimator is not None:
         run.estimator.release()
     return plan
+
+
+def _without(held_out: Tensor, eligible: Tensor | None, size: int) -> Tensor | None:
+    """Return which candidates may be chosen, ``(size,)`` bool, None for all, without those that are ``held_out``."""
+    if not len(held_out):
+        return eligible
+    eligible = torch.ones(size, dtype=torch.bool) if eligible is None else eligible.clone()
+    eligible[held_out] = False
+    return eligible
+
+
+def _charge_preparing(run: SelectionRun, meter: CostMeter) -> None:
+    for spent, added in ((run.preparing.seconds, meter.seconds), (run.preparing.flops, meter.flops)):
+        for phase, amount in spent.items():
+            added[phase] += amount
+        spent.clear()
 
 
 def _eligible(selector: Selector, pool: CandidatePool, budget: int) -> Tensor | None:
@@ -312,19 +376,17 @@ def _validate_explanation(selection: Selection, pool: CandidatePool, selector: S
 
 
 def _record(
-    round: Round, selector: Selector, selection: Selection, plan: Plan, measurement: Measurement
+    round: Round, selector: Selector, selection: Selection, plan: Plan, measurement: Measurement, ledger: Ledger
 ) -> RoundRecord:
     measured, steps = measurement.ids, measurement.steps
-    histogram = None
-    if selection.scored is not None and selection.scores is not None:
-        histogram = Histogram.of(selection.scores, torch.isin(selection.scored, plan.ids))
     available = torch.cat([round.leftovers, round.candidates])
-    examples = _examples(round, selection)
     flops: dict[str, float] = {}
-    for rank_flops in distributed.gather_objects(dict(round.meter.flops)):
-        for phase, amount in rank_flops.items():
+    uncounted: dict[str, None] = {}
+    for spent in distributed.gather_objects(round.meter.spent()):
+        uncounted |= dict.fromkeys(spent["uncounted"])
+        for phase, amount in spent["flops"].items():
             flops[phase] = flops.get(phase, 0.0) + amount
-    return RoundRecord(
+    record = RoundRecord(
         round=round.index,
         step=round.step,
         selector=type(selector).__name__,
@@ -333,18 +395,50 @@ def _record(
         plan=plan.fingerprint,
         measured=measured.tolist(),
         influence=measurement.influence.tolist(),
-        groups=_groups(round.pool, available, measured, plan.ids, selection.group_metrics),
-        histogram=histogram,
-        examples=examples,
         metrics={
-            **measurement.metrics,
             **_staleness(round.step - steps[steps >= 0]),
-            **{name: float(value) for name, value in selection.metrics.items()},
+            "effective_epochs": _effective_epochs(round.pool.uses, plan.ids),
         },
         seconds=dict(round.meter.seconds),
         flops=flops,
-        notes=[*_unmeasured(measurement), *selection.notes],
+        notes=[
+            writable(note)
+            for note in (*_unmeasured(measurement), *selection.notes, *_newly_uncounted(ledger, uncounted))
+        ],
     )
+    return _described(record, round, selection, plan, measurement, available)
+
+
+def _described(
+    record: RoundRecord, round: Round, selection: Selection, plan: Plan, measurement: Measurement, available: Tensor
+) -> RoundRecord:
+    """Return the record with what is there for a person to look at, as far as that can be made."""
+    for name, value in {**measurement.metrics, **selection.metrics}.items():
+        with only_looking(f"the metric {name} could not be recorded"):
+            record.metrics[writable(name)] = float(value)
+    with only_looking("the groups of a round could not be recorded"):
+        groups = _groups(round.pool, available, measurement.ids, plan.ids, selection.group_metrics)
+        record = replace(record, groups=groups)
+    with only_looking("the scores of a round could not be recorded"):
+        if selection.scored is not None and selection.scores is not None:
+            chosen = round.pool.mask(plan.ids)[selection.scored]
+            record = replace(record, histogram=Histogram.of(selection.scores, chosen))
+    with only_looking("the examples of a round could not be shown"):
+        return replace(record, examples=_examples(round, selection))
+    return record
+
+
+def _newly_uncounted(ledger: Ledger, names: Iterable[str]) -> tuple[str, ...]:
+    """Return a note about what ran without being counted, and was not reported before; the ledger keeps it."""
+    new = [name for name in names if name not in ledger.uncounted]
+    ledger.uncounted.extend(new)
+    return (f"not counted in the FLOPs of the ledger: {'; '.join(new)}",) if new else ()
+
+
+def _effective_epochs(uses: Tensor, chosen: Tensor) -> float:
+    """Return how often what is trained on at all is trained on, by the end of the round that trains on ``chosen``."""
+    distinct = int((uses > 0).sum()) + int((uses[chosen] == 0).sum())
+    return (int(uses.sum()) + len(chosen)) / max(1, distinct)
 
 
 def _unmeasured(measurement: Measurement) -> tuple[str, ...]:
@@ -368,18 +462,12 @@ def _write_decisions(run: SelectionRun, round: Round, record: RoundRecord, selec
     """Write every decision of the round on rank 0, and add the time to the record."""
     if run.decisions is None or distributed.rank() != 0:
         return
-    spent = run.ledger.training_flops + sum(other.total_flops for other in run.ledger.rounds)
-    measured, influence = torch.tensor(record.measured, dtype=torch.int64), torch.tensor(record.influence)
-    decisions = RoundDecisions(record, run.pool, selection, plan, measured, influence, spent)
-    try:
+    with only_looking(f"the decisions of round {round.index} could not be written to {run.decisions.folder}"):
+        spent = run.ledger.training_flops + sum(other.total_flops for other in run.ledger.rounds)
+        measured, influence = torch.tensor(record.measured, dtype=torch.int64), torch.tensor(record.influence)
         with round.meter.phase("write decisions"):
-            run.decisions.write(decisions)
-    except Exception as error:  # a full disk, or a selector that contradicts itself, must not end the training
-        warnings.warn(
-            f"the decisions of round {round.index} could not be written to {run.decisions.folder}: {error}",
-            SelectionWarning,
-            stacklevel=2,
-        )
+            about = run.ledger.run_id
+            run.decisions.write(RoundDecisions(record, run.pool, selection, plan, measured, influence, spent, about))
     record.seconds.update(round.meter.seconds)
 
 
@@ -395,6 +483,7 @@ def _raise_alarms(
     """Let the watch look at the round, and add what it found and its time to the record."""
     if run.watch is None:
         return
+    earlier = [alarm for other in run.ledger.rounds for alarm in other.alarms]
     scene = Scene(
         record,
         run.ledger.rounds,
@@ -403,7 +492,7 @@ def _raise_alarms(
         selection,
         plan,
         estimator=run.estimator if len(measurement.ids) and measurement.obstacle is None else None,
-        restored=measurement.restored,
+        changed=None if any(alarm.kind == RESTORE for alarm in earlier) else run.disabled,
         decisions=None if run.decisions is None else run.decisions.folder,
     )
     before = sum(round.meter.flops.values())
@@ -411,7 +500,7 @@ def _raise_alarms(
         with round.meter.phase("watch"):
             record.alarms.extend(run.watch.look(scene))
     except Exception as error:  # the watch only looks, so it must not end the training
-        record.notes.append(f"the watch failed: {error!r}")
+        record.notes.append(writable(f"the watch failed: {error!r}"))
     record.seconds.update(round.meter.seconds)
     if spent := sum(round.meter.flops.values()) - before:
         record.flops["watch"] = spent * distributed.world_size()  # every rank measures all canaries
@@ -428,8 +517,8 @@ def _groups(
         if len(pool.group_names) > GROUPS_RECORDED and not (counts["measured"][name] or counts["chosen"][name]):
             continue
         known = {key: float(values[code]) for key, values in metrics.items()}
-        rows[name] = {kind: counts[kind][name] for kind in counts}
-        rows[name] |= {key: value for key, value in known.items() if math.isfinite(value)}
+        row: dict[str, float] = {kind: counts[kind][name] for kind in counts}
+        rows[writable(name)] = row | {key: value for key, value in known.items() if math.isfinite(value)}
     return rows
 
 
@@ -439,22 +528,24 @@ def _examples(round: Round, selection: Selection) -> list[Example]:
         ids, scores = selection.ids[:EXAMPLES_SHOWN], None
         chosen = torch.ones(len(ids), dtype=torch.bool)
     else:
-        is_chosen = torch.isin(selection.scored, selection.ids)
+        is_chosen = round.pool.mask(selection.ids)[selection.scored]
         order = selection.scores.argsort(descending=True, stable=True)
         best = order[is_chosen[order]][:EXAMPLES_SHOWN]
         worst = order[~is_chosen[order]].flip(0)[:EXAMPLES_SHOWN]
         rows = torch.cat([best, worst])
         ids, scores, chosen = selection.scored[rows], selection.scores[rows], is_chosen[rows]
     pool, texts = round.pool, list[str]()
-    for batch in round.source.candidates(ids):
-        texts += round.source.decode(batch["input_ids"])
+    with only_looking("the examples of a round could not be decoded"):
+        for batch in round.source.candidates(ids):
+            texts += round.source.decode(batch["input_ids"])
+    texts += [NOT_DECODED] * (len(ids) - len(texts))
     return [
         Example(
             id=int(ids[i]),
-            group=pool.group_names[0 if pool.groups is None else int(pool.groups[ids[i]])],
+            group=writable(pool.group_names[0 if pool.groups is None else int(pool.groups[ids[i]])]),
             score=None if scores is None else float(scores[i]),
             chosen=bool(chosen[i]),
-            text=text[:CHARACTERS_SHOWN],
+            text=writable(text)[:CHARACTERS_SHOWN],
         )
-        for i, text in enumerate(texts)
+        for i, text in enumerate(texts[: len(ids)])
     ]

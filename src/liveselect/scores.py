@@ -12,7 +12,7 @@ name no pool, so only their number can be checked.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -150,6 +150,55 @@ def write_scores(folder: str | Path, values: npt.ArrayLike, pool: str, about: Ma
     return read_scores(folder)
 
 
+def write_part(path: str | Path, ids: npt.ArrayLike, scores: npt.ArrayLike, pool: str) -> None:
+    """Write the scores ``(m,)`` of the candidates ``ids (m,)`` of a pool as a part for :func:`join_scores`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"id": _array(ids), "score": _array(scores)}).replace_schema_metadata({"pool": pool})
+    with whole_file(Path(path)) as file:
+        pq.write_table(table, file)
+
+
+def join_scores(folder: str | Path, parts: Sequence[str | Path], size: int, pool: str) -> Scores:
+    """Join parts that other programs made, and write them as a score folder.
+
+    Args:
+        folder: as in :func:`write_scores`.
+        parts: Parquet files with a column ``id``, the candidates, and a column ``score``; in any order. A part whose
+            metadata has the key ``pool`` must say the fingerprint of the pool there.
+        size: n, candidates of the pool.
+        pool: its fingerprint.
+
+    Raises:
+        ValueError: a part is not of this pool, or some candidate is in none of them, or in several.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values, found = np.full(size, np.nan), np.zeros(size, np.int32)
+    for path in parts:
+        try:
+            table = pq.read_table(path, columns=["id", "score"])
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"expected a Parquet file with the columns id and score at {path}: {error}") from error
+        said = (table.schema.metadata or {}).get(b"pool", pool.encode()).decode()
+        if said != pool:
+            raise ValueError(f"{path} was made for the pool {said!r}, not for {pool!r}: join the parts of one pool")
+        ids, numbers = table["id"].to_numpy(), table["score"].to_numpy()
+        if not np.issubdtype(ids.dtype, np.integer) or (len(ids) and not 0 <= ids.min() <= ids.max() < size):
+            raise ValueError(f"expected the ids in {path} to be integers in 0..{size - 1}, the pool's candidates")
+        np.add.at(found, ids, 1)
+        values[ids] = numbers
+    if not (found == 1).all():
+        missing, twice = int((found == 0).sum()), int((found > 1).sum())
+        raise ValueError(
+            f"expected every candidate of the pool in one of {len(parts)} parts, got {missing} of {size} in none and "
+            f"{twice} in several: pass all parts, and each once"
+        )
+    return write_scores(folder, values, pool, {"parts": [Path(path).name for path in parts]})
+
+
 @contextmanager
 def _score_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes the place of ``path`` once it is complete, with advice in the error of a full disk."""
@@ -228,6 +277,8 @@ def _read_parquet(path: Path, column: str) -> Scores:
 
     try:
         names = pq.read_schema(path).names
+        if twice := [name for name in (column, "id") if names.count(name) > 1]:
+            raise ValueError(f"several columns of {path} are called {twice[0]!r}: rename or remove all but one")
         table = pq.read_table(path, columns=[name for name in dict.fromkeys((column, "id")) if name in names])
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"cannot read a Parquet file from {path}: {error}") from error

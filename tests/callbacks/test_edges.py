@@ -124,7 +124,7 @@ def test_resuming_continues_the_ledger_in_its_place(tmp_path):
     again = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path)
     small_trainer(tmp_path, [again], max_steps=12).fit(SmallLM(), small_data(), ckpt_path=tmp_path / "x.ckpt")
     assert [path.name for path in tmp_path.glob("ledger*.jsonl")] == ["ledger.jsonl"]
-    assert len(Ledger.read(tmp_path / "ledger.jsonl").rounds) == 4
+    assert len(Ledger.read(tmp_path / "ledger.jsonl").rounds) == 3
 
 
 class Fails(Callback):
@@ -182,19 +182,19 @@ def test_every_run_of_a_logger_has_a_ledger_of_its_own_beside_its_checkpoints(tm
 
 
 @pytest.mark.parametrize(
-    ("steps", "window", "message"),
+    ("steps", "every", "window", "message"),
     [
-        (12, 5, "12 candidates of round 1 left.*no whole steps of 10"),
-        (6, 4, r"stands after 18 batches of its epoch.*window of 4 \(accumulate_grad_batches\)"),
-        (12, 2, None),
+        (12, 4, 5, "12 candidates of round 1 left.*no whole steps of 10"),
+        (6, 3, 4, r"stands after 18 batches of its epoch.*window of 4 \(accumulate_grad_batches\)"),
+        (12, 4, 2, None),
     ],
     ids=["in the middle of a round", "at the end of a round", "where both are divided"],
 )
-def test_a_resume_with_steps_that_do_not_fit_its_place_is_refused_at_the_start(tmp_path, steps, window, message):
-    first = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path)
+def test_a_resume_with_steps_that_do_not_fit_its_place_is_refused_at_the_start(tmp_path, steps, every, window, message):
+    first = DataSelection(UniformSelector(), every_n_steps=every, dirpath=tmp_path)
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}")
     small_trainer(tmp_path, [first, keep], max_steps=steps).fit(SmallLM(), datamodule=small_data())
-    again = DataSelection(UniformSelector(), every_n_steps=4, dirpath=tmp_path)
+    again = DataSelection(UniformSelector(), every_n_steps=every, dirpath=tmp_path)
     settings = {"max_steps": 14, "accumulate_grad_batches": window, "val_check_interval": 10 * window}
     trainer = small_trainer(tmp_path, [again], **settings, limit_train_batches=20)
 

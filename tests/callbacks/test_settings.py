@@ -1,18 +1,25 @@
 """A resumed run says what it was set to differently."""
 
+import inspect
+import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from small_run import BATCH, POOL, SmallLM, rows, small_data, small_trainer
 
 from liveselect.callbacks import MATES
-from liveselect.callbacks.settings import changes, settings_of
+from liveselect.callbacks.settings import as_text, changes, settings_of
 from liveselect.datamodules import SelectionDataModule
 from liveselect.grammar import InfluenceRegressor, SelectionWarning, Selector
-from liveselect.influence import FirstOrderInfluence
+from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence, PMPInfluence
+from liveselect.ledger import Ledger
 from liveselect.losses import causal_lm_loss
-from liveselect.regressors import HashedRidgeRegressor
+from liveselect.regressors import EncoderRegressor, HashedRidgeRegressor
+from liveselect.report import build_page, load_runs
+from liveselect.selectors import PriorSelector, RegressionSelector, ScoredSelector, UCBSelector, UniformSelector
 
 
 def mates(folder, **arguments) -> MATES:
@@ -105,17 +112,23 @@ def test_settings_tell_parts_inside_of_parts_and_nothing_that_was_learnt():
             return round.candidates[:budget]
 
     found = settings_of({"selector": Outer(Inner(0.1), 0.5, data=object()), "steps": 4})
-    names = {"selector", "selector.inner", "selector.inner.rate", "selector.share", "steps"}
-    assert set(found) == names
+    assert found == {
+        "selector": found["selector"],
+        "selector.inner": found["selector.inner"],
+        "selector.inner.rate": 0.1,
+        "selector.share": 0.5,
+        "selector.data": "object",
+        "steps": 4,
+    }
     again = settings_of({"selector": Outer(Inner(0.2), 0.5, data=object()), "steps": 4})
-    assert changes(found, again) == ["selector.inner.rate was 0.1 and is 0.2"]
+    assert changes(as_text(found), as_text(again)) == ["selector.inner.rate was 0.1 and is 0.2"]
 
 
 def test_what_was_measured_ahead_with_other_settings_is_measured_again(tmp_path):
     trainer = small_trainer(tmp_path, [mates(tmp_path, probes_between_steps=2)], max_steps=6)
     trainer.fit(SmallLM(), datamodule=small_data())
     trainer.save_checkpoint(tmp_path / "ahead.ckpt")
-    for changed in ({"probes": 14}, {"seed": 5}):
+    for changed in ({"probes": 10}, {"seed": 5}):
         selection = mates(tmp_path, probes_between_steps=2, **changed)
         resume(tmp_path, tmp_path / "ahead.ckpt", selection)
         assert len(selection.run.ledger.rounds[2].measured) == changed.get("probes", 12)
@@ -126,7 +139,9 @@ def test_what_was_measured_ahead_with_other_settings_is_measured_again(tmp_path)
     [
         ({"every_n_steps": 1, "max_overhead": 0.1}, ValueError, "no steps between which a round could be measured"),
         ({"loss_fn": 3}, TypeError, "expected loss_fn to be a function"),
-        ({"every_n_steps": True}, ValueError, "every_n_steps of at least one"),
+        ({"loss_fn": HashedRidgeRegressor}, TypeError, r"pass HashedRidgeRegressor\(...\)"),
+        ({"every_n_steps": True}, TypeError, "expected every_n_steps of MATES to be a number, got True"),
+        ({"every_n_steps": 0}, ValueError, "every_n_steps of at least one"),
         ({"regressor": 0}, TypeError, "regressor to inherit from"),
     ],
 )
@@ -142,3 +157,108 @@ def test_a_part_that_is_falsy_is_used(tmp_path):
 
     regressor = Empty()
     assert mates(tmp_path, regressor=regressor).selector.regressor is regressor
+
+
+class Kept(Selector):
+    """Keeps nothing under the names of its arguments."""
+
+    def __init__(self, share: float, *, table: torch.Tensor, name: str = "x") -> None:
+        self._half = share / 2
+
+    def select(self, round, budget):
+        return round.candidates[:budget]
+
+
+def test_everything_that_a_constructor_got_is_a_setting_whatever_the_part_keeps_of_it():
+    found = settings_of({"selector": Kept(0.5, table=torch.zeros(3))})
+    assert found == {
+        "selector": "Kept",
+        "selector.share": 0.5,
+        "selector.table": "Tensor (3,) torch.float32",
+        "selector.name": "x",
+    }
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        UniformSelector(),
+        RegressionSelector(HashedRidgeRegressor(), probes=30),
+        UCBSelector(),
+        ScoredSelector(torch.zeros(4).numpy()),
+        PriorSelector(UniformSelector(), torch.zeros(3).numpy()),
+        OneStepInfluence(),
+        FirstOrderInfluence(),
+        KFACInfluence(),
+        PMPInfluence(),
+        HashedRidgeRegressor(),
+        EncoderRegressor("x"),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_all_arguments_of_the_parts_of_the_library_are_settings(part):
+    found = settings_of({"part": part})
+    assert {f"part.{name}" for name in inspect.signature(type(part)).parameters} <= set(found)
+    json.dumps(found)
+
+
+class Noted(Logger):
+    """Notes what it is told about the run."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = {}
+
+    name, version, save_dir = "n", "v", None
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        self.told |= dict(params)
+
+
+def test_settings_of_a_script_are_in_the_ledger_the_loggers_and_first_in_the_report_where_they_differ(tmp_path):
+    told = []
+    for name, probes in (("a", 12), ("b", 14)):
+        noted = Noted()
+        loggers = [noted, CSVLogger(tmp_path / name / "csv"), TensorBoardLogger(tmp_path / name / "tb")]
+        selection = mates(tmp_path / name / "selection", probes=probes)
+        trainer = small_trainer(tmp_path / name, [selection], max_steps=6, logger=loggers)
+        trainer.fit(SmallLM(), datamodule=small_data())
+        told.append(noted.told["selection"])
+        for logger in loggers[1:]:
+            assert f"probes: {probes}" in (Path(logger.log_dir) / "hparams.yaml").read_text()
+    runs = load_runs([tmp_path / "a" / "selection", tmp_path / "b" / "selection"])
+    for about, run in zip(told, runs, strict=True):
+        assert {**about, "folder": run.ledger.about["folder"]} == run.ledger.about
+    about = told[0]
+    expected = {
+        "preset": "MATES",
+        "selector": "RegressionSelector",
+        "selector.probes": 12,
+        "selector.ratio": 0.5,
+        "selector.temperature": 0.5,
+        "selector.regressor": "HashedRidgeRegressor",
+        "selector.regressor.buckets": 1 << 14,
+        "estimator": "OneStepInfluence",
+        "estimator.step": "published",
+        "every_n_steps": 4,
+        "loss_fn": "causal_lm_loss",
+        "pool.candidates": POOL,
+        "reference.examples": 6,
+        "global_batch": 6,
+        "precision": "bf16-mixed",
+        "versions.torch": torch.__version__,
+    }
+    assert expected.items() <= about.items()
+    page = build_page(runs)
+    differing = page[page.index("What differs") : page.index("What is the same")]
+    assert "selector.probes" in differing
+    assert "selector.ratio" not in differing
+    assert "selector.ratio" in page[page.index("What is the same") :]
+
+
+def test_a_resumed_run_notes_what_it_is_set_to_now(tmp_path, checkpoint):
+    resume(tmp_path, checkpoint, mates(tmp_path, ratio=0.4))
+    assert Ledger.read(tmp_path / "ledger.jsonl").about["selector.ratio"] == 0.4

@@ -65,3 +65,52 @@ def test_the_arguments_of_live_pds_and_classes_of_others_are_not_refused(tmp_pat
     refuse_old_files([select(tmp_path, class_path="liveselect.callbacks.LivePDS", probes=100)])
     refuse_old_files([select(tmp_path, class_path="mine.PDS", live=True)])
     refuse_old_files(["--config=nowhere.yaml", "--config", "{select: {class_path: PDS}}"])
+
+
+OPTIONS = [
+    ("--select.live=true", "--select=liveselect.callbacks.LivePDS without --select.live"),
+    ("--select.live true", "--select=liveselect.callbacks.LivePDS without --select.live"),
+    ("--select.init_args.live=True", "without --select.init_args.live"),
+    ("--select.live=false", "`live` of PDS in liveselect 0.1 belongs to the preset LivePDS since 0.2: leave it out"),
+    ("--select.probes 100", "`probes` of PDS in liveselect 0.1 belongs to the preset LivePDS since 0.2"),
+    ("--select.init_args.estimator.init_args.steps=4", "`estimator` of PDS in liveselect 0.1 belongs"),
+    ("--select.regressor=HashedRidgeRegressor", "write --select=liveselect.callbacks.LivePDS to solve on the live"),
+]
+
+
+@pytest.mark.parametrize(("option", "expected"), OPTIONS)
+@pytest.mark.parametrize("chosen", [[f"--config={CONFIGS / 'pds.yaml'}"], ["--select=PDS"], ["--select", "PDS"]])
+def test_options_of_the_first_version_are_refused_with_what_to_write_today(capsys, chosen, option, expected):
+    said = refusal(capsys, *chosen, *option.split())
+    assert expected in said
+    assert "liveselect 0.1" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--select", '{"class_path": "PDS", "init_args": {"live": true}}'],
+        ["--config", "{select: {class_path: PDS, init_args: {live: true}}}"],
+        ["--trainer.callbacks+=PDS", "--trainer.callbacks.live=true"],
+        ["--trainer.callbacks=[{class_path: PDS, init_args: {live: true}}]"],
+        ["--select.live=true"],
+        ["--select=LivePDS", "--select.live=true"],
+    ],
+)
+def test_they_are_refused_in_every_place_of_a_command_line(arguments):
+    with pytest.raises(ValueError, match=r"`live.* of (PDS in )?liveselect 0\.1 is the preset LivePDS since 0\.2"):
+        refuse_old_files(arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--select=LivePDS", "--select.probes=100"],
+        ["--select=PDS", "--select.scores=scores.npy", "--select=LivePDS", "--select.probes=9"],
+        ["--select=MATES", "--select.init_args.regressor=HashedRidgeRegressor"],
+        ["--select=mine.PDS", "--select.live=true"],
+        ["--select=PDS", "--select.ratio=0.2", "--model.live=true"],
+    ],
+)
+def test_options_of_this_version_are_not_refused(arguments):
+    refuse_old_files(arguments)

@@ -314,3 +314,10 @@ def test_the_command_makes_clusters_and_says_what_it_found(pool, capsys):
     assert main([str(store.path), "--dimensions", "16", "--name", "many", "--quiet"]) == 0
     assert capsys.readouterr().out == ""
     assert len(Clusters(store, "many")) <= round((ROWS / 2) ** 0.5)
+
+
+def test_dimensions_of_vectors_that_have_their_own_are_refused(pool, tmp_path):
+    store, _ = pool
+    np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(ROWS, 3)).astype(np.float32))
+    with pytest.raises(ValueError, match="dimensions=16 has no effect on vectors:"):
+        cluster_pool(store, Clustering(2, embed=f"vectors:{tmp_path / 'vectors.npy'}", dimensions=16), quiet=True)

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.auto import AutoModelForCausalLM
 
 from liveselect.datamodules.batching import Item, bucket, pack
@@ -387,3 +388,14 @@ def test_packed_bucketed_and_single_items_have_the_same_loss(kind, attention):
 def test_ready_ids_that_cannot_be_are_refused(record, error, message):
     with pytest.raises(error, match=message):
         load_reference(ReferenceSet([record]))
+
+
+def test_an_answer_that_is_glued_to_its_prompt_gets_no_invented_space():
+    letters = {letter: i for i, letter in enumerate(["<unk>", "▁", *"newto"])}
+    letters |= {"wt": 7}  # a token of both
+    made = Tokenizer(models.BPE(letters, [("w", "t")], unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    (encoded,) = encode_answers(tokenizer, [("new", "ton")])
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist()) == ["▁", *"new", *"ton"]
+    assert encoded.counts.tolist() == [False] * 4 + [True] * 3

@@ -1,5 +1,7 @@
 """Data that would make selection wrong without a word are refused, mended or warned of."""
 
+import copy
+import json
 import warnings
 
 import datasets
@@ -9,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from plan_following import PublishPlans, trainer_for
+from tokenizers import normalizers
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -290,16 +293,23 @@ def test_the_tokenizer_of_the_pool_is_taken_without_a_word(tokenizer):
             opened(data, ["some text of another kind"], tokenizer=tokenizer)
 
 
-def test_a_tokenizer_that_did_not_make_the_pool_is_warned_of(tokenizer, other):
-    with pytest.warns(
-        SelectionWarning, match=r"tokenizer= does not look like the one that made .* \d+% of the ids in some rows came"
-    ):
+def test_a_tokenizer_that_did_not_make_the_pool_is_refused_unless_it_is_allowed(tokenizer, other):
+    what = r"tokenizer= does not look like the one that made .* \d+% of the ids in some rows came"
+    with pytest.raises(ValueError, match=what):
         opened(tokenized(tokenizer), ["some text"], tokenizer=other)
     loader = DataLoader(tokenized(tokenizer), batch_size=1, collate_fn=lambda b: {"input_ids": _padded(b)})
-    with pytest.warns(SelectionWarning, match="the tokenizer of Existing does not look like the one"):
+    with pytest.raises(ValueError, match="the tokenizer of Existing does not look like the one"):
         set_up(SelectionDataModule.wrap(Existing(loader, other), ["some text"]))
-    with pytest.warns(SelectionWarning, match=r"it knows \d+ tokens, ids of the pool go up to 5000"):
-        opened([*tokenized(tokenizer), {"input_ids": [5, 5000]}], ["some text"], tokenizer=tokenizer)
+    beyond = [*tokenized(tokenizer), {"input_ids": [5, 5000]}]
+    with pytest.raises(ValueError, match=r"it knows \d+ tokens, ids of the pool go up to 5000"):
+        opened(beyond, ["some text"], tokenizer=tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SelectionWarning)
+        opened(tokenized(tokenizer), ["some text"], tokenizer=other, other_tokenizer="allow")
+        opened(beyond, ["some text"], tokenizer=tokenizer, other_tokenizer="allow")
+        set_up(SelectionDataModule.wrap(Existing(loader, other), ["some text"], other_tokenizer="allow"))
+    with pytest.raises(ValueError, match="expected other_tokenizer to be one of"):
+        opened(tokenized(tokenizer), ["some text"], other_tokenizer="yes")
 
 
 def _padded(batch):
@@ -310,15 +320,141 @@ def test_a_prepared_pool_keeps_its_own_tokenizer(tokenizer, other, tmp_path):
     ids = [row["input_ids"] for row in tokenized(tokenizer)]
     pool = write_store(tmp_path / "pool", ids, block_size=8, vocab_size=320, tokenizer=tokenizer)
     opened(pool, ["some text"], tokenizer=tokenizer)
-    with pytest.raises(
-        ValueError, match=r"tokenizer= is not the tokenizer that .*pool was prepared with.*leave it out"
-    ):
-        opened(pool, ["some text"], tokenizer=other)
+    same_vocabulary = copy.deepcopy(tokenizer)
+    same_vocabulary.backend_tokenizer.normalizer = normalizers.Replace("a", "e")
+    for wrong in (other, same_vocabulary):
+        with pytest.raises(
+            ValueError, match=r"tokenizer= is not the tokenizer that .*pool was prepared with.*leave it out"
+        ):
+            opened(pool, ["some text"], tokenizer=wrong)
+    opened(pool, ["some text"], tokenizer=other, other_tokenizer="allow")
 
 
 def test_something_else_is_no_tokenizer():
     with pytest.raises(TypeError, match=r"tokenizer= as a Hugging Face tokenizer, .* got object"):
         opened(rows(), REFERENCE, tokenizer=object())
+
+
+# ---- what would have no effect --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["weight", "sample_weight", "loss_mask"])
+def test_weights_of_rows_and_records_are_refused(tokenizer, name):
+    with pytest.raises(ValueError, match=f"rows of the pool have the field '{name}', which has no effect"):
+        opened([{**row, name: 2.0} for row in rows()], REFERENCE)
+    for record in ({"text": "some text"}, {"prompt": "a", "answer": " b"}, {"input_ids": [3, 3, 3]}):
+        with pytest.raises(ValueError, match=f"record 0 of the reference set .* has the field '{name}', which has no"):
+            opened(tokenized(tokenizer), [{**record, name: 2.0}], tokenizer=tokenizer)
+
+
+def test_other_fields_without_effect_are_named_once_and_descriptions_are_not(tokenizer):
+    records = [{"text": "some text", "id": 1, "source": "web", "choices": ["a"]}, {"text": "more", "label": 3}]
+    with pytest.warns(SelectionWarning, match=r"no effect.*: 'choices' \(1\), 'label' \(1\)\. Leave") as warned:
+        opened(tokenized(tokenizer), records, tokenizer=tokenizer)
+    assert sum("no effect" in str(each.message) for each in warned) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"columns": {"txt": "content"}}, "expected columns to name those for"),
+        ({"columns": {"prompt": "question"}}, r"columns\['prompt'\]='question' has no effect"),
+        ({"separator": " "}, "separator has no effect"),
+        ({"answer": "last_word", "source": [{"input_ids": [3, 3, 3]}]}, "answer='last_word' has no effect"),
+        ({"source": DataLoader([1]), "max_examples": 3}, "expected a DataLoader alone"),
+    ],
+)
+def test_settings_of_a_reference_set_without_effect_are_refused(tokenizer, settings, said):
+    with pytest.raises(ValueError, match=said):
+        load_reference(ReferenceSet(**{"source": ["some text"], **settings}), tokenizer)
+
+
+def test_packing_ready_batches_is_refused(tokenizer):
+    loader = DataLoader([{"input_ids": torch.tensor([3, 3, 3])}])
+    with pytest.raises(ValueError, match="pack_reference=True has no effect on a DataLoader"):
+        opened(rows(), loader, pack_reference=True)
+
+
+def test_wrap_uses_a_collate_function_and_workers_in_place_of_those_of_the_module():
+    table = torch.as_tensor(TABLE)
+    dataset = torch.utils.data.TensorDataset(table[:, :-1], table[:, 1:])  # pairs, as (x, y)
+    called = []
+
+    def collate(batch):
+        called.append(get_worker_info() is not None)
+        return {"input_ids": torch.stack([x for x, _ in batch])}
+
+    loader = DataLoader(dataset, batch_size=4, num_workers=1, prefetch_factor=2)
+    for workers in (None, 0, 2):
+        data = SelectionDataModule.wrap(Existing(loader), REFERENCE, collate_fn=collate, num_workers=workers)
+        opened_rows = set_up(data).open_rows()
+        assert opened_rows.options["num_workers"] == (1 if workers is None else workers)
+        (batch,) = data.candidates(torch.tensor([2, 5]))
+        assert batch["input_ids"].tolist() == table[[2, 5], :-1].tolist()
+    assert called
+    with pytest.raises(ValueError, match="num_workers of 0 or more"):
+        SelectionDataModule.wrap(Existing(loader), REFERENCE, num_workers=-1)
+
+
+# ---- records of a reference set that cannot be used ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), ""])
+@pytest.mark.parametrize("where", ["list", "file"])
+def test_missing_texts_of_a_reference_are_left_out_with_their_number(tokenizer, missing, where, tmp_path):
+    good = [{"text": f"some text number {i}"} for i in range(8)]
+    records = [*good[:4], {"text": missing}, *good[4:]]
+    source = records
+    if where == "file":
+        source = tmp_path / "reference.jsonl"
+        source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.warns(SelectionWarning, match="1 of 9 reference records have no token that could count"):
+        data = opened(tokenized(tokenizer), source, tokenizer=tokenizer)
+    assert {record for batch in data.reference() for record in batch["record"].tolist()} == {0, 1, 2, 3, 5, 6, 7, 8}
+
+
+def test_all_kinds_of_missing_content_are_left_out(tokenizer):
+    records = [
+        "some text",
+        None,
+        {"prompt": "a", "answer": None},
+        {"prompt": None, "answer": " b"},
+        {"input_ids": None},
+    ]
+    loaded = load_reference(ReferenceSet(records), tokenizer)
+    assert (loaded.left_out, len(loaded.items), loaded.positions) == (4, 1, [0, 1, 2, 3, 4])
+
+
+def test_a_table_of_records_of_several_kinds_is_read_by_what_each_has(tokenizer):
+    kinds = [{"text": "some text"}, {"prompt": "the", "answer": " end"}, {"input_ids": [3, 4]}, {}]
+    names = ("text", "prompt", "answer", "input_ids")
+    records = datasets.Dataset.from_list([{name: kind.get(name) for name in names} for kind in kinds])
+    loaded = load_reference(ReferenceSet(records), tokenizer)
+    assert [item.record for item in loaded.items] == [0, 1, 2]
+    assert (loaded.left_out, loaded.remarks) == (1, ())
+
+
+def test_halves_of_surrogate_pairs_in_a_reference_are_mended_with_their_number(tokenizer, tmp_path):
+    file = tmp_path / "reference.jsonl"
+    broken = '{"text": "cut \\ud83d here", "\\ud800": 1}\n{"prompt": "a", "answer": " \\udc00 b"}\n{"text": "whole"}\n'
+    file.write_text(broken)
+    with pytest.warns(SelectionWarning, match="2 of 3 reference records hold halves of surrogate pairs"):
+        data = opened(tokenized(tokenizer), file, tokenizer=tokenizer)
+    texts = "".join(text for batch in data.reference() for text in data.decode(batch["input_ids"]))
+    assert texts.count("\ufffd") == 2
+
+
+@pytest.mark.parametrize(("words", "cut"), [(3, False), (40, True)])
+def test_answers_longer_than_an_example_are_told(tokenizer, words, cut):
+    records = [{"prompt": "the cat went", "answer": " away" * words}, {"text": "the cat went away " * 40}]
+    remarks = load_reference(ReferenceSet(records), tokenizer, 24).remarks
+    assert any("1 of 2 reference answers do not fit into the 24 tokens" in remark for remark in remarks) == cut
+
+
+def test_an_answer_without_room_for_the_token_before_it_is_told(tokenizer):
+    answer = {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]}
+    assert not load_reference(ReferenceSet([answer]), tokenizer, 4).remarks
+    assert load_reference(ReferenceSet([answer]), tokenizer, 3).remarks
 
 
 # ---- ranks ---------------------------------------------------------------------------------------------------------

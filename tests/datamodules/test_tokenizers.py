@@ -52,12 +52,39 @@ def test_a_long_text_is_encoded_in_pieces_as_if_it_were_whole(tmp_path, monkeypa
     long = "\n".join(TEXTS) * 300
     (whole,) = encoder([long])
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 5000)
-    pieces = list(module._pieces(long))
-    assert len(pieces) > 3
-    assert "".join(pieces) == long
-    assert encoder([long, "x"])[0].tolist() == whole.tolist()
-    unbroken = "x" * 12001
-    assert "".join(module._pieces(unbroken)) == unbroken
+    long_enough = encoder([long, "x"])
+    assert long_enough[0].tolist() == whole.tolist()
+    assert [len(ids) for ids in long_enough[1:]] == [1]
+
+
+def like_sentencepiece(prefix):
+    """A tokenizer that puts a space before every text: by its normalizer (Llama 2) or pre-tokenizer (T5)."""
+    letters = {letter: i for i, letter in enumerate(["<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"])}
+    merges = [("a", "b"), ("▁", "a"), ("b", "c"), ("c", "a")]
+    letters |= {one + other: len(letters) + i for i, (one, other) in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(letters, merges, unk_token="<unk>"))
+    if prefix == "normalizer":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("prefix", ["normalizer", "pre_tokenizer"])
+@pytest.mark.parametrize("text", ["abc" * 3000, "abc bca cab " * 700, "a" * 2500 + " " * 600 + "bc" * 2500])
+def test_no_space_is_invented_where_a_long_text_is_cut(tmp_path, monkeypatch, prefix, text):
+    save_tokenizer(like_sentencepiece(prefix), tmp_path / "tokenizer")
+    encoder = Encoder(tmp_path / "tokenizer")
+    (whole,) = encoder([text])
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 1024)
+    assert encoder([text])[0].tolist() == whole.tolist()
+
+
+def test_a_word_that_is_one_token_from_end_to_end_is_not_cut(tmp_path, monkeypatch):
+    save_tokenizer(words_with_everything_on(), tmp_path / "tokenizer")
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 100)
+    encoder = Encoder(tmp_path / "tokenizer")
+    assert encoder(["x" * 1000])[0].tolist() == [0]
 
 
 def test_special_tokens_in_a_text_are_text(tmp_path):

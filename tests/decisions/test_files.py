@@ -1,14 +1,20 @@
 """The files of the decision ledger: equal when repeated, read by others, refused when damaged."""
 
+import numpy as np
 import pytest
 import torch
 from fakes import play, random_source
+from small_run import SmallLM, small_data, small_trainer
 
-from liveselect.decisions import DecisionLedger, find_decisions, read_plan, read_round, rounds_in
+from liveselect.callbacks import MATES, PDS, DataSelection, Quad
+from liveselect.decisions import DecisionLedger, find_decisions, read_plan, read_round, read_scores, rounds_in
 from liveselect.decisions.diff import compare_runs
-from liveselect.decisions.explain import explain
+from liveselect.decisions.explain import explain, lines_about
+from liveselect.decisions.table import BELOW, PASSED
+from liveselect.influence import OneStepInfluence
+from liveselect.regressors import HashedRidgeRegressor
 from liveselect.rounds import SelectionRun
-from liveselect.selectors import UniformSelector
+from liveselect.selectors import RegressionSelector, ScoredSelector, UniformSelector
 
 
 def trained(folder, rounds=3, state=None, seed=0):
@@ -138,3 +144,77 @@ def test_a_run_may_be_called_by_the_folder_of_wandb(tmp_path):
     lost.mkdir()
     with pytest.raises(FileNotFoundError, match="holds no decisions"):
         find_decisions(lost)
+
+
+def ready(folder, rounds=5, temperature=0.0, **settings):
+    """Play rounds of ready scores, of which only the first needs to hold them all."""
+    values = torch.linspace(-1, 1, 4000).sin()
+    source = random_source(4000)
+    run = SelectionRun(
+        ScoredSelector(values.numpy(), ratio=0.5, temperature=temperature), None, UniformSelector(), 0, source
+    )
+    run.decisions = DecisionLedger(folder / "decisions", **settings)
+    for _ in range(rounds):
+        play(run, 20)
+    return run, values, list(rounds_in(folder / "decisions").values())
+
+
+def test_ready_scores_are_written_once_and_read_in_every_round(tmp_path):
+    run, values, files = ready(tmp_path / "run")
+    first, *later = [len(read_round(path)["id"]) for path in files]
+    assert (first, later) == (4000, [20] * 4)
+    assert max(path.stat().st_size for path in files[1:]) < files[0].stat().st_size / 2
+    for path in files:
+        scores = read_scores(path)
+        assert np.array_equal(np.sort(scores["id"].to_numpy()), np.arange(4000))
+        assert np.allclose(scores["score"].to_numpy(), values[scores["id"].to_numpy()])
+    plans = [read_plan(path) for path in files]
+    assert plans[-1].fingerprint == run.plan.fingerprint  # a replay follows the same
+    never = next(i for i in range(4000) if all(i not in plan.ids for plan in plans))
+    text = "\n".join(lines_about(never, explain(tmp_path / "run", never)))
+    assert f"in rounds 1-4 it was not chosen, by the same score as before ({values[never]:.6g})" in text
+    assert "neither compared" not in text
+    again, _, _ = ready(tmp_path / "again")
+    assert again.plan.fingerprint == run.plan.fingerprint
+    for found in compare_runs(tmp_path / "run", tmp_path / "again"):
+        assert (found.same_plan, found.scored, round(found.correlation, 6)) == (True, 4000, 1.0)
+
+
+def test_without_the_first_file_ready_scores_are_written_again(tmp_path):
+    run, _, files = ready(tmp_path, rounds=2)
+    files[0].unlink()
+    play(run, 20)
+    assert len(read_round(rounds_in(tmp_path / "decisions")[2])["id"]) == 4000 - 40
+
+
+def test_scores_that_a_bound_left_out_are_bounded_in_later_rounds_too(tmp_path):
+    _, _, files = ready(tmp_path, most_rejected=100)
+    assert all(len(read_round(path)["id"]) <= 100 + 2 * 20 for path in files)
+
+
+def test_with_noise_what_crosses_the_threshold_is_written_with_its_reason(tmp_path):
+    _, _, files = ready(tmp_path, temperature=0.02)
+    tables = [read_round(path) for path in files]
+    assert max(len(table["id"]) for table in tables[1:]) < len(tables[0]["id"]) / 4
+    before = dict(zip(tables[0]["id"], tables[0]["reason"], strict=True))
+    for table in tables[1:]:
+        assert set(table["reason"]) >= {BELOW, PASSED}
+        assert all(
+            before[i] != reason for i, reason in zip(table["id"], table["reason"], strict=True) if reason == BELOW
+        )
+
+
+def test_the_bound_on_recorded_candidates_is_an_argument_of_every_preset(tmp_path):
+    for preset in (
+        PDS(torch.zeros(4).numpy(), most_rejected=7),
+        Quad(most_rejected=7),
+        MATES(regressor=HashedRidgeRegressor(), most_rejected=7),
+    ):
+        assert preset.most_rejected == 7
+    with pytest.raises(ValueError, match="most_rejected of zero or more"):
+        DataSelection(UniformSelector(), most_rejected=-1)
+    selection = DataSelection(
+        RegressionSelector(HashedRidgeRegressor(), probes=12), OneStepInfluence(), every_n_steps=4, most_rejected=3
+    )
+    small_trainer(tmp_path, [selection], max_steps=6).fit(SmallLM(), datamodule=small_data())
+    assert selection.run.decisions.most_rejected == 3

@@ -414,7 +414,7 @@ class Opaque(HandMade):
 def test_parameters_that_no_layer_covers_are_an_error_with_their_names():
     model = Opaque()
     direction = direction_of(model)
-    with pytest.raises(ValueError, match=r"parameters \['start'\].*exclude.*central_difference_dot"):
+    with pytest.raises(ValueError, match=r"parameters \['start'\].*exclude.*central_difference"):
         example_dot(model, causal_lm_loss, batch_of(), direction)
 
 

@@ -283,3 +283,27 @@ print((peak() - before) / (4 * n))
 @pytest.mark.parametrize("n", [8_000_000, pytest.param(100_000_000, marks=pytest.mark.slow)])
 def test_scores_and_draw_together_take_less_than_two_and_a_half_times_the_scores(n, temperature):
     assert 1.0 < float(run_python(PEAK, str(n), str(temperature))) < 2.5
+
+
+def test_the_noise_is_that_of_the_generators_raw_bits():
+    """Plans of runs that were cut off must come out again: whatever NumPy makes of its bits, these numbers stay."""
+    for seed, place, size in ((5, (0, 3), 70_000), (2**60, (1, 0), 3)):
+        bits = np.random.SFC64(np.random.SeedSequence((seed, *place))).random_raw(size)
+        expected = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+        assert np.array_equal(sampling._uniform(seed, place, size), expected)
+        assert np.array_equal(sampling._uniform(seed, place, size, np.empty(1 << 17)), expected)
+
+
+def capped_by_hand(keys, groups, k, most):
+    taken, spare, filled = [], [], {}
+    for i in sorted(range(len(keys)), key=lambda i: -keys[i]):
+        filled[groups[i]] = filled.get(groups[i], 0) + 1
+        (taken if filled[groups[i]] <= most else spare).append(i)
+    return sorted((taken + spare)[:k])
+
+
+@pytest.mark.parametrize(("k", "most"), [(10, 3), (25, 1), (40, 40), (0, 1)])
+def test_a_capped_draw_is_the_greedy_one_by_hand(k, most):
+    keys, groups = torch.randn(40, generator=seeded(1)), torch.randint(0, 5, (40,), generator=seeded(2))
+    found = sampling.capped_topk(keys, groups, k, most).tolist()
+    assert found == capped_by_hand(keys.tolist(), groups.tolist(), k, most)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import Restless
 from fakes import FakeSource, fake_context, random_source
+from hand_flops import matrices, with_backward
 from probing import (
     OPTIMIZERS,
     VOCAB,
@@ -267,10 +268,14 @@ def test_a_layer_that_no_rule_covers_is_told_while_fitting_and_can_be_left_out_o
 def test_what_it_costs_is_charged():
     context = warm_context()
     first_order(context, candidate_batch(context, 3), sampled=5)
-    weights = sum(p.numel() for n, p in context.model.named_parameters() if p.dim() == 2 and "embed_in" not in n)
-    assert context.meter.flops["reference gradient"] == 6 * weights * 4 * 12
-    assert context.meter.flops["precondition"] == 6 * weights * 5 * 12
-    assert context.meter.flops["example gradients"] == 6 * weights * 3 * 12
+    model, flops = context.model, context.meter.flops
+    # to a thousandth: sums with weights are products as well
+    assert flops["reference gradient"] == pytest.approx(with_backward(model, 4, 12), rel=1e-3)
+    assert flops["precondition"] == pytest.approx(with_backward(model, 5, 12), rel=1e-3)
+    # a backward through activations only, which leaves out a third, and a product of each matrix with the direction
+    activations = with_backward(model, 3, 12) - 2 * matrices(model) * 3 * 12
+    assert flops["example gradients"] == pytest.approx(activations + 2 * matrices(model) * 3 * 12, rel=1e-2)
+    assert not context.meter.uncounted
 
 
 @pytest.mark.parametrize(
@@ -391,3 +396,113 @@ def test_typical_sizes_of_a_rare_row_are_those_of_the_texts_that_hold_it():
     torch.testing.assert_close(sizes[0][7], gradient[7].abs() / 2)
     assert kept == 1.0
     assert bool((sizes[0] > 0).all())
+
+
+def test_over_the_reference_gradient_adams_slope_is_its_bounded_step():
+    context = warm_context("adamw")
+    estimator = FirstOrderInfluence(slope_over="reference", gradient_at="current")
+    context.fit(estimator)
+    state, group = context.optimizer.state, context.optimizer.param_groups[0]
+    (b1, b2), eps = group["betas"], group["eps"]
+    reference = next(iter(context.source.reference()))
+    loss = causal_lm_loss(context.model.eval(), reference).mean()
+    for name, parameter in context.model.named_parameters():
+        (gradient,) = torch.autograd.grad(loss, [parameter], retain_graph=True)
+        after = float(state[parameter]["step"]) + 1
+        second = b2 * state[parameter]["exp_avg_sq"] + (1 - b2) * gradient**2
+        expected = (1 - b1) / (1 - b1**after) * gradient / ((second / (1 - b2**after)).sqrt() + eps)
+        assert torch.allclose(estimator.direction()[name], expected, rtol=1e-6, atol=1e-9)
+        assert float(expected.abs().max()) <= (1 - b1) / (1 - b1**after) * ((1 - b2**after) / (1 - b2)) ** 0.5
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd with momentum and decay"])
+def test_contrast_subtracts_the_mean_of_the_last_gradients(optimizer):
+    """With the derivative of plain SGD in its place, what contrast takes away is that mean times the slope."""
+    context = warm_context(optimizer)
+    found = {}
+    for contrast in (0.0, 1.0, 0.5):
+        estimator = FirstOrderInfluence(slope_over="candidates", contrast=contrast)
+        context.fit(estimator)
+        found[contrast] = estimator.direction()
+    for name in found[0.0]:
+        whole, half = found[0.0][name] - found[1.0][name], found[0.0][name] - found[0.5][name]
+        assert torch.allclose(half, whole / 2, rtol=1e-4, atol=1e-9)
+    # the direction without contrast is the slope times the reference gradient, so the ratio of the two is free of it
+    group = context.optimizer.param_groups[0]
+    name, parameter = next(iter(context.model.named_parameters()))
+    state = context.optimizer.state[parameter]
+    if optimizer == "adamw":
+        mean = state["exp_avg"] / (1 - group["betas"][0] ** float(state["step"]))
+    else:
+        mean = state["momentum_buffer"] * (1 - group["momentum"])
+    gradient = zero_step_gradient(context, parameter)
+    ratio = (found[0.0][name] - found[1.0][name]) * gradient
+    assert torch.allclose(ratio, found[0.0][name] * mean, rtol=1e-4, atol=1e-9)
+
+
+def zero_step_gradient(context, parameter):
+    """The reference gradient after a step on zero gradients, by taking that step."""
+    kept = [p.detach().clone() for p in context.model.parameters()]
+    state = {p: {k: v.clone() for k, v in s.items()} for p, s in context.optimizer.state.items()}
+    for each in context.model.parameters():
+        each.grad = torch.zeros_like(each)
+    context.optimizer.step()
+    loss = causal_lm_loss(context.model.eval(), next(iter(context.source.reference()))).mean()
+    (gradient,) = torch.autograd.grad(loss, [parameter])
+    with torch.no_grad():
+        for each, value in zip(context.model.parameters(), kept, strict=True):
+            each.copy_(value)
+            each.grad = None
+    context.optimizer.state.update(state)
+    return gradient
+
+
+def test_an_optimizer_without_moments_is_told_that_there_is_nothing_to_subtract():
+    with pytest.raises(TypeError, match="keeps no mean of the last gradients"):
+        warm_context("adagrad").fit(FirstOrderInfluence(contrast=1.0))
+
+
+def test_reference_rows_come_in_turn_and_all_of_them_do():
+    source = random_source(candidates=32, length=12, vocab=VOCAB)
+    source.references = torch.randint(0, VOCAB, (10, 12), generator=torch.Generator().manual_seed(3))
+    source.reference_labels, source.rows = source.references, 4
+    context = warm_context(source=source)
+    whole = context.fit(FirstOrderInfluence())
+    losses = []
+    for index in range(5):
+        estimator = FirstOrderInfluence(reference_rows=4)
+        metrics = context.but(index=index).fit(estimator)
+        assert metrics["reference_examples"] == 4
+        losses.append(metrics["reference_loss_zero_step"])
+    # five rounds of four rows go twice through ten rows of equal length
+    assert sum(losses) / 5 == pytest.approx(whole["reference_loss_zero_step"], rel=1e-6)
+    assert len({round(loss, 9) for loss in losses}) > 2
+    few = context.but(budget=1000).fit(FirstOrderInfluence(reference_rows=9, reference_share=0.0085))
+    assert few["reference_examples"] == 8
+    assert (
+        context.but(budget=10**6).fit(FirstOrderInfluence(reference_rows=9, reference_share=0.01))["reference_examples"]
+        == 9
+    )
+
+
+def test_the_standard_error_of_the_reference_loss_is_that_of_its_rows():
+    context = warm_context()
+    metrics = context.fit(FirstOrderInfluence(gradient_at="current"))
+    with torch.no_grad():
+        losses = causal_lm_loss(context.model.eval(), next(iter(context.source.reference())))
+    expected = float(losses.std(correction=0)) / len(losses) ** 0.5
+    assert metrics["reference_loss_error"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"contrast": -1.0}, "of at least 0, got -1.0"),
+        ({"contrast": 1.0, "engine": "optimizer_step"}, "no moment is subtracted"),
+        ({"reference_rows": 0}, "at least 1"),
+        ({"reference_share": 0.0}, "positive reference_share"),
+    ],
+)
+def test_options_of_the_direction_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FirstOrderInfluence(**arguments)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import Restless
 from fakes import FakeSource, fake_context, random_source
+from hand_flops import forward, with_backward
 from probing import VOCAB, candidate_batch, measure, warm_context
 from torch import nn
 
@@ -45,9 +46,9 @@ def test_flops_and_seconds_are_charged_to_the_parts_of_a_probe():
     context = warm_context()
     measure(context, candidate_batch(context, 3))
     assert {"snapshot", "probe step", "reference pass", "restore"} <= set(context.meter.seconds)
-    weights = sum(p.numel() for n, p in context.model.named_parameters() if p.dim() == 2 and "embed_in" not in n)
-    assert context.meter.flops["probe step"] == 6 * weights * 3 * 12
-    assert context.meter.flops["reference pass"] == 2 * weights * (2 + 3) * 4 * 12
+    assert context.meter.flops["probe step"] == with_backward(context.model, 3, 12)
+    assert context.meter.flops["reference pass"] == (2 + 3) * forward(context.model, 4, 12)
+    assert not context.meter.uncounted
 
 
 def test_a_learning_rate_of_zero_is_refused_with_what_to_do():

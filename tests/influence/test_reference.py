@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fakes import FakeSource
+from hand_flops import attention
 from probing import VOCAB, mean_loss, tiny_model, warm_context
 
 from liveselect.influence.reference import ReferencePass, group_by_length
@@ -99,7 +100,9 @@ def test_flops_count_the_head_at_targets_only():
                 lambda layer, args, out: found.append(2 * layer.weight.numel() * args[0].shape[:-1].numel())
             )
     reference.loss(context.live)
-    assert context.meter.flops["other"] == sum(found)
+    widths = [batch["input_ids"].shape for batch in reference.batches]
+    attended = sum(attention(context.model, rows, width) for rows, width in widths)
+    assert context.meter.flops["other"] == sum(found) + attended
 
 
 @pytest.mark.parametrize("left", [False, True])

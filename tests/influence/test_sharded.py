@@ -15,7 +15,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from liveselect import distributed
 from liveselect.functional.sharding import is_part, local
-from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence, PMPInfluence
+from liveselect.influence import (
+    FirstOrderInfluence,
+    KFACInfluence,
+    LESSInfluence,
+    LossDropInfluence,
+    OneStepInfluence,
+    PerplexityInfluence,
+    PMPInfluence,
+    ReducibleLossInfluence,
+)
 from liveselect.influence.training_step import TrainingStepScores, mean_weights
 from liveselect.losses import causal_lm_loss
 from liveselect.preserve import measuring
@@ -35,6 +44,9 @@ ESTIMATORS = {
     "EK-FAC": lambda: KFACInfluence(curvature="ekfac", factor_examples=13),
     "diagonal": lambda: KFACInfluence(curvature="diagonal", factor_examples=13),
     "gradients": lambda: KFACInfluence(curvature="identity"),
+    "loss drop": lambda: LossDropInfluence(steps=3, learning_rate=1e-2, step_rows=4),
+    "reducible loss": lambda: ReducibleLossInfluence(steps=3, learning_rate=1e-2),
+    "perplexity": lambda: PerplexityInfluence(sampled=7),
     "PMP": lambda: pmp(batch_size=4),
     "PMP by plain SGD": lambda: pmp(dynamics="sgd", learning_rate=0.02, reference_weighting="examples"),
     "PMP, products by differences": lambda: pmp(products="central_difference", denominator_floor=0.0),
@@ -45,6 +57,7 @@ LAYOUTS = {
     "no root": {"layout": without_root},
 }
 REFUSED = {
+    "LESS": LESSInfluence,
     "forward mode": lambda: FirstOrderInfluence(engine="forward_mode"),
     "double backward": lambda: PMPInfluence(steps=2, hessian="double_backward"),
 }
@@ -209,6 +222,7 @@ def test_a_candidate_without_a_loss_is_nan_on_every_rank_and_no_other_is(results
     ("what", "message"),
     [
         ("forward mode", r'"forward_mode" does not work with parameters that are sharded.*engine="hooks"'),
+        ("LESS", "takes whole gradients, but ranks hold parts of the parameters"),
         ("double backward", 'cannot be differentiated twice: use hessian="central_difference"'),
         ("double backward before training", 'cannot be differentiated twice: use hessian="central_difference"'),
         ("16 bits", r"compute in torch.bfloat16 \(MixedPrecisionPolicy\).*leave param_dtype out of fully_shard"),

@@ -7,10 +7,9 @@ import torch
 from fakes import FakeSource, fake_context, random_source
 from tiny_encoder import TINY, save_pretrained, tiny_regressor
 
-from liveselect.functional.flops import matmul_parameters
 from liveselect.regressors import EncoderRegressor, encoder_training
 from liveselect.regressors.encoder_model import InfluenceNetwork
-from liveselect.regressors.encoder_training import Examples, accumulate_gradients, held_out_spearman, predict
+from liveselect.regressors.encoder_training import Examples, accumulate_gradients, look, predict
 
 torch.set_num_threads(1)
 
@@ -37,14 +36,12 @@ def learnable():
 def test_the_reported_spearman_is_that_of_the_kept_weights_on_what_was_held_out(learnable, monkeypatch):
     source, influence = learnable
     seen = []
-    monkeypatch.setattr(
-        encoder_training, "held_out_spearman", lambda *looked: seen.append(looked) or held_out_spearman(*looked)
-    )
+    monkeypatch.setattr(encoder_training, "look", lambda *looked: seen.append(looked) or look(*looked))
     regressor, context = tiny_regressor(), fake_context(source)
     metrics = regressor.fit(context.round, torch.arange(160), influence)
     assert len(seen) == 8
     assert metrics["held_out"] == 32
-    assert held_out_spearman(regressor._network, *seen[0][1:]) == metrics["spearman"] > 0.3
+    assert look(regressor._network, *seen[0][1:])["spearman"] == metrics["spearman"] > 0.3
 
 
 @pytest.mark.parametrize(
@@ -63,9 +60,9 @@ def test_the_weights_of_the_best_look_are_restored(learnable, monkeypatch, looks
 
     def scripted(network, *looked):
         weights.append({k: v.clone() for k, v in network.state_dict().items()})
-        return looks[len(weights) - 1]
+        return {"spearman": looks[len(weights) - 1]}
 
-    monkeypatch.setattr(encoder_training, "held_out_spearman", scripted)
+    monkeypatch.setattr(encoder_training, "look", scripted)
     regressor = tiny_regressor(epochs=4, evaluations=4)
     metrics = regressor.fit(fake_context(source).round, torch.arange(64), influence[:64])
     kept = regressor.state_dict()["weights"]
@@ -246,7 +243,7 @@ def test_short_and_empty_texts_have_finite_values_and_gradients(attention):
         expected = [by_hand(network, row[keep], 16) for row, keep in zip(tokens[1:], mask[1:], strict=True)]
     assert found[1:].tolist() == pytest.approx(expected, abs=1e-5)
     examples = Examples([row[keep] for row, keep in zip(tokens, mask, strict=True)], torch.randn(24))
-    accumulate_gradients(network, examples, torch.arange(24), context.meter.add_flops)
+    accumulate_gradients(network, examples, torch.arange(24), context.meter)
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
 
 
@@ -266,9 +263,9 @@ def test_the_size_of_a_forward_changes_neither_predictions_nor_gradients(learnab
     found, gradients = [], []
     for network.tokens in (16, 100_000):
         network.zero_grad()
-        accumulate_gradients(network, examples, torch.arange(40), context.meter.add_flops)
+        accumulate_gradients(network, examples, torch.arange(40), context.meter)
         gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
-        found.append(predict(network, texts, context.meter.add_flops))
+        found.append(predict(network, texts, context.meter))
     assert torch.allclose(*found, atol=1e-5)
     assert torch.allclose(*gradients, atol=1e-6)
 
@@ -359,15 +356,19 @@ def test_repeated_measurements_are_one_candidate():
     assert torch.equal(predictions(held, fake_context(source)), predictions(once, fake_context(source)))
 
 
-def test_flops_are_six_per_weight_and_token_of_training_and_two_of_looking():
+def test_flops_are_those_of_training_in_every_epoch_and_of_looking_at_what_is_held_out():
     source, regressor = random_source(candidates=40, length=10), tiny_regressor(epochs=3, evaluations=2)
     context = fake_context(source)
     regressor.fit(context.round, torch.arange(40), torch.arange(40.0))
-    weights = matmul_parameters(regressor._network.encoder)
-    assert context.meter.flops["fit regressor"] == weights * 10 * (6 * 3 * 30 + 2 * 2 * 10)
+    encoder, head = regressor._network.encoder, 2 * 32
+    linear = sum(each.weight.numel() for each in encoder.encoder.modules() if isinstance(each, torch.nn.Linear))
+    learned = 2 * linear * 10 + 4 * encoder.config.num_hidden_layers * 10**2 * encoder.config.hidden_size + head
+    pooled = 2 * encoder.pooler.dense.weight.numel()  # of one token, and no part of what is learned
+    forward = learned + pooled
+    assert context.meter.flops["fit regressor"] == 3 * 30 * (3 * learned + pooled) + 2 * 10 * forward
     with context.meter.phase("predict"):
         predictions(regressor, context, torch.arange(7))
-    assert context.meter.flops["predict"] == weights * 10 * 2 * 7
+    assert context.meter.flops["predict"] == 7 * forward
 
 
 def test_bfloat16_computes_under_autocast_and_keeps_float32_weights(learnable):

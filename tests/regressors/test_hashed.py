@@ -10,7 +10,7 @@ from liveselect.regressors import HashedRidgeRegressor
 def fitted(m=200, noise=0.3, seed=0, **kwargs):
     source, planted = planted_source(candidates=400, seed=seed, **kwargs)
     context = fake_context(source, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1)  # not the one that planted: it would draw the planted first
     ids = torch.randperm(400, generator=generator)[:m]
     influence = planted[ids].float() + noise * torch.randn(m, generator=generator)
     regressor = HashedRidgeRegressor(2**10)

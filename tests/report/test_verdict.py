@@ -3,6 +3,8 @@
 import pytest
 from report.ledgers import ledger_of
 
+from liveselect.cli.demo_verdict import show_verdict
+from liveselect.report import build_page
 from liveselect.report.runs import Run
 from liveselect.report.summary import summary_of
 from liveselect.report.verdict import baseline_of, caveats, compare, headline, in_the_run, savings
@@ -106,3 +108,55 @@ def test_what_a_run_found_out_about_itself_stands_at_the_top():
     ledger.verdict = {"said": "paying", "sentence": "paying: by 0.1 nats"}
     assert in_the_run(Run("a", ledger)) == "Verdict inside a: paying: by 0.1 nats."
     assert summary_of([Run("a", ledger)], "val_loss")["verdicts"] == ["Verdict inside a: paying: by 0.1 nats."]
+
+
+def busy(losses=(6.0, 5.0, 4.0)):
+    """A run of a busier machine that wins at equal time only because its steps are charged twice."""
+    run = chosen(list(losses), round_seconds=10.0)
+    run.ledger.training_seconds *= 2
+    return run
+
+
+def test_where_times_cannot_be_compared_nothing_on_the_page_compares_them():
+    runs = [RANDOM, busy()]
+    said = headline(runs, "val_loss")
+    assert "at equal total FLOPs" in said
+    assert "of its FLOPs" in said
+    assert compare(*runs, "val_loss", "seconds") is None
+    assert {axis for axis, _, _ in savings(*runs, "val_loss")} <= {"step", "flops"}
+    page = build_page(runs)
+    summary = page[page.index("<h1>") : page.index("<section")]
+    for words in ("equal time", "total time", ">time<", "time for selection", "(30 s", "40 s"):
+        assert words not in summary, words
+    assert "times cannot be compared" in summary
+    assert "val_loss against total time" not in page
+    fair = build_page([RANDOM, chosen([6.0, 5.0, 4.0], round_seconds=10.0)])
+    for words in ("equal time", ">time<", "time for selection", "val_loss against total time"):
+        assert words in fair, words
+
+
+def test_of_several_runs_one_on_a_busier_machine_takes_times_out_of_the_table():
+    runs = [RANDOM, chosen([6.0, 5.0, 4.0]), Run("busy", busy().ledger)]
+    page = build_page(runs)
+    summary = page[page.index("<h1>") : page.index("<section")]
+    assert "mates at equal FLOPs" in summary
+    assert "busy at equal FLOPs" in summary
+    assert "at equal time" not in summary
+
+
+def test_the_console_leaves_time_out_where_it_cannot_be_compared(capsys):
+    show_verdict([RANDOM, busy()], seed=0)
+    said = capsys.readouterr().out
+    assert "at equal total cost" in said
+    assert "total time" not in said
+    show_verdict([RANDOM, chosen([6.0, 5.0, 4.0])], seed=0)
+    assert "at equal total time" in capsys.readouterr().out
+
+
+def test_a_single_seed_stands_in_the_headline_itself():
+    assert "4.000 against 4.500, with one seed each;" in headline([RANDOM, chosen([6.0, 5.0, 4.0])], "val_loss")
+    again = Run("again", ledger_of("UniformSelector", [6.0, 5.0, 4.4]))
+    said = headline([RANDOM, again, chosen([6.0, 5.0, 4.0])], "val_loss")
+    assert "4.000 against 4.500, with one seed of mates;" in said
+    both = [RANDOM, again, chosen([6.0, 5.0, 4.0]), Run("mates 2", chosen([6.0, 5.0, 4.1]).ledger)]
+    assert "seed" not in headline(both, "val_loss")

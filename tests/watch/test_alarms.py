@@ -120,7 +120,9 @@ def test_constant_scores_and_constant_predictions_are_alarms(tmp_path):
 
 
 def test_scores_that_turn_around_are_an_alarm(tmp_path):
-    run, found = alarms(tmp_path, regression(ratio=0.05), TokenCount(signs=(1, 1, -1, -1)), rounds=4)
+    forgets = HashedRidgeRegressor(forgetting=0.0, damping=1.0)  # one that remembers is told that it guesses instead
+    turning = TokenCount(signs=(1, 1, -1, -1))
+    run, found = alarms(tmp_path, regression(ratio=0.05, regressor=forgets), turning, rounds=4)
     assert (2, "flip") in found
     assert {kind for _, kind in found} <= {"flip", "canary"}
     assert [index for index, kind in found if kind == "flip"] == [2]

@@ -199,7 +199,9 @@ class Demo:
     def _train(self, name: str) -> None:
         last = self._checkpoint(name)
         with _quiet_lightning():
-            cli = SelectionCLI(self.arguments(name), run=False)
+            # named, so that a run that is started over has no second folder for its records
+            records = f"--select.init_args.dirpath={self.folder / name / 'selection'}"
+            cli = SelectionCLI([*self.arguments(name), records], run=False)
             try:
                 cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
             except SystemExit as end:  # Lightning raises it after Ctrl-C, once it has cleaned up

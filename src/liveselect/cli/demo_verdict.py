@@ -27,9 +27,14 @@ def show_verdict(runs: list[Run], seed: int) -> None:
             where = text.format(words.place(axis, found.at))
             table.add_row(where, words.loss(found.baseline), words.loss(found.other))
     table.add_section()
-    table.add_row("total time, validation aside", *(words.duration(run.total_seconds) for run in runs))
-    table.add_row("selection's share of it", *(words.percent(run.ledger.selection_share) for run in runs))
-    if any(run.ledger.before_seconds for run in runs):
+    if verdict.timed(runs):
+        table.add_row("total time, validation aside", *(words.duration(run.total_seconds) for run in runs))
+        shares = [run.ledger.selection_share for run in runs]
+    else:
+        table.add_row("total cost", *(words.flops(run.total_flops) for run in runs))
+        shares = [run.ledger.selection_flops_share for run in runs]
+    table.add_row("selection's share of it", *(words.percent(share) for share in shares))
+    if any(run.ledger.before_seconds for run in runs) and verdict.timed(runs):
         spent = [sum(run.ledger.before_seconds.values()) for run in runs]
         table.add_row("part of it before training", *(words.duration(seconds) for seconds in spent))
     Console().print(table)

@@ -33,8 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _text(pool: Path, candidate: int) -> str:
-    from transformers import AutoTokenizer
-
+    from liveselect.datamodules.pools.tokenizers import load_tokenizer
     from liveselect.datamodules.pools.tokens import TokenStore
 
     store = TokenStore(pool)
@@ -43,4 +42,4 @@ def _text(pool: Path, candidate: int) -> str:
     ids = store[candidate]["input_ids"].tolist()
     if store.tokenizer_path is None:
         return " ".join(map(str, ids))
-    return str(AutoTokenizer.from_pretrained(store.tokenizer_path).decode(ids))
+    return str(load_tokenizer(store.tokenizer_path).decode(ids))

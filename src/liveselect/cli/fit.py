@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -10,8 +11,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from liveselect.callbacks import DataSelection, SelectionMonitor
 from liveselect.callbacks.compatibility import check_setup, run_folder
 from liveselect.callbacks.lines import show_lines
+from liveselect.callbacks.selection import check_alone
 from liveselect.cli.bars import bar_for
 from liveselect.cli.old_files import refuse_old_files
+from liveselect.looking import only_looking
 
 USAGE = "liveselect fit --config FILE [--config FILE ...] [--SECTION.NAME VALUE ...]"
 """Shown above an error; the generated usage fills several screens and hides the error."""
@@ -24,6 +27,15 @@ class RunConfig(SaveConfigCallback):
         """Find the folder on all ranks, because this is a collective."""
         self._folder = run_folder(trainer)
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the settings into the folder of the records too: another run may come to share the one above it."""
+        selection = next((each for each in trainer.callbacks if isinstance(each, DataSelection)), None)  # type: ignore[attr-defined]
+        if selection is None or not trainer.is_global_zero:
+            return
+        with only_looking("the settings could not be written beside the records"):
+            self._folder = Path(selection.run.ledger.about["folder"])
+            self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write ``config.yaml``, on rank 0."""
@@ -70,6 +82,7 @@ class SelectionCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse what selection cannot work with before a logger opens a run."""
         trainer = self.trainer
+        check_alone(trainer)
         if isinstance(trainer.strategy, ModelParallelStrategy):  # it has no mesh yet; the callback checks it later
             return
         if any(isinstance(each, DataSelection) for each in trainer.callbacks):  # type: ignore[attr-defined]

@@ -104,17 +104,24 @@ def build_model(config: str | State, overrides: State, pretrained: bool, seed: i
         if not isinstance(config, str):
             raise ValueError("pretrained weights come with a hub name or a folder, got a configuration mapping")
         settings = _configuration(config, overrides)
-        model = AutoModelForCausalLM.from_pretrained(config, config=settings, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            config, config=settings, dtype=torch.float32, trust_remote_code=False
+        )
         return model.train()  # it comes in eval mode, without dropout
     settings = _configuration(config, overrides)
     with torch.random.fork_rng(devices=[]):  # Hugging Face draws new weights from the global generator
         torch.default_generator.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
 
 
 def _configuration(config: str | State, overrides: State) -> PretrainedConfig:
+    if "trust_remote_code" in {**overrides, **(config if isinstance(config, dict) else {})}:
+        raise ValueError(
+            "expected a configuration without trust_remote_code: liveselect runs no code that comes with a model. "
+            "Build such a model in a LightningModule of your own"
+        )
     if isinstance(config, str):
-        return AutoConfig.from_pretrained(config, **overrides)
+        return AutoConfig.from_pretrained(config, **overrides, trust_remote_code=False)
     settings = {**config, **overrides}
     if "model_type" not in settings:
         raise ValueError(

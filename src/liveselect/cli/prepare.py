@@ -53,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     add("--vocab-size", type=int, metavar="N", help="largest token id plus one; for token ids without a tokenizer")
     undecodable = "text that is not UTF-8: stop, put U+FFFD, or drop the document (default: %(default)s)"
     add("--on-undecodable", choices=("error", "replace", "skip"), default="error", help=undecodable)
+    invalid = "a malformed record, such as a broken line: stop, or leave it out and count it (default: %(default)s)"
+    add("--on-invalid", choices=("error", "skip"), default="error", help=invalid)
     add("--clusters", type=int, metavar="K", help="sort the blocks into K clusters; more options: liveselect cluster")
     add("--embed", nargs="?", const="hashed", metavar="E", help="how clusters compare blocks; see liveselect cluster")
     add("--workers", type=int, metavar="N", help="processes that encode (default: one for each core)")

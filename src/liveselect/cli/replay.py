@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 from liveselect.cli.report import RUN
 
+SELECTION_FOLDER = re.compile(r"selection(-\d+)?")
+
 DESCRIPTION = """\
 Train on the plans that a run recorded, in the recorded order, without measuring anything: the settings are those of the
-run (its config.yaml), with the selection replaced. Other options are passed on to 'liveselect fit', such as
+run (config.yaml in its own folder), with the selection replaced. The classes that this file names are imported and run,
+as by 'liveselect fit': replay runs of people you trust. Other options are passed on to 'liveselect fit', such as
 --model.init_args.lr=0.001 or --config larger.yaml to train another model on the same data.
 """
 
@@ -29,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     from liveselect.decisions import find_decisions
 
     decisions = find_decisions(arguments.run)
-    config = next((folder / "config.yaml" for folder in decisions.parents if (folder / "config.yaml").is_file()), None)
+    config = own_config(decisions, arguments.run)
     if config is None and not any(word.startswith("--config") or word == "-c" for word in others):
         raise ValueError(
             f"there is no config.yaml beside {decisions}: the run was not made by `liveselect fit`, so say with "
@@ -45,6 +49,18 @@ def main(argv: Sequence[str]) -> int:
             settings.write_text(json.dumps(redirected(yaml.safe_load(config.read_text()), arguments.out)))
             base = [f"--config={settings}"]
         return fit.main([*base, f"--config={own}", *others])
+
+
+def own_config(decisions: Path, run: Path) -> Path | None:
+    """Return the config.yaml in the folder of the run that wrote ``decisions``, or None: never one of a folder above.
+
+    ``run`` is what the user named. The records lie in ``selection`` inside the folder of the run, or where the user
+    wrote them, which counts as its folder too; the one above it only where the user named that one.
+    """
+    records = decisions.resolve().parent
+    is_inside = SELECTION_FOLDER.fullmatch(records.name) or run.resolve() == records.parent
+    folders = [records, *([records.parent] if is_inside else [])]
+    return next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
 
 
 def redirected(settings: dict[str, Any], out: Path) -> dict[str, Any]:  # YAML

@@ -4,11 +4,11 @@ import json
 import logging
 import os
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import lightning.pytorch as pl
 import torch
@@ -22,15 +22,17 @@ from liveselect.callbacks.progress import RoundProgress
 from liveselect.cli.output import say
 from liveselect.cli.score_column import column_scores
 from liveselect.cli.score_job import WORK, ScoreJob
+from liveselect.cli.score_method import MethodJob
+from liveselect.cli.score_methods import METHODS, NEEDS_MODEL, build, check_settings
 from liveselect.cli.score_proxy import clipping_of, load_proxy, proxy_optimizer, training_cost
-from liveselect.cost import CostMeter
+from liveselect.cost import Cost, CostMeter
 from liveselect.datamodules import TokenStore
-from liveselect.grammar import CandidateSource, InfluenceEstimator, InfluenceRegressor, LiveModel, LossFn, Round
+from liveselect.grammar import CandidateSource, InfluenceEstimator, InfluenceRegressor, LiveModel, LossFn, Round, State
 from liveselect.influence import PMPInfluence
 from liveselect.losses import causal_lm_loss
 from liveselect.regressors import EncoderRegressor
 from liveselect.report.words import duration
-from liveselect.scores import MANIFEST, Scores, read_scores, write_scores
+from liveselect.scores import MANIFEST, Scores, join_scores, read_scores, write_scores
 
 DESCRIPTION = """\
 Score every sequence of a pool for `liveselect fit` to draw from: solve for the influence of some sequences on a proxy
@@ -44,11 +46,23 @@ A command that was stopped continues when it is repeated. torchrun distributes t
       --regressor liveselect.regressors.HashedRidgeRegressor
   torchrun --nproc-per-node 8 --no-python liveselect score --config run.yaml --ckpt_path proxy.ckpt --out scores/pds
 
+Or score by one of the known methods; those that ask a model take it from the same file:
+
+  liveselect score --config run.yaml --method ngram-ratio --out scores/ratio
+  liveselect score --config run.yaml --ckpt_path proxy.ckpt --method tap --settings.steps 32 --out scores/tap
+  liveselect score --config run.yaml --method bm25 --filter scores/unique --out scores/bm25
+
+  {methods}
+
 Or take numbers that came with the documents (an educational value, a perplexity), averaged over the tokens of each
 sequence:
 
   liveselect score --pool pools/web --column edu_score --out scores/edu
-"""
+
+Or join the parts that another engine made, Parquet files with the columns `id` and `score`:
+
+  liveselect score --pool pools/web --parts parts/*.parquet --out scores/joined
+""".replace("{methods}", ", ".join(METHODS))
 
 log = logging.getLogger("liveselect")
 
@@ -82,7 +96,11 @@ def parser() -> ArgumentParser:
     add("--shard_size", type=int, default=65_536, help="sequences of a file of intermediate results")
     add("--device", type=str, default="auto", help="cpu, cuda, or auto")
     add("--seed", type=int, default=0, help="seed of all random draws")
-    add("--pool", type=Path | None, default=None, help="with --column: a pool made by `liveselect prepare`")
+    add("--method", type=str | None, default=None, help=f"score by this method: {', '.join(METHODS)}")
+    add("--settings", type=dict | None, default=None, help="with --method: its settings, --settings.NAME VALUE")
+    add("--filter", type=Path | None, default=None, help="scores of the same pool; what is -inf there, becomes -inf")
+    add("--pool", type=Path | None, default=None, help="with --column or --parts: a pool of `liveselect prepare`")
+    add("--parts", type=list[Path] | None, default=None, help="with --pool: Parquet files with columns id and score")
     add("--column", type=str | None, default=None, help="take this column of the documents' metadata as the scores")
     # not one option that takes a mapping, which a second file would replace; only clipping and accumulation are read
     result.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
@@ -98,11 +116,14 @@ def main(argv: Sequence[str]) -> int:
     show_lines(always=True)
     command = parser()
     config = command.parse_args(list(argv))
-    if config.column is not None or config.pool is not None:
+    _refuse_together(config)
+    if config.parts is not None:
+        scores = _from_parts(config)
+    elif config.column is not None or config.pool is not None:
         scores = _from_column(config)
     else:
         with _process_group(config.device):
-            scores = _from_proxy(command, config)
+            scores = _from_proxy(command, config) if config.method is None else _from_method(command, config)
     if int(os.environ.get("RANK", 0)) == 0:
         say(summary(config.out, scores))
     return 0
@@ -147,7 +168,7 @@ def moments(values: Tensor) -> tuple[int, float, float]:
 def _from_column(config: Namespace) -> Scores:
     if config.column is None or config.pool is None:
         raise ValueError("expected --pool together with --column: the prepared pool whose documents have the numbers")
-    store = TokenStore(config.pool)
+    store = TokenStore(config.pool, verify=True)
     about = {"column": config.column, "mean_over": "tokens"}
     if (config.out / WORK).exists():
         raise FileExistsError(
@@ -161,59 +182,129 @@ def _from_column(config: Namespace) -> Scores:
     return write_scores(config.out, column_scores(store, config.column), store.fingerprint, about)
 
 
+def _from_parts(config: Namespace) -> Scores:
+    if config.pool is None:
+        raise ValueError("expected --pool together with --parts: the prepared pool whose candidates the parts are of")
+    store = TokenStore(config.pool)
+    return join_scores(config.out, config.parts, store.rows, store.fingerprint)
+
+
+def _from_method(command: ArgumentParser, config: Namespace) -> Scores:
+    asks_model = config.method in NEEDS_MODEL
+    check_settings(config.method, config.settings or {})
+    if config.data is None or (asks_model and config.model is None):
+        needed = "a model and data" if asks_model else "data"
+        raise ValueError(
+            f"expected {needed} (the pool and the reference set) for {config.method}: pass --config with a file of "
+            "`liveselect fit`"
+        )
+    made = instantiated(command, config)
+    checkpoint = _loaded(made, config) if asks_model else {}
+    round_ = _round(made, config, int(checkpoint.get("global_step", 0)))
+    model = None
+    if asks_model:
+        made.data.check_model(made.model)
+        with_moments = config.method == "less"  # the others ask the optimizer which parameters it trains
+        sgd = torch.optim.SGD(made.model.parameters(), lr=1.0)
+        model = _live(made, config, round_, proxy_optimizer(made.model, None, checkpoint) if with_moments else sgd)
+    method = build(config.method, config.settings or {}, round_.source)
+    return MethodJob(model=model, round=round_, method=method, **_of_every_job(config, checkpoint)).run()
+
+
 def _from_proxy(command: ArgumentParser, config: Namespace) -> Scores:
     if config.model is None or config.data is None:
         raise ValueError(
             "expected a model (the proxy) and data (the pool and the reference set): pass --config with a file of "
             "`liveselect fit`, or --pool and --column to take numbers that came with the documents"
         )
-    device = _device(config.device)
     made = instantiated(command, config)
+    checkpoint = _loaded(made, config)
+    estimator = PMPInfluence(**PUBLISHED) if made.estimator is None else made.estimator
+    round_ = _round(made, config, int(checkpoint.get("global_step", 0)))
+    made.data.check_model(made.model)
+    job = ScoreJob(
+        model=_live(made, config, round_, proxy_optimizer(made.model, estimator, checkpoint)),
+        round=round_,
+        estimator=estimator,
+        regressor=EncoderRegressor("bert-base-uncased") if made.regressor is None else made.regressor,
+        probes=config.probes,
+        **_of_every_job(config, checkpoint),
+    )
+    return job.run()
+
+
+def _loaded(made: Namespace, config: Namespace) -> State:
+    """Load the checkpoint into the model, move it to the device, and return the checkpoint."""
     checkpoint = load_proxy(made.model, config.ckpt_path)
     if config.ckpt_path is None and distributed.rank() == 0:
         log.warning("no --ckpt_path: the proxy is as its configuration builds it, untrained unless that loads weights")
-    module = made.model.to(device)
-    estimator = PMPInfluence(**PUBLISHED) if made.estimator is None else made.estimator
+    made.model.to(_device(config.device))
+    return checkpoint
+
+
+def _round(made: Namespace, config: Namespace, step: int) -> Round:
     made.data.setup("fit")
     if not isinstance(made.data, CandidateSource):
         raise ValueError(
             f"expected data that serves candidates, a SelectionDataModule, got {type(made.data).__name__}: wrap it "
             "with liveselect.datamodules.SelectionDataModule"
         )
-    made.data.check_model(module)
     meter = CostMeter()
     if distributed.rank() == 0:
         meter.progress = RoundProgress("liveselect score")
-    model = LiveModel(
-        module=module,
-        optimizer=proxy_optimizer(module, estimator, checkpoint),
-        loss_fn=made.loss_fn or causal_lm_loss,
-        global_batch=made.data.batch_size * int(config.trainer.accumulate_grad_batches),
-        clip_gradients=clipping_of(config.trainer),
-        meter=meter,
-    )
-    round_ = Round(
+    return Round(
         index=0,
-        step=int(checkpoint.get("global_step", 0)),
+        step=step,
         seed=config.seed,
         candidates=torch.arange(made.data.pool.size),
         source=made.data,
-        device=device,
+        device=_device(config.device),
         meter=meter,
     )
-    job = ScoreJob(
-        model=model,
-        round=round_,
-        estimator=estimator,
-        regressor=EncoderRegressor("bert-base-uncased") if made.regressor is None else made.regressor,
-        probes=config.probes,
-        folder=config.out,
-        shard_size=config.shard_size,
-        settings=_settings(config),
-        cost=training_cost(checkpoint),
-        report=log.info if distributed.rank() == 0 else lambda line: None,
+
+
+def _live(made: Namespace, config: Namespace, round_: Round, optimizer: torch.optim.Optimizer) -> LiveModel:
+    return LiveModel(
+        module=made.model,
+        optimizer=optimizer,
+        loss_fn=made.loss_fn or causal_lm_loss,
+        global_batch=made.data.batch_size * int(config.trainer.accumulate_grad_batches),
+        clip_gradients=clipping_of(config.trainer),
+        meter=round_.meter,
     )
-    return job.run()
+
+
+class _OfEveryJob(TypedDict):
+    folder: Path
+    shard_size: int
+    settings: dict[str, Any]
+    cost: Cost
+    report: Callable[[str], None]
+    dropped: Scores | None
+
+
+def _of_every_job(config: Namespace, checkpoint: State) -> _OfEveryJob:
+    return {
+        "folder": config.out,
+        "shard_size": config.shard_size,
+        "settings": _settings(config),
+        "cost": training_cost(checkpoint),
+        "report": log.info if distributed.rank() == 0 else lambda line: None,
+        "dropped": None if config.filter is None else read_scores(config.filter),
+    }
+
+
+def _refuse_together(config: Namespace) -> None:
+    """Raise ValueError for options that do not belong together."""
+    given = [name for name in ("method", "column", "parts") if config[name] is not None]
+    if len(given) > 1:
+        raise ValueError(f"expected one of --method, --column and --parts, got {given}")
+    if config.settings is not None and config.method is None:
+        raise ValueError("expected --method together with --settings, which are the settings of a method")
+    if config.filter is not None and given in (["column"], ["parts"]):
+        raise ValueError(f"--filter does not apply to --{given[0]}: filter what a method or a proxy scores")
+    if config.method is not None and config.pool is not None:
+        raise ValueError("expected --config with a data section for --method, got --pool: it goes with --column")
 
 
 def instantiated(command: ArgumentParser, config: Namespace) -> Namespace:
@@ -226,6 +317,7 @@ def instantiated(command: ArgumentParser, config: Namespace) -> Namespace:
 def _settings(config: Namespace) -> dict[str, Any]:
     """Return the settings that the scores depend on, as builtins."""
     left_out = {"config", "out", "device", "trainer", "select", "seed_everything", "pool", "column"}
+    left_out |= {"method", "settings", "filter", "parts"}  # kept as what they stand for
     settings = {name: value for name, value in config.clone().as_dict().items() if name not in left_out}
     settings["clipping"] = {name: config.trainer[name] for name in CLIPPING}
     return dict(json.loads(json.dumps(settings, default=str)))

@@ -28,14 +28,14 @@ class SpentCost:
     @classmethod
     def open(cls, folder: Path, meter: CostMeter) -> "SpentCost":
         """Continue from the cost before, if there is any."""
-        shown = {"seconds": meter.seconds, "flops": meter.flops}
+        shown = meter.spent()
         less = {kind: {phase: -amount for phase, amount in phases.items()} for kind, phases in shown.items()}
         return cls(folder, meter, added(_read(_file(folder, distributed.rank())), less))
 
     def keep(self) -> None:
         """Write the cost so far; a process that is killed loses the cost after that."""
         with self.meter.phase(FILES_PHASE):  # opening a phase charges the open one
-            spent = added(self.earlier, {"seconds": self.meter.seconds, "flops": self.meter.flops})
+            spent = added(self.earlier, self.meter.spent())
             with whole_file(_file(self.folder, distributed.rank())) as file:
                 file.write(json.dumps(spent).encode())
 
@@ -44,7 +44,8 @@ class SpentCost:
         self.keep()
         total: Cost = {"seconds": _read(_file(self.folder, distributed.rank()))["seconds"]}
         for file in sorted(self.folder.glob("cost-*.json")):
-            total = added(total, {"flops": _read(file).get("flops", {})})
+            of_rank = _read(file)
+            total = added(total, {kind: of_rank.get(kind, {}) for kind in ("flops", "uncounted")})
         return total
 
 

@@ -57,7 +57,7 @@ def load_proxy(model: pl.LightningModule, path: Path | None) -> State:
 
 
 def proxy_optimizer(
-    model: pl.LightningModule, estimator: InfluenceEstimator, checkpoint: State
+    model: pl.LightningModule, estimator: InfluenceEstimator | None, checkpoint: State
 ) -> torch.optim.Optimizer:
     """Return the proxy's optimizer with the moments of the checkpoint, or plain SGD for an estimator that uses none."""
     if isinstance(estimator, PMPInfluence) and estimator.dynamics == "sgd":

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import torch
 
-from liveselect.decisions.files import find_decisions, read_about, read_rows, rounds_in
+from liveselect.decisions.files import find_decisions, read_about, read_rows, read_scores, rounds_in
 from liveselect.functional.correlation import spearman
 
 MAX_SCORES_COMPARED = 1_000_000
@@ -63,7 +62,7 @@ def compare_rounds(first: Path, second: Path) -> RoundDifference:
     abouts = [read_about(path) for path in paths]
     chosen = [read_rows(path, ["id", "group"], ds.field("chosen")) for path in paths]
     shares = [_shares(rows["group"]) for rows in chosen]
-    scored = [read_rows(path, ["id", "score"], pc.is_finite(ds.field("score"))) for path in paths]
+    scored = [read_scores(path) for path in paths]
     shared, *places = np.intersect1d(*(rows["id"].to_numpy() for rows in scored), return_indices=True)
     scores = [rows["score"].to_numpy()[place[:MAX_SCORES_COMPARED]] for rows, place in zip(scored, places, strict=True)]
     return RoundDifference(

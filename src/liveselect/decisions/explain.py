@@ -26,6 +26,7 @@ class Fate:
         row: the candidate's row of the decision ledger, None when the round neither compared nor measured it.
         chosen: number of candidates that the round chose.
         left_out: number of rejected candidates without a row; this may be one of them.
+        ready: its score, where an earlier round's file holds it, and this round rejected it or did not compare it.
         group: what the ledger records of the candidate's group in the round.
     """
 
@@ -35,6 +36,7 @@ class Fate:
     row: Row | None
     chosen: int
     left_out: int
+    ready: float | None = None
     group: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -57,9 +59,26 @@ def explain(run: str | Path, candidate: int) -> list[Fate]:
         row = next(iter(read_rows(path, where=ds.field("id") == candidate).to_pylist()), None)
         known = groups.get(index, {}).get(row["group"], {}) if row else {}
         fates.append(
-            Fate(index, int(about["step"]), about["selector"], row, int(about["chosen"]), int(about["left_out"]), known)
+            Fate(
+                index,
+                int(about["step"]),
+                about["selector"],
+                row,
+                int(about["chosen"]),
+                int(about["left_out"]),
+                _ready_score(path, about, candidate) if row is None else None,
+                known,
+            )
         )
     return fates
+
+
+def _ready_score(path: Path, about: Mapping[str, str], candidate: int) -> float | None:
+    earlier = path.with_name(about.get("scores_in", path.name))
+    if earlier == path or not earlier.is_file():
+        return None
+    rows = read_rows(earlier, ["score"], ds.field("id") == candidate)["score"].to_pylist()
+    return rows[0] if rows else None
 
 
 def lines_about(candidate: int, fates: list[Fate], missing: MissingRounds | None = None) -> list[str]:
@@ -71,7 +90,11 @@ def lines_about(candidate: int, fates: list[Fate], missing: MissingRounds | None
         verdict = f"chosen, {row['place'] + 1} of {fate.chosen} in training order" if row["chosen"] else "not chosen"
         lines.append(f"round {fate.round}, step {fate.step}, {fate.selector}: {verdict}: {row['reason']}")
         lines += [f"    {text}" for text in _details(row, fate.group)]
-    without_row = [fate for fate in fates if fate.row is None]
+    ready = [fate for fate in fates if fate.ready is not None]
+    if ready:
+        rounds = rounds_as_text(fate.round for fate in ready)
+        lines.append(f"in {rounds} it was not chosen, by the same score as before ({ready[0].ready:.6g}), or used up")
+    without_row = [fate for fate in fates if fate.row is None and fate.ready is None]
     if without_row:
         cut = sum(fate.left_out > 0 for fate in without_row)
         why = f" ({cut} of them did not record their lowest candidates)" if cut else ""

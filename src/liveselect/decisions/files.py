@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from liveselect.decisions.table import SCHEMA, RoundDecisions, decision_rows
 from liveselect.json_lines import whole_file
-from liveselect.ledger import record_folder
+from liveselect.ledger import record_folder, run_id_of
 from liveselect.plan import Plan
 
 FOLDER = "decisions"
+MOST_REJECTED = 5_000_000
+"""Rejected candidates of a round that are recorded unless it is said otherwise, some 20 MB."""
 ROWS_PER_WRITE = 1 << 16
 """Rows encoded at once, so that a round of the whole pool needs little memory besides its columns."""
 _FILE_NAME = re.compile(r"round-(\d{6,})\.parquet")
@@ -54,10 +57,11 @@ class DecisionLedger:
     Args:
         folder: made when the first round is written.
         most_rejected: limit on the rejected candidates of a round; those nearest to being chosen are written. Chosen
-            and measured candidates are all written.
+            and measured candidates are all written. Of ready scores only what has changed since the first round
+            that drew from them is written; the files of later rounds name the first one.
     """
 
-    def __init__(self, folder: str | Path, most_rejected: int = 5_000_000) -> None:
+    def __init__(self, folder: str | Path, most_rejected: int = MOST_REJECTED) -> None:
         if most_rejected < 0:
             raise ValueError(f"expected most_rejected of at least 0, got {most_rejected}")
         self.folder = Path(folder)
@@ -67,7 +71,9 @@ class DecisionLedger:
         """Write one round and return its file; raise OSError if it cannot be written."""
         if decisions.record.round == 0:
             self.keep_older()
-        rows, left_out = decision_rows(decisions, self.most_rejected)
+        scores_id, base = decisions.selection.scores_id, self._round_with(decisions)
+        known = None if base is None else read_rows(base, ["id", "reason"], pc.is_finite(ds.field("score")))
+        rows, left_out = decision_rows(decisions, self.most_rejected, known)
         about = {
             "round": decisions.record.round,
             "step": decisions.record.step,
@@ -77,6 +83,9 @@ class DecisionLedger:
             "pool": decisions.pool.fingerprint,
             "pool_size": decisions.pool.size,
             "left_out": left_out,
+            "run": decisions.run_id,
+            **({} if scores_id is None else {"scores": scores_id}),
+            **({} if base is None else {"scores_in": base.name}),
         }
         schema = SCHEMA.with_metadata({_KEY_PREFIX + key: str(value) for key, value in about.items()})
         path = self.folder / f"round-{decisions.record.round:06d}.parquet"
@@ -91,6 +100,22 @@ class DecisionLedger:
             if index > decisions.record.round:
                 later.unlink()
         return path
+
+    def _round_with(self, decisions: RoundDecisions) -> Path | None:
+        """Return the file of the earlier round of this run that holds the same ready scores, None where there is none.
+
+        It is the first one, so that a round that is repeated after a resume refers to the same file.
+        """
+        wanted = decisions.selection.scores_id
+        if wanted is None:
+            return None
+        for index, path in rounds_in(self.folder).items():
+            if index >= decisions.record.round:
+                break
+            about = read_about(path)
+            if about.get("scores") == wanted and about.get("run", "") == decisions.run_id and "scores_in" not in about:
+                return path
+        return None
 
     def keep_older(self) -> None:
         """Give the decisions of an earlier run in the same folder another name; they are the only record of it."""
@@ -110,8 +135,30 @@ def find_decisions(run: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: there are several.
+        ValueError: there are several, or it holds those of several runs.
     """
+    folder = _find_folder(run)
+    check_one_run(folder)
+    return folder
+
+
+def check_one_run(folder: Path) -> None:
+    """Raise ValueError when the rounds in ``folder``, and the ledger beside it, are not of one run."""
+    rounds: dict[str, list[int]] = {}
+    for index, path in rounds_in(folder).items():
+        rounds.setdefault(read_about(path).get("run", ""), []).append(index)
+    beside = run_id_of(folder.parent / "ledger.jsonl") if folder.name == FOLDER else None
+    if len(rounds) > 1:
+        parts = "; ".join(f"round {', '.join(map(str, each))} of run {run_id!r}" for run_id, each in rounds.items())
+        raise ValueError(f"{folder} holds the decisions of several runs, which nobody trained on together: {parts}")
+    if beside is not None and rounds and beside not in rounds:
+        raise ValueError(
+            f"{folder} holds the decisions of run {next(iter(rounds))!r}, and the ledger beside it is of run "
+            f"{beside!r}: put together what belongs together"
+        )
+
+
+def _find_folder(run: str | Path) -> Path:
     path = record_folder(Path(run))
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: expected the folder of a run")
@@ -136,6 +183,21 @@ def read_rows(path: Path, columns: Sequence[str] | None = None, where: ds.Expres
         return ds.dataset(path).to_table(columns=None if columns is None else list(columns), filter=where)
 
 
+def read_scores(path: Path) -> pa.Table:
+    """Return ``id`` and ``score`` of what a round compared, with ready scores that an earlier round's file holds.
+
+    Those of candidates that the earlier round compared and this one did not, because they were trained on, are among
+    them.
+    """
+    columns, finite = ["id", "score"], pc.is_finite(ds.field("score"))
+    own, earlier = read_rows(path, columns, finite), read_about(path).get("scores_in")
+    if earlier is None or not path.with_name(earlier).is_file():
+        return own
+    rest = read_rows(path.with_name(earlier), columns, finite)
+    rest = rest.filter(pc.invert(pc.is_in(rest["id"], value_set=own["id"].combine_chunks())))
+    return pa.concat_tables([own, rest])
+
+
 def read_round(
     path: Path, columns: Sequence[str] | None = None, ids: Sequence[int] | None = None
 ) -> dict[str, np.ndarray]:
@@ -149,7 +211,7 @@ def read_round(
 
 
 def read_about(path: Path) -> dict[str, str]:
-    """Return the metadata of a round's file: round, step, selector, plan, chosen, pool, pool_size, left_out.
+    """Return the metadata of a round's file: round, step, selector, plan, chosen, pool, pool_size, left_out, run.
 
     Raises:
         ValueError: the file has none, or cannot be read.

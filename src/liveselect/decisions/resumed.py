@@ -33,8 +33,9 @@ def carry_decisions(decisions: DecisionLedger, ledger: Ledger, pool: str) -> Non
     """Bring the files of the ledger's rounds into the folder of ``decisions`` from where the run wrote them before.
 
     Files are linked if the file system can, and copied otherwise. A file belongs to the run if its round, step,
-    selector, plan and pool are those of the ledger and of ``pool``, a fingerprint. Files of another run are kept beside
-    the folder. ``ledger.decision_folders`` becomes the folder, and as long as rounds are missing, the earlier ones too.
+    selector, plan, run and pool are those of the ledger and of ``pool``, a fingerprint. Files of another run are kept
+    beside the folder. ``ledger.decision_folders`` becomes the folder, and as long as rounds are missing, the earlier
+    ones too.
 
     Raises:
         OSError: the files cannot be written.
@@ -43,7 +44,7 @@ def carry_decisions(decisions: DecisionLedger, ledger: Ledger, pool: str) -> Non
     earlier = [folder for folder in ledger.decision_folders if folder != here]
     records = {record.round: record for record in ledger.rounds}
     found = {index: path for index, path in rounds_in(decisions.folder).items() if index in records}
-    if not all(_is_of(path, records[index], pool) for index, path in found.items()):
+    if not all(_is_of(path, records[index], pool, ledger.run_id) for index, path in found.items()):
         decisions.keep_older()
         found = {}
     missing = {index: record for index, record in records.items() if index not in found}
@@ -51,7 +52,7 @@ def carry_decisions(decisions: DecisionLedger, ledger: Ledger, pool: str) -> Non
     kept = sorted(decisions.folder.parent.glob(f"{decisions.folder.name}-*"), reverse=True)
     for place in [*(Path(folder) for folder in reversed(earlier)), *kept]:
         for index, path in rounds_in(place).items():
-            if index in missing and _is_of(path, missing[index], pool):
+            if index in missing and _is_of(path, missing[index], pool, ledger.run_id):
                 _take(path, decisions.folder / path.name)
                 del missing[index]
     ledger.decision_folders = [*(earlier if missing else ()), here]
@@ -77,12 +78,12 @@ def rounds_as_text(rounds: Iterable[int]) -> str:
     return f"round{'' if len(ordered) == 1 else 's'} {', '.join(spans) or 'none'}"
 
 
-def _is_of(path: Path, record: RoundRecord, pool: str) -> bool:
+def _is_of(path: Path, record: RoundRecord, pool: str, run_id: str) -> bool:
     try:
         about = read_about(path)
     except ValueError:
         return False
-    expected = {"step": record.step, "selector": record.selector, "plan": record.plan, "pool": pool}
+    expected = {"step": record.step, "selector": record.selector, "plan": record.plan, "pool": pool, "run": run_id}
     return all(about.get(name) == str(value) for name, value in expected.items())
 
 

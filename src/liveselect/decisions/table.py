@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from torch import Tensor
 
 from liveselect.grammar import Selection
-from liveselect.ledger import RoundRecord
+from liveselect.ledger import RoundRecord, writable
 from liveselect.plan import Plan
 from liveselect.pool import CandidatePool
 
@@ -67,6 +67,7 @@ class RoundDecisions:
         measured: ``(m,)`` ids whose influence was measured.
         influence: ``(m,)`` their influence.
         flops_before: cost of training and selection before the round, FLOPs over all ranks.
+        run_id: of the run.
     """
 
     record: RoundRecord
@@ -76,6 +77,7 @@ class RoundDecisions:
     measured: Tensor
     influence: Tensor
     flops_before: float = 0.0
+    run_id: str = ""
 
     @property
     def compares_groups(self) -> bool:
@@ -108,8 +110,11 @@ class _Scores:
         return _Scores(self.ids[rows], score, bonus, noise, self.keys[rows], self.ranked)
 
 
-def decision_rows(decisions: RoundDecisions, most_rejected: int) -> tuple[pa.Table, int]:
+def decision_rows(decisions: RoundDecisions, most_rejected: int, known: pa.Table | None = None) -> tuple[pa.Table, int]:
     """Return the rows of a round, and the number of rejected candidates without one because of ``most_rejected``.
+
+    Candidates in ``known``, the ``id`` and ``reason`` of an earlier round with the same scores, have a row only if they
+    were chosen or measured, or if their reason has changed.
 
     Compared candidates come first, in the selector's order, then those that were chosen or measured without being
     compared. Columns of few values are dictionaries, to be cast to :data:`SCHEMA`.
@@ -123,6 +128,12 @@ def decision_rows(decisions: RoundDecisions, most_rejected: int) -> tuple[pa.Tab
     if left_out:
         kept = np.flatnonzero(_is_in(scores.ids, touched) | (_sortable(scores.keys) >= ranked[left_out]))
         scores, reasons = scores.take(kept), reasons[kept]
+    if known is not None:
+        names = pa.array([*_REASONS, *map(writable, decisions.selection.reasons)]).take(pa.array(reasons))
+        before = known["reason"].take(pc.index_in(pa.array(scores.ids), value_set=known["id"].combine_chunks()))
+        same = pc.fill_null(pc.equal(names, before), False).to_numpy(zero_copy_only=False)
+        kept = np.flatnonzero(_is_in(scores.ids, touched) | ~same)
+        scores, reasons = scores.take(kept), reasons[kept]
     ids = scores.ids
     place = pc.index_in(pa.array(ids), value_set=pa.array(plan))
     influence = pa.array(decisions.influence.double().numpy(), from_pandas=True)
@@ -131,7 +142,7 @@ def decision_rows(decisions: RoundDecisions, most_rejected: int) -> tuple[pa.Tab
         "round": _repeated("round", record.round, len(ids)),
         "step": _repeated("step", record.step, len(ids)),
         "id": ids,
-        "group": pa.DictionaryArray.from_arrays(decisions.groups_of(ids), list(decisions.pool.group_names)),
+        "group": pa.DictionaryArray.from_arrays(decisions.groups_of(ids), [*map(writable, decisions.pool.group_names)]),
         "chosen": place.is_valid(),
         "place": place,
         "score": pa.array(scores.score, from_pandas=True),
@@ -140,7 +151,7 @@ def decision_rows(decisions: RoundDecisions, most_rejected: int) -> tuple[pa.Tab
         "rank": pa.array(ranks, pa.int32(), mask=np.isnan(scores.keys)),
         "threshold": _repeated("threshold", threshold, len(ids)),
         "influence": influence.take(pc.index_in(pa.array(ids), value_set=pa.array(measured))),
-        "reason": pa.DictionaryArray.from_arrays(reasons, [*_REASONS, *decisions.selection.reasons]),
+        "reason": pa.DictionaryArray.from_arrays(reasons, [*_REASONS, *map(writable, decisions.selection.reasons)]),
         "round_flops": _repeated("round_flops", record.total_flops, len(ids)),
         "flops_before": _repeated("flops_before", decisions.flops_before, len(ids)),
     }

@@ -1,4 +1,4 @@
-"""Rank correlation."""
+"""Ranks: their correlation, and the normal values in their place."""
 
 import math
 
@@ -22,6 +22,15 @@ def spearman(a: Tensor, b: Tensor) -> float:
     from torchmetrics.functional import pearson_corrcoef  # takes seconds to import
 
     return float(pearson_corrcoef(_mean_ranks(a), _mean_ranks(b)))
+
+
+def rank_normal(values: Tensor) -> Tensor:
+    """Return the normal quantile of ``(rank - 1/2) / n`` for each of ``values (n,)``, float64 on CPU.
+
+    Equal values share the mean of their ranks; a constant sample gives zeros. Whatever the tails of the values, those
+    of the result are normal.
+    """
+    return torch.special.ndtri((_mean_ranks(values) - 0.5) / max(1, len(values)))
 
 
 def _mean_ranks(values: Tensor) -> Tensor:

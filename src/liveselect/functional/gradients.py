@@ -58,15 +58,30 @@ def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None], whol
     Raises:
         ValueError: unknown names, shapes that do not fit, or parameters that no rule covers.
     """
+    plan, uncovered = sort_layers(model, direction, whole)
+    if uncovered:
+        names = sorted({name for _, own in uncovered for name in own})
+        raise ValueError(
+            f"no rule gives the gradients of single examples for parameters {names}: their modules hold other layers, "
+            "or mix the examples of a batch. Leave them out (exclude=[...]), or measure with "
+            'engine="central_difference"'
+        )
+    return plan
+
+
+def sort_layers(
+    model: nn.Module, direction: Mapping[str, Tensor | None], whole: Gather = _as_it_is
+) -> tuple[LayerPlan, list[tuple[str, list[str]]]]:
+    """Return the layers that have rules as a plan, and the others with their parameters."""
     parameters, values = match_direction(model, direction)
     observers: dict[str, Observer] = {}
     holders: dict[str, list[str]] = {name: [] for name in parameters}
     opaque: set[str] = set()
-    uncovered: list[str] = []
+    uncovered: list[tuple[str, list[str]]] = []
     for module_name, module, own in _owners(model, parameters):
         rule = rule_for(module)
         if rule is None:
-            uncovered += own.values()
+            uncovered.append((module_name, list(own.values())))
             continue
         moves = {its_name: values[name] for its_name, name in own.items()}
         observers[module_name] = _bind(rule, module, moves, whole)
@@ -74,13 +89,8 @@ def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None], whol
             holders[name].append(module_name)
         if rule is any_dot:
             opaque.update(own.values())
-    if uncovered:
-        raise ValueError(
-            f"no rule gives the gradients of single examples for parameters {sorted(set(uncovered))}: their modules "
-            "hold other layers, or mix the examples of a batch. Leave them out of the direction (exclude), or use "
-            "central_difference_dot or forward_mode_dot"
-        )
-    return LayerPlan(observers, parameters, {n: tuple(h) for n, h in holders.items()}, frozenset(opaque), model)
+    plan = LayerPlan(observers, parameters, {n: tuple(h) for n, h in holders.items()}, frozenset(opaque), model)
+    return plan, uncovered
 
 
 def forward_mode_dot(model: nn.Module, loss_fn: LossFn[T], batch: T, direction: Mapping[str, Tensor | None]) -> Tensor:
@@ -156,9 +166,17 @@ def mean_gradient(
 def match_direction(
     model: nn.Module, direction: Mapping[str, Tensor | None]
 ) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-    """Return the parameters that a direction moves, and the direction's tensors on their devices, both by name."""
+    """Return the parameters that a direction moves, and the direction's tensors on their devices, both by name.
+
+    Raises:
+        TypeError: the direction is no mapping of names to tensors.
+        ValueError: unknown names, shapes that do not fit, one tied parameter twice, or none.
+    """
+    given: object = direction
+    if not isinstance(given, Mapping):
+        raise TypeError(f"expected a direction as a mapping of parameter names to tensors, got {type(given).__name__}")
     known = dict(model.named_parameters(remove_duplicate=False))
-    unknown = sorted(set(direction) - set(known))
+    unknown = sorted(map(str, set(direction) - set(known)))
     if unknown:
         raise ValueError(f"the direction names parameters that the model does not have: {unknown}")
     parameters: dict[str, nn.Parameter] = {}
@@ -166,6 +184,9 @@ def match_direction(
     for name, value in direction.items():
         if value is None:
             continue
+        its_value: object = value
+        if not isinstance(its_value, Tensor):
+            raise TypeError(f"expected a direction's {name!r} to be a tensor, got {type(its_value).__name__}")
         parameter = known[name]
         if value.shape != parameter.shape:
             raise ValueError(

@@ -80,24 +80,29 @@ def check_coverage(plan: LayerPlan, loss: Tensor, log: TapLog) -> None:
     That happens where layers ran without gradients only (reentrant checkpointing), or weights were used without a call
     of their layer; the latter are found in the graph of the loss, in a few milliseconds.
     """
-    unobserved = sorted(log.unseen - set(log.calls))
+    unobserved, missed = find_missed(plan, loss, log)
     if unobserved:
         raise ValueError(
             f"modules {unobserved} ran without gradients, so their examples' gradients were not seen: use activation "
             "checkpointing with use_reentrant=False, and compute the loss outside of torch.no_grad"
         )
+    if missed:
+        raise ValueError(
+            f"the loss uses parameters {missed} past the layers that hold them (a functional call, a fused kernel), "
+            "where their examples' gradients cannot be seen: leave them out (exclude=[...]), or measure with "
+            'engine="central_difference"'
+        )
+
+
+def find_missed(plan: LayerPlan, loss: Tensor, log: TapLog) -> tuple[list[str], list[str]]:
+    """Return the modules that ran without gradients only, and the parameters that ``loss`` uses past their layers."""
     calls: Counter[str] = Counter()
     for name, modules in plan.holders.items():
         seen = sum(log.calls[module] for module in modules)
         calls[name] = 1 << 30 if name in plan.opaque and seen else seen  # any number of reads in one call is fine
     twins = {} if plan.model is None else whole_twins(plan.model)
     missed = missed_uses(loss, plan.parameters, calls, twins) if loss.requires_grad else {}
-    if missed:
-        raise ValueError(
-            f"the loss uses parameters {sorted(missed)} past the layers that hold them (a functional call, a fused "
-            "kernel), where their examples' gradients cannot be seen: leave them out (exclude), or use "
-            "central_difference_dot or forward_mode_dot"
-        )
+    return sorted(log.unseen - set(log.calls)), sorted(missed)
 
 
 def count_rows(batch: object) -> int:

@@ -27,17 +27,36 @@ def hashed_ngrams(input_ids: Tensor, buckets: int, mask: Tensor | None = None) -
     Raises:
         ValueError: buckets is not a power of two.
     """
-    if buckets < 2 or buckets & (buckets - 1):
-        raise ValueError(f"expected the number of buckets to be a power of two, got {buckets}")
-    tokens = input_ids.long()
-    counted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-    pairs = tokens[:, :-1] * _FIRST_FACTOR + tokens[:, 1:] * _SECOND_FACTOR + _PAIR_OFFSET
-    mixed = torch.cat([tokens * _TOKEN_FACTOR, pairs], dim=1)
-    bucket = (mixed >> (65 - buckets.bit_length())) & (buckets - 1)
-    counted = torch.cat([counted, counted[:, :-1] & counted[:, 1:]], dim=1)
-    counts = torch.zeros(len(tokens), buckets, dtype=torch.int32, device=tokens.device)
+    bucket, counted = counted_ngrams(input_ids, buckets, mask)
+    counts = torch.zeros(len(bucket), buckets, dtype=torch.int32, device=bucket.device)
     counts.scatter_add_(1, bucket, counted.int())
     count = counts.gather(1, bucket).clamp(min=1).float()
     value = torch.log1p(count)
     norm = (counted * value.square() / count).sum(dim=1, keepdim=True).sqrt()
     return bucket, counted * value / count / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+
+
+def ngram_buckets(input_ids: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
+    """Return the bucket of every token ``(B, T)`` and of every pair of neighbours ``(B, T - 1)``, int64.
+
+    Raises:
+        ValueError: buckets is not a power of two.
+    """
+    if buckets < 2 or buckets & (buckets - 1):
+        raise ValueError(f"expected the number of buckets to be a power of two, got {buckets}")
+    tokens = input_ids.long()
+    pairs = (tokens[:, :-1] * _FIRST_FACTOR).add_(tokens[:, 1:] * _SECOND_FACTOR).add_(_PAIR_OFFSET)
+    highest = 65 - buckets.bit_length()  # the shift that leaves the highest bits
+    single = (tokens * _TOKEN_FACTOR).bitwise_right_shift_(highest).bitwise_and_(buckets - 1)
+    return single, pairs.bitwise_right_shift_(highest).bitwise_and_(buckets - 1)
+
+
+def counted_ngrams(input_ids: Tensor, buckets: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the buckets of all tokens and pairs of each row, ``(B, 2 T - 1)`` int64, and which count, bool.
+
+    A linear function of the shares that buckets have in a row is a gather and a mean of these, with no row of all
+    buckets. Tokens and pairs share the buckets; ``mask (B, T)`` is zero or False where a token does not count.
+    """
+    counted = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    bucket = torch.cat(ngram_buckets(input_ids, buckets), dim=1)
+    return bucket, torch.cat([counted, counted[:, :-1] & counted[:, 1:]], dim=1)

@@ -22,7 +22,9 @@ class RidgeFit(NamedTuple):
     held_out: Tensor
 
 
-def fit_ridge(features: Tensor, targets: Tensor, folds: Tensor, penalties: Tensor) -> RidgeFit:
+def fit_ridge(
+    features: Tensor, targets: Tensor, folds: Tensor, penalties: Tensor, importance: Tensor | None = None
+) -> RidgeFit:
     """Fit a ridge regression whose penalty has the lowest squared error on held-out folds.
 
     Minimises ``|y - X w - b|^2 + p s |w|^2`` with ``s`` the mean squared norm of the centred features; the intercept b
@@ -35,24 +37,30 @@ def fit_ridge(features: Tensor, targets: Tensor, folds: Tensor, penalties: Tenso
         targets: ``(m,)``.
         folds: ``(m,)`` int64, the fold of each example, 0..folds - 1, at least two.
         penalties: ``(P,)`` positive multiples of s, compared in this order.
+        importance: ``(m,)`` positive, how much the squared error of each example counts, with a mean of 1; all alike
+            by default.
     """
     targets = targets.double()
-    centre, level = features.mean(dim=0), targets.mean()
-    centred = features.sub_(centre)
+    root = torch.ones_like(targets) if importance is None else (importance.double() / importance.double().mean()).sqrt()
+    share = root / len(targets)  # of an example in a mean, over the root of its importance
+    centre, level = (share * root).to(features) @ features, (share * root) @ targets
+    # an example that counts twice has the square root of two times its length: what follows is a plain ridge of these
+    centred = features.sub_(centre).mul_(root.to(features)[:, None])
     scale = float(torch.linalg.vector_norm(centred, dtype=torch.float64) ** 2 / len(features)) or 1.0
     spectrum, basis = _decompose(centred)
+    wanted = root * (targets - level)
     members = [(folds == fold).nonzero().flatten() for fold in range(int(folds.max()) + 1)]
     best: tuple[float, float, Tensor, Tensor] | None = None
     for penalty in penalties.tolist():
         shrunk = basis / (spectrum + penalty * scale)
-        residual = targets - level - shrunk @ (basis.T @ (targets - level))
+        residual = wanted - shrunk @ (basis.T @ wanted)
         missed = torch.empty_like(residual)
         for rows in members:
-            hat = 1.0 / len(targets) + shrunk[rows] @ basis[rows].T
+            hat = torch.outer(root[rows], share[rows]) + shrunk[rows] @ basis[rows].T
             missed[rows] = torch.linalg.solve(torch.eye(len(rows), dtype=hat.dtype) - hat, residual[rows])
         error = float(missed.square().mean())
         if best is None or error < best[0]:
-            best = error, penalty, residual, targets - missed
+            best = error, penalty, residual, targets - missed / root
     if best is None:
         raise ValueError("expected at least one penalty")
     _, penalty, residual, held_out = best

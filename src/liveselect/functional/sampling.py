@@ -1,5 +1,6 @@
 """Draw k of n without replacement, exactly, for n up to hundreds of millions, in bounded memory."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ _MAX_TEMPERATURE = 1e300  # keys stay finite below it
 _BRACKET_DEVIATIONS = 6.0  # standard deviations on either side of the guess: one draw in 10^8 needs a second pass
 
 _Rows = slice | npt.NDArray[np.int64]
-_Keys = Callable[[_Rows, int, tuple[int, int]], npt.NDArray[np.float64]]
+_Keys = Callable[[_Rows, int, tuple[int, int]], npt.NDArray[np.floating]]
 # the keys of ``size`` rows of the candidates, with the noise of one (stream, chunk)
 
 _KEY_STREAM, _SAMPLE_KEY_STREAM, _SAMPLE_ROW_STREAM = range(3)  # the independent streams of noise
@@ -60,6 +61,31 @@ def released_bottomk(scores: Tensor, k: int, temperature: float, generator: torc
     return _perturbed_topk(scores, k, temperature, generator, sign=-1.0)
 
 
+def capped_topk(keys: Tensor, groups: Tensor, k: int, most: int) -> Tensor:
+    """Return the positions of the ``k`` largest of ``keys (n,)`` of which no more than ``most`` are of one group.
+
+    Where the groups do not hold enough, the largest of the others follow.
+
+    Args:
+        keys: ``(n,)``, larger is better; of equal ones the first is.
+        groups: ``(n,)`` int64.
+        k: number to take, 0..n.
+        most: of each group, at least 1.
+
+    Returns:
+        ``(k,)`` int64 distinct positions, ascending.
+    """
+    _check_k(k, len(keys))
+    order = keys.argsort(descending=True, stable=True)
+    by_group = groups[order].argsort(stable=True)  # each group's, best first
+    counts = torch.bincount(groups, minlength=1)
+    first = (counts.cumsum(0) - counts)[groups[order][by_group]]
+    place = torch.empty_like(order)
+    place[by_group] = torch.arange(len(order)) - first  # of each in its group, along the order
+    within = place < most
+    return torch.cat([order[within], order[~within]])[:k].sort().values
+
+
 def uniform_subset(n: int, k: int, generator: torch.Generator) -> Tensor:
     """Draw ``k`` of ``n`` candidates without replacement, all subsets equally likely.
 
@@ -72,8 +98,10 @@ def uniform_subset(n: int, k: int, generator: torch.Generator) -> Tensor:
     _check_k(k, n)
     seed = _draw_seed(generator)
 
-    def keys(_: _Rows, size: int, place: tuple[int, int]) -> npt.NDArray[np.float64]:
-        return _uniform(seed, place, size)
+    room = np.empty(min(n, _CHUNK_ROWS))
+
+    def keys(_: _Rows, size: int, place: tuple[int, int]) -> npt.NDArray[np.floating]:
+        return _uniform(seed, place, size, room)
 
     return _largest(n, k, keys, seed)
 
@@ -117,9 +145,16 @@ def _perturbed_topk(scores: Tensor, k: int, temperature: float, generator: torch
     # scores + temperature * noise orders like scores / temperature + noise, and has the limit 0 without overflow
     scale = sign * temperature
 
-    def keys(rows: _Rows, size: int, place: tuple[int, int]) -> npt.NDArray[np.float64]:
-        values = scores[rows].double().numpy()
-        return values + scale * _gumbel(seed, place, size) if scale else values
+    values = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
+    given, room = values.numpy(), np.empty(min(len(scores), _CHUNK_ROWS))
+
+    def keys(rows: _Rows, size: int, place: tuple[int, int]) -> npt.NDArray[np.floating]:
+        if not scale:
+            return given[rows]
+        noise = _gumbel(seed, place, size, room)
+        noise *= scale
+        noise += given[rows]  # widened on the way
+        return noise
 
     return _largest(len(scores), k, keys, seed)
 
@@ -133,7 +168,7 @@ def _check_scores(scores: Tensor, k: int) -> None:
     counts = {"NaN": 0, "+inf": 0, "-inf": 0}
     for start, stop in _chunks(len(scores)):
         part = scores[start:stop]
-        if not part.isfinite().all():
+        if not math.isfinite(float(part.sum())):  # or their sum is beyond the type, which is no harm
             counts["NaN"] += int(part.isnan().sum())
             counts["+inf"] += int(part.isposinf().sum())
             counts["-inf"] += int(part.isneginf().sum())
@@ -152,18 +187,29 @@ def _draw_seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
 
 
-def _uniform(seed: int, place: tuple[int, int], size: int) -> npt.NDArray[np.float64]:
-    # raw bits and not numpy's own distributions, whose streams may change with its version. The centres of 2^52 cells:
-    # neither 0 nor 1 occurs, so the logarithms below are finite
-    bits = np.random.SFC64(np.random.SeedSequence((seed, *place))).random_raw(size)
-    uniform = (bits >> np.uint64(12)).view(np.int64).astype(np.float64)  # signed: conversion is ten times as fast
+def _uniform(
+    seed: int, place: tuple[int, int], size: int, room: npt.NDArray[np.float64] | None = None
+) -> npt.NDArray[np.float64]:
+    """Return ``size`` numbers, ``((raw >> 12) + 0.5) * 2^-52`` of the generator's raw bits, in ``room`` where it fits.
+
+    They are the centres of 2^52 cells: neither 0 nor 1 occurs, so the logarithms below are finite.
+    """
+    if room is None or size > len(room):
+        room = np.empty(size)
+    # the generator's own doubles are (raw >> 11) * 2^-53, written without another array; a test holds them to it
+    uniform: npt.NDArray[np.float64] = room[:size]
+    np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, *place)))).random(out=uniform)
+    uniform *= 2.0**52
+    np.floor(uniform, out=uniform)
     uniform += 0.5
     uniform *= 2.0**-52
     return uniform
 
 
-def _gumbel(seed: int, place: tuple[int, int], size: int) -> npt.NDArray[np.float64]:
-    noise = _uniform(seed, place, size)
+def _gumbel(
+    seed: int, place: tuple[int, int], size: int, room: npt.NDArray[np.float64] | None = None
+) -> npt.NDArray[np.float64]:
+    noise = _uniform(seed, place, size, room)
     np.log(noise, out=noise)
     np.negative(noise, out=noise)
     np.log(noise, out=noise)
@@ -180,14 +226,13 @@ class _Bound(NamedTuple):
     key: float
     position: int
 
-    def precede(
-        self, keys: npt.NDArray[np.float64], positions: npt.NDArray[np.int64], inclusive: bool
-    ) -> npt.NDArray[np.bool_]:
-        """Return which candidates come before this place, ``(n,)``; at it too when ``inclusive``."""
-        before = keys > self.key
+    def precede(self, keys: npt.NDArray[np.floating], start: int, inclusive: bool) -> npt.NDArray[np.bool_]:
+        """Return which of the candidates from ``start`` on come before this place, ``(n,)``; at it if ``inclusive``."""
+        before: npt.NDArray[np.bool_] = keys > self.key
         tied = keys == self.key
         if tied.any():
-            before |= tied & (positions <= self.position if inclusive else positions < self.position)
+            tied[max(0, self.position - start + inclusive) :] = False  # they come after it
+            before |= tied
         return before
 
 
@@ -203,17 +248,18 @@ def _largest(n: int, k: int, keys: _Keys, seed: int) -> Tensor:
     while True:
         upper, lower = _bracket(n, k, keys, seed, margin)
         chosen = np.zeros(n, dtype=np.bool_)
-        inside = [(np.empty(0), np.empty(0, dtype=np.int64))]
+        inside: list[tuple[npt.NDArray[np.floating], npt.NDArray[np.int64]]] = [
+            (np.empty(0), np.empty(0, dtype=np.int64))
+        ]
         above = 0
         for start, stop in _chunks(n):
             values = keys(slice(start, stop), stop - start, (_KEY_STREAM, start // _CHUNK_ROWS))
-            positions = np.arange(start, stop)
-            rows = np.flatnonzero(lower.precede(values, positions, inclusive=True))
-            values, positions = values[rows], positions[rows]
-            surely = upper.precede(values, positions, inclusive=False)
-            chosen[positions[surely]] = True
-            above += int(surely.sum())
-            inside.append((values[~surely], positions[~surely]))
+            maybe = lower.precede(values, start, inclusive=True)
+            surely = upper.precede(values, start, inclusive=False)
+            chosen[start:stop] = surely
+            above += int(np.count_nonzero(surely))
+            rows = np.flatnonzero(maybe ^ surely)
+            inside.append((values[rows], rows + start))
         values, positions = (np.concatenate(parts) for parts in zip(*inside, strict=True))
         if above <= k <= above + len(values):
             chosen[positions[_first_largest(values, k - above)]] = True
@@ -221,7 +267,7 @@ def _largest(n: int, k: int, keys: _Keys, seed: int) -> Tensor:
         margin *= 4  # the bracket missed; in the end it holds everything
 
 
-def _first_largest(values: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:
+def _first_largest(values: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.int64]:
     """Return the places of the ``k`` largest values; of equal values the first."""
     if k == 0:
         return np.empty(0, dtype=np.int64)

@@ -41,6 +41,8 @@ def double_backward_product(
                     if gradient is not None and gradient.requires_grad
                 ]
                 products = torch.autograd.grad(torch.stack(along).sum(), leaves, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # NotImplementedError of a kernel is one too
             raise RuntimeError(
                 f"the model cannot be differentiated twice ({error}): use a Hessian product by central differences, "

@@ -51,6 +51,31 @@ def step_slope(optimizer: torch.optim.Optimizer, parameter: Tensor, amplitude: T
     return (forth - back) / (2 * amplitude)
 
 
+@torch.no_grad()
+def first_moment(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
+    """Return the mean of a parameter's last gradients, as the optimizer keeps it; None before its first step.
+
+    That of Adam and its kin is corrected for its start at zero; a momentum buffer, which is a sum, is made a mean. Of a
+    parameter that ranks hold in parts, this rank's part.
+
+    Raises:
+        TypeError: the optimizer keeps no such moment.
+    """
+    state = optimizer.state.get(parameter, {})
+    if not state:
+        return None
+    group = next(group for group in optimizer.param_groups if any(each is parameter for each in group["params"]))
+    if "exp_avg" in state and "betas" in group:
+        return local(state["exp_avg"]) / (1 - group["betas"][0] ** float(state["step"]))
+    buffer = state.get("momentum_buffer")
+    if isinstance(buffer, Tensor) and "momentum" in group:
+        return local(buffer) * (1 - group["momentum"]) / (1 - group.get("dampening", 0.0))
+    raise TypeError(
+        f"{type(optimizer).__name__} keeps no mean of the last gradients to subtract: expected exp_avg, as in Adam, or "
+        "momentum_buffer, as in SGD with momentum. Leave contrast at 0"
+    )
+
+
 def _stepped(optimizer: torch.optim.Optimizer, parameter: Tensor, gradient: Tensor) -> Tensor:
     """Return the parameter after one step on a gradient, float64, from a twin of the optimizer that holds it alone."""
     value = local(parameter).to(torch.float64, copy=True)

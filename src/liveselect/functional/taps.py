@@ -16,6 +16,25 @@ Observer = Callable[[Tensor, Tensor], Tensor | None]
 gradient of the anchor. Inputs that all examples share (position ids) keep their own shape."""
 
 
+WAY_OUT = 'leave its parameters out (exclude=[...]), or measure with engine="central_difference"\''
+"""What helps where a layer cannot be observed, in the words of the estimators."""
+
+
+class LayerError(ValueError):
+    """A layer cannot be observed.
+
+    Args:
+        module: its name.
+        got: what it does instead, in a few words.
+        message: the whole sentence.
+    """
+
+    def __init__(self, module: str, got: str, message: str) -> None:
+        super().__init__(message)
+        self.module = module
+        self.got = got
+
+
 @dataclass
 class TapLog:
     """What the taps saw while they were in place.
@@ -107,10 +126,11 @@ class _Hook:
         """Return the input of a call, and its output with one row for each example."""
         inputs = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
         if len(inputs) != 1 or not isinstance(output, Tensor):
-            raise ValueError(
+            raise LayerError(
+                self.name,
+                f"{len(inputs)} tensors to a {type(output).__name__}",
                 f"expected module {self.name!r} ({type(module).__name__}) to map one tensor to one tensor, got "
-                f"{len(inputs)} tensors and a {type(output).__name__}: leave its parameters out of the direction, or "
-                "use central_difference_dot"
+                f"{len(inputs)} tensors and a {type(output).__name__}: {WAY_OUT}",
             )
         return inputs[0], _per_example(self.name, module, inputs[0], output, self.rows)
 
@@ -148,17 +168,20 @@ def _per_example(name: str, module: nn.Module, inputs: Tensor, output: Tensor, r
     """Return the output with one row for each example, expanded where all examples share it."""
     positions = inputs.dim() == 1 and not inputs.is_floating_point() and output.dim() == 2
     if positions and len(inputs) == rows > 1:
-        raise ValueError(
+        raise LayerError(
+            name,
+            f"{rows} entries for {rows} examples",
             f"cannot tell whether the {rows} entries that module {name!r} ({type(module).__name__}) looked up belong "
-            f"to the {rows} examples of the batch or to {rows} positions: use another batch size"
+            f"to the {rows} examples of the batch or to {rows} positions: use another batch size",
         )
     if positions:
         output = output.unsqueeze(0)
     if output.dim() < 2 or output.shape[0] not in (1, rows):
-        raise ValueError(
+        raise LayerError(
+            name,
+            f"{tuple(output.shape)} for {rows} examples",
             f"expected module {name!r} ({type(module).__name__}) to return one row for each of the {rows} examples, "
-            f"got shape {tuple(output.shape)} from input {tuple(inputs.shape)}: leave its parameters out of the "
-            "direction, or use central_difference_dot"
+            f"got shape {tuple(output.shape)} from input {tuple(inputs.shape)}: {WAY_OUT}",
         )
     return output if output.shape[0] == rows else output.expand(rows, *output.shape[1:])
 

@@ -2,18 +2,32 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liveselect.arguments import check_plain
+from liveselect.distributed import sum_over_ranks
+from liveselect.functional.coverage import Hidden, patterns
 from liveselect.functional.differences import central_difference_dot
 from liveselect.functional.gradients import forward_mode_dot, plan_products
-from liveselect.functional.slopes import step_slope
-from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, Round, State
+from liveselect.functional.slopes import first_moment, step_slope
+from liveselect.grammar import (
+    IGNORE_INDEX,
+    Batch,
+    InfluenceEstimator,
+    LiveModel,
+    LossFn,
+    NotMeasurableError,
+    Round,
+    State,
+)
 from liveselect.influence.direction import Direction
+from liveselect.influence.hidden import names_in, refuse_hidden, warn_of_share
 from liveselect.influence.one_step import (
     Probe,
     StepSize,
@@ -21,18 +35,19 @@ from liveselect.influence.one_step import (
     refuse_unfit,
     trainable_parameters,
 )
-from liveselect.influence.reference import Precision, ReferencePass, batch_flops, require_finite
+from liveselect.influence.reference import Precision, ReferencePass, counting, require_finite
 from liveselect.influence.step_sizes import typical_gradient
+from liveselect.losses import causal_lm_loss, causal_lm_token_losses, shifted_targets
 from liveselect.preserve import Snapshot
 
 Engine = Literal["hooks", "central_difference", "forward_mode", "optimizer_step"]
 GradientAt = Literal["zero_step", "current"]
-SlopeOver = Literal["candidates", "zero"]
+SlopeOver = Literal["candidates", "zero", "reference"]
 
 _AMPLITUDE_SHARE_AT_ZERO = 1e-5  # of the reference gradient: small enough for a derivative, large enough for float64
 _LOSS_CHANGE_NATS = {torch.float64: 1e-5, torch.float32: 1e-2}  # of the reference loss, between rounding and curvature
 _LOSS_CHANGE_NATS_16_BIT = 0.2  # rounding swallows shorter moves of a parameter in 16 bits
-_FORWARDS_PER_EXAMPLE = {"hooks": 3, "central_difference": 2, "forward_mode": 3}
+_LEAST_REFERENCE_ROWS = 8
 _CHOICES = {
     "engine": Engine,
     "gradient_at": GradientAt,
@@ -65,6 +80,27 @@ class _Fitted:
     difference: float = 0.0
 
 
+@dataclass
+class _Seen:
+    """The losses of the reference rows, for their spread."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+
+    def add(self, losses: Tensor, weights: Tensor) -> None:
+        """Take the losses and weights ``(B,)`` of a batch."""
+        self.losses.append(losses)
+        self.weights.append(weights)
+
+    def error(self, mean: float) -> float:
+        """Return the standard error of the weighted ``mean`` loss, over the rows of all ranks; a collective."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for losses, weights in zip(self.losses, self.weights, strict=True):
+            sums += torch.stack([(weights * (losses - mean)).square().sum(), weights.sum()])
+        squares, weight = sum_over_ranks(sums).tolist()
+        return math.sqrt(squares) / weight
+
+
 class FirstOrderInfluence(InfluenceEstimator):
     r"""Measures what :class:`OneStepInfluence` measures, to first order, for about three forwards of a candidate.
 
@@ -84,7 +120,13 @@ class FirstOrderInfluence(InfluenceEstimator):
 
     Where an optimizer normalises gradients, its step saturates: the derivative at zero promises far more than it does
     in coordinates whose second moment has faded, such as rare words. ``slope_over="candidates"`` takes the slope
-    between minus and plus the size of gradient that a few sampled candidates have there; ``"zero"`` the derivative.
+    between minus and plus the size of gradient that a few sampled candidates have there; ``"zero"`` the derivative;
+    ``"reference"`` the slope that the reference gradient itself meets, which costs no gradient of a candidate. With
+    Adam D is then the step on the reference gradient, :math:`g / \sqrt{\beta_2 v + (1 - \beta_2) g^2}`, which is
+    bounded: with the derivative nearly all of the variance of influence lies in one candidate of a hundred.
+
+    What training gives already is worth nothing more: ``contrast`` subtracts the mean of the last gradients, which the
+    optimizer's moments hold.
 
     Clipping is part of the step. The products leave out that it shortens the gradients of some candidates more than
     those of others; in a real batch (``in_batch``) no single example is clipped unless its gradient is longer than N
@@ -99,7 +141,13 @@ class FirstOrderInfluence(InfluenceEstimator):
         step: the form of :class:`OneStepInfluence` that is approximated; it sets the size of a candidate's gradient.
         slope_over: see above; ``optimizer_step`` has no use for it.
         sampled: candidates whose gradients give the sizes for the slope, over all ranks; they cost a forward and a
-            backward each.
+            backward each; needed for ``slope_over="candidates"``.
+        contrast: how much of the optimizer's first moment, the mean of the last training gradients, is subtracted from
+            the reference gradient; 0 for none, 1 for all.
+        reference_rows: most rows of the reference set that a round takes the gradient of; the next round takes the next
+            ones. None for all.
+        reference_share: most of the cost of the round's own training that this gradient may take; fewer rows are taken
+            then, but at least 8. None for any.
         exclude: patterns of names of parameters, as in a shell, that take no part in the products.
         difference: length of the displacement of ``central_difference`` as a share of that of the parameters; by
             default as much as moves the reference loss by a hundredth of a nat, in float64 by much less, and with
@@ -117,15 +165,22 @@ class FirstOrderInfluence(InfluenceEstimator):
         step: StepSize = "in_batch",
         slope_over: SlopeOver = "candidates",
         sampled: int = 16,
+        contrast: float = 0.0,
+        reference_rows: int | None = None,
+        reference_share: float | None = None,
         exclude: Sequence[str] = (),
         difference: float | None = None,
         reference_precision: Precision = "float32",
     ) -> None:
+        check_plain(FirstOrderInfluence, locals())
         self.engine: Engine = engine
         self.gradient_at: GradientAt = gradient_at
         self.step: StepSize = step
         self.slope_over: SlopeOver = slope_over
         self.sampled = sampled
+        self.contrast = contrast
+        self.reference_rows = reference_rows
+        self.reference_share = reference_share
         self.exclude = tuple(exclude)
         self.difference = difference
         self.reference_precision: Precision = reference_precision
@@ -134,6 +189,14 @@ class FirstOrderInfluence(InfluenceEstimator):
                 raise ValueError(f"expected {name} to be one of {get_args(kind)}, got {getattr(self, name)!r}")
         if sampled < 1:
             raise ValueError(f"expected sampled of at least 1, got {sampled}")
+        if not 0.0 <= contrast < math.inf:
+            raise ValueError(f"expected contrast, the weight of the optimizer's moment, of at least 0, got {contrast}")
+        if contrast and engine == "optimizer_step":
+            raise ValueError('engine="optimizer_step" takes whole steps, of which no moment is subtracted: contrast=0')
+        if reference_rows is not None and reference_rows < 1:
+            raise ValueError(f"expected reference_rows of at least 1, or None, got {reference_rows}")
+        if reference_share is not None and not 0 < reference_share < math.inf:
+            raise ValueError(f"expected a positive reference_share, or None, got {reference_share}")
         if difference is not None and not 0 < difference < math.inf:
             raise ValueError(f"expected a positive difference, got {difference}")
         self.fit_lasts = self.has_direction = engine != "optimizer_step"
@@ -146,6 +209,27 @@ class FirstOrderInfluence(InfluenceEstimator):
         """
         toward = self._fitted.toward if self._fitted else None
         return toward.values if isinstance(toward, Direction) else None
+
+    def check(self, model: LiveModel, round: Round) -> None:
+        """Raise ValueError for layers without a rule, all at once; warn where little of the model is measured."""
+        model.view.refuse_flat(type(self).__name__)
+        parameters = self._parameters(model)
+        sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+        trained = sum(parameter.numel() for parameter in trainable_parameters(model.optimizer))
+
+        def advice(hidden: list[Hidden]) -> str:
+            names = names_in(hidden)
+            left = (sum(sizes.values()) - sum(sizes[name] for name in names)) / trained
+            return (
+                'Measure with engine="central_difference", which takes any module, or leave them out with '
+                f"exclude={[*self.exclude, *patterns(names)]}, and measure the other {left:.0%} of the parameters"
+            )
+
+        if self.engine == "hooks":
+            with model.autocast():
+                refuse_hidden(model, round, sizes.keys(), 'engine="hooks"', advice)
+        way_out = 'exclude less, with engine="central_difference" if need be'
+        warn_of_share(type(self).__name__, sum(sizes.values()) / trained, way_out)
 
     def fit(self, model: LiveModel, round: Round) -> Mapping[str, float]:
         """Take the reference gradient, and pull it through the optimizer.
@@ -165,11 +249,13 @@ class FirstOrderInfluence(InfluenceEstimator):
             )
         rate = live_learning_rate(model.optimizer)
         parameters = self._parameters(model)
-        reference = ReferencePass.load(model, round)
+        reference = ReferencePass.load(model, round, self._rows(round))
         with model.meter.phase("reference gradient"):
-            loss, gradient, origin = self._reference_gradient(model, reference, parameters)
+            seen = _Seen()
+            loss, gradient, origin = self._reference_gradient(model, reference, parameters, seen)
         metrics = {
             "reference_loss" if self.gradient_at == "current" else "reference_loss_zero_step": loss,
+            "reference_loss_error": seen.error(loss),
             "reference_examples": float(reference.examples),
             "reference_tokens": float(reference.targets),
             "probe_learning_rate": rate,
@@ -223,6 +309,29 @@ class FirstOrderInfluence(InfluenceEstimator):
             influence = -weight * probe.losses_after_examples(batch) / fitted.learning_rate
         return influence.where(influence.isfinite(), math.nan)
 
+    def score_tokens(self, model: LiveModel, batch: Batch) -> Tensor | None:
+        """Return the influence of each token, ``(B, T)``; None where steps are taken, or with a loss of the user's.
+
+        From the same direction as :meth:`score`, by differences where the engine is ``hooks``: one pass forth and one
+        back along it give the slope of every token's loss at once.
+        """
+        fitted = self._fitted
+        if fitted is None:
+            raise RuntimeError("score_tokens was called before fit: call fit(model, round) in each round")
+        if not isinstance(fitted.toward, Direction) or model.view.inner_loss(model.loss_fn) is not causal_lm_loss:
+            return None
+        values = fitted.toward.on(model)
+        losses = model.view.with_loss(model.loss_fn, causal_lm_token_losses)
+        work = f"{'forward_mode' if self.engine == 'forward_mode' else 'central_difference'} of tokens"
+        with model.meter.phase("example gradients"), counting(model, work, batch):
+            if self.engine == "forward_mode":
+                with model.autocast():
+                    slopes = forward_mode_dot(model.module, losses, batch, values)
+                    carries = shifted_targets(batch) != IGNORE_INDEX  # the slope of a loss that there is not is 0
+                    return slopes.masked_fill(~F.pad(carries, (1, 0)), math.nan)
+            with model.full_precision():
+                return central_difference_dot(model.module, losses, batch, values, fitted.difference, model.view.norm)
+
     def _products(self, model: LiveModel, batch: Batch, direction: Direction, difference: float) -> Tensor:
         finite: list[Tensor] = []
 
@@ -231,18 +340,30 @@ class FirstOrderInfluence(InfluenceEstimator):
             finite.append(losses.detach().isfinite())
             return losses
 
-        model.meter.add_flops(_FORWARDS_PER_EXAMPLE[self.engine] * batch_flops(model.module, batch))
+        work = f"{self.engine} of {len(direction.values)}"
         if self.engine == "central_difference":
-            with model.full_precision():
+            with counting(model, work, batch), model.full_precision():
                 values = direction.on(model)
                 return central_difference_dot(model.module, loss_fn, batch, values, difference, model.view.norm)
-        with model.autocast():
+
+        def products(loss_fn: LossFn) -> Tensor:
             if self.engine == "forward_mode":
                 return forward_mode_dot(model.module, loss_fn, batch, direction.on(model))
-            return direction.products(model, loss_fn, batch).where(finite[0], math.nan)
+            return direction.products(model, loss_fn, batch)
+
+        with model.autocast(), counting(model, work, batch, trial=lambda: products(model.loss_fn)):
+            found = products(loss_fn)
+        return found.where(finite[0], math.nan) if self.engine == "hooks" else found
+
+    def _rows(self, round: Round) -> int | None:
+        """Return how many reference rows a round takes the gradient of; None for all."""
+        if self.reference_share is None or not round.budget:
+            return self.reference_rows
+        affordable = max(_LEAST_REFERENCE_ROWS, int(self.reference_share * round.budget))
+        return affordable if self.reference_rows is None else min(self.reference_rows, affordable)
 
     def _reference_gradient(
-        self, model: LiveModel, reference: ReferencePass, parameters: Mapping[str, nn.Parameter]
+        self, model: LiveModel, reference: ReferencePass, parameters: Mapping[str, nn.Parameter], seen: "_Seen"
     ) -> tuple[float, dict[str, Tensor], list[Tensor]]:
         """Return the mean reference loss at ``gradient_at``, its gradient, and the parameters after the zero step.
 
@@ -252,26 +373,27 @@ class FirstOrderInfluence(InfluenceEstimator):
         snapshot = Snapshot(model.module, model.optimizer)
         try:
             if self.gradient_at == "current":
-                loss, gradient = self._mean_gradient(model, reference, parameters)
+                loss, gradient = self._mean_gradient(model, reference, parameters, seen)
             for parameter in everything:
                 parameter.grad = torch.zeros_like(parameter)
-            model.clip_gradients(everything)
-            model.optimizer.step()
+            with counting(model, "optimizer step"):
+                model.clip_gradients(everything)
+                model.optimizer.step()
             for parameter in everything:
                 parameter.grad = None
             torch.clear_autocast_cache()  # casts of the weights before the step would be used again
             if self.gradient_at == "zero_step":
-                loss, gradient = self._mean_gradient(model, reference, parameters)
+                loss, gradient = self._mean_gradient(model, reference, parameters, seen)
             keep = self.engine == "optimizer_step"
             return loss, gradient, [p.detach().clone() for p in parameters.values()] if keep else []
         finally:
             snapshot.restore()
 
     def _mean_gradient(
-        self, model: LiveModel, reference: ReferencePass, parameters: Mapping[str, nn.Parameter]
+        self, model: LiveModel, reference: ReferencePass, parameters: Mapping[str, nn.Parameter], seen: "_Seen"
     ) -> tuple[float, dict[str, Tensor]]:
         with model.full_precision() if self.reference_precision == "float32" else model.autocast():
-            loss, parts = reference.gradient(model, parameters)
+            loss, parts = reference.gradient(model, parameters, seen=seen.add)
         when = "after a step on zero gradients" if self.gradient_at == "zero_step" else ""
         require_finite(loss, "lower the learning rate, or look at the training loss: the model may have diverged", when)
         return loss, model.view.spread(parts, parameters)
@@ -286,24 +408,36 @@ class FirstOrderInfluence(InfluenceEstimator):
     ) -> dict[str, Tensor]:
         """Return D, without the parameters in which it is zero."""
         kept, view = 1.0, model.view
+        wanted = {name: view.local(gradient[name]) for name in parameters}
+        if self.contrast:
+            for name, parameter in parameters.items():
+                moment = first_moment(model.optimizer, parameter)
+                if moment is not None:
+                    wanted[name] = wanted[name] - self.contrast * moment
         if self.slope_over == "candidates":
             everything = trainable_parameters(model.optimizer)
             divisor = model.global_batch if self.step == "in_batch" else 1
             sizes, kept = typical_gradient(model, round, everything, divisor, self.sampled)
             amplitudes = {id(parameter): size for parameter, size in zip(everything, sizes, strict=True)}
         else:
-            amplitudes = {
-                id(p): _AMPLITUDE_SHARE_AT_ZERO * view.local(gradient[name]).abs() for name, p in parameters.items()
-            }
+            share = 1.0 if self.slope_over == "reference" else _AMPLITUDE_SHARE_AT_ZERO
+            amplitudes = {id(p): share * wanted[name].abs() for name, p in parameters.items()}
         parts = {}
         for name, parameter in parameters.items():
             amplitude = amplitudes.pop(id(parameter))
             least = torch.finfo(amplitude.dtype).tiny ** 0.5  # its square is still above zero in float64
-            slope = step_slope(model.optimizer, parameter, amplitude.clamp(min=least))
-            parts[name] = (-kept / rate * slope * view.local(gradient[name])).to(parameter.dtype)
+            with model.meter.counting(model.module, "slope", name):
+                slope = step_slope(model.optimizer, parameter, amplitude.clamp(min=least))
+            parts[name] = (-kept / rate * slope * wanted[name]).to(parameter.dtype)
+        reached = view.sum(torch.stack([(view.local(gradient[name]) != 0).any() for name in parts]).double())
         moves = view.sum(torch.stack([(part != 0).any() for part in parts.values()]).double()).tolist()
         spread = view.spread(parts, parameters)
         direction = {name: value for (name, value), any_ in zip(spread.items(), moves, strict=True) if any_}
+        if not direction and reached.any():
+            raise NotMeasurableError(
+                f"a step of {type(model.optimizer).__name__} on these gradients moves no parameter: some optimizers "
+                "only initialise themselves in their first step. Measure from a later one on (warmup_rounds)"
+            )
         if not direction:
             raise ValueError(
                 "the reference loss does not change with any parameter that is measured: expected loss_fn to compute "

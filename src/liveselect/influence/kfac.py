@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from liveselect import distributed
+from liveselect.arguments import check_plain
+from liveselect.functional.coverage import Hidden, patterns
 from liveselect.functional.factors import (
     MatrixLayer,
     Seen,
@@ -22,8 +25,9 @@ from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurab
 from liveselect.influence.blocks import Blocks, Variant
 from liveselect.influence.direction import Direction
 from liveselect.influence.fisher import Labels, active_tokens, with_sampled_labels
+from liveselect.influence.hidden import refuse_hidden, warn_of_share
 from liveselect.influence.matrices import find_matrix_layers
-from liveselect.influence.reference import ReferencePass, batch_flops, require_finite
+from liveselect.influence.reference import ReferencePass, counting, require_finite
 from liveselect.losses import target_counts
 
 FactorsOf = Literal["training", "candidates"]
@@ -92,6 +96,7 @@ class KFACInfluence(InfluenceEstimator):
         factors_every: int = 5,
         reference_every: int = 1,
     ) -> None:
+        check_plain(KFACInfluence, locals())
         for name, value, allowed in (
             ("curvature", curvature, get_args(Variant)),
             ("labels", labels, get_args(Labels)),
@@ -152,7 +157,7 @@ class KFACInfluence(InfluenceEstimator):
             self._factors_from = now
         with model.meter.phase("reference gradient"):
             loss, gradient = _reference_gradient(model, reference, layers)
-        with model.meter.phase("precondition"):
+        with model.meter.phase("precondition"), model.meter.counting():
             direction = self._precondition(model, layers, gradient)
         self._direction, self._reference_from = Direction(direction), now
         size = sum(value.numel() for value in direction.values())
@@ -166,16 +171,36 @@ class KFACInfluence(InfluenceEstimator):
         }
 
     def check(self, model: LiveModel, round: Round) -> None:
-        """Raise the errors of :meth:`fit` about layers, without measuring or factoring curvature."""
-        self._layers(model, ReferencePass.load(model, round))
+        """Raise the errors of :meth:`fit` about layers, all at once; warn where these are little of the model."""
+        layers = self._layers(model, ReferencePass.load(model, round))
+        sizes = {name: p.numel() for name, p in model.module.named_parameters(remove_duplicate=False)}
+        names = [name for layer in layers for name in layer.parameters]
+
+        def advice(hidden: list[Hidden]) -> str:
+            found = patterns(each.module for each in hidden)
+            return (
+                f"Leave them out with exclude={[*self.exclude, *found]}, or take "
+                'FirstOrderInfluence(engine="central_difference"), which takes any module'
+            )
+
+        with model.autocast():
+            refuse_hidden(model, round, names, type(self).__name__, advice)
+        trained = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
+        warn_of_share(
+            type(self).__name__,
+            sum(sizes[name] for name in names) / trained,
+            "it has factors for linear layers only, and for no embedding, output head or fused layer of experts. "
+            'FirstOrderInfluence(engine="central_difference") measures all of them',
+        )
 
     def score(self, model: LiveModel, batch: Batch) -> Tensor:
         """Return the influence of each example, ``(B,)``; NaN where it is not finite."""
         if self._direction is None:
             raise RuntimeError("KFACInfluence.score was called before fit: call fit(model, round) in each round")
-        with model.meter.phase("example gradients"), model.autocast():
-            influence = self._direction.products(model, model.loss_fn, batch)
-            model.meter.add_flops(3 * batch_flops(model.module, batch))
+        products = partial(self._direction.products, model, model.loss_fn, batch)
+        work = f"products of {len(self._direction.values)}"
+        with model.meter.phase("example gradients"), model.autocast(), counting(model, work, batch, trial=products):
+            influence = products()
         return influence.where(influence.isfinite(), math.nan)
 
     def state_dict(self) -> State:
@@ -210,9 +235,10 @@ class KFACInfluence(InfluenceEstimator):
     def _layers(self, model: LiveModel, reference: ReferencePass) -> list[MatrixLayer]:
         model.view.refuse_flat(type(self).__name__)
         row = {name: value[:1] for name, value in reference.batches[0].items() if isinstance(value, Tensor)}
-        layers = find_matrix_layers(
-            model.module, lambda: model.losses(row), self.include, self.exclude, self.split_fused
-        )
+        with counting(model, "find layers", row):
+            layers = find_matrix_layers(
+                model.module, lambda: model.losses(row), self.include, self.exclude, self.split_fused
+            )
         model.view.reshard()
         return layers
 
@@ -223,8 +249,11 @@ class KFACInfluence(InfluenceEstimator):
         batches = list(model.view.in_step(mine, lambda: next(round.batches(ids[:1]))))
         if self.labels == "sampled":
             generator = round.generator(f"labels of rank {distributed.rank()}")
-            with model.autocast():
-                batches = [(with_sampled_labels(model.module, batch, generator), own) for batch, own in batches]
+            sampled = []
+            for batch, own in batches:
+                with counting(model, "sample labels", batch), model.autocast():
+                    sampled.append((with_sampled_labels(model.module, batch, generator), own))
+            batches = sampled
         model.view.reshard()
         seen = 0.0
         kept: list[Seen | None] = []
@@ -233,11 +262,12 @@ class KFACInfluence(InfluenceEstimator):
             for index, (batch, own) in enumerate(batches):
                 into = sums if own else zero_sums(layers, model.module, kinds)
                 if "squares" in kinds:
-                    self._add_squares(model, into, layers, batch, kept[index] if kept else None)
+                    self._add_squares(model, into, kinds, layers, batch, kept[index] if kept else None)
                 else:
-                    found = self._add_covariances(model, into, layers, batch, _size(kept), check=index == 0)
+                    found = self._add_covariances(model, into, kinds, layers, batch, _size(kept), index == 0)
                     kept.append(None if model.view.any(found is None) else found)
-            seen = self._blocks.take(layers, sums, kinds)
+            with model.meter.counting():
+                seen = self._blocks.take(layers, sums, kinds)
             if not seen:
                 raise NotMeasurableError(
                     f"none of the {len(ids)} examples that curvature is measured on carries loss: look for examples "
@@ -255,26 +285,54 @@ class KFACInfluence(InfluenceEstimator):
         return torch.cat([ids, round.candidates[others]])
 
     def _add_covariances(
-        self, model: LiveModel, sums: Sums, layers: list[MatrixLayer], batch: Batch, size: int, check: bool
+        self,
+        model: LiveModel,
+        sums: Sums,
+        kinds: tuple[str, ...],
+        layers: list[MatrixLayer],
+        batch: Batch,
+        size: int,
+        check: bool,
     ) -> Seen | None:
         """Add one batch; return the observed tensors if another pass needs them and ``size`` kept bytes leave room."""
         keep: Seen | None = [] if len(self._blocks.passes) > 1 and size < _MAX_KEPT_BYTES else None
         tokens = target_counts(batch), active_tokens(batch)
-        with model.autocast():
+
+        def add(sums: Sums, keep: Seen | None = None) -> None:
             add_covariances(sums, layers, model.module, model.loss_fn, batch, *tokens, keep=keep, check=check)
-        model.meter.add_flops(2 * batch_flops(model.module, batch))
+
+        work = f"{kinds} of {len(layers)} layers"
+
+        def trial() -> None:
+            add(zero_sums(layers, model.module, kinds))
+
+        with model.autocast(), counting(model, work, batch, trial=trial):
+            add(sums, keep)
         return keep
 
     def _add_squares(
-        self, model: LiveModel, sums: Sums, layers: list[MatrixLayer], batch: Batch, kept: Seen | None
+        self,
+        model: LiveModel,
+        sums: Sums,
+        kinds: tuple[str, ...],
+        layers: list[MatrixLayer],
+        batch: Batch,
+        kept: Seen | None,
     ) -> None:
         if kept is not None:
-            add_seen_squares(sums, kept, active_tokens(batch), self._blocks.basis)
+            with counting(model, f"squares seen of {len(layers)} layers", batch):
+                add_seen_squares(sums, kept, active_tokens(batch), self._blocks.basis)
             return
         arguments = (layers, model.module, model.loss_fn, batch, target_counts(batch), active_tokens(batch))
-        with model.autocast():
+
+        def add(sums: Sums) -> None:
             add_squares(sums, *arguments, self._blocks.basis)
-        model.meter.add_flops(2 * batch_flops(model.module, batch))
+
+        def trial() -> None:
+            add(zero_sums(layers, model.module, kinds))
+
+        with model.autocast(), counting(model, f"{kinds} of {len(layers)} layers", batch, trial=trial):
+            add(sums)
 
     def _precondition(
         self, model: LiveModel, layers: list[MatrixLayer], gradient: Mapping[str, Tensor]

@@ -9,9 +9,16 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from liveselect.functional.flops import forward_flops
+from liveselect.arguments import check_plain
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, on_device
-from liveselect.influence.reference import Precision, ReferencePass, require_finite, split_rows
+from liveselect.influence.reference import (
+    Precision,
+    ReferencePass,
+    charge_gradient,
+    counting,
+    require_finite,
+    split_rows,
+)
 from liveselect.preserve import Snapshot, refuse_closure
 
 StepSize = Literal["published", "in_batch"]
@@ -58,6 +65,7 @@ class OneStepInfluence(InfluenceEstimator):
     """
 
     def __init__(self, step: StepSize = "published", reference_precision: Precision = "float32") -> None:
+        check_plain(OneStepInfluence, locals())
         for name, value, allowed in (
             ("step", step, get_args(StepSize)),
             ("reference_precision", reference_precision, get_args(Precision)),
@@ -146,8 +154,8 @@ class Probe:
         with model.meter.phase("probe step"):
             torch.clear_autocast_cache()
             with model.autocast():
+                charge_gradient(model, row, self.parameters)
                 loss = model.losses(row).sum()
-            model.meter.add_flops(3 * forward_flops(model.module, row["input_ids"].numel()))
             if not loss.requires_grad:
                 raise ValueError(
                     "the loss of a candidate does not depend on any parameter that is trained: expected loss_fn to "
@@ -169,8 +177,9 @@ class Probe:
         try:
             with model.meter.phase("probe step"):
                 self._put(gradients)
-                model.clip_gradients(self.parameters)
-                model.optimizer.step()
+                with counting(model, "optimizer step"):
+                    model.clip_gradients(self.parameters)
+                    model.optimizer.step()
             with model.meter.phase("reference pass"):
                 return self._reference.loss(model, self._precision)
         finally:

@@ -1,7 +1,8 @@
 """The loss over the reference set, arranged so that one pass costs little."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liveselect import distributed
-from liveselect.functional.flops import forward_flops
 from liveselect.functional.layer_pass import count_rows
 from liveselect.functional.updates import Vector
-from liveselect.grammar import IGNORE_INDEX, Batch, LiveModel, NotMeasurableError, Round
-from liveselect.losses import TARGET_COLUMNS, at_targets, causal_lm_loss, output_head, reference_loss, target_counts
+from liveselect.grammar import IGNORE_INDEX, Batch, CandidateSource, LiveModel, NotMeasurableError, Round
+from liveselect.losses import at_targets, causal_lm_loss, reference_loss, target_counts, targets_shape
+from liveselect.seeding import generator_for
 
 Precision = Literal["float32", "training"]
 
@@ -34,17 +35,15 @@ class ReferencePass:
         batches: the batches of the set.
         counts: for each batch ``(B,)`` int64 on CPU, the tokens of each example that carry loss.
         tokens: positions that the model reads in one pass, padding included.
-        flops: for each batch, floating point operations of one forward.
     """
 
     batches: list[Batch]
     counts: list[Tensor]
     tokens: int
-    flops: list[float]
 
     @classmethod
-    def load(cls, model: LiveModel, round: Round) -> "ReferencePass":
-        """Fetch the reference set once.
+    def load(cls, model: LiveModel, round: Round, rows: int | None = None) -> "ReferencePass":
+        """Fetch the reference set once, or ``rows`` of it: others in each round, all of them in turn.
 
         For :func:`causal_lm_loss` rows are cut after their last target and grouped with rows of like length, which
         changes no loss: a causal model looks only to the left. Any other loss gets the source's own batches.
@@ -53,6 +52,8 @@ class ReferencePass:
             ValueError: no token of the reference set carries loss.
         """
         batches = list(round.source.reference())
+        if rows is not None:
+            batches = _in_turn(batches, rows, round)
         if model.view.inner_loss(model.loss_fn) is causal_lm_loss:
             batches = [at_targets(batch) for batch in group_by_length(batches)]
         counts = [target_counts(batch).cpu() for batch in batches]
@@ -62,8 +63,7 @@ class ReferencePass:
                 f"{IGNORE_INDEX} beyond the first column. Check how the reference set is prepared and masked"
             )
         tokens = sum(batch["input_ids"].numel() for batch in batches)
-        flops = [batch_flops(model.module, batch) for batch in batches]
-        return cls([model.to_device(batch) for batch in batches], counts, tokens, flops)
+        return cls([model.to_device(batch) for batch in batches], counts, tokens)
 
     @property
     def examples(self) -> int:
@@ -83,18 +83,24 @@ class ReferencePass:
         training does. Ranks that hold parts of the parameters share out the batches, and all get the same loss.
         """
         torch.clear_autocast_cache()  # casts of the weights made before the last step would be used again
-        shares = model.view.share(list(zip(self.batches, self.counts, self.flops, strict=True)))
+        shares = model.view.share(list(zip(self.batches, self.counts, strict=True)))
+        losses = []
         with model.full_precision() if precision == "float32" else model.autocast():
-            losses = [model.losses(batch) for (batch, _, _), _ in shares]
+            for (batch, _), _ in shares:
+                with counting(model, "forward", batch):
+                    losses.append(model.losses(batch))
         model.view.reshard()  # a step comes next
-        model.meter.add_flops(sum(flops for (_, _, flops), _ in shares))
-        weights = [count * own for (_, count, _), own in shares]
+        weights = [count * own for (_, count), own in shares]
         share = sum(int(weight.sum()) for weight in weights) / self.targets
         mine = torch.tensor(reference_loss(losses, weights) * share, dtype=torch.float64)
         return float(model.view.sum(mine))
 
     def gradient(
-        self, model: LiveModel, parameters: Mapping[str, nn.Parameter], weights: Sequence[Tensor] | None = None
+        self,
+        model: LiveModel,
+        parameters: Mapping[str, nn.Parameter],
+        weights: Sequence[Tensor] | None = None,
+        seen: Callable[[Tensor, Tensor], None] | None = None,
     ) -> tuple[float, Vector]:
         """Return the mean loss over the set, nats per token, and its gradient in the named ``parameters``.
 
@@ -104,10 +110,11 @@ class ReferencePass:
             model: in the precision that is wanted.
             parameters: to differentiate in, by name.
             weights: for each batch ``(B,)``, of its examples; by default their numbers of tokens.
+            seen: called with the losses and the weights ``(B,)`` of each batch of this rank.
         """
         items = list(zip(self.batches, self.counts if weights is None else weights, strict=True))
         mine = items[distributed.rank() :: distributed.world_size()]
-        return mean_loss_and_gradient(model, mine, lambda: items[0], parameters)
+        return mean_loss_and_gradient(model, mine, lambda: items[0], parameters, seen)
 
 
 def mean_loss_and_gradient(
@@ -115,6 +122,7 @@ def mean_loss_and_gradient(
     items: Sequence[Weighted],
     spare: Callable[[], Weighted],
     parameters: Mapping[str, nn.Parameter],
+    seen: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[float, Vector]:
     """Return the weighted mean loss over the examples of all ranks, and its gradient in the named ``parameters``.
 
@@ -126,14 +134,20 @@ def mean_loss_and_gradient(
         items: of this rank; ranks may have unequally many.
         spare: the item that a rank without further ones computes and does not count, where all ranks must compute.
         parameters: to differentiate in, by name.
+        seen: called with the losses and the weights ``(B,)`` of each batch that counts.
     """
     sums = torch.zeros(2, dtype=torch.float64)  # of losses and of weights
+    # where ranks hold parts, a backward reaches all trained parameters
+    everything = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
+    reached = everything if model.view.in_parts else list(parameters.values())
 
     def losses() -> Iterator[Tensor]:
         for (batch, weights), counts in model.view.in_step(items, spare):
-            model.meter.add_flops(3 * batch_flops(model.module, batch))
+            charge_gradient(model, batch, reached)
             each = model.losses(batch)
             weighted = each @ (weights * counts).to(each)
+            if seen is not None and counts:
+                seen(each.detach().double().cpu(), weights.double().cpu())
             yield weighted
             sums.add_(torch.stack([weighted.detach().double().cpu(), weights.sum(dtype=torch.float64) * counts]))
 
@@ -142,12 +156,72 @@ def mean_loss_and_gradient(
     return loss / weight, {name: value.div_(weight) for name, value in gradient.items()}
 
 
-def batch_flops(model: nn.Module, batch: Batch) -> float:
-    """Return the FLOPs of one forward over a batch; a head that knows where the targets are computes only those."""
-    rows, width = batch["input_ids"].shape
-    wanted = batch[TARGET_COLUMNS].shape[1] if TARGET_COLUMNS in batch else width
-    head = output_head(model) if wanted < width - 1 else None
-    return forward_flops(model, rows * width) - (forward_flops(head, rows * (width - wanted)) if head else 0.0)
+def counting(
+    model: LiveModel, what: str, *batches: Batch, trial: Callable[[], object] | None = None
+) -> AbstractContextManager[None]:
+    """Charge the FLOPs of the block, which does ``what`` with batches; see :meth:`CostMeter.counting`.
+
+    With a trial every rank must call it where ranks hold parts of the parameters.
+    """
+    trained = tuple(parameter.requires_grad for parameter in model.module.parameters())
+    work = what, tuple(_shapes(batch) for batch in batches), torch.is_grad_enabled(), trained
+    # where a backward is a collective, a rank that knows the cost tries again with those that do not
+    if trial is not None and model.view.any(not model.meter.knows(model.module, *work)):
+        model.meter.learn(model.module, *work, trial=trial)
+    return model.meter.counting(model.module, *work)
+
+
+def charge_gradient(model: LiveModel, batch: Batch, parameters: Sequence[nn.Parameter]) -> None:
+    """Charge the FLOPs of a forward and backward of the losses of a batch, in the precision context that is open."""
+
+    def gradient() -> None:
+        loss = model.losses(batch).sum()
+        if loss.requires_grad:
+            model.view.gradients(loss, parameters)
+
+    with counting(model, f"gradient in {len(parameters)}", batch, trial=gradient):
+        pass
+
+
+def _shapes(batch: Batch) -> Hashable:
+    """Return what the cost of a batch depends on: its tensors' shapes, and where its targets are."""
+    shapes = [(key, tuple(value.shape)) for key, value in batch.items() if isinstance(value, Tensor)]
+    return tuple(sorted(shapes)), targets_shape(batch)
+
+
+def held_out_loss(model: LiveModel, source: CandidateSource, ids: Tensor) -> float:
+    """Return the mean loss over the tokens of the candidates ``ids (n,)``, nats per token; a collective.
+
+    Ranks share them out. Call it with the model in eval mode.
+    """
+    spare = next(iter(source.candidates(ids[:1])))
+    mine = ids[distributed.shard(len(ids))]
+    sums = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad(), model.autocast():
+        batches = source.candidates(mine) if len(mine) else ()
+        for batch, counts in model.view.in_step(batches, lambda: spare):
+            losses = model.losses(model.to_device(batch))
+            tokens = target_counts(batch).cpu().double() * counts
+            sums += torch.stack([losses.cpu().double() @ tokens, tokens.sum()])
+    total, weight = distributed.sum_over_ranks(sums).tolist()
+    return total / max(1.0, weight)
+
+
+def _in_turn(batches: list[Batch], rows: int, round: Round) -> list[Batch]:
+    """Return ``rows`` rows of all batches, those whose turn it is in a round."""
+    counts = [count_rows(batch) for batch in batches]
+    total = sum(counts)
+    if rows >= total:
+        return batches
+    order = torch.randperm(total, generator=generator_for(round.seed, 0, "reference rows"))
+    mine = order[(torch.arange(rows) + round.index * rows) % total].sort().values
+    parts, begin = list[Batch](), 0
+    for batch, count in zip(batches, counts, strict=True):
+        own = mine[(mine >= begin) & (mine < begin + count)] - begin
+        begin += count
+        if len(own):
+            parts.append({key: value[own] if len(value) == count else value for key, value in batch.items()})
+    return parts
 
 
 def split_rows(batch: Batch, rows: int | None) -> list[dict[str, Tensor]]:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from liveselect.functional.flops import forward_flops
 from liveselect.grammar import LiveModel, NotMeasurableError, Round
-from liveselect.influence.reference import split_rows
+from liveselect.influence.reference import charge_gradient, split_rows
 
 
 def typical_gradient(
@@ -43,9 +42,9 @@ def typical_gradient(
     for batch in round.batches(round.candidates[view.take_share(drawn)]):
         for row in split_rows(batch, 1):
             with model.autocast():
+                charge_gradient(model, row, parameters)
                 loss = model.losses(row).sum()
             gradients = view.gradients(loss, parameters)
-            model.meter.add_flops(3 * forward_flops(model.module, row["input_ids"].numel()))
             lengths += _add(squares, reached, parameters, gradients, divisor, model)
     squares = [view.sum_shares(square) for square in squares]
     reached = [view.sum_shares(count) for count in reached]

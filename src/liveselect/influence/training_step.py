@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liveselect.cost import Stopwatch
-from liveselect.functional.flops import matmul_parameters
+from liveselect.cost import CostMeter, Stopwatch
 from liveselect.functional.gradients import plan_products
 from liveselect.functional.layer_pass import LayerPlan, check_coverage, count_rows, make_anchor
 from liveselect.functional.layers import whole_dot
@@ -67,7 +66,7 @@ class TrainingStepScores:
 
     Attributes:
         watch: the time spent in backwards for scores.
-        flops: floating point operations for scores, one multiply-add counted as 2.
+        meter: of the FLOPs for scores.
 
     Raises:
         ValueError: the direction does not fit the model, or no rule covers one of its parameters.
@@ -86,10 +85,9 @@ class TrainingStepScores:
         self._examples = examples
         self._stack = ExitStack()
         self._open: _Open | None = None
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self._weights = sum(matmul_parameters(modules[name]) for name in self._plan.observers)
+        self._layers = dict(model.named_modules(remove_duplicate=False))
         self.watch = Stopwatch()
-        self.flops = 0.0
+        self.meter = CostMeter()
 
     @property
     def attached(self) -> bool:
@@ -109,13 +107,13 @@ class TrainingStepScores:
         self._open = _Open(make_anchor(self._plan.parameters.values(), products), rows, wanted, from_total)
         if products:
             observers = {
-                name: partial(_first, observe, products, self.watch) for name, observe in self._plan.observers.items()
+                name: partial(self._show_first, name, observe, products)
+                for name, observe in self._plan.observers.items()
             }
             taps = tapped(self._model, observers, self._open.anchor, rows, self._open.errors.append)
             self._open.log = self._stack.enter_context(taps)
-            self.flops += 2.0 * self._weights * products * batch["input_ids"].numel() / rows
         if from_total:
-            self.flops += 2.0 * sum(parameter.numel() for parameter in self._plan.parameters.values())
+            self.meter.add_flops(2.0 * sum(parameter.numel() for parameter in self._plan.parameters.values()))
             for name, parameter in self._plan.parameters.items():
                 self._stack.callback(parameter.register_hook(partial(self._note_total, name)).remove)
 
@@ -164,6 +162,14 @@ class TrainingStepScores:
         self._stack.close()
         self._open = None
 
+    def _show_first(self, name: str, observe: Observer, rows: int, inputs: Tensor, delta: Tensor) -> Tensor | None:
+        """Show an observer the first examples only, and count what it computes."""
+        own = inputs[:rows] if len(inputs) == len(delta) else inputs  # else all examples share them, as positions
+        work = "observe", own.shape, rows, delta.shape
+        look = partial(observe, own, delta[:rows])
+        with self.watch.lap(delta.device), self.meter.counting(self._layers[name], *work, trial=look):
+            return look()
+
     def _note_total(self, name: str, gradient: Tensor) -> None:
         direction = self._direction[name]
         if self._open is None or direction is None:
@@ -202,13 +208,6 @@ class _Open:
             parts.append((torch.stack(self.totals).sum() - sum(part.sum() for part in parts)).reshape(1))
         products = torch.cat([part.to(parts[0]) for part in parts])
         return F.pad(products, (0, self.rows - self.wanted), value=math.nan)
-
-
-def _first(observe: Observer, rows: int, watch: Stopwatch, inputs: Tensor, delta: Tensor) -> Tensor | None:
-    """Show an observer the first examples only."""
-    own = inputs[:rows] if len(inputs) == len(delta) else inputs  # else all examples share them, as positions
-    with watch.lap(delta.device):
-        return observe(own, delta[:rows])
 
 
 def mean_weights(batch: Batch, mean: LossMean = "tokens", divisor: float = 1.0) -> Tensor:

@@ -46,7 +46,8 @@ def round_scalars(record: RoundRecord, ledger: Ledger, names: Sequence[str]) -> 
         "total_flops": ledger.training_flops + ledger.selection_flops,
         "total_seconds": ledger.training_seconds + ledger.selection_seconds,
         "time_share": ledger.selection_share,
-        "flops_share": ledger.selection_flops / max(1.0, ledger.selection_flops + ledger.training_flops),
+        "flops_share": ledger.selection_flops_share,
+        **ledger.utilisation(),
         "notes": float(len(record.notes)),
         "alarms": float(len(record.alarms)),
     }

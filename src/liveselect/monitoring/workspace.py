@@ -40,9 +40,12 @@ class Panel:
 SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Does it help?": (
         Panel("Loss against total FLOPs, selection included", (f"{BY_FLOPS}*",), "total_flops"),
-        Panel("Reference loss before each round", ("reference_loss",)),
+        Panel("Reference loss before each round", ("reference_loss", "reference_loss_zero_step")),
+        Panel("Loss on a held-out sample of the pool's own mixture", ("mixture_loss",)),
         Panel("Share of selection in the cost", ("time_share", "flops_share")),
         Panel("Regressor: rank correlation, held out", ("regressor/spearman",)),
+        Panel("Regressor: influence of the fifth predicted best, held out, in sd", ("regressor/top_fifth",)),
+        Panel("Measured candidates held out", ("regressor/held_out",)),
         Panel("Alarms and notes", ("alarms", "notes")),
     ),
     "What is chosen": (
@@ -66,6 +69,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Seconds of a round by phase", ("cost/*",), "step", "stacked"),
         Panel("FLOPs of a round", ("round_flops",)),
         Panel("Total seconds, training and selection", ("total_seconds",)),
+        Panel("Share of the devices' peak in use", ("mfu_training", "mfu_whole")),
     ),
 }
 

@@ -1,116 +1,237 @@
-"""Plain attributes of modules: numbers, histories, generators, helpers; they are in no ``state_dict``."""
+"""What modules keep outside of their parameters: numbers, histories, helpers; no ``state_dict`` has them."""
 
-import inspect
-import operator
+import functools
 import random
+import sys
 import types
 import warnings
 from collections import deque
-from collections.abc import Collection, Iterator, Sized
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from liveselect.functional.sharding import is_sharded, local
 from liveselect.grammar import SelectionWarning
+from liveselect.preserve.places import (
+    Array,
+    Buffer,
+    Bytes,
+    Cell,
+    ClassNames,
+    Container,
+    Entries,
+    Frozen,
+    Generator,
+    Names,
+    Place,
+    Slot,
+    State,
+    Values,
+)
 
 MAX_COPIED_ENTRIES = 2**22
-"""Entries of tensors and arrays of one model that are copied, in the order of its modules; larger ones are taken for
-data that no forward changes."""
+"""Entries of tensors and arrays of one model that are copied, in the order in which they are found; larger ones are
+taken for data that no forward changes."""
 
-MAX_LIST_ENTRIES = 2**16
-"""Entries up to which a list or dict is copied, so that a copy at every measurement costs little."""
+MAX_FROZEN_ENTRIES = 2**24
+"""Entries of frozen parameters that are copied, the smallest first."""
 
-MAX_INSPECTED_ENTRIES = 1000
-"""Entries up to which the values of a list or dict are looked into, which takes a loop in Python."""
+MAX_FOLLOWED = 2**14
+"""Objects that are looked into, what lies nearest to the modules first: a module may hold on to all of its data."""
 
-Container = dict | list | deque | set
-Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
-
-_MAX_NESTING = 3  # containers and helpers inside of each other: a helper with a dict of lists, and no object graph
+_LONG = 1000  # entries from which on a container is taken for data, and what it holds is looked into last
 _PLAIN_TYPES = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 _MODULE_ATTRIBUTES = set(vars(nn.Module()))
 _HOOK_DICTS = [name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict)]
-# objects of these set themselves up at first use and move weights about, or belong to the machinery of training
-_LIBRARY_PACKAGES = {
+_GLOBAL_HOOK_DICTS: list[dict] = [
+    value for name, value in vars(torch_module).items() if name.startswith("_global_") and isinstance(value, dict)
+]
+# objects of these set themselves up at first use and move weights about, belong to the machinery of training, or have
+# threads of their own
+_LIBRARIES = {
     *("torch", "lightning", "pytorch_lightning", "liveselect", "transformers", "datasets", "accelerate", "peft"),
-    *("bitsandbytes", "torchao", "deepspeed", "enum", "logging", "threading", "multiprocessing", "queue"),
+    *("bitsandbytes", "torchao", "deepspeed", "numpy", "wandb", "mlflow", "tensorboard", "tensorboardX", "comet_ml"),
+    *("neptune", "aim", "clearml", "tqdm", "rich", "enum", "logging", "threading", "multiprocessing", "queue"),
 }
+_STANDARD = set(sys.stdlib_module_names) - {"collections", "types", "argparse", "__main__"}
+_CALLBACKS = ("lightning.pytorch.callbacks", "pytorch_lightning.callbacks")  # users' own keep what their hooks count
 
 
 class Attributes:
     """The plain attributes of all modules of a model, as they are now.
 
     That is every name in the instance's ``__dict__`` and the object it is bound to, and the contents of tensors and
-    arrays (up to :data:`MAX_COPIED_ENTRIES` together), lists, dicts, sets, deques, random generators, hooks, and helper
-    objects of the user's own classes. Parameters, buffers and tensors that share their storage are left out. Of larger
-    tensors only the version is known, which writes change, except those through ``.data``. Attributes of classes and
-    the places of iterators are not seen.
+    arrays (up to :data:`MAX_COPIED_ENTRIES` together), byte buffers, lists, dicts, sets and deques of any size, random
+    generators, helper objects of the user's own classes, with or without ``__slots__``, and the attributes of these
+    classes. It goes on through the hooks of modules and parameters, the objects that their methods are bound to, and
+    the variables that functions share. Modules that a list, a dict or a helper hides are looked into like the others,
+    with their parameters and buffers; so are frozen parameters (up to :data:`MAX_FROZEN_ENTRIES` together).
+
+    Parameters that are trained, buffers, and tensors that share their storage are left out. Of larger tensors only the
+    version is known, which writes change, except those through ``.data``. Global variables, variables that methods of
+    classes share, the places of iterators, and what lies behind the first :data:`MAX_FOLLOWED` objects are not seen.
+
+    Attributes:
+        tensors: those that are no parameters or buffers of the model itself.
+        hidden: modules that ``model.modules()`` does not know.
+        frozen: parameters that no optimizer step changes, and those of hidden modules, by their ``id``.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.tensors: list[Tensor] = []
+        self.hidden: list[nn.Module] = []
         self._room = MAX_COPIED_ENTRIES
-        self._owned: set[int] | None = None
         self._model = model
-        self._seen: set[int] = set()
-        self._names: list[tuple[dict[str, object], dict[str, object]]] = []  # (live, copy)
-        self._containers: list[tuple[Container, dict | list]] = []  # (live, copy)
+        self.frozen: dict[int, Tensor] = {}
+        self._places: list[Place] = []
         self._arrays: list[np.ndarray] = []
         self._generators: list[Generator] = []
-        self._large: list[tuple[str, Sized, int]] = []  # (path, value, version)
+        self._bytes: list[Buffer] = []
+        self._no_hooks: list[dict] = [hooks for hooks in _GLOBAL_HOOK_DICTS if not hooks]
+        self._large: list[tuple[str, Tensor, object]] = []  # (path, value, version)
+        self._next: deque[tuple[str, object]] = deque()
+        self._last: deque[tuple[str, object]] = deque()
+        self._seen = {id(module) for module in model.modules()}
         for name, module in model.named_modules():
-            self._take_module(name or type(module).__name__, vars(module))
+            self._take_module(name or type(module).__name__, module)
+            for part, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._take_hooks_of(f"{name}.{part}", parameter)
+                    if not parameter.requires_grad:
+                        self.frozen[id(parameter)] = parameter
+        self._next.extend(("a hook of all modules", hooks) for hooks in _GLOBAL_HOOK_DICTS if hooks)
+        for _ in range(MAX_FOLLOWED):
+            if not self._next:
+                self._next, self._last = self._last, self._next
+            if not self._next:
+                break
+            self._look_into(*self._next.popleft())
 
-    def _take_module(self, path: str, attributes: dict[str, object]) -> None:
-        names = dict(attributes)
-        self._names.append((attributes, names))
+    @functools.cached_property
+    def _owned(self) -> set[int]:
+        """The addresses of the model's own parameters and buffers."""
+        owned = chain(self._model.parameters(), self._model.buffers())
+        return {place for each in owned if (place := _storage(each))}
+
+    # ---- finding -----------------------------------------------------------------------------------------------
+
+    def _take_module(self, path: str, module: nn.Module) -> None:
+        attributes = vars(module)
+        self._places.append(Names(attributes))
         for name in _HOOK_DICTS:
-            if names.get(name):
-                self._take(f"{path}.{name}", names[name], _MAX_NESTING)
-        for name, value in names.items():
-            if name not in _MODULE_ATTRIBUTES and type(value) not in _PLAIN_TYPES:
-                self._take(f"{path}.{name}", value, _MAX_NESTING)
+            hooks = attributes.get(name)
+            if hooks:
+                self._note(f"{path}.{name}", hooks)
+            elif isinstance(hooks, dict):
+                self._no_hooks.append(hooks)
+        for name, value in attributes.items():
+            if name not in _MODULE_ATTRIBUTES:
+                self._note(f"{path}.{name}", value)
+        self._note(type(module).__name__, type(module))
 
-    def _take(self, path: str, value: object, depth: int) -> None:
-        """Note a value and its contents."""
-        if type(value) in _PLAIN_TYPES or id(value) in self._seen:
+    def _take_hidden(self, path: str, found: nn.Module) -> None:
+        if is_sharded(found):
+            self.hidden += found.modules()
             return
-        self._seen.add(id(value))
+        for name, module in found.named_modules():
+            if id(module) in self._seen and module is not found:
+                continue
+            self._seen.add(id(module))
+            self.hidden.append(module)
+            self._take_module(f"{path}.{name}" if name else path, module)
+            self._places += [Entries(module._parameters), Entries(module._buffers)]
+            for part, value in module._buffers.items():
+                self._note(f"{path}.{name}.{part}", value)
+            for part, parameter in module._parameters.items():
+                if parameter is not None and _storage(parameter) not in self._owned:
+                    self.frozen.setdefault(id(parameter), parameter)
+                    self._take_hooks_of(f"{path}.{name}.{part}", parameter)
+
+    def _take_hooks_of(self, path: str, parameter: Tensor) -> None:
+        for hooks in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks):
+            if hooks:
+                self._note(path, hooks)
+
+    def _note(self, path: str, value: object, last: bool = False) -> None:
+        """Remember to look into a value, unless there is nothing to see."""
+        if type(value) not in _PLAIN_TYPES and id(value) not in self._seen:
+            self._seen.add(id(value))
+            (self._last if last else self._next).append((path, value))
+
+    def _note_all(self, path: str, values: Collection[object]) -> None:
+        if not set(map(type, values)) <= _PLAIN_TYPES:  # in C: long lists of numbers cost little
+            for value in values:
+                self._note(path, value, last=len(values) > _LONG)
+
+    def _look_into(self, path: str, value: object) -> None:
         if isinstance(value, Tensor):
             self._take_tensor(path, value)
-        elif type(value) is np.ndarray:
+        elif isinstance(value, np.ndarray):
             if value.size <= self._room and value.flags.writeable:
                 self._room -= value.size
                 self._arrays.append(value)
+                if value.dtype == object:
+                    self._note_all(path, list(value.flat))
+        elif isinstance(value, Buffer):
+            self._bytes.append(value)
         elif isinstance(value, Container):
-            if len(value) > MAX_LIST_ENTRIES:
-                self._large.append((path, value, len(value)))
-                return
-            self._containers.append((value, dict(value) if isinstance(value, dict) else list(value)))
-            self._take_all(path, value.values() if isinstance(value, dict) else value, depth)
-        elif isinstance(value, tuple):
-            self._take_all(path, value, depth)
+            place = Entries(value)
+            self._places.append(place)
+            self._note_all(path, place.values())
+        elif isinstance(value, tuple | frozenset):
+            self._note_all(path, value)
         elif isinstance(value, Generator) and not isinstance(value, random.SystemRandom):
             self._generators.append(value)
-        elif depth and _is_helper(value):
-            attributes = vars(value)
-            self._names.append((attributes, dict(attributes)))
-            for name, item in attributes.items():
-                self._take(f"{path}.{name}", item, depth - 1)
+        elif isinstance(value, nn.Module):
+            self._take_hidden(path, value)
+        elif isinstance(value, type):
+            self._take_class(path, value)
+        else:
+            self._take_callable(path, value)
+            if _is_helper(value):
+                self._take_helper(path, value)
 
-    def _take_all(self, path: str, items: Collection[object], depth: int) -> None:
-        if depth and len(items) <= MAX_INSPECTED_ENTRIES:
-            for item in items:
-                self._take(path, item, depth - 1)
+    def _take_callable(self, path: str, value: object) -> None:
+        """Note what a function, a method or a property keeps."""
+        if isinstance(value, types.MethodType):
+            self._note(path, value.__self__)
+            self._note(path, value.__func__)
+        elif isinstance(value, functools.partial):
+            self._note_all(path, (value.func, *value.args, *value.keywords.values()))
+        elif isinstance(value, types.FunctionType) and not _is_of(value.__module__, _LIBRARIES | _STANDARD):
+            cells = [Cell(cell) for cell in value.__closure__ or ()]
+            self._places += [*cells, Names(vars(value))]
+            held = [*(item for cell in cells for item in cell.values()), *vars(value).values()]
+            self._note_all(path, [*held, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()])
+
+    def _take_helper(self, path: str, value: object) -> None:
+        if hasattr(value, "__dict__"):
+            self._places.append(Names(vars(value)))
+            for name, item in vars(value).items():
+                self._note(f"{path}.{name}", item)
+        for member in _slots(value):
+            place = Slot(value, member)
+            self._places.append(place)
+            self._note_all(f"{path}.{member.__name__}", place.values())
+        self._note(type(value).__name__, type(value))
+
+    def _take_class(self, path: str, value: type) -> None:
+        if _is_library(value):
+            return
+        self._places.append(ClassNames(value))
+        for name, item in vars(value).items():
+            if not hasattr(item, "__get__"):  # what methods share is left alone: loggers and counters of calls do it
+                self._note(f"{path}.{name}", item)
+        for base in value.__bases__:
+            self._note(base.__name__, base)
 
     def _take_tensor(self, path: str, tensor: Tensor) -> None:
-        if self._owned is None:
-            owned = [*self._model.parameters(), *self._model.buffers()]
-            self._owned = {place for each in owned if (place := _storage(each))}
         if isinstance(tensor, nn.Parameter) or _storage(tensor) in self._owned:
             return
         if tensor.numel() <= self._room:
@@ -119,109 +240,73 @@ class Attributes:
         else:
             self._large.append((path, tensor, _version(tensor)))
 
-    @torch.no_grad()
+    # ---- keeping -----------------------------------------------------------------------------------------------
+
     def save(self) -> None:
         """Copy the contents."""
-        self._copies = [without_overlap(local(tensor.detach())).clone() for tensor in self.tensors]
-        self._array_copies = [array.copy() for array in self._arrays]
-        self._states = [_state(generator) for generator in self._generators]
+        makers: list[tuple[Callable[[Any], Place], Collection[object]]] = [
+            (Values, self.tensors),
+            (Array, self._arrays),
+            (Bytes, self._bytes),
+            (State, self._generators),
+        ]
+        for make, found in makers:
+            self._places += map(make, found)
+        room = MAX_FROZEN_ENTRIES
+        for parameter in sorted(self.frozen.values(), key=Tensor.numel):
+            if type(parameter.data) is not Tensor or not _storage(parameter):
+                continue  # packed by a library, or not there
+            room -= parameter.numel()
+            self._places.append(Frozen(parameter, copied=room >= 0))
+            if room < 0:
+                self._large.append(("a frozen parameter", parameter, _version(parameter)))
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Bind every name to its former object, with the contents of :meth:`save`, and delete new names.
 
         A :class:`SelectionWarning` names values that have changed and were not copied.
         """
-        hooked = {id(container) for container, _ in self._containers}
-        for _, was in self._names:
-            for name in _HOOK_DICTS:
-                hooks = was.get(name)
-                if hooks and isinstance(hooks, dict) and id(hooks) not in hooked:
-                    hooks.clear()
-        for live, was in self._names:
-            if not _same(live, was):
-                if list(live) != list(was):
-                    live.clear()
-                live.update(was)
-        for container, entries in self._containers:
-            if not _same(container, entries):
-                refill(container, entries)
-        for tensor, copy in zip(self.tensors, self._copies, strict=True):
-            # .data, because a later backward would refuse tensors that it saved and that were written to since
-            with torch.inference_mode(tensor.is_inference()):
-                without_overlap(local(tensor.data)).copy_(copy)
-        for array, values in zip(self._arrays, self._array_copies, strict=True):
-            array[...] = values
-        for generator, state in zip(self._generators, self._states, strict=True):
-            _set_state(generator, state)
+        for hooks in self._no_hooks:
+            if hooks:
+                hooks.clear()
+        for place in self._places:
+            place.restore()
         self._warn_of_changes()
 
     def fingerprint(self) -> int:
         """Return a hash of all but the contents of ``tensors``, to be compared within this process only."""
-        names = [(name, value) for _, was in self._names for name, value in was.items() if type(value) in _PLAIN_TYPES]
-        contents = [entries.values() if isinstance(entries, dict) else entries for _, entries in self._containers]
-        held = [item for items in contents for item in items if type(item) in _PLAIN_TYPES]
-        arrays = [array.tobytes() if array.dtype != object else b"" for array in self._arrays]
-        states = [_state(generator) for generator in self._generators]
-        plain = [repr(state.numpy().tobytes() if isinstance(state, Tensor) else state) for state in states]
-        large = [version for _, _, version in self._large]
-        return hash((tuple(names), tuple(held), tuple(arrays), tuple(plain), tuple(large)))
+        places = [*self._places, *map(Array, self._arrays), *map(Bytes, self._bytes), *map(State, self._generators)]
+        held = [tuple(value for value in place.values() if type(value) in _PLAIN_TYPES) for place in places]
+        return hash((tuple(held), tuple(version for _, _, version in self._large)))
 
     def _warn_of_changes(self) -> None:
         changed = [path for path, value, was in self._large if _version(value) != was]
         if changed:
             warnings.warn(
-                f"the model changes {', '.join(changed)} in its forward or in its hooks, also while influence is "
-                f"measured, and this is not put back: tensors of modules are, up to {MAX_COPIED_ENTRIES} entries "
-                f"together, and lists up to {MAX_LIST_ENTRIES}. Register the tensor as a buffer, or change it in "
-                "training mode only",
+                f"the model changes {', '.join(dict.fromkeys(changed))} in its forward or in its hooks, also while "
+                f"influence is measured, and this is not put back: tensors of modules are, up to {MAX_COPIED_ENTRIES} "
+                f"entries together, and frozen parameters up to {MAX_FROZEN_ENTRIES}. Register the tensor as a buffer, "
+                "or change it in training mode only",
                 SelectionWarning,
                 stacklevel=3,
             )
 
 
 @contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Open a block that leaves the plain attributes of a model as they were; of a sharded model they are not touched.
+def attributes_kept(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Open a block that leaves the plain attributes of a model as they were; yields its hidden modules.
 
-    Its wrappers set themselves up in attributes.
+    Those of a sharded model are not touched: its wrappers set themselves up in attributes.
     """
-    if is_sharded(model):
-        yield
-        return
     kept = Attributes(model)
+    if is_sharded(model):
+        yield kept.hidden
+        return
     kept.save()
     try:
-        yield
+        yield kept.hidden
     finally:
         kept.restore()
-
-
-def without_overlap(tensor: Tensor) -> Tensor:
-    """Return a view of a tensor without repeated places."""
-    # expanded dimensions repeat one memory location, into which copy_ refuses to write
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
-
-
-def refill(container: Container, entries: dict | list) -> None:
-    """Give a container the entries of its copy."""
-    container.clear()
-    if isinstance(container, list | deque):
-        container.extend(entries)
-    else:
-        container.update(entries)
-
-
-def _same(container: Collection[object], entries: Collection[object]) -> bool:
-    """Return whether a container holds the very objects of ``entries``; equal ones may be of other types."""
-    if len(container) != len(entries) or not all(map(operator.is_, container, entries)):
-        return False
-    if isinstance(container, dict) and isinstance(entries, dict):
-        return all(map(operator.is_, container.values(), entries.values()))
-    return True
 
 
 def _storage(tensor: Tensor) -> int:
@@ -232,33 +317,29 @@ def _storage(tensor: Tensor) -> int:
         return 0
 
 
-def _version(value: Sized) -> int:
-    if not isinstance(value, Tensor):
-        return len(value)
+def _version(value: Tensor) -> object:
     return 0 if value.is_inference() else value._version
 
 
-def _state(generator: Generator) -> object:
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    return generator.get_state()
+def _is_of(module: str | None, names: Collection[str]) -> bool:
+    return (module or "").partition(".")[0] in names
 
 
-def _set_state(generator: Generator, state: Any) -> None:
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        generator.set_state(state)
+def _is_library(owner: type) -> bool:
+    return _is_of(owner.__module__, _LIBRARIES | _STANDARD)
+
+
+def _slots(value: object) -> Iterator[types.MemberDescriptorType]:
+    for base in type(value).__mro__:
+        if not _is_library(base):
+            yield from (item for item in vars(base).values() if isinstance(item, types.MemberDescriptorType))
 
 
 def _is_helper(value: object) -> bool:
     """Return whether an object is one that the author of a module made to keep something in."""
-    if not hasattr(value, "__dict__") or inspect.isroutine(value):
+    if isinstance(value, types.ModuleType) or callable(getattr(type(value), "__get__", None)):
         return False
-    if isinstance(value, type | types.ModuleType):
+    if _is_of(type(value).__module__, _LIBRARIES | _STANDARD):
         return False
-    return not any(base.__module__.partition(".")[0] in _LIBRARY_PACKAGES for base in type(value).__mro__)
+    bases = [base.__module__ for base in type(value).__mro__]
+    return not any(_is_of(name, _LIBRARIES) and not name.startswith(_CALLBACKS) for name in bases)

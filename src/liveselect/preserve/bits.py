@@ -21,18 +21,19 @@ def bit_sum(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     attributes = None if is_sharded(model) else Attributes(model)
     sums: dict[torch.device, Tensor] = {}
     seen: set[int] = set()
-    for tensor in [*_tensors(model, optimizer), *(attributes.tensors if attributes else [])]:
+    held = [*attributes.tensors, *attributes.frozen.values()] if attributes else []
+    for tensor in [*_tensors(model, optimizer), *held]:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         if id(tensor) in seen or not local.numel() or local.element_size() not in _INTEGER_TYPES or local.is_complex():
             continue
         seen.add(id(tensor))
         # weighted, so that exchanging two tensors is seen; by an odd number, which loses no bit of 64
-        part = _sum_of_words(local.detach().contiguous().flatten()) * (2 * len(seen) + 1)
+        part = sum_of_words(local.detach().contiguous().flatten()) * (2 * len(seen) + 1)
         sums[local.device] = sums.get(local.device, part.new_zeros(())) + part
     return sum(int(part) for part in sums.values()) + (attributes.fingerprint() if attributes else 0)
 
 
-def _sum_of_words(values: Tensor) -> Tensor:
+def sum_of_words(values: Tensor) -> Tensor:
     """Return the sum of ``values (n,)`` read as integers of 64 bits, and the last few by themselves.
 
     Integers of 32 bits would take 28 times as long on a CPU.
@@ -46,17 +47,18 @@ def _sum_of_words(values: Tensor) -> Tensor:
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
-    yield from _inside(optimizer)
+    yield from tensors_inside(optimizer)
 
 
-def _inside(value: object) -> Iterator[Tensor]:
+def tensors_inside(value: object) -> Iterator[Tensor]:
+    """Yield the tensors that lists, tuples, dicts and optimizers hold."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, torch.optim.Optimizer):
-        yield from _inside(list(vars(value).values()))
+        yield from tensors_inside(list(vars(value).values()))
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _inside(item)
+            yield from tensors_inside(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _inside(item)
+            yield from tensors_inside(item)

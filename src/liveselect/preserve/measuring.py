@@ -16,27 +16,35 @@ from liveselect.preserve.snapshot import Inventory
 
 
 @contextmanager
-def measuring(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def measuring(model: nn.Module, optimizer: torch.optim.Optimizer, training_mode: bool = False) -> Iterator[None]:
     """Open a block in which forward, backward and optimizer steps leave no trace outside of parameters and moments.
 
-    Inside, all modules are in eval mode, gradients start as None, hooks on the optimizer's step are silent (averages of
-    the weights, loggers) and torch.compile is bypassed, because unusual shapes would recompile the training graph. On
-    exit, also after an exception, these are as before: the very ``.grad`` tensors (backward adds into them in place, so
-    copies would not do), buffers, each module's training flag, and the random states of torch (CPU, CUDA), numpy and
-    Python. So are the plain attributes of modules, which forwards and hooks may change (a history of gradient norms),
-    within the limits of :class:`~liveselect.preserve.attributes.Attributes`, unless the parameters are sharded.
-    Parameters and the optimizer's state belong to :class:`~liveselect.preserve.Snapshot`; a GradScaler is not touched.
+    Inside, all modules are in eval mode (also those that a list or a helper hides), gradients start as None, hooks on
+    the optimizer's step are silent (averages of the weights, loggers) and torch.compile is bypassed, because unusual
+    shapes would recompile the training graph. On exit, also after an exception, these are as before: the very ``.grad``
+    tensors (backward adds into them in place, so copies would not do), buffers, each module's training flag, and the
+    random states of torch (CPU, CUDA), numpy and Python. So are frozen parameters and the plain attributes of modules,
+    which forwards and hooks may change (a history of gradient norms), within the limits of
+    :class:`~liveselect.preserve.attributes.Attributes`, unless the parameters are sharded. Trained parameters and the
+    optimizer's state belong to :class:`~liveselect.preserve.Snapshot`; a GradScaler is not touched.
     A sharded model enters and leaves the block with all of its parameters sharded.
+
+    Args:
+        model: the live model.
+        optimizer: the live optimizer.
+        training_mode: leave all modules in the mode that they are in.
     """
     with ExitStack() as stack:
         reshard(model)
         stack.callback(reshard, model)
         stack.enter_context(_buffers_kept(model))
-        stack.enter_context(attributes_kept(model))
+        modules = [*model.modules(), *stack.enter_context(attributes_kept(model))]
         stack.enter_context(_random_states_kept())
-        stack.enter_context(_eval_mode(model))
+        if not training_mode:
+            stack.enter_context(_eval_mode(modules))
         optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        stack.enter_context(_gradients_set_aside([*model.parameters(), *optimized]))
+        held = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+        stack.enter_context(_gradients_set_aside([*held, *optimized]))
         stack.enter_context(_step_hooks_silenced(optimizer))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
@@ -71,10 +79,10 @@ def _random_states_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def _eval_mode(modules: list[nn.Module]) -> Iterator[None]:
     # flags, not model.eval(): some modules do work in train() (merge adapters, freeze layers), and a blanket
     # model.train() afterwards would undo the user's own eval mode of some modules
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for module in modules]
     try:
         for module, _ in flags:
             module.training = False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from liveselect.functional.sharding import local, reshard
-from liveselect.preserve.attributes import Container, refill, without_overlap
+from liveselect.preserve.places import Container, refill, without_overlap
 
 _OPTIMIZER_ATTRIBUTES = set(vars(torch.optim.SGD([torch.zeros(1)], lr=0.1)))
 _IMMUTABLE_TYPES = (Number, str, bytes, type(None), torch.dtype, torch.device)

@@ -2,5 +2,6 @@
 
 from liveselect.regressors.encoder import EncoderRegressor
 from liveselect.regressors.hashed import HashedRidgeRegressor
+from liveselect.regressors.token_table import TokenTableRegressor
 
-__all__ = ["EncoderRegressor", "HashedRidgeRegressor"]
+__all__ = ["EncoderRegressor", "HashedRidgeRegressor", "TokenTableRegressor"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
+from liveselect.arguments import check_plain
 from liveselect.distributed import rank
 from liveselect.grammar import Batch, InfluenceRegressor, Round, State
 from liveselect.regressors.encoder_model import (
@@ -17,8 +18,22 @@ from liveselect.regressors.encoder_model import (
     encoder_config,
     own_random_state,
 )
-from liveselect.regressors.encoder_training import Examples, Schedule, accumulate_gradients, predict, train
-from liveselect.regressors.targets import distinct_targets, standardized
+from liveselect.regressors.encoder_training import (
+    Examples,
+    Schedule,
+    accumulate_gradients,
+    look,
+    predict,
+    train,
+)
+from liveselect.regressors.targets import (
+    Memory,
+    TargetScale,
+    check_learning,
+    distinct_targets,
+    robust_targets,
+    standardized,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -35,6 +50,10 @@ class EncoderRegressor(InfluenceRegressor):
     over all its tokens, and mapped to a number. Training minimises the squared error to standardised influence with
     AdamW and a linearly falling learning rate, evaluates the held-out rank correlation ``evaluations`` times and keeps
     the weights of the best. ``spearman`` is that correlation: the best of several, so a little too high.
+
+    Measurements of earlier rounds are learned from too, with less weight for every round that has passed, and a network
+    that goes on from that of the round before is moved only a part of the way to what a fit has found: influence after
+    a round is partly a correction of that round. What is held out is of this round.
 
     All ranks train one network together, each on its share of every batch. The random state of training is not
     touched. The network is no part of the LightningModule; it stays beside the model, in float32, and is saved in
@@ -59,6 +78,11 @@ class EncoderRegressor(InfluenceRegressor):
         chunk_tokens: longest chunk; by default the encoder's own limit, up to 512.
         tokens_per_forward: padded tokens in one forward; lower it when memory runs out, results stay the same up to
             rounding and dropout.
+        targets: ``rank_normal`` learns from the ranks of influence, ``standardized``, as published, from its values.
+        forgetting: share of its weight that a measurement keeps from one round to the next; 0, as published, forgets
+            earlier rounds.
+        damping: how far a fit moves the weights from those of the round before, above 0 and up to 1, as published; of
+            no effect without ``warm_start``.
         precision: ``bfloat16`` computes under autocast; ``auto`` does so on CUDA devices that support it.
 
     Source: Yu et al. 2024, "MATES", arXiv 2406.06046; the defaults are those of the released code (bert-base-uncased,
@@ -82,8 +106,12 @@ class EncoderRegressor(InfluenceRegressor):
         max_tokens: int = 1024,
         chunk_tokens: int | None = None,
         tokens_per_forward: int = 16_384,
+        targets: TargetScale = "rank_normal",
+        forgetting: float = 0.8,
+        damping: float = 0.6,
         precision: Precision = "auto",
     ) -> None:
+        check_plain(EncoderRegressor, locals())
         counts = {"epochs": epochs, "batch_size": batch_size, "evaluations": evaluations, "max_tokens": max_tokens}
         limits = {"chunk_tokens": chunk_tokens, "tokens_per_forward": tokens_per_forward}
         for name, value in {**counts, **limits}.items():
@@ -93,6 +121,11 @@ class EncoderRegressor(InfluenceRegressor):
             raise ValueError(f"expected held_out, a share of the measured candidates, between 0 and 1, got {held_out}")
         if precision not in get_args(Precision):
             raise ValueError(f"expected precision to be one of {get_args(Precision)}, got {precision!r}")
+        check_learning(targets, damping)
+        self.targets: TargetScale = targets
+        self.damping = damping
+        self.remembers = forgetting > 0
+        self._memory = Memory(forgetting)
         self.encoder = encoder
         self.tokenizer = tokenizer or (encoder if isinstance(encoder, str) else None)
         self.dropout, self.held_out, self.warm_start = dropout, held_out, warm_start
@@ -117,33 +150,42 @@ class EncoderRegressor(InfluenceRegressor):
             texts += self._read(batch, round.source.decode, network.config.vocab_size)
         tried = Examples(texts[:_TRIAL_TEXTS], torch.zeros(min(_TRIAL_TEXTS, len(texts))))
         with torch.enable_grad(), own_random_state(0, round.device):
-            accumulate_gradients(network, tried, torch.arange(len(tried.texts)), round.meter.add_flops)
+            accumulate_gradients(network, tried, torch.arange(len(tried.texts)), round.meter)
 
     def fit(self, round: Round, ids: Tensor, influence: Tensor) -> Mapping[str, float]:
         """Learn from ``ids (m,)`` and ``influence (m,)``; repeated ids are averaged.
 
         Returns ``spearman`` (NaN when fewer than 3 candidates are held out or nothing varies; the last weights are
-        kept then), the optimizer's ``best_step`` that it belongs to, and the number ``held_out``.
+        kept then), the optimizer's ``best_step`` that it belongs to, the number ``held_out``, and ``top_fifth``, the
+        mean target of the fifth of these with the highest predictions.
 
         Raises:
             ValueError: an influence is not finite, there are fewer than 8 distinct candidates, or a token id is
                 outside of the encoder's vocabulary.
         """
         known = distinct_targets(ids, influence)
+        fresh = len(known.ids)
+        count = max(math.ceil(self.held_out * fresh), min(_MIN_HELD_OUT_TEXTS, fresh // 4))
+        held_out, learned = torch.randperm(fresh, generator=round.generator("regressor/split")).tensor_split([count])
+        if self.targets == "rank_normal":
+            targets = robust_targets(known.influence)
+        else:
+            mean, std = float(known.influence[learned].mean()), float(known.influence[learned].std(correction=0))
+            targets = standardized(known.influence, mean, std)
+        varies = bool(targets[learned].any())
+        rows = self._memory.with_earlier(round.index, known._replace(influence=targets))
+        learned = torch.cat([learned, torch.arange(fresh, len(rows.ids))])
+        before = self._weights_before()
         if not self.warm_start:
-            self.load_state_dict({})
+            self._network, self._restored = None, {}
         network = self._ready(round.device, round.generator("regressor/init").initial_seed())
-        with round.meter.tracked("read measured candidates", len(known.ids), "candidates") as advance:
+        with round.meter.tracked("read measured candidates", len(rows.ids), "candidates") as advance:
             texts: list[Tensor] = []
-            for batch in round.source.candidates(known.ids):
+            for batch in round.source.candidates(rows.ids):
                 texts += self._read(batch, round.source.decode, network.config.vocab_size)
                 advance(len(batch["input_ids"]))
-        m = len(texts)
-        count = max(math.ceil(self.held_out * m), min(_MIN_HELD_OUT_TEXTS, m // 4))
-        held_out, learned = torch.randperm(m, generator=round.generator("regressor/split")).tensor_split([count])
-        mean, std = float(known.influence[learned].mean()), float(known.influence[learned].std(correction=0))
-        examples = Examples(texts, standardized(known.influence, mean, std).float())
-        if not examples.targets[learned].any():  # nothing varies
+        examples = Examples(texts, rows.targets.float(), rows.weights.float())
+        if not varies:
             nn.init.zeros_(network.head.weight)
             nn.init.zeros_(network.head.bias)
             return {"spearman": math.nan, "held_out": float(count)}
@@ -155,8 +197,11 @@ class EncoderRegressor(InfluenceRegressor):
             own_random_state(seed, round.device),
             round.meter.tracked("fit regressor", self.schedule.steps(len(learned)), "batches") as advance,
         ):
-            found = train(network, self.schedule, examples, learned, held_out, order, round.meter.add_flops, advance)
-        return {**found, "held_out": float(count)}
+            found = train(network, self.schedule, examples, learned, held_out, order, round.meter, advance)
+            if before is not None:
+                _move(network, before, self.damping)
+                found |= look(network, examples, held_out, round.meter)
+        return {**found, "remembered": float(len(rows.ids) - fresh)}
 
     def predict(self, round: Round, batch: Batch) -> Tensor:
         """Return the predicted influence of each example, ``(B,)`` float32 on CPU, standardised.
@@ -168,18 +213,30 @@ class EncoderRegressor(InfluenceRegressor):
             raise RuntimeError("EncoderRegressor.predict was called before fit: call fit(round, ids, influence)")
         network = self._ready(round.device, seed=0)
         texts = self._read(batch, round.source.decode, network.config.vocab_size)
-        return predict(network, texts, round.meter.add_flops)
+        return predict(network, texts, round.meter)
 
     def state_dict(self) -> State:
         """Return the weights and the encoder's configuration, as tensors and builtins; empty before the first fit."""
         if self._network is None:
             return dict(self._restored)
         weights = {name: value.detach().cpu().clone() for name, value in self._network.state_dict().items()}
-        return {"config": self._network.config.to_json_string(use_diff=False), "weights": weights}
+        config = self._network.config.to_json_string(use_diff=False)
+        return {"config": config, "weights": weights, "memory": self._memory.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         """Restore a state; the network is built at its first use."""
         self._network, self._restored = None, dict(state)
+        self._memory.forget()
+        if state:
+            self._memory.load_state_dict(state["memory"])
+
+    def _weights_before(self) -> dict[str, Tensor] | None:
+        """Return the weights that a fit goes on from and is damped towards, on CPU; None where it starts anew."""
+        if not self.warm_start or self.damping == 1:
+            return None
+        if self._network is None:
+            return dict(self._restored["weights"]) if self._restored else None
+        return {name: value.detach().to("cpu", copy=True) for name, value in self._network.state_dict().items()}
 
     def _ready(self, device: torch.device, seed: int) -> InfluenceNetwork:
         """Return the network on the model's device: the current one, the saved one, or a new one."""
@@ -198,9 +255,9 @@ class EncoderRegressor(InfluenceRegressor):
         config = encoder_config(saved if saved and name else self.encoder)
         with own_random_state(seed, device):
             if name is None or saved:
-                encoder = AutoModel.from_config(config, dtype=torch.float32)
+                encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
             else:
-                encoder = AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
+                encoder = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, trust_remote_code=False)
             longest = self.chunk_tokens or self._longest_chunk(config)
             network = InfluenceNetwork(encoder, self.dropout, longest, self.tokens_per_forward, self.precision)
         try:
@@ -224,7 +281,7 @@ class EncoderRegressor(InfluenceRegressor):
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.tokenizer)
+        return AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
 
     def _read(self, batch: Batch, decode: Callable[[Tensor], list[str]], vocab_size: int) -> list[Tensor]:
         """Return the encoder's token ids of each example, ``(L_i,)`` int32 on CPU; masked tokens are not read."""
@@ -244,3 +301,11 @@ class EncoderRegressor(InfluenceRegressor):
                 cure = f"give the encoder a vocab_size above {largest}, or a tokenizer of its own"
             raise ValueError(f"expected token ids below the encoder's vocab_size {vocab_size}, got {largest}: {cure}")
         return texts
+
+
+@torch.no_grad()
+def _move(network: nn.Module, before: Mapping[str, Tensor], share: float) -> None:
+    """Move the weights of a network back towards those ``before``: only a ``share`` of the way from them is kept."""
+    for name, value in network.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.lerp(before[name].to(value), value, share))

@@ -3,12 +3,13 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from liveselect.functional.flops import forward_flops
+from liveselect.cost import CostMeter
 from liveselect.grammar import State
 from liveselect.regressors.chunks import even_chunks, length_groups, mean_over_tokens
 
@@ -41,15 +42,21 @@ class InfluenceNetwork(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def parts(self, texts: Sequence[Tensor], add_flops: Callable[[float], None]) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield positions in ``texts`` and their outputs, ``(g,)`` float32, for all texts.
+    def parts(self, texts: Sequence[Tensor], meter: CostMeter) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield positions in ``texts``, their outputs, ``(g,)`` float32, for all texts.
 
-        Charges three times the cost of a forward in training mode, for the backward that is to come.
+        The meter is charged for a forward, and in training mode for the backward that is to come.
         """
         for group in length_groups([len(text) for text in texts], self.longest, self.tokens):
             input_ids, mask = even_chunks([texts[i] for i in group], self.longest)
-            add_flops((3 if self.training else 1) * forward_flops(self.encoder, input_ids.numel()))
-            yield group, self(input_ids, mask, torch.tensor([len(texts[i]) for i in group]))
+            run = partial(self, input_ids, mask, torch.tensor([len(texts[i]) for i in group]))
+
+            def gradient(run: Callable[[], Tensor] = run) -> None:
+                torch.autograd.grad(run().sum(), list(self.parameters()), allow_unused=True)
+
+            with meter.counting(self, self.training, input_ids.shape, trial=gradient if self.training else run):
+                outputs = run()
+            yield group, outputs
 
     def forward(self, input_ids: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
         """Return ``(len(lengths),)`` float32 for texts of ``lengths`` tokens, given as chunks ``(C, L)``, from CPU.
@@ -78,7 +85,7 @@ def encoder_config(encoder: "str | State | PretrainedConfig") -> "PretrainedConf
 
     if isinstance(encoder, str):
         try:
-            config = AutoConfig.from_pretrained(encoder)
+            config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
         except OSError as error:
             raise OSError(
                 f"the encoder {encoder!r} cannot be loaded: expected the path of a saved model, or a name on the hub "

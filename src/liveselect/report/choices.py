@@ -22,6 +22,8 @@ DRIFT = {
     "drift/mixture": ("Mixture", "distance between the groups' shares: 0 is the same, 1 no group in common"),
     "drift/overlap": ("Candidates", "share of the plan that was also in the previous plan"),
     REGRESSOR_SPEARMAN: ("Regressor", "rank correlation of predicted and measured influence, held out"),
+    "regressor/top_fifth": ("Choice", "influence of the fifth predicted best over that of all held out, in sd"),
+    "regressor/held_out": ("Held out", "measured candidates that the two before are of"),
 }
 
 

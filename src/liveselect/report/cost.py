@@ -30,7 +30,8 @@ def phases_of(run: Run) -> list[Phase]:
     )
     in_rounds = [record.seconds for record in ledger.rounds]
     seconds = _sums([{TRAINING: ledger.training_seconds}, before_seconds, ledger.around_seconds, *in_rounds])
-    flops = _sums([{TRAINING: ledger.training_flops}, before_flops, *(record.flops for record in ledger.rounds)])
+    in_rounds = [record.flops for record in ledger.rounds]
+    flops = _sums([{TRAINING: ledger.training_flops}, before_flops, ledger.around_flops, *in_rounds])
     phases = [Phase(name, seconds.get(name, 0.0), flops.get(name, 0.0)) for name in seconds | flops]
     return sorted(phases, key=lambda phase: (phase.name != TRAINING, -phase.seconds))
 

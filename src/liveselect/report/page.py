@@ -15,6 +15,7 @@ from liveselect.report.cluster_map import map_section
 from liveselect.report.cost import cost_section
 from liveselect.report.runs import Axis, Run, Section, choose_metric
 from liveselect.report.summary import summary_of
+from liveselect.report.verdict import timed
 
 ROWS_LISTED = 200
 """Evaluations of a run, and notes, evenly spread: a page of thousands of rows is slow and not read."""
@@ -53,7 +54,7 @@ def build_page(runs: Sequence[Run], metric: str | None = None) -> str:
         Section("Alarms", "alarms", {"alarms": _alarms(runs), "limit": ALARMS_LISTED}),
         *(about(run) for run in selecting for about in SECTIONS_OF_A_RUN),
         Section("Notes and warnings", "notes", {"notes": _notes(runs), "limit": ROWS_LISTED}),
-        Section("Settings", "settings", {"runs": runs, "rows": _settings(runs)}),
+        Section("Settings", "settings", {"runs": runs, **_settings(runs)}),
     ]
     templates = Environment(
         loader=PackageLoader("liveselect.report"),
@@ -80,6 +81,8 @@ def _loss_section(runs: Sequence[Run], metric: str | None) -> Section | None:
         return None
     figures = []
     for axis, (title, label) in _AXES.items():
+        if axis == "seconds" and not timed(runs):
+            continue
         curves = (spread(run.curve(metric, axis), POINTS_DRAWN) for run in runs)
         lines = [
             pictures.Line(curve, index, run.name) for index, (curve, run) in enumerate(zip(curves, runs, strict=True))
@@ -116,11 +119,15 @@ def _notes(runs: Sequence[Run]) -> dict[str, list[int]]:
     return rounds
 
 
-def _settings(runs: Sequence[Run]) -> list[list[str]]:
-    """Return one row for each setting: its name, and its value in each run."""
+def _settings(runs: Sequence[Run]) -> dict[str, list[list[str]]]:
+    """Return one row for each setting, its name and its value in each run: those that differ, and the others."""
     flat = [_flat(run.ledger.about) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
-    return [[name, *(settings.get(name, "–") for settings in flat)] for name in names]
+    rows = [[name, *(settings.get(name, "–") for settings in flat)] for name in names]
+    return {
+        "differing": [row for row in rows if len(set(row[1:])) > 1],
+        "alike": [row for row in rows if len(set(row[1:])) == 1],
+    }
 
 
 def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, str]:

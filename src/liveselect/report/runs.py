@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from liveselect.decisions import check_one_run
 from liveselect.ledger import Evaluation, Ledger, RoundRecord, record_folder
 
 LEDGER_NAME = "ledger.jsonl"
@@ -129,11 +130,14 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
 
     Raises:
         FileNotFoundError: a path does not exist or holds no ledger.
-        ValueError: a file is not a ledger.
+        ValueError: a file is not a ledger, or the decisions beside it are of another run.
     """
     files: dict[Path, None] = {}
     for path in paths:
         files.update(dict.fromkeys(_ledgers_in(path)))
+    for file in files:
+        if file.name == LEDGER_NAME:
+            check_one_run(file.parent / "decisions")
     folders = [file.parent.resolve() for file in files]
     names = _distinct_names([folder.parent if folder.name == DEFAULT_FOLDER else folder for folder in folders])
     return [
@@ -174,7 +178,7 @@ def has_arms(record: RoundRecord) -> bool:
 
 
 def _is_drawn(record: RoundRecord) -> bool:
-    return record.histogram is None and not (record.measured or record.overheard or has_arms(record))
+    return record.histogram is None and not (record.measured or record.captured or has_arms(record))
 
 
 def _cost(record: RoundRecord, axis: Axis) -> float:
@@ -197,9 +201,9 @@ def _ledgers_in(path: Path) -> list[Path]:
 
 
 def _config_of(ledger: Path) -> str:
-    folder = ledger.parent.parent if ledger.parent.name == DEFAULT_FOLDER else ledger.parent
-    path = folder / CONFIG_NAME
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    above = ledger.parent.parent if ledger.parent.name == DEFAULT_FOLDER else ledger.parent
+    found = next((place / CONFIG_NAME for place in (ledger.parent, above) if (place / CONFIG_NAME).is_file()), None)
+    return "" if found is None else found.read_text(encoding="utf-8", errors="replace")
 
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:

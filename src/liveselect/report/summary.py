@@ -31,7 +31,7 @@ def summary_of(runs: Sequence[Run], metric: str | None) -> dict[str, object]:
         lead = lead[:1].upper() + lead[1:]
         said: dict[str, object] = {"title": title.rstrip(".") + ".", "lead": lead, "sentences": []}
     else:
-        sentences = [verdict.headline([baseline, other], metric) for other in others]
+        sentences = verdict.comparisons(runs, metric)
         said = {"title": f"{len(others)} runs against {baseline.name}", "lead": "", "sentences": sentences}
     return {
         **said,
@@ -44,7 +44,7 @@ def summary_of(runs: Sequence[Run], metric: str | None) -> dict[str, object]:
 
 
 def _loss_tiles(runs: Sequence[Run], baseline: Run | None, metric: str | None) -> list[Tile]:
-    """Return the loss of a single run, of a comparison on each axis, or of several comparisons at equal time."""
+    """Return the loss of a single run, of a comparison on each axis, or of several comparisons at equal cost."""
     if metric is None:
         return []
     if baseline is None or len(runs) == 1:
@@ -52,7 +52,8 @@ def _loss_tiles(runs: Sequence[Run], baseline: Run | None, metric: str | None) -
         text = f"after {words.place('step', curve[-1][0])}, from {words.loss(curve[0][1])}" if curve else ""
         return [Tile(metric, words.loss(curve[-1][1]), text)] if curve else []
     others = [run for run in runs if run is not baseline]
-    axes: Sequence[Axis] = ("step", "seconds", "flops") if len(others) == 1 else ("seconds",)
+    cost: Axis = "seconds" if verdict.timed(runs) else "flops"
+    axes: Sequence[Axis] = verdict.axes_of(baseline, others[0]) if len(others) == 1 else (cost,)
     tiles = []
     for other in others[:RUNS_WITH_TILES]:
         for axis in axes:
@@ -70,6 +71,9 @@ def _cost_tiles(runs: Sequence[Run], others: Sequence[Run]) -> list[Tile]:
     run = others[0] if len(others) == 1 else runs[0]
     if len(runs) > 2 or not run.knows_its_cost:
         return []
+    if not verdict.timed(runs):
+        share = words.percent(run.ledger.selection_flops_share)
+        return [Tile("FLOPs for selection", share, f"of {words.flops(run.total_flops)}")]
     share = words.percent(run.ledger.selection_share)
     return [Tile("time for selection", share, f"of {words.duration(run.total_seconds)}")]
 
@@ -88,17 +92,20 @@ def _kind(comparison: verdict.Comparison) -> str:
 def _comparison(runs: Sequence[Run], baseline: Run | None, metric: str | None) -> dict[str, object]:
     """Return the table: a row for each run with its losses and its cost."""
     columns = ["run", "method", "steps", f"final {metric or 'loss'}"]
-    places: list[Axis] = ["seconds", "flops"] if len(runs) > 1 else []
+    timed = verdict.timed(runs)
+    places: list[Axis] = [] if len(runs) == 1 else ["seconds", "flops"] if timed else ["flops"]
     columns += [f"at equal {'time' if axis == 'seconds' else 'FLOPs'}" for axis in places]
     rows = []
     for run in runs:
         curve = run.curve(metric, "step") if metric else []
         ends = [words.number(curve[-1][0]), words.loss(curve[-1][1])] if curve else ["–", "–"]
         equal = [_at_equal(runs, run, baseline, metric, axis) for axis in places]
-        share = words.percent(run.ledger.selection_share) if run.knows_its_cost else "–"
-        cost = [words.duration(run.total_seconds), share, words.flops(run.total_flops)]
-        rows.append([run.name, run.method, *ends, *equal, *cost])
-    return {"columns": [*columns, "time", "selection's share", "FLOPs"], "rows": rows}
+        share = run.ledger.selection_share if timed else run.ledger.selection_flops_share
+        cost = [words.percent(share) if run.knows_its_cost else "–", words.flops(run.total_flops)]
+        time = [words.duration(run.total_seconds)] if timed else []
+        rows.append([run.name, run.method, *ends, *equal, *time, *cost])
+    of = "selection's share" if timed else "selection's share of FLOPs"
+    return {"columns": [*columns, *(["time"] if timed else []), of, "FLOPs"], "rows": rows}
 
 
 def _at_equal(runs: Sequence[Run], run: Run, baseline: Run | None, metric: str | None, axis: Axis) -> str:

@@ -1,6 +1,7 @@
 """The comparison of two runs in words, and its limits."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,8 +50,24 @@ def baseline_of(runs: Sequence[Run]) -> Run | None:
     return next((run for run in runs if run.is_random), runs[0] if len(runs) > 1 else None)
 
 
+def axes_of(baseline: Run, other: Run) -> tuple[Axis, ...]:
+    """Return the axes on which two runs can be compared: no times where the machine was busier in one of them."""
+    return ("step", "flops") if _speed_difference(baseline, other) else ("step", "seconds", "flops")
+
+
+def timed(runs: Sequence[Run]) -> bool:
+    """Return whether the times of all runs can be compared with the baseline's; a single run has nothing to compare."""
+    baseline = baseline_of(runs)
+    return baseline is None or all("seconds" in axes_of(baseline, run) for run in runs)
+
+
 def compare(baseline: Run, other: Run, metric: str, axis: Axis) -> Comparison | None:
-    """Compare two runs at the last place that both reached; None when their curves do not overlap."""
+    """Compare two runs at the last place that both reached.
+
+    None when their curves do not overlap, or when the axis is none that they can be compared on.
+    """
+    if axis not in axes_of(baseline, other):
+        return None
     curves = baseline.curve(metric, axis), other.curve(metric, axis)
     if not all(curves):
         return None
@@ -71,7 +88,24 @@ def headline(runs: Sequence[Run], metric: str | None) -> str:
     others = [run for run in runs if run is not baseline]
     if baseline is None or not others:
         return _alone(runs[0], metric)
-    return " ".join(_against(baseline, other, metric) for other in others)
+    return " ".join(comparisons(runs, metric))
+
+
+def comparisons(runs: Sequence[Run], metric: str | None) -> list[str]:
+    """Return a sentence about each run against the baseline, with how many seeds stand behind it."""
+    baseline = baseline_of(runs)
+    if baseline is None or metric is None:
+        return []
+    seeds = Counter(run.method for run in runs)
+    return [_against(baseline, run, metric, _single_seeds(baseline, run, seeds)) for run in runs if run is not baseline]
+
+
+def _single_seeds(baseline: Run, other: Run, seeds: Mapping[str, int]) -> str:
+    """Return the end of a sentence where a method was run with a single seed."""
+    single = [run.name for run in (baseline, other) if seeds[run.method] == 1]
+    if len(single) == 2:
+        return ", with one seed each"
+    return f", with one seed of {single[0]}" if single else ""
 
 
 def caveats(runs: Sequence[Run], metric: str | None) -> list[str]:
@@ -106,7 +140,7 @@ def _speed_difference(*runs: Run) -> str:
         return ""
     return (
         f"The same training, selection aside, took {most / least:.1f} times as long in {slow} as in {fast}: the "
-        "machine was slower or busier then, so their times cannot be compared. Compare at equal FLOPs."
+        "machine was slower or busier then, so their times cannot be compared, and are not. Compare at equal FLOPs."
     )
 
 
@@ -123,7 +157,7 @@ def _alone(run: Run, metric: str) -> str:
     return f"{run.name}: {moved}{share}."
 
 
-def _against(baseline: Run, other: Run, metric: str) -> str:
+def _against(baseline: Run, other: Run, metric: str, seeds: str) -> str:
     by_step = compare(baseline, other, metric, "step")
     if by_step is None:
         return f"{other.name} and {baseline.name} were not evaluated over the same steps."
@@ -133,20 +167,23 @@ def _against(baseline: Run, other: Run, metric: str) -> str:
         said += f"and {baseline.name} have the same {metric}: {values}"
     else:
         said += f"has a {by_step.outcome} {metric} than {baseline.name}: {values}"
-    cost = f"; selection took {words.percent(other.ledger.selection_share)} of its time"
-    by_time = compare(baseline, other, metric, "seconds")
-    if by_time is not None:
-        joint = "and" if by_step.outcome == by_time.outcome else "but"
-        outcome = "level" if by_time.outcome == "equal" else by_time.outcome
-        said += (
-            f"{cost}, {joint} at equal total time ({words.duration(by_time.at)}) it is {outcome}: {_values(by_time)}"
-        )
+    said += seeds
+    timed = "seconds" in axes_of(baseline, other)
+    axis: Axis = "seconds" if timed else "flops"
+    by_cost = compare(baseline, other, metric, axis)
+    share = other.ledger.selection_share if timed else other.ledger.selection_flops_share
+    cost = f"; selection took {words.percent(share)} of its {'time' if timed else 'FLOPs'}"
+    if by_cost is not None:
+        joint = "and" if by_step.outcome == by_cost.outcome else "but"
+        outcome = "level" if by_cost.outcome == "equal" else by_cost.outcome
+        equal = f"equal total {'time' if timed else 'FLOPs'} ({words.place(axis, by_cost.at)})"
+        said += f"{cost}, {joint} at {equal} it is {outcome}: {_values(by_cost)}"
     else:
-        first, end = (run.curve(metric, "seconds") for run in (other, baseline))
+        first, end = (run.curve(metric, axis) for run in (other, baseline))
         if first and end and first[0][0] > end[-1][0] > 0:
             said += (
-                f"{cost}, and {baseline.name} had ended ({words.duration(end[-1][0])}) before it was evaluated first "
-                f"({words.duration(first[0][0])})"
+                f"{cost}, and {baseline.name} had ended ({words.place(axis, end[-1][0])}) before it was evaluated "
+                f"first ({words.place(axis, first[0][0])})"
             )
     return said + "."
 
@@ -163,7 +200,7 @@ def _ends_above_its_best(run: Run, metric: str) -> bool:
 def savings(baseline: Run, other: Run, metric: str) -> list[tuple[Axis, float, float]]:
     """Return where the baseline ended and where the other run first reached that loss, for each axis where it did."""
     found: list[tuple[Axis, float, float]] = []
-    for axis in ("step", "seconds", "flops"):
+    for axis in axes_of(baseline, other):
         curve = baseline.curve(metric, axis)
         if not curve or curve[-1][0] <= 0:
             continue

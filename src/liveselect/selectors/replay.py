@@ -93,8 +93,9 @@ class ReplaySelector(Selector):
                 f"round {round.index} would hold {budget - len(ids.unique())} candidates twice, because its border "
                 f"is none of the recorded ones: choose every_n_steps so that a round takes {self._sizes()} candidates"
             )
-        borders = {0, *torch.tensor([len(plan.ids) for plan in self._plans or []]).cumsum(0).tolist()}
-        fits = {self._position, self._position + budget} <= borders
+        borders = [0, *torch.tensor([len(plan.ids) for plan in self._plans or []]).cumsum(0).tolist()]
+        # the last round may end with training inside the last plan, as the recorded one may have
+        fits = self._position in borders and (self._position + budget in borders or self._position == borders[-2])
         self._position += budget
         notes = (
             () if fits else (f"the recorded plans are cut otherwise here: {self._sizes()} candidates a round there",)

@@ -3,16 +3,17 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from liveselect.cost import CostMeter
 from liveselect.functional.sampling import gumbel_topk
-from liveselect.grammar import Round, SelectionWarning
+from liveselect.grammar import CandidateSource, Round, SelectionWarning
 from liveselect.pool import CandidatePool
 from liveselect.scores import Scores, read_scores
+from liveselect.selectors.ngram_prior import TEMPERATURE, NGramPrior
 
 
 class BetterPart(NamedTuple):
@@ -33,10 +34,11 @@ class ScoreTable:
     """Scores of a pool, and the draw of its better part.
 
     Args:
-        scores: what :func:`liveselect.scores.read_scores` takes.
+        scores: what :func:`liveselect.scores.read_scores` takes; or a :class:`NGramPrior`, or True for one as it is.
         column: name of the Parquet column.
         groups: names of the groups that may be chosen; all by default.
-        standardize: divide the scores by their standard deviation over these groups.
+        standardize: divide the scores by their standard deviation over these groups; those of an n-gram prior always
+            are.
     """
 
     def __init__(
@@ -44,21 +46,64 @@ class ScoreTable:
     ) -> None:
         if isinstance(groups, str):
             raise ValueError(f"expected a list of names of groups, got the string {groups!r}: pass [{groups!r}]")
+        if scores is False:
+            raise ValueError("expected scores, or True for those of the n-gram prior, got False: leave the prior out")
+        self._prior = NGramPrior() if scores is True else scores if isinstance(scores, NGramPrior) else None
+        if self._prior is not None and column != "score":
+            raise ValueError(f"the n-gram prior has no column {column!r}: leave column out")
         self._source = scores
         self._column = column
+        self._read: Scores | None = None
         self.groups = None if groups is None else tuple(groups)
-        self.standardize = standardize
+        self.standardize = standardize or self._prior is not None
         self._values: Tensor | None = None
         self._count = 0
+        self._last: tuple[tuple[int, int, float, float], Tensor, Tensor] | None = None  # draw: of what, scores, result
 
-    @cached_property
+    @property
     def scores(self) -> Scores:
         """The scores, read when they are first asked for."""
-        return read_scores(self._source, self._column)
+        if self._prior is not None:
+            return self._prior.scores
+        if self._read is None:
+            self._read = read_scores(self._source, self._column)
+        return self._read
+
+    def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
+        """Make the scores that depend on the run's own data."""
+        if self._prior is not None and self._prior.prepare(source, meter):
+            self._values = None
+
+    def temperature(self, given: float | None, otherwise: float) -> float:
+        """Return the strength of the noise: what is ``given``, or the default of a prior or of scores."""
+        return given if given is not None else otherwise if self._prior is None else TEMPERATURE
+
+    @property
+    def strength(self) -> float:
+        """How much the scores are worth, 0..1; below 1 where an n-gram prior does not tell the reference set apart."""
+        return 1.0 if self._prior is None else self._prior.strength
+
+    @property
+    def digest(self) -> Any:
+        """What identifies the scores, for a checkpoint."""
+        return self.scores.digest if self._prior is None else self._prior.digest
+
+    def expect(self, digest: Any) -> None:
+        """Raise ValueError when a checkpoint was made with other scores, now or when they are made."""
+        if self._prior is not None:
+            self._prior.expect(digest)
+            self._values = None
+        elif digest != self.scores.digest:
+            raise ValueError(
+                f"the checkpoint was made with other scores than those of {self.scores.name}: resume with the scores "
+                "that the run began with, or start a new run"
+            )
 
     @property
     def cost(self) -> Mapping[str, Mapping[str, float]]:
-        """What making the scores cost, by kind and phase."""
+        """What making the scores cost, by kind and phase; an n-gram prior is charged where it is made."""
+        if self._prior is not None:
+            return {}
         cost: Mapping[str, Mapping[str, float]] = self.scores.about.get("cost", {})
         return cost
 
@@ -92,7 +137,7 @@ class ScoreTable:
             if not self._count:
                 raise ValueError(f"no candidate in the groups {self.groups or 'of the pool'} has a score above -inf")
             if self.standardize:
-                values = values / (_deviation(values[eligible].double()) or 1.0)
+                values = values / (_deviation(values[eligible].double()) or 1.0) * self.strength
             self._values = values
         return self._values
 
@@ -112,9 +157,7 @@ class ScoreTable:
         """
         values = self.values(round.pool)
         candidates = round.candidates
-        kept = torch.zeros(len(values), dtype=torch.bool)
-        kept[gumbel_topk(values, max(1, self._share(ratio)), temperature, round.generator("scores"))] = True
-        is_kept = kept[candidates]
+        is_kept = self._drawn(round, ratio, temperature)[candidates]
         beyond = max(0, at_least - int(is_kept.sum()))
         from_below = candidates[:0]
         if beyond:
@@ -124,6 +167,15 @@ class ScoreTable:
             below = rest[gumbel_topk(values[candidates[rest]], beyond, temperature, generator)]
             is_kept[below], from_below = True, candidates[below]
         return BetterPart(candidates[is_kept], beyond, from_below)
+
+    def _drawn(self, round: Round, ratio: float, temperature: float) -> Tensor:
+        """Return which of the pool the draw of a round takes, ``(size,)`` bool; drawn once, however often asked."""
+        values, of = self.values(round.pool), (round.seed, round.index, ratio, temperature)
+        if self._last is None or self._last[0] != of or self._last[1] is not values:
+            kept = torch.zeros(len(values), dtype=torch.bool)
+            kept[gumbel_topk(values, max(1, self._share(ratio)), temperature, round.generator("scores"))] = True
+            self._last = of, values, kept
+        return self._last[2]
 
     def _share(self, ratio: float) -> int:
         """Return how many candidates a share of those that may be chosen is."""

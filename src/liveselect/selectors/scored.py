@@ -1,5 +1,6 @@
 """Selection by precomputed scores, drawn live, and scores as a prior of another selector."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liveselect.cost import added
-from liveselect.functional.sampling import Noise, uniform_subset
-from liveselect.grammar import Around, CostByPhase, Round, Selection, Selector, State
+from liveselect.arguments import check_plain
+from liveselect.cost import CostMeter, added
+from liveselect.functional.sampling import Noise, gumbel_topk, uniform_subset
+from liveselect.grammar import Around, CandidateSource, CostByPhase, Round, Selection, Selector, State
 from liveselect.parts import check_part, restore_part, save_part
 from liveselect.pool import CandidatePool
 from liveselect.selectors.score_table import BetterPart, ScoreTable
@@ -30,9 +32,11 @@ class ScoredSelector(Selector):
 
     Args:
         scores: a folder made by ``liveselect score``; a ``.npy`` or ``.parquet`` file with one number for each
-            candidate; or an array. Larger is better, -inf is never drawn. See :mod:`liveselect.scores`.
+            candidate; or an array. Larger is better, -inf is never drawn. See :mod:`liveselect.scores`. Or True, or a
+            :class:`NGramPrior`: scores that are made of the run's own pool and reference set, and need no file.
         ratio: share of the pool that is drawn, above 0 and up to 1.
-        temperature: strength of the noise, in units of the scores; 0 draws the best.
+        temperature: strength of the noise, in units of the scores; 0 draws the best. By default 0.1, and with the
+            n-gram prior 0.3 of its standard deviation.
         final_temperature: where the temperature arrives after ``anneal_rounds``, changing by equal steps; by default it
             stays.
         anneal_rounds: rounds until then.
@@ -48,11 +52,13 @@ class ScoredSelector(Selector):
     of unit variance).
     """
 
+    has_share = True
+
     def __init__(
         self,
         scores: Any,
         ratio: float = 0.4,
-        temperature: float = 0.1,
+        temperature: float | None = None,
         final_temperature: float | None = None,
         anneal_rounds: int | None = None,
         groups: Sequence[str] | None = None,
@@ -61,7 +67,9 @@ class ScoredSelector(Selector):
         column: str = "score",
         repeat: bool = True,
     ) -> None:
+        check_plain(ScoredSelector, locals())
         self._table = ScoreTable(scores, column, groups, standardize)
+        temperature = self._table.temperature(temperature, 0.1)
         for value in (temperature, temperature if final_temperature is None else final_temperature):
             self._table.check(ratio, value)
         if (final_temperature is None) != (anneal_rounds is None) or (anneal_rounds is not None and anneal_rounds < 1):
@@ -78,6 +86,17 @@ class ScoredSelector(Selector):
         self.random_share = random_share
         self.repeat = repeat
         self.uses_groups = groups is not None
+
+    @classmethod
+    def over(cls, table: ScoreTable, ratio: float, temperature: float, random_share: float = 0.0) -> "ScoredSelector":
+        """Return a selector that draws from a table of scores that another one holds."""
+        selector = cls([0.0], ratio, temperature, random_share=random_share)
+        selector._table, selector.uses_groups = table, table.groups is not None
+        return selector
+
+    def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
+        """Make the scores, where they are those of the run's own data."""
+        self._table.prepare(source, meter)
 
     def check(self, round: Round, budget: int) -> None:
         """Read the scores, and see that they are of this pool.
@@ -122,9 +141,12 @@ class ScoredSelector(Selector):
         again = _all_in(round, self._used(round.pool, self._table.eligible(round.pool)))
         better = _all_of(round) if again else self._table.better_part(round, self.ratio, temperature, by_score)
         values = self._table.values(round.pool)
-        drawn = better.ids[uniform_subset(len(better.ids), by_score, round.generator("select"))]
+        if round.offset is None:
+            drawn = better.ids[uniform_subset(len(better.ids), by_score, round.generator("select"))]
+        else:
+            drawn = better.ids[gumbel_topk(round.offset[better.ids], by_score, 1.0, round.generator("select"))]
         scored = round.candidates
-        rest = scored[~torch.isin(scored, drawn)]
+        rest = scored[~round.pool.mask(drawn)[scored]]
         others = rest[uniform_subset(len(rest), budget - by_score, round.generator("random share"))]
         metrics = {
             "temperature": temperature,
@@ -142,6 +164,7 @@ class ScoredSelector(Selector):
             noise=lambda start, stop: _at(noise, scored[start:stop]),
             eligible=better.ids,
             reasons={"drawn uniformly": others, "the share that is drawn from is used up": better.from_below},
+            scores_id=self._table.scores.digest,
         )
 
     def temperature_in(self, round_index: int) -> float:
@@ -153,11 +176,11 @@ class ScoredSelector(Selector):
 
     def state_dict(self) -> State:
         """Return which scores are drawn from."""
-        return {"scores": self._table.scores.digest}
+        return {"scores": self._table.digest}
 
     def load_state_dict(self, state: State) -> None:
         """Raise ValueError when the checkpoint was made with other scores."""
-        _check_same_scores(self._table, state)
+        self._table.expect(state["scores"])
 
 
 class PriorSelector(Around):
@@ -169,33 +192,68 @@ class PriorSelector(Around):
 
     Args:
         selector: sees only the candidates that the prior kept.
-        scores: as in :class:`ScoredSelector`.
-        ratio: share of the pool that is kept, above 0 and up to 1.
-        temperature: strength of the noise, in units of the scores; 0 keeps the best.
+        scores: as in :class:`ScoredSelector`; True is the n-gram prior.
+        ratio: share of the pool that is kept, above 0 and up to 1; 1 is no gate.
+        temperature: strength of the noise, in units of the scores; 0 keeps the best. By default 0, and with the n-gram
+            prior 0.3 of its standard deviation.
         groups: names of the groups that may be chosen; all by default.
         standardize: divide the scores by their standard deviation.
         column: name of the column of a Parquet file.
         repeat: as in :class:`ScoredSelector`.
+        offset: weight with which the scores, in their standard deviations among the kept candidates, are added to what
+            the other selector compares candidates by.
+        keep_general: share of the budget that is drawn uniformly from the whole pool, 0..1. A narrow choice ruins what
+            the model knows of the rest.
+        max_uses: how often the kept share is trained on before what is below it comes in; None for as often as need be.
+        warmup_ratio: share of the pool that rounds before anything is measured are drawn from; by default half of the
+            ratio.
     """
+
+    has_share = True
 
     def __init__(
         self,
         selector: Selector,
         scores: Any,
         ratio: float = 0.5,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         groups: Sequence[str] | None = None,
         standardize: bool = False,
         column: str = "score",
         repeat: bool = True,
+        offset: float = 0.0,
+        keep_general: float = 0.0,
+        max_uses: int | None = None,
+        warmup_ratio: float | None = None,
     ) -> None:
+        check_plain(PriorSelector, locals())
         super().__init__(check_part(selector, Selector, "selector"))
         self._table = ScoreTable(scores, column, groups, standardize)
+        temperature = self._table.temperature(temperature, 0.0)
         self._table.check(ratio, temperature)
+        if not 0.0 <= keep_general < 1.0:
+            raise ValueError(f"expected keep_general, a share of the budget, from 0 to below 1, got {keep_general}")
+        if not 0.0 <= offset < math.inf:
+            raise ValueError(f"expected offset, the weight of the scores, of at least 0, got {offset}")
+        if max_uses is not None and max_uses < 1:
+            raise ValueError(f"expected max_uses of at least 1, or None, got {max_uses}")
         self.ratio = ratio
         self.temperature = temperature
         self.repeat = repeat
+        self.offset = offset
+        self.keep_general = keep_general
+        self.max_uses = max_uses
         self.uses_groups |= groups is not None
+        self._warmup = ScoredSelector.over(self._table, warmup_ratio or ratio / 2, temperature, keep_general)
+
+    def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
+        """Make the scores, where they are those of the run's own data, and let the selector prepare."""
+        self._table.prepare(source, meter)
+        super().prepare(source, meter)
+
+    def warmup(self) -> Selector:
+        """Return who draws by the scores alone in rounds before anything is measured."""
+        return self._warmup
 
     def check(self, round: Round, budget: int) -> None:
         """See that the scores are of this pool, and let the selector check."""
@@ -214,7 +272,18 @@ class PriorSelector(Around):
     def _used(self, pool: CandidatePool, eligible: Tensor | None, budget: int) -> Tensor | None:
         if not self.repeat:
             return None
-        return _used_up(pool, eligible, self.ratio, budget, self._table.values(pool), self.temperature)
+        share = self._share_used()
+        if self.keep_general:  # what was drawn uniformly belongs to it
+            used = _used_up(pool, eligible, share, budget)
+        else:
+            used = _used_up(pool, eligible, share, budget, self._table.values(pool), self.temperature)
+        if used is None or self.max_uses is None or int(pool.uses[used].min()) < self.max_uses:
+            return used
+        return None
+
+    def _share_used(self) -> float:
+        """Return which share of the pool is trained on when the kept share is."""
+        return self.ratio / (1 - self.keep_general + self.keep_general * self.ratio)
 
     def _let_through(self, pool: CandidatePool, budget: int) -> Tensor | None:
         mine, other = self._table.eligible(pool), super().eligible(pool, budget)
@@ -234,15 +303,27 @@ class PriorSelector(Around):
         Raises:
             ValueError: the scores are not of this pool, or too few candidates may be chosen.
         """
-        narrowed, beyond, again = self._narrowed(round, budget)
-        chosen = super().select(narrowed, budget)
+        general = _part_of(self.keep_general, budget)
+        narrowed, beyond, again = self._narrowed(round, budget - general)
+        chosen = super().select(narrowed, budget - general)
         selection = Selection(chosen) if isinstance(chosen, Tensor) else chosen
-        metrics = {**selection.metrics, "prior/candidates": float(len(narrowed.candidates))}
-        return replace(selection, metrics=metrics, notes=selection.notes + _notes(round, self.ratio, beyond, again))
+        metrics = {
+            **selection.metrics,
+            "prior/candidates": float(len(narrowed.candidates)),
+            "prior/strength": self._table.strength,
+        }
+        notes = selection.notes + _notes(round, self.ratio, beyond, again)
+        if not general:
+            return replace(selection, metrics=metrics, notes=notes)
+        rest = round.candidates[~round.pool.mask(selection.ids)[round.candidates]]
+        others = rest[uniform_subset(len(rest), general, round.generator("keep general"))]
+        reasons = {"kept general: drawn uniformly from the whole pool": others, **selection.reasons}
+        ids = torch.cat([selection.ids, others])
+        return replace(selection, ids=ids, metrics=metrics, notes=notes, reasons=reasons)
 
     def state_dict(self) -> State:
         """Return which scores are the prior, and the selector's state."""
-        return {"scores": self._table.scores.digest, "selector": save_part(self.selector)}
+        return {"scores": self._table.digest, "selector": save_part(self.selector)}
 
     def load_state_dict(self, state: State) -> None:
         """Restore the selector's state.
@@ -250,15 +331,32 @@ class PriorSelector(Around):
         Raises:
             ValueError: the checkpoint was made with other scores, or with another kind of selector.
         """
-        _check_same_scores(self._table, state)
+        self._table.expect(state["scores"])
         restore_part(self.selector, state["selector"], "selector inside the prior")
 
     def _narrowed(self, round: Round, at_least: int) -> tuple[Round, int, bool]:
         """Return the round with the kept candidates, how many of them are from below, and whether all come again."""
         if _all_in(round, self._used(round.pool, self._let_through(round.pool, at_least), at_least)):
-            return round, 0, True
+            return replace(round, offset=self._offset(round, round.candidates)), 0, True
         better = self._table.better_part(round, self.ratio, self.temperature, at_least)
-        return replace(round, candidates=better.ids), better.beyond, False
+        narrowed = replace(round, candidates=better.ids, offset=self._offset(round, better.ids))
+        return narrowed, better.beyond, False
+
+    def _offset(self, round: Round, kept: Tensor) -> Tensor | None:
+        """Return what is added to the scores that candidates are compared by, ``(size,)``; zero outside of ``kept``."""
+        if not self.offset:
+            return round.offset
+        values = self._table.values(round.pool)
+        among = values[kept].double()
+        finite = among[among.isfinite()]
+        spread = float(finite.std(correction=0)) if len(finite) else 0.0
+        offset = torch.zeros(round.pool.size) if round.offset is None else round.offset.clone()
+        strength = self._table.strength
+        added = strength * (among - finite.mean()) / (spread or 1.0)
+        if strength < 1:  # chance takes the place of what the scores do not know
+            added += (1 - strength) * Noise(1.0, round.generator("in place of the prior"))(0, len(kept))
+        offset[kept] += (self.offset * added).float()
+        return offset
 
 
 def _part_of(share: float, budget: int) -> int:
@@ -309,11 +407,3 @@ def _notes(round: Round, ratio: float, beyond: int, again: bool) -> tuple[str, .
     if not beyond:
         return ()
     return (f"too few of the best {ratio:.0%} of the pool are left: {beyond} candidates come from below",)
-
-
-def _check_same_scores(table: ScoreTable, state: State) -> None:
-    if state["scores"] != table.scores.digest:
-        raise ValueError(
-            f"the checkpoint was made with other scores than those of {table.scores.name}: resume with the scores that "
-            "the run began with, or start a new run"
-        )

@@ -1,12 +1,15 @@
 """A trial of a regressor before anything is measured: what cannot work is reported in seconds, and not after hours."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from liveselect.grammar import MIN_MEASUREMENTS, InfluenceRegressor, Round
+from liveselect import distributed
+from liveselect.grammar import MIN_MEASUREMENTS, InfluenceRegressor, Round, SelectionWarning
+from liveselect.pool import CandidatePool
 
 
 def try_regressor(regressor: InfluenceRegressor, round: Round) -> None:
@@ -48,4 +51,15 @@ def check_predictions(regressor: InfluenceRegressor, predictions: Tensor, rows: 
         raise ValueError(
             f"expected {name}.predict to return one number for each of {rows} candidates, ({rows},), got "
             f"{tuple(predictions.shape)}{hint}"
+        )
+
+
+def warn_of_few(pool: CandidatePool, wanted: int, settings: str) -> None:
+    """Warn when a round is set to measure more candidates than the pool holds."""
+    if wanted > pool.size and distributed.rank() == 0:
+        warnings.warn(
+            f"a round is set to measure {wanted} candidates ({settings}), and the pool holds {pool.size}: it measures "
+            "all that may be chosen in it",
+            SelectionWarning,
+            stacklevel=2,
         )

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from liveselect.arguments import check_plain
 from liveselect.functional.bandit import allocate, neighbour_weights, top_arms
 from liveselect.functional.sampling import uniform_subset
 from liveselect.grammar import NO_IDS, Round, Selection, Selector, State
 from liveselect.pool import CandidatePool
 from liveselect.selectors.arms import Arms, OpenArms
 from liveselect.selectors.rewards import CONTROL, Rewards
+from liveselect.selectors.trial import warn_of_few
 from liveselect.selectors.uniform import uniform_selection
 
 
@@ -104,6 +106,7 @@ class UCBSelector(Selector):
         cutoff: float | None = 0.2,
         released: bool = False,
     ) -> None:
+        check_plain(UCBSelector, locals())
         if alpha < 0:
             raise ValueError(f"expected alpha, the width of the confidence bound, of at least 0, got {alpha}")
         for name, value in {"pulls": pulls, "at_once": at_once, "probes": probes, "arms": arms}.items():
@@ -137,7 +140,9 @@ class UCBSelector(Selector):
     # ---- propose, observe, select --------------------------------------------------------------------------------
 
     def check(self, round: Round, budget: int) -> None:
-        """Raise what the first round would of the arms, and of the state of a checkpoint."""
+        """Raise what the first round would of the arms, and of the state of a checkpoint; warn as of few candidates."""
+        wanted = self.pulls * self.probes + self.controls
+        warn_of_few(round.pool, wanted, f"pulls={self.pulls} of probes={self.probes} and controls={self.controls}")
         self._check_arms(Arms.of(round.pool, round.seed))
         self._weigh_neighbours(round.pool)
 
@@ -322,10 +327,12 @@ class UCBSelector(Selector):
         """Return how many candidates each arm gives, ``(K,)``, and how many of them are beyond what was meant."""
         room = current.open.room
         quota = torch.minimum(room, (self.gamma * current.open.arms.sizes).ceil().long())
-        ties = round.generator("mixture")
-        order = top_arms(self._scores(), len(room), ties, accepted)
+        ties, scores = round.generator("mixture"), self._scores()
+        if round.offset is not None:
+            scores = scores + self._offset(round, len(room))
+        order = top_arms(scores, len(room), ties, accepted)
         missing = max(0, self.arms - len(order))
-        order = torch.cat([order, top_arms(self._scores(), missing, ties, ~self._rewards.known & (room > 0))])
+        order = torch.cat([order, top_arms(scores, missing, ties, ~self._rewards.known & (room > 0))])
         enough = int((quota[order].cumsum(0) < budget).sum()) + 1
         weights = torch.zeros(len(room), dtype=torch.float64)
         weights[order[: max(self.arms, enough)]] = 1.0
@@ -334,6 +341,14 @@ class UCBSelector(Selector):
         for fallback in (accepted, known, room > 0):
             counts += allocate(fallback.double(), room - counts, budget - int(counts.sum()))
         return counts, spilled
+
+    def _offset(self, round: Round, arms: int) -> Tensor:
+        """Return what a prior adds to the reward of each arm, ``(K,)``: the mean over the arm's candidates."""
+        if self._arms is None or round.offset is None:
+            return torch.zeros(arms, dtype=torch.float64)
+        codes, offset = self._arms.codes[round.candidates].long(), round.offset[round.candidates].double()
+        sums, counts = torch.bincount(codes, offset, arms), torch.bincount(codes, minlength=arms)
+        return sums / counts.clamp(min=1)
 
     def _metrics(self, open_arms: Tensor, accepted: Tensor, counts: Tensor) -> dict[str, float]:
         metrics = {

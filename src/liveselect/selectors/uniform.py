@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from liveselect.functional.sampling import uniform_subset
+from liveselect.functional.sampling import gumbel_topk, uniform_subset
 from liveselect.grammar import Round, Selection, Selector
 
 
@@ -22,5 +22,9 @@ def uniform_selection(
     round: Round, budget: int, metrics: Mapping[str, float] | None = None, notes: tuple[str, ...] = ()
 ) -> Selection:
     """Return a uniform draw of ``budget`` candidates, with metrics and notes for the ledger."""
-    drawn = round.candidates[uniform_subset(len(round.candidates), budget, round.generator("select"))]
+    if round.offset is None:
+        places = uniform_subset(len(round.candidates), budget, round.generator("select"))
+    else:  # a prior lies beneath: its weights are all that is known
+        places = gumbel_topk(round.offset[round.candidates], budget, 1.0, round.generator("select"))
+    drawn = round.candidates[places]
     return Selection(drawn, metrics=metrics or {}, notes=notes, reasons={"drawn uniformly": drawn})

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from liveselect import distributed
-from liveselect.functional.flops import forward_flops
 from liveselect.grammar import Batch, LiveModel, RoundInterruptedError
-from liveselect.losses import target_counts
+from liveselect.losses import target_counts, targets_shape
 from liveselect.preserve import Snapshot, measuring
 
 Sets = Mapping[str, Sequence[Batch]]
@@ -32,6 +31,7 @@ class TrainingSteps:
         as_training: puts back what steps change outside of model and optimizer, and begins with the random states of
             the next training batch.
         interrupted: whether a signal waits; looked at between steps on a single rank.
+        flops: of the forward and backward of a batch of this rank.
     """
 
     loss: Callable[[object, int], Tensor | None]
@@ -39,6 +39,7 @@ class TrainingSteps:
     after_step: Callable[[int], None] = lambda index: None
     as_training: Callable[[], AbstractContextManager[None]] | None = None
     interrupted: Callable[[], bool] = lambda: False
+    flops: Callable[[object], float] = lambda batch: 0.0
 
 
 class WeightAverage:
@@ -130,10 +131,12 @@ def losses_on(model: LiveModel, sets: Sets) -> dict[str, float]:
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in batches[distributed.rank() :: distributed.world_size()]:
             counts = target_counts(batch).double().cpu()
-            with model.autocast():
+            with (
+                model.meter.counting(model.module, "judge", batch["input_ids"].shape, targets_shape(batch)),
+                model.autocast(),
+            ):
                 losses = model.losses(model.to_device(batch))
             sums += torch.stack([losses.double().cpu() @ counts, counts.sum()])
-            model.meter.add_flops(forward_flops(model.module, batch["input_ids"].numel()))
         total, tokens = distributed.sum_over_ranks(sums).tolist()
         found[name] = total / max(1.0, tokens)
     return found
@@ -148,10 +151,9 @@ def _take_step(model: LiveModel, steps: TrainingSteps, batches: Iterator[object]
         loss = steps.loss(batch, index * steps.accumulate + place)
         if loss is None:
             continue
-        model.meter.add_flops(FORWARDS_PER_STEP * forward_flops(model.module, tokens_in(batch)))
-        for parameter, gradient in zip(
-            parameters, model.view.gradients(loss / steps.accumulate, parameters), strict=True
-        ):
+        model.meter.add_flops(steps.flops(batch))
+        gradients = model.view.gradients(loss / steps.accumulate, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
     if ranks > 1:

@@ -1,5 +1,5 @@
 """Checks every round of selection, and raises alarms."""
 
-from liveselect.watch.watching import Scene, Watch
+from liveselect.watch.watching import RESTORE, Scene, Watch
 
-__all__ = ["Scene", "Watch"]
+__all__ = ["RESTORE", "Scene", "Watch"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from liveselect import distributed
+from liveselect.arguments import check_plain
 from liveselect.decisions import rounds_in
 from liveselect.decisions.diff import compare_rounds
 from liveselect.functional.correlation import spearman
@@ -22,10 +23,19 @@ from liveselect.watch.duplicates import UNKNOWN, PassageSet, Shared
 
 MIN_SHARED_SCORES, MIN_SHARED_GROUPS = 30, 8
 """Scores or rewards that two rounds must share: the rank correlation of fewer varies too much by chance."""
+TURN = 0.7
+"""Change of the mixture, 0..1, from one round to the next that is more than following the model."""
+CLEAR = 2.0
+"""Standard errors from which on a difference of two means is no chance."""
+EXAMPLES_PER_GROUP = 4
+"""Of a plan: with fewer, two draws from one mixture differ by chance."""
 MIN_CHOSEN = 20
 """Candidates of a plan from which on the share of a group is not chance."""
 COMPARED_CANDIDATES = 128
 """Chosen candidates of a round that are compared with the reference set: reading more would delay the round."""
+
+RESTORE = "restore"
+"""The kind of the alarm after which nothing is measured any more."""
 
 Alarms = Iterator[tuple[str, str]]
 """Pairs of kind and text."""
@@ -43,7 +53,7 @@ class Scene:
         selection: what the selector returned.
         plan: the plan made from it.
         estimator: None if the round measured nothing.
-        restored: whether every measurement left model and optimizer unchanged, to the bit.
+        changed: a sentence on what measuring has changed in the model or optimizer, None for nothing that is new.
         decisions: folder of the decision ledger, where there is one.
     """
 
@@ -54,7 +64,7 @@ class Scene:
     selection: Selection
     plan: Plan
     estimator: InfluenceEstimator | None = None
-    restored: bool = True
+    changed: str | None = None
     decisions: Path | None = None
 
 
@@ -84,6 +94,7 @@ class Watch:
         canaries: int = 2,
         passage: int = 32,
     ) -> None:
+        check_plain(Watch, locals())
         if not -1.0 <= flip <= 0.0:
             raise ValueError(f"expected flip, a rank correlation, in -1..0, got {flip}")
         if not 0.0 < max_share <= 1.0:
@@ -100,7 +111,7 @@ class Watch:
 
     def look(self, scene: Scene) -> list[Alarm]:
         """Return the alarms of a round; to be called on all ranks, complete on rank 0."""
-        rules = (_restore, _ranks, _constant, self._regressor, self._takeover, self._repeats)
+        rules = (_restore, _ranks, _constant, _oscillates, self._regressor, self._takeover, self._repeats)
         found = [alarm for rule in rules for alarm in rule(scene)]
         with measuring(scene.model.module, scene.model.optimizer):
             found += self._canaries(scene)
@@ -216,12 +227,8 @@ class Watch:
 
 
 def _restore(scene: Scene) -> Alarms:
-    if not scene.restored:
-        yield (
-            "restore",
-            "parameters, optimizer state or attributes of modules are not as they were before influence was measured: "
-            "training goes on with a model that measuring has changed. Report it, with the estimator and the optimizer",
-        )
+    if scene.changed is not None:
+        yield RESTORE, scene.changed
 
 
 def _ranks(scene: Scene) -> Alarms:
@@ -251,6 +258,40 @@ def _constant(scene: Scene) -> Alarms:
             yield "constant", f"all {len(finite)} {what} are {float(finite[0]):g}: candidates cannot be compared"
     if record.metrics.get("predictions/std") == 0.0:
         yield "constant", "all predicted influences are equal: candidates cannot be compared"
+
+
+def _oscillates(scene: Scene) -> Alarms:
+    """What one round takes the next one flees: its mixture turns, and random text is worth more than what it took."""
+    if not scene.earlier:
+        return
+    record, before = scene.record, scene.earlier[-1]
+    if len(scene.earlier) > 1:
+        changes = [_mixture_change(record, before), _mixture_change(before, scene.earlier[-2])]
+        if min(changes) > TURN:
+            yield (
+                "oscillation",
+                f"the mixture has changed by {changes[1]:.2f} and {changes[0]:.2f} in two rounds running: what one "
+                "round takes the next one flees. Let the regressor remember (forgetting=0.8), choose more softly, or "
+                "give the selector a prior",
+            )
+            return
+    excess = [one.metrics.get("influence/excess", math.nan) for one in (record, before)]
+    if min(excess) > CLEAR:
+        yield (
+            "oscillation",
+            f"random candidates are worth more than what was trained on, by {excess[1]:.1f} and {excess[0]:.1f} "
+            "standard errors in two rounds running: the choice went too far. Choose more softly or more widely (ratio, "
+            "temperature), or in shorter rounds",
+        )
+
+
+def _mixture_change(record: RoundRecord, before: RoundRecord) -> float:
+    """Return half the sum of the differences of the groups' shares, 0..1; NaN where chance alone makes them differ."""
+    names = {name for one in (record, before) for name in one.groups}
+    if len(names) < 2 or min(record.chosen, before.chosen) < max(MIN_CHOSEN, EXAMPLES_PER_GROUP * len(names)):
+        return math.nan
+    shares = [{name: one.share(name) for name in one.groups} for one in (record, before)]
+    return sum(abs(shares[0].get(name, 0.0) - shares[1].get(name, 0.0)) for name in names) / 2
 
 
 def _digest(scores: Tensor | None) -> str:

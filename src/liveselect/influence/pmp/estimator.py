@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -11,24 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from liveselect import distributed
+from liveselect.arguments import check_plain
 from liveselect.functional.adjoint import Dynamics
 from liveselect.functional.differences import central_difference_dots, parameters_kept
-from liveselect.functional.flops import forward_flops
 from liveselect.functional.gradients import example_dot
 from liveselect.functional.updates import Vector
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round
+from liveselect.influence.hidden import refuse_hidden
 from liveselect.influence.pmp.dynamics import live_dynamics, moving_parameters, sgd_dynamics
 from liveselect.influence.pmp.unroll import HessianKind, Unroll, Weighting, load_parameters, pair_name, unrolled_ids
 from liveselect.influence.pmp.vault import DiskVault, Vault, to_device
-from liveselect.influence.reference import Precision, ReferencePass
+from liveselect.influence.reference import Precision, ReferencePass, counting
 from liveselect.preserve import checksum
 
 DynamicsKind = Literal["live", "sgd"]
 ProductKind = Literal["exact", "central_difference"]
 
 PUBLISHED_LEARNING_RATE = 0.008  # of plain SGD in the unroll
-
-_FORWARDS_PER_EXAMPLE = {"exact": 3, "central_difference": 2}
 
 
 class PMPInfluence(InfluenceEstimator):
@@ -104,6 +104,7 @@ class PMPInfluence(InfluenceEstimator):
         snapshot_every: int | None = None,
         directory: str | Path | None = None,
     ) -> None:
+        check_plain(PMPInfluence, locals())
         self.steps = steps
         self.score_every = score_every
         self.dynamics: DynamicsKind = dynamics
@@ -187,8 +188,13 @@ class PMPInfluence(InfluenceEstimator):
         self._solved = None
 
     def check(self, model: LiveModel, round: Round) -> None:
-        """Raise the errors of :meth:`fit` that show without an unroll."""
-        self._dynamics(model, self._parameters(model))
+        """Raise the errors of :meth:`fit` and :meth:`score` that show without an unroll."""
+        parameters = self._parameters(model)
+        if self.products == "exact":
+            helps = 'Measure with products="central_difference", which takes any module'
+            with model.autocast() if self.product_precision == "training" else model.full_precision():
+                refuse_hidden(model, round, parameters.keys(), 'products="exact"', lambda hidden: helps)
+        self._dynamics(model, parameters)
 
     def score(self, model: LiveModel, batch: Batch) -> Tensor:
         """Return the influence of each example, ``(B,)``; NaN where a loss or a gradient is not finite."""
@@ -207,12 +213,8 @@ class PMPInfluence(InfluenceEstimator):
             raise RuntimeError("PMPInfluence.score was called before fit: call fit(model, round) in each round")
         vault, live = self._solved
 
-        def charged() -> Iterator[tuple[Batch, bool]]:
-            reads = 1 if self.products == "exact" else 2  # differences read the batches twice
-            forwards = _FORWARDS_PER_EXAMPLE[self.products] / reads
-            for batch, counts in model.view.in_step(batches(), spare):
-                model.meter.add_flops(forwards * forward_flops(model.module, batch["input_ids"].numel()))
-                yield batch, counts
+        def in_step() -> Iterator[tuple[Batch, bool]]:
+            return model.view.in_step(batches(), spare)
 
         influence = torch.zeros(())
         with parameters_kept(model.module, live.values()):
@@ -220,7 +222,7 @@ class PMPInfluence(InfluenceEstimator):
                 at, direction, slope = to_device(vault.get(pair_name(index)), model.device)
                 load_parameters(model, live, at)
                 direction = model.view.spread(direction, live)
-                influence = influence + self._products(model, charged, direction, slope).double().cpu()
+                influence = influence + self._products(model, in_step, direction, slope).double().cpu()
         return influence.where(influence.isfinite(), math.nan)
 
     def _products(
@@ -242,13 +244,15 @@ class PMPInfluence(InfluenceEstimator):
 
                 def losses(module: nn.Module, item: tuple[Batch, bool]) -> Tensor:
                     batch, counts = item
-                    return loss_fn(module, batch)[: None if counts else 0]
+                    with counting(model, "forward", batch):
+                        return loss_fn(module, batch)[: None if counts else 0]
 
                 return central_difference_dots(module, losses, batches, direction, slope, kind, view.norm)
-            parts = [
-                example_dot(module, loss_fn, batch, direction, whole=view.whole)[: None if counts else 0]
-                for batch, counts in batches()
-            ]
+            parts = []
+            for batch, counts in batches():
+                product = partial(example_dot, module, loss_fn, batch, direction, whole=view.whole)
+                with counting(model, f"products of {len(direction)}", batch, trial=product):
+                    parts.append(product()[: None if counts else 0])
         return torch.cat(parts) if parts else torch.empty(0)
 
     def _parameters(self, model: LiveModel) -> dict[str, nn.Parameter]:

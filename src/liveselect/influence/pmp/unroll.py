@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from liveselect import distributed
 from liveselect.functional.adjoint import Costate, Dynamics, State, Transition, final_costate, walk_back
 from liveselect.functional.differences import Reach, central_difference, central_difference_product
-from liveselect.functional.flops import forward_flops
 from liveselect.functional.layer_pass import count_rows
 from liveselect.functional.sampling import uniform_subset
 from liveselect.functional.second_order import double_backward_product
@@ -21,13 +20,11 @@ from liveselect.grammar import Batch, LiveModel, NotMeasurableError, Round
 from liveselect.influence.pmp.dynamics import live_state
 from liveselect.influence.pmp.trajectory import Trajectory
 from liveselect.influence.pmp.vault import Vault, to_device
-from liveselect.influence.reference import ReferencePass, Weighted, mean_loss_and_gradient, split_rows
+from liveselect.influence.reference import ReferencePass, Weighted, counting, mean_loss_and_gradient, split_rows
 
 HessianKind = Literal["double_backward", "central_difference"]
 Weighting = Literal["tokens", "examples"]
 
-# a forward and backward is worth three forwards
-_FORWARDS_PER_PRODUCT: dict[HessianKind, int] = {"double_backward": 9, "central_difference": 6}
 _MAX_CURVATURE_ERROR = {torch.float64: 1e-3, torch.float32: 0.1}  # several times the rounding error of differences
 _COSTATE_KEY, _METRICS_KEY = "costate", "metrics"
 
@@ -137,9 +134,12 @@ class Unroll:
             moved = view.spread(vector, self.parameters)
             gradient = partial(self._mean_gradient, batches, index)
             return central_difference(self.model.module, moved, gradient, reach, view.norm)
-        self._charge(_FORWARDS_PER_PRODUCT["double_backward"], batches)
         model, loss_fn = self.model.module, self.model.loss_fn
-        product = double_backward_product(model, loss_fn, batches, vector) if batches else None
+        product = None
+        if batches:
+            twice = partial(double_backward_product, model, loss_fn, batches, vector)
+            with counting(self.model, "double backward", *batches, trial=twice):
+                product = twice()
         return self._over_ranks(product, sum(map(count_rows, batches)) / len(self.ids[index]))
 
     def _mean_gradient(self, batches: Sequence[Batch], index: int) -> Vector:
@@ -162,14 +162,15 @@ class Unroll:
         if self.hessian != "double_backward" or not batches:
             return
         model, loss_fn = self.model.module, self.model.loss_fn
-        exact = double_backward_product(model, loss_fn, batches[:1], vector)
-        close = central_difference_product(model, loss_fn, batches[:1], vector)
-        self._charge(sum(_FORWARDS_PER_PRODUCT.values()), batches[:1])
+        with counting(self.model, "check of curvature", batches[0]):
+            exact = double_backward_product(model, loss_fn, batches[:1], vector)
+            close = central_difference_product(model, loss_fn, batches[:1], vector)
         error = float(norm({name: exact[name] - close[name] for name in exact}) / norm(close).clamp(min=1e-30))
-        if error > _MAX_CURVATURE_ERROR[next(iter(vector.values())).dtype]:
+        dtype = next(iter(vector.values())).dtype
+        if error > _MAX_CURVATURE_ERROR[dtype]:
             raise RuntimeError(
-                f"two ways to find the curvature of the training loss differ by {error:.0%}: the model has a part that "
-                "cannot be differentiated twice (a custom kernel), or a loss with jumps. Use "
+                f"two ways to find the curvature of the training loss differ by {error:.2g} of it, where rounding in "
+                f"{dtype} explains {_MAX_CURVATURE_ERROR[dtype]:g}: {_likely_reason(model, dtype, error)}. Use "
                 'hessian="central_difference"'
             )
 
@@ -208,10 +209,6 @@ class Unroll:
     def _load(self, state: State) -> None:
         load_parameters(self.model, self.parameters, state.parameters)
 
-    def _charge(self, forwards: int, batches: Sequence[Batch]) -> None:
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
-        self.model.meter.add_flops(forwards * forward_flops(self.model.module, tokens))
-
 
 def unrolled_ids(round: Round, steps: int, size: int) -> list[Tensor]:
     """Draw the candidates of every unrolled step, ``(size,)`` each; no candidate twice while there are others."""
@@ -233,6 +230,25 @@ def load_parameters(model: LiveModel, parameters: Mapping[str, nn.Parameter], va
     with torch.no_grad():
         torch._foreach_copy_(live, [values[name] for name in parameters])
     torch.clear_autocast_cache()  # casts of the weights before this would be used again
+
+
+def _likely_reason(model: nn.Module, dtype: torch.dtype, error: float) -> str:
+    """Return why a second derivative may differ from the change of the first."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append(name)
+    for name, module in model.named_modules():
+        others = [other for other in holders.get(id(module._parameters.get("weight")), []) if other != name]
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and others:
+            return (
+                f"{others[0]!r} is tied to the embedding {name!r}, whose backward leaves the row of its "
+                f"padding_idx={module.padding_idx} out, while its forward reads it. Set padding_idx to None "
+                "(pad_token_id=None in Hugging Face configurations), or do without double_backward"
+            )
+    if dtype == torch.float64 and error < _MAX_CURVATURE_ERROR[torch.float32]:
+        return "a part of the model probably computes in float32 (norms and adapters often do)"
+    return "the model has a part that cannot be differentiated twice (a custom kernel), or a loss with jumps"
 
 
 def _all_equal(mine: list[int]) -> bool:

@@ -1,0 +1,27 @@
+"""Flags and numbers among the arguments of a constructor, told apart: Python takes True for 1, and 5 for true."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, get_args, get_origin
+
+import numpy as np
+
+
+def check_plain(of: Callable[..., Any], given: Mapping[str, object]) -> None:
+    """Raise TypeError for a flag that is neither True nor False, and for a number that is a flag or a text.
+
+    Args:
+        of: whose annotated parameters say what is expected: ``bool``, ``int`` or ``float``, also beside None.
+        given: the arguments by name; others are not looked at.
+    """
+    for name, parameter in inspect.signature(of).parameters.items():
+        value, annotation = given.get(name), parameter.annotation
+        if value is None or isinstance(annotation, str):  # names of optional libraries are no flags
+            continue
+        kinds = set(get_args(annotation) or (annotation,)) if get_origin(annotation) is not tuple else set()
+        if not kinds or not kinds <= {bool, int, float, type(None)}:
+            continue
+        is_flag, wants_flag = isinstance(value, bool | np.bool_), bool in kinds
+        if is_flag != wants_flag or isinstance(value, str):
+            expected = "True or False" if wants_flag else "a number"
+            raise TypeError(f"expected {name} of {of.__name__} to be {expected}, got {value!r}")

@@ -1,0 +1,172 @@
+"""A prior without a model: how much likelier the words of a candidate are in the reference set than in the pool."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from liveselect.cost import CostMeter
+from liveselect.distributed import gather_shards, shard, sum_over_ranks
+from liveselect.functional.ngram_ratio import BUCKETS, SMOOTHING, count_ngrams, log_ratio, mean_log_ratio
+from liveselect.functional.sampling import uniform_subset
+from liveselect.grammar import IGNORE_INDEX, Batch, CandidateSource
+from liveselect.scores import Scores, read_scores
+from liveselect.seeding import generator_for
+
+TEMPERATURE = 0.3
+"""Strength of the noise with which the prior is drawn from, in its standard deviations."""
+
+_COUNTED_CANDIDATES = 32_768  # of the pool, for the frequencies of its words: more would hardly change them
+_COMPARED_CANDIDATES = 2048  # of the pool, against halves of the reference set
+_FULL_STRENGTH = 0.5  # standard deviations by which unseen reference text scores above the pool
+_GRID = 2.0**20  # steps of a table to one nat: sums of such numbers are exact, in whatever batches rows are read
+
+
+class NGramPrior:
+    """Scores of a pool that cost seconds: log-ratios of hashed tokens and pairs, reference set against pool.
+
+    The score of a row is the mean over its tokens of how much likelier the token, and its pair with the one before, is
+    in the reference set than in the pool, in nats; the reference is smoothed towards the pool. It needs no score file
+    and no model: pass it, or ``True``, wherever scores are taken. It is made of the run's own data when the first round
+    is opened, by all ranks together, is charged to selection, and is made again when the reference set has changed.
+
+    It knows words only. Where the reference set is not told from the pool by its words it is blind, and what is left of
+    it is chance: by a prior of one half of the reference set, the other half must score higher than the pool. It has
+    its full :attr:`strength` where that is by half a standard deviation of the pool or more, beyond the standard error,
+    and none where it is by nothing.
+
+    Args:
+        smoothing: strength of the smoothing, in n-grams.
+        buckets: of tokens and of pairs each, a power of two.
+
+    Source: Xie et al. 2023, "DSIR", arXiv 2302.03169, which draws by the same ratio with n-grams of words.
+    """
+
+    def __init__(self, smoothing: float = SMOOTHING, buckets: int = BUCKETS) -> None:
+        if not smoothing > 0:
+            raise ValueError(f"expected a smoothing above 0, got {smoothing}: without any, an unseen n-gram is -inf")
+        if buckets < 2 or buckets & (buckets - 1):
+            raise ValueError(f"expected the number of buckets to be a power of two, got {buckets}")
+        self.smoothing = smoothing
+        self.buckets = buckets
+        self._scores: Scores | None = None
+        self._made_for: tuple[str, str | None] = ("", None)  # pool and reference set
+        self._counted: str | None = None  # hash of the counts of the reference set
+        self.strength = 1.0
+        self._expected: tuple[str, str] | None = None  # that hash, and the scores, of a checkpoint
+
+    @property
+    def scores(self) -> Scores:
+        """The scores of the pool; raises RuntimeError before :meth:`prepare`."""
+        if self._scores is None:
+            raise RuntimeError("the n-gram prior is made when a round is opened: SelectionRun.open_round calls prepare")
+        return self._scores
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are scores."""
+        return self._scores is not None
+
+    @property
+    def digest(self) -> list[str] | None:
+        """What identifies the reference set's counts and the scores, for a checkpoint; None before there are any."""
+        if self._scores is None or self._counted is None:
+            return None if self._expected is None else list(self._expected)
+        return [self._counted, self._scores.digest]
+
+    def expect(self, digest: list[str] | None) -> None:
+        """Go on as a checkpoint with this :attr:`digest` did; looked at when the scores are made."""
+        self._scores, self._counted, self._made_for = None, None, ("", None)
+        self._expected = None if digest is None else (digest[0], digest[1])
+
+    def prepare(self, source: CandidateSource, meter: CostMeter) -> bool:
+        """Make the scores, unless they are those of this pool and reference set; returns whether they are new.
+
+        A collective. The same scores, to the bit, on any number of ranks.
+
+        Raises:
+            ValueError: they are not those of the checkpoint, though the reference set is.
+        """
+        data = (source.pool.fingerprint, source.reference_fingerprint)
+        if self._scores is not None and data == self._made_for and data[1] is not None:
+            return False
+        with meter.phase("prior"):
+            reference = self._count(source.reference())
+        counted = hashlib.blake2b(reference.numpy().tobytes(), digest_size=16).hexdigest()
+        if self._scores is not None and (data[0], counted) == (self._made_for[0], self._counted):
+            return False  # a source that does not say which reference set it has
+        scores = self._score(source, reference, meter)
+        with meter.phase("prior"):
+            self.strength = self._told_apart(source)
+        if self._expected is not None and self._expected[0] == counted and self._expected[1] != scores.digest:
+            raise ValueError(
+                "the n-gram prior of this pool and reference set is not the one that the checkpoint was made with: "
+                "resume with the same version of liveselect and the same smoothing and buckets, or start a new run"
+            )
+        self._scores, self._made_for, self._counted, self._expected = scores, data, counted, None
+        return True
+
+    def _score(self, source: CandidateSource, reference: Tensor, meter: CostMeter) -> Scores:
+        size = source.pool.size
+        drawn = uniform_subset(size, min(size, _COUNTED_CANDIDATES), generator_for(0, 0, "n-gram prior"))
+        mine, part = torch.arange(size)[shard(size)], drawn[shard(len(drawn))]
+        with meter.tracked("prior", len(mine) + len(part), "candidates") as advance:
+            pool = self._count(source.in_bulk(part) if len(part) else ())
+            advance(len(part))
+            table = log_ratio(reference, sum_over_ranks(pool), self.smoothing).double().mul_(_GRID).round_().div_(_GRID)
+            parts = [torch.empty(0)]
+            for batch in source.in_bulk(mine) if len(mine) else ():
+                parts.append(mean_log_ratio(batch["input_ids"].cpu(), _readable(batch), table).float())
+                advance(len(parts[-1]))
+            values = gather_shards(torch.cat(parts), size)
+        scores = read_scores(values)
+        return Scores(scores.values, scores.digest, source.pool.fingerprint, name="the n-gram prior")
+
+    def _told_apart(self, source: CandidateSource) -> float:
+        """Return how much the prior is worth, 0..1, by halves of the reference set that do not know each other.
+
+        All ranks do the same: it takes a small part of the pool.
+        """
+        size = source.pool.size
+        few = uniform_subset(size, min(size, _COMPARED_CANDIDATES), generator_for(0, 0, "n-gram prior, compared"))
+        pool = self._count(source.in_bulk(few))
+        halves = [[_part(batch, half) for batch in source.reference()] for half in range(2)]
+        counts = [self._count(half) for half in halves]
+        apart, rows = 0.0, 0
+        for mine, other in ((0, 1), (1, 0)):
+            table = log_ratio(counts[mine], pool, self.smoothing)
+            of_pool, of_other = (self._rows(batches, table) for batches in (source.in_bulk(few), halves[other]))
+            spread = float(of_pool.std(correction=0)) if len(of_pool) else 0.0
+            if spread and len(of_other):
+                apart += len(of_other) * float(of_other.mean() - of_pool.mean()) / spread
+            rows += len(of_other)
+        return min(1.0, max(0.0, (apart / rows - rows**-0.5) / _FULL_STRENGTH)) if rows > 1 else 1.0
+
+    @staticmethod
+    def _rows(batches: Iterable[Batch], table: Tensor) -> Tensor:
+        parts = [mean_log_ratio(batch["input_ids"].cpu(), _readable(batch), table) for batch in batches]
+        return torch.cat([torch.empty(0), *parts]).double()
+
+    def _count(self, batches: Iterable[Batch]) -> Tensor:
+        counts = torch.zeros(2, self.buckets, dtype=torch.int64)
+        for batch in batches:
+            counts += count_ngrams(batch["input_ids"].cpu(), self.buckets, _readable(batch))
+        return counts
+
+
+def _part(batch: Batch, half: int) -> Batch:
+    """Return every second row of a batch."""
+    keys = ("input_ids", "labels", "attention_mask")
+    return {key: batch[key][half::2] for key in keys if key in batch}
+
+
+def _readable(batch: Batch) -> Tensor | None:
+    """Return which tokens are text, ``(B, T)`` bool on CPU, and no padding; None when all are."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].cpu().bool()
+    labels = batch["labels"].cpu() if "labels" in batch else None
+    if labels is None or bool((labels[:, -1] != IGNORE_INDEX).all()):
+        return None
+    carries = labels != IGNORE_INDEX  # what comes before a target is its context, and what comes after is padding
+    return carries.flip(1).cumsum(1).flip(1) > 0

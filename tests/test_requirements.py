@@ -1,0 +1,46 @@
+"""What pip may install: versions that were published with malware are excluded, and the pinned ones are inside."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REQUIREMENTS = [
+    Requirement(text)
+    for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for text in group
+]
+
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pinned():
+    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    return {normal(name): version for name, _, version in (line.partition("==") for line in lines if line)}
+
+
+@pytest.mark.parametrize("version", ["2.6.2", "2.6.3"])
+def test_lightning_versions_with_malware_are_excluded(version):
+    ranges = [each.specifier for each in REQUIREMENTS if normal(each.name) in ("lightning", "pytorch-lightning")]
+    assert ranges
+    assert not any(each.contains(version) for each in ranges)
+    assert all(each.contains("2.6.1") and each.contains("2.6.4") for each in ranges)
+
+
+def test_every_pinned_version_is_inside_its_range():
+    versions = pinned()
+    assert versions["lightning"] not in ("2.6.2", "2.6.3")
+    found = {each.name: versions[normal(each.name)] for each in REQUIREMENTS if normal(each.name) in versions}
+    assert len(found) > 20
+    assert all(each.specifier.contains(found[each.name]) for each in REQUIREMENTS if each.name in found)
+
+
+def test_no_version_of_datasets_that_runs_code_of_a_data_set_is_inside():
+    (datasets,) = (each for each in REQUIREMENTS if each.name == "datasets")
+    assert not datasets.specifier.contains("3.6.0")
