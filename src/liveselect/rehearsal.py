@@ -62,8 +62,10 @@ def rehearse(
         return None, meter
     row = _one_row(model, round)
     before = None if row is None else listen(model, row)
-    _try_out(selector, estimator, model, round, budget)
+    # at once and again: state that turns in a circle may be back where it was after a whole measurement
     changed = None if row is None else changed_since(before, model, row)
+    _try_out(selector, estimator, model, round, budget)
+    changed = changed or (None if row is None else changed_since(before, model, row))
     return distributed.first_said(changed), meter
 
 
