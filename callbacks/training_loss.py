@@ -137,8 +137,9 @@ class TrainingLossCheck:
             if abs(drawn[0] - loss) <= noise * max(abs(loss), abs(drawn[0])) + least + 1e-9:
                 return ""
         cause = _cause(model, batch, loss, means[0]["over tokens"], noise, trainer.accumulate_grad_batches)
+        seen = "the last batch of a round" if least else "the first batch"
         return (
-            f"training_step returned the loss {loss:.6g} for the {'first batch' if not least else 'last batch of a round'}, and selection computes "
+            f"training_step returned the loss {loss:.6g} for {seen}, and selection computes "
             f"{means[0]['over tokens']:.6g} as the mean over its tokens, {means[0]['over examples']:.6g} over its "
             f"examples; no mean or sum of them is it. {cause}. Influence would be measured on another loss than the "
             "one that is trained on: pass loss_fn=(module, batch) -> (B,) losses of the examples as training_step "
