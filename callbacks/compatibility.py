@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from liveselect.callbacks.folder import logger_folder
+from liveselect.callbacks.folder import is_remote, logger_folder
 from liveselect.functional.sharding import ThroughRoot, is_flat
 from liveselect.grammar import CandidateSource, LossFn, SelectionWarning, State
 from liveselect.parts import check_source
@@ -218,5 +218,9 @@ def count_finished_epoch(checkpoint: State) -> None:
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
-    """Return the folder of this run: where its logger writes, or its checkpoints would lie by default."""
-    return logger_folder(trainer) or Path(trainer.default_root_dir)
+    """Return the folder of this run: where its logger writes, or its checkpoints would lie by default.
+
+    Where that is no local place, it is the folder that the process runs in.
+    """
+    root = trainer.default_root_dir
+    return logger_folder(trainer) or (Path.cwd() if is_remote(root) else Path(root))

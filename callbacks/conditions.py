@@ -31,6 +31,8 @@ def conditions_of(trainer: pl.Trainer, run: SelectionRun, every_n_steps: int) ->
     return {
         **sizes,
         "precision": str(trainer.precision),
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm),
         "ends": int(ends) if math.isfinite(ends) else -1,
         "whole_round": every_n_steps * math.prod(sizes.values()) if run.selector.engine_orders else 0,
     }
@@ -65,6 +67,16 @@ def say_changes(before: State, now: State, plan: Plan | None, next_begins: int, 
         rank_zero_warn(
             f"the run is resumed with precision {now['precision']}, the checkpoint was written with "
             f"{before['precision']}: training and measuring are rounded otherwise from here on",
+            category=SelectionWarning,
+        )
+    if clipping := [
+        f"{name} {before[name]}, now {now[name]}"
+        for name in ("gradient_clip_val", "gradient_clip_algorithm")
+        if before[name] != now[name]
+    ]:
+        rank_zero_warn(
+            f"the run is resumed with other clipping than that of the checkpoint ({'; '.join(clipping)}): steps, and "
+            "the steps that are measured, differ from those of the original run",
             category=SelectionWarning,
         )
     if plan is not None and _ends(before) < _ends(now):

@@ -1,6 +1,7 @@
 """The folder of a run's records: every run has one of its own, and no other process writes to it meanwhile."""
 
 import logging
+import os
 from collections.abc import Iterator
 from itertools import chain, count
 from pathlib import Path
@@ -21,13 +22,30 @@ PATIENCE = 10.0
 """Seconds that a resumed run waits for its own folder: what is left of a killed process lets go soon."""
 
 
+def local_folder(dirpath: str | Path) -> Path:
+    """Return a folder that a user has named; raise TypeError or ValueError where nothing can be locked and renamed."""
+    if not isinstance(dirpath, str | os.PathLike):
+        raise TypeError(f"expected dirpath to be a folder, got {dirpath!r}")
+    if is_remote(dirpath):
+        raise ValueError(
+            f"expected dirpath on a local or mounted file system, got {str(dirpath)!r}: the records of a run are "
+            "locked and renamed, so write them to a local folder and copy it"
+        )
+    return Path(dirpath).expanduser()
+
+
+def is_remote(path: object) -> bool:
+    """Return whether a path is a URL, such as loggers and checkpoints may be given."""
+    return "://" in str(path)
+
+
 def logger_folder(trainer: pl.Trainer) -> Path | None:
-    """Return the folder of a run where its logger gives every run one, or None.
+    """Return the folder of a run where its logger gives every run a local one, or None.
 
     A logger that keeps nothing on the disk (MLflow with a server) still names its runs.
     """
     logger = trainer.logger
-    if logger is None:
+    if logger is None or is_remote(logger.save_dir or trainer.default_root_dir):
         return None
     if getattr(logger, "log_dir", None) is not None:
         return Path(trainer.log_dir or trainer.default_root_dir)

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from liveselect.arguments import check_plain
+from liveselect.arguments import check_plain, of_python
 from liveselect.callbacks.ahead import Ahead, Pace, check_spread
 from liveselect.callbacks.checkpoint_files import install_whole_files
 from liveselect.callbacks.compatibility import (
@@ -23,7 +23,7 @@ from liveselect.callbacks.compatibility import (
     warn_inside_window,
 )
 from liveselect.callbacks.conditions import conditions_of, say_changes, say_late_beginning
-from liveselect.callbacks.folder import logger_folder
+from liveselect.callbacks.folder import local_folder, logger_folder
 from liveselect.callbacks.lines import say_price, show_lines
 from liveselect.callbacks.overhearing import Overhearing, check_overhear
 from liveselect.callbacks.progress import round_progress
@@ -31,8 +31,10 @@ from liveselect.callbacks.random_state import RandomStates
 from liveselect.callbacks.records import log_end, log_round, log_scalars, log_settings, scalars_of
 from liveselect.callbacks.session import Session
 from liveselect.callbacks.settings import (
+    DIGEST,
     as_text,
     check_arguments,
+    check_digest,
     check_measures,
     check_saved,
     damage_reported,
@@ -45,6 +47,7 @@ from liveselect.decisions import MOST_REJECTED
 from liveselect.grammar import Batch, InfluenceEstimator, LossFn, Selector, State
 from liveselect.looking import only_looking
 from liveselect.losses import causal_lm_loss
+from liveselect.parts import digest_of
 from liveselect.plan import Plan
 from liveselect.rounds import SelectionRun
 from liveselect.verdict import Verdict
@@ -120,7 +123,11 @@ class DataSelection(Callback):
         verdict: Verdict | None = None,
     ) -> None:
         check_plain(DataSelection, locals())
-        if mixture_sample < 0:
+        every_n_steps, warmup_rounds, seed = map(of_python, (every_n_steps, warmup_rounds, seed))
+        overhear, most_rejected, mixture_sample = map(of_python, (overhear, most_rejected, mixture_sample))
+        if not isinstance(seed, int):
+            raise TypeError(f"expected seed to be a whole number, got {seed!r}")
+        if not isinstance(mixture_sample, int) or mixture_sample < 0:
             raise ValueError(f"expected mixture_sample, a number of candidates, of at least 0, got {mixture_sample}")
         pace = Pace(probes_between_steps, max_overhead)
         check_arguments(selector, estimator, every_n_steps, warmup_rounds, loss_fn, most_rejected)
@@ -133,7 +140,7 @@ class DataSelection(Callback):
         self.warmup_rounds = warmup_rounds
         self.loss_fn = causal_lm_loss if loss_fn is None else loss_fn
         self.seed = seed
-        self.dirpath = dirpath
+        self.dirpath = None if dirpath is None else local_folder(dirpath)
         self.most_rejected = most_rejected
         self.mixture_sample = mixture_sample
         self.ahead = Ahead(pace)
@@ -180,7 +187,7 @@ class DataSelection(Callback):
             return {}
         self.session.gate.wait_until_in_order()
         self.session.charge_training()  # what was trained since the last round belongs to the run, also after a resume
-        return {
+        state = {
             "version": STATE_VERSION,
             "seed": self.seed,
             "settings": as_text(self._settings()),
@@ -191,6 +198,7 @@ class DataSelection(Callback):
             "random_states": self._random_states.state_dict(),
             "verdict": self._judging.state_dict(),
         }
+        return {**state, DIGEST: digest_of(state)}
 
     # Lightning refuses two callbacks with state under one key by the name of the second, and asks for other keys; it
     # looks behind what is wrapped, and so leaves two selections to setup, which says what to do
@@ -211,6 +219,7 @@ class DataSelection(Callback):
             self.run.load_state_dict(state_dict["run"])
             self.overhearing.load_state_dict(state_dict["overhearing"], self.estimator)
             self._random_states.load_state_dict(state_dict["random_states"])
+        check_digest(state_dict)
         if changed:
             self.run.ahead = None  # measured for the round to come with other settings: it is measured again
         self._conditions = state_dict["conditions"]
@@ -252,7 +261,7 @@ class DataSelection(Callback):
         self._session.use(source, goes_on=trainer.global_step > 0)
         self._session.run.at_random = self._judging.at_random
         self._session.hold_out(self.mixture_sample)
-        own = run_folder(trainer) / "selection" if self.dirpath is None else Path(self.dirpath)
+        own = run_folder(trainer) / "selection" if self.dirpath is None else self.dirpath
         apart = self.dirpath is None and logger_folder(trainer) is None
         self._session.write_to(own, apart, self.most_rejected)
 

@@ -246,6 +246,12 @@ class Session:
         plan = self.run.plan
         return 0 if plan is not None and plan.round == self._mixed_round else self.saved_batch
 
+    @property
+    def ends_round(self) -> bool:
+        """Whether the batch to come is the last one of the round."""
+        plan = self.run.plan
+        return plan is not None and plan.cursor + self.run.source.batch_size * distributed.world_size() >= len(plan.ids)
+
     def next_begins(self, trainer: pl.Trainer) -> int:
         """Return the step at which the next round begins."""
         plan = self.run.plan

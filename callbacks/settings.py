@@ -21,7 +21,22 @@ from liveselect.grammar import (
     as_setting,
     given_to,
 )
-from liveselect.parts import check_keys, check_part
+from liveselect.parts import check_keys, check_part, digest_of
+
+DIGEST = "digest"
+"""The key of a hash of all the other entries."""
+
+
+def check_digest(state: State) -> None:
+    """Raise ValueError when a checkpoint's entry is not what was written; a file of PyTorch has no check that is used.
+
+    Last, because other checks can say what is wrong.
+    """
+    if digest_of({key: value for key, value in state.items() if key != DIGEST}) != state[DIGEST]:
+        raise ValueError(
+            "the entry of DataSelection in the checkpoint is not what was written: it was damaged or changed. Resume "
+            "from an earlier checkpoint, or start a new run from the model's weights"
+        )
 
 
 def check_arguments(
@@ -146,7 +161,18 @@ def check_saved(state: State, version: int, seed: int, settings: Mapping[str, st
         )
     check_keys(
         state,
-        {"version", "seed", "settings", "global_batch", "conditions", "run", "overhearing", "random_states", "verdict"},
+        {
+            "version",
+            "seed",
+            "settings",
+            "global_batch",
+            "conditions",
+            "run",
+            "overhearing",
+            "random_states",
+            "verdict",
+            DIGEST,
+        },
         "entry of DataSelection",
     )
     if state["seed"] != seed:

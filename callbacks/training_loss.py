@@ -6,12 +6,13 @@ from collections.abc import Iterator
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from liveselect import distributed
 from liveselect.callbacks.session import Session
-from liveselect.grammar import IGNORE_INDEX, Batch, LiveModel
+from liveselect.grammar import IGNORE_INDEX, Batch, LiveModel, SelectionWarning
 from liveselect.losses import all_logits, causal_lm_loss, target_counts
 from liveselect.preserve import measuring
 
@@ -20,6 +21,8 @@ _DRAWS = 4  # of a model with dropout, whose spread says what two forwards may d
 _SPREADS = 3.0
 _SMOOTHINGS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 _MOST_CAUSED_BY_A_TERM = 0.25  # of the loss: a term beside it that large would be called something else
+_MOVED = 0.2  # share by which the training loss has changed when a comparison has told right losses from wrong ones
+_GROSS = 0.05  # share of the loss, and nats: what a later comparison allows, in which terms beside it may have grown
 
 
 class TrainingLossCheck:
@@ -28,6 +31,10 @@ class TrainingLossCheck:
     Both see the same batch in training mode, with the random states with which the batch begins. A loss may be any mean
     or sum of those of the examples or of their tokens.
 
+    A model that knows nothing yet gives all tokens about the same loss, whichever labels it is compared with. Until the
+    training loss has moved, the last batch of rounds 0, 1, 3, 7 and so on is therefore compared again, for gross
+    differences only: what is found then is no reason to end a training, but nothing is measured any more.
+
     Args:
         differs: whether another loss is trained on deliberately, so that nothing is compared.
     """
@@ -35,16 +42,22 @@ class TrainingLossCheck:
     def __init__(self, differs: bool) -> None:
         self._differs = differs
         self._tries_left = 0
+        self._repeats = False
+        self._first_loss: float | None = None
         self._draws: list[Tensor] = []  # losses (B,) of the examples, once or, with dropout, several times
         self._batch: Batch = {}
 
     def begin_fit(self) -> None:
         """Compare in the fit that begins."""
         self._tries_left = 0 if self._differs else _MOST_TRIES
+        self._repeats = not self._differs
+        self._first_loss = None
 
     def begin(self, session: Session, batch: Batch) -> None:
         """Compute the losses of a batch, if it is to be compared; call before its forward."""
         run = session.run
+        if self._repeats and not self._tries_left and session.ends_round:
+            self._tries_left = int(not session.plan.round & (session.plan.round + 1))
         if not self._tries_left or run.estimator is None or run.disabled is not None:
             return
         self._draws = []
@@ -75,12 +88,22 @@ class TrainingLossCheck:
         self._draws, self._batch = [], {}
         counts = target_counts(batch).double().cpu() if draws else torch.zeros(1)
         total = sum(distributed.gather_objects(float(counts.sum()))) / distributed.world_size()
-        found = self._judge(trainer, session.model, loss, draws, batch, counts, total) if draws else None
-        verdicts = distributed.gather_objects(found)
-        if any(verdict is not None for verdict in verdicts):
-            self._tries_left = 0
-        if sentence := next((verdict for verdict in verdicts if verdict), None):
+        value = float(loss.detach()) * trainer.accumulate_grad_batches
+        least = 0.0 if self._first_loss is None else _GROSS
+        found = self._judge(trainer, session.model, value, least, loss.dtype, draws, batch, counts, total)
+        verdicts, losses = zip(*distributed.gather_objects((found, value)), strict=True)
+        if all(verdict is None for verdict in verdicts):
+            return
+        self._tries_left = 0
+        sentence = next((verdict for verdict in verdicts if verdict), None)
+        if sentence is not None and self._first_loss is None:
             raise MisconfigurationException(sentence)
+        if sentence is not None:
+            run.disabled = f"{sentence}. Nothing is measured from now on"
+            rank_zero_warn(run.disabled, category=SelectionWarning)
+        self._first_loss = losses[0] if self._first_loss is None else self._first_loss
+        if not abs(losses[0] - self._first_loss) <= _MOVED * abs(self._first_loss):
+            self._repeats = False
 
     def _losses(self, model: LiveModel) -> Tensor:
         return model.losses(self._batch).detach().double().cpu()
@@ -89,27 +112,34 @@ class TrainingLossCheck:
         self,
         trainer: pl.Trainer,
         model: LiveModel,
-        divided: Tensor,
+        loss: float,
+        least: float,
+        dtype: torch.dtype,
         draws: list[Tensor],
         batch: Batch,
         counts: Tensor,
         total: float,
     ) -> str | None:
-        """Return what is wrong, an empty text for nothing, None where it cannot be said."""
+        """Return what is wrong, an empty text for nothing, None where it cannot be said.
+
+        ``least`` is the share by which losses may differ in any case, and as many nats.
+        """
+        if not draws:
+            return None
         means = [_means(losses, counts, batch["input_ids"].shape[1], total) for losses in draws]
-        loss = float(divided.detach()) * trainer.accumulate_grad_batches
         if not counts.any() or not math.isfinite(loss) or not all(bool(losses.isfinite().all()) for losses in draws):
             return None
-        share = _rounding_share(trainer, divided.dtype)
+        share = max(least, _rounding_share(trainer, dtype))
         spread = max(each["over tokens"] for each in means) - min(each["over tokens"] for each in means)
         noise = max(share, _SPREADS * spread / max(1e-9, abs(means[0]["over tokens"])))
         for name in means[0]:
             drawn = [each[name] for each in means]
-            if abs(drawn[0] - loss) <= noise * max(abs(loss), abs(drawn[0])) + 1e-9:
+            if abs(drawn[0] - loss) <= noise * max(abs(loss), abs(drawn[0])) + least + 1e-9:
                 return ""
         cause = _cause(model, batch, loss, means[0]["over tokens"], noise, trainer.accumulate_grad_batches)
+        seen = "the last batch of a round" if least else "the first batch"
         return (
-            f"training_step returned the loss {loss:.6g} for the first batch, and selection computes "
+            f"training_step returned the loss {loss:.6g} for {seen}, and selection computes "
             f"{means[0]['over tokens']:.6g} as the mean over its tokens, {means[0]['over examples']:.6g} over its "
             f"examples; no mean or sum of them is it. {cause}. Influence would be measured on another loss than the "
             "one that is trained on: pass loss_fn=(module, batch) -> (B,) losses of the examples as training_step "

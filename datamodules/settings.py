@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 
-from liveselect.arguments import check_plain
+from liveselect.arguments import check_plain, of_python
 from liveselect.datamodules.reference import ReferenceSet
 
 OnOverlap = Literal["refuse", "drop", "allow"]
@@ -71,6 +71,7 @@ class ServingSettings:
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"expected {name} of at least 1, got {value}")
+            object.__setattr__(self, name, of_python(value))
         if self.other_tokenizer not in get_args(OnOther):
             raise ValueError(f"expected other_tokenizer to be one of {get_args(OnOther)}, got {self.other_tokenizer!r}")
         if self.overlap not in get_args(OnOverlap):

@@ -97,6 +97,31 @@ def test_what_has_changed_is_named(inner, message):
         raise ValueError(found)
 
 
+class Circling(nn.Module):
+    """Scales by numbers that come round again, kept where nothing can put them back."""
+
+    def __init__(self, period):
+        super().__init__()
+        self.numbers = itertools.cycle([1 + 0.01 * number for number in range(period)])
+
+    def forward(self, x):
+        return x * next(self.numbers)
+
+
+@pytest.mark.parametrize("period", range(2, 10))
+def test_state_that_comes_round_again_is_found_before_training(tmp_path, period):
+    """A measurement of a multiple of the period would hide it from one echo before and one after."""
+    model = SmallLM(dropout=0.0)
+    model.model.gpt_neox.final_layer_norm = nn.Sequential(model.model.gpt_neox.final_layer_norm, Circling(period))
+    selection = DataSelection(
+        ProbingUniform(), OneStepInfluence(), every_n_steps=2, dirpath=tmp_path, training_loss_differs=True
+    )
+    data = SelectionDataModule(rows(24, seed=1), reference=rows(6, seed=2), batch_size=2, probe_batch_size=4)
+    with pytest.warns(SelectionWarning, match="answers the same row otherwise"):
+        small_trainer(tmp_path, [selection], **{**SIMPLE, "max_steps": 1}).fit(model, datamodule=data)
+    assert "answers the same row otherwise" in selection.run.disabled
+
+
 def test_a_loss_that_changes_is_named():
     def loss(model, batch):
         return model(batch["input_ids"]).square().mean((1, 2)) * count()

@@ -174,6 +174,32 @@ def list_of_tensors(model):
     return model.held[-1]
 
 
+def grown(model):
+    """Add an entry to a tensor, in place, and return the sum of all."""
+    model.held.resize_(len(model.held) + 1).fill_(1)
+    return model.held.sum()
+
+
+def moved_elsewhere(model):
+    model.held.data = torch.cat([model.held.data, torch.ones(1)])
+    return model.held.sum()
+
+
+def in_buffer(tick):
+    return lambda model: model.register_buffer("held", torch.zeros(2)), tick
+
+
+def exchanged(model):
+    """Use two layers in turn, of which a third name tells the last one."""
+    model.last = model.head if model.last is model.embed else model.embed
+    return 1 + (model.last is model.head)
+
+
+def added(model):
+    model.add_module(f"more_{len(model._modules)}", nn.Identity())
+    return len(model._modules)
+
+
 def global_hook(model):
     tracker = Tracker()
     model.handle = register_module_forward_hook(
@@ -199,6 +225,12 @@ KINDS = {
         list_of_tensors,
     ),
     "an attribute of the class": (lambda model: None, in_class),
+    "a tensor that grows": (lambda model: setattr(model, "held", torch.zeros(2)), grown),
+    "a tensor that moves": (lambda model: setattr(model, "held", torch.zeros(2)), moved_elsewhere),
+    "a buffer that grows": in_buffer(grown),
+    "a buffer that moves": in_buffer(moved_elsewhere),
+    "a name of a module": (lambda model: setattr(model, "last", model.head), exchanged),
+    "a module that is added": (lambda model: None, added),
     "a frozen parameter": with_frozen(moved_in_place),
     "a frozen parameter, past its version": with_frozen(moved_past_the_version),
     "a module in a list in a dict": (
@@ -283,6 +315,18 @@ def test_hidden_modules_are_in_eval_mode_while_measuring_and_keep_their_gradient
     assert teacher.training
     assert teacher.weight.grad is kept
     assert (kept == 1).all()
+
+
+def test_the_settings_of_the_optimizer_are_put_back():
+    model = Bigrams()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    group = optimizer.param_groups[0]
+    with measuring(model, optimizer):
+        group["lr"] *= 0.5
+        group["new"] = 1
+    assert group["lr"] == 0.1
+    assert "new" not in group
+    assert optimizer.param_groups[0] is group
 
 
 def test_modes_are_left_alone_where_that_is_asked():

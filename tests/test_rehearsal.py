@@ -1,6 +1,7 @@
 """What would fail in the first measuring round is reported before training starts, and reporting it changes nothing."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -301,3 +302,20 @@ def test_no_direction_yet_is_no_mistake():
 
     selector, estimator, context = a_rehearsal(estimator=Mine())
     rehearse_in(context, selector, estimator)
+
+
+@pytest.mark.parametrize(
+    ("loss", "depends"),
+    [
+        (lambda losses: losses.mean().expand(len(losses)), True),
+        (lambda losses: losses.flip(0), True),
+        (lambda losses: losses / losses.sum(), True),
+        (lambda losses: losses * 2, False),
+    ],
+)
+def test_a_loss_that_depends_on_the_other_examples_of_a_batch_is_warned_of(loss, depends):
+    context = a_rehearsal(loss_fn=lambda model, batch: loss(causal_lm_loss(model, batch)))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        rehearse_in(context[-1], *context[:-1])
+    assert any("beside other examples" in str(each.message) for each in said) == depends

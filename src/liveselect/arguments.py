@@ -25,3 +25,8 @@ def check_plain(of: Callable[..., Any], given: Mapping[str, object]) -> None:
         if is_flag != wants_flag or isinstance(value, str):
             expected = "True or False" if wants_flag else "a number"
             raise TypeError(f"expected {name} of {of.__name__} to be {expected}, got {value!r}")
+
+
+def of_python(value: object) -> Any:
+    """Return a number of numpy as one of Python, which checkpoints and JSON know; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -288,6 +288,8 @@ def as_setting(value: object) -> object:
     """Return a plain value or a part as it is, anything else as text that says what it is."""
     if value is None or isinstance(value, bool | int | float | str | Part):
         return value
+    if isinstance(value, np.generic):
+        return as_setting(value.item())
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple | list) and len(value) <= LONGEST_SETTING:

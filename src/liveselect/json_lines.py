@@ -10,6 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 UNFINISHED = ".tmp"
 _NUMBERS = count()
 
@@ -25,10 +27,15 @@ def json_line(kind: str, content: object) -> str:
     """
     named = {"kind": kind, **(content if isinstance(content, dict) else vars(content))}
     try:
-        line = json.dumps(named, ensure_ascii=False, default=vars, allow_nan=False)
+        line = json.dumps(named, ensure_ascii=False, default=_builtin, allow_nan=False)
     except ValueError:  # looking at every number of a ledger takes longer, and most are finite
         line = json.dumps(_finite(named), ensure_ascii=False, allow_nan=False)
     return line.encode("utf-8", "backslashreplace").decode() + "\n"
+
+
+def _builtin(value: object) -> object:
+    """Return a number of numpy, which settings may be, as one of Python; of other objects their attributes."""
+    return value.item() if isinstance(value, np.generic) else vars(value)
 
 
 def _finite(value: object) -> object:
@@ -38,7 +45,7 @@ def _finite(value: object) -> object:
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
-    return value if value is None or isinstance(value, bool | int | str) else _finite(vars(value))
+    return value if value is None or isinstance(value, bool | int | str) else _finite(_builtin(value))
 
 
 @contextmanager

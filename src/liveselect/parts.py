@@ -1,6 +1,7 @@
 """Parts as they are passed in, saved and restored: what is none is refused, and nothing is lost on the way."""
 
 import difflib
+import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
 from numbers import Integral
@@ -218,6 +219,30 @@ def check_keys(state: State, expected: set[str], what: str) -> None:
         raise ValueError(f"the {what} of the checkpoint lacks {missing}: it was damaged, or written by another version")
     if unknown := sorted(state.keys() - expected):
         raise ValueError(f"the {what} of the checkpoint holds {unknown}, which this version does not know")
+
+
+def digest_of(state: object) -> str:
+    """Return a hash of all that a state of tensors and builtins holds; it is the same after saving and loading."""
+    digest = hashlib.blake2b(digest_size=16)
+    _add_to(digest, state)
+    return digest.hexdigest()
+
+
+def _add_to(digest: hashlib.blake2b, value: object) -> None:
+    if isinstance(value, Tensor):
+        digest.update(repr((value.dtype, tuple(value.shape))).encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        digest.update(f"{len(value)} entries".encode())
+        for key, item in value.items():
+            digest.update(repr(key).encode())
+            _add_to(digest, item)
+    elif isinstance(value, list | tuple) and not set(map(type, value)) <= {bool, int, float, type(None)}:
+        digest.update(f"{type(value).__name__} of {len(value)}".encode())
+        for item in value:
+            _add_to(digest, item)
+    else:
+        digest.update(repr(value).encode())
 
 
 def as_builtins(value: object, place: str) -> Any:

@@ -1,6 +1,7 @@
 """A rehearsal of measuring before training starts: what cannot work is reported now, and not after the warm-up."""
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -16,15 +17,19 @@ from liveselect.grammar import (
     LiveModel,
     NotMeasurableError,
     Round,
+    SelectionWarning,
     Selector,
 )
-from liveselect.losses import target_counts
+from liveselect.losses import causal_lm_loss, target_counts
 from liveselect.parts import checked_direction, checked_influence, checked_tokens, fit_metrics
 from liveselect.plan import Plan
 from liveselect.preserve import changed_since, listen, measuring
 
 MEASURED_CANDIDATES = 2
 """Candidates that are measured; one alone would hide a loss that is summed or averaged over the batch."""
+
+_ROUNDING = 1e-5
+"""Share of a loss by which kernels may let it depend on the values in other rows; they work row by row."""
 
 LOOKED_AT_CANDIDATES = 32
 """Candidates that parts are tried on, from all over the pool: sources differ."""
@@ -62,8 +67,10 @@ def rehearse(
         return None, meter
     row = _one_row(model, round)
     before = None if row is None else listen(model, row)
-    _try_out(selector, estimator, model, round, budget)
+    # at once and again: state that turns in a circle may be back where it was after a whole measurement
     changed = None if row is None else changed_since(before, model, row)
+    _try_out(selector, estimator, model, round, budget)
+    changed = changed or (None if row is None else changed_since(before, model, row))
     return distributed.first_said(changed), meter
 
 
@@ -84,7 +91,9 @@ def _try_out(selector: Selector, estimator: InfluenceEstimator, model: LiveModel
     """Do once, small, what a round does."""
     with measuring(model.module, model.optimizer):
         try:
-            _check_losses(model, _batch_of_candidates(round), "candidates", differentiated=True)
+            candidates = _batch_of_candidates(round)
+            _check_losses(model, candidates, "candidates", differentiated=True)
+            _warn_of_neighbours(model, candidates)
             reference = model.to_device(next(iter(round.source.reference())))
             _check_losses(model, reference, "reference examples")
             selector.check(round, budget)
@@ -134,6 +143,29 @@ def _check_losses(model: LiveModel, batch: Batch, what: str, differentiated: boo
         raise ValueError(
             f"expected loss_fn(module, batch) to return ({rows},) losses for a batch of {rows} {what}, one mean over "
             f"the tokens of each example, got {got}: compute it with reduction='none', and average over tokens only"
+        )
+
+
+def _warn_of_neighbours(model: LiveModel, batch: Batch) -> None:
+    """Warn when the loss of an example depends on the others of its batch, whose gradients it then measures too."""
+    rows = len(batch["input_ids"])
+    if rows < 2 or model.loss_fn is causal_lm_loss or model.view.in_parts:
+        return
+    first = torch.zeros(rows, dtype=torch.int64, device=batch["input_ids"].device)
+    alike = {
+        key: value[first.to(value.device)] if isinstance(value, Tensor) and len(value) == rows else value
+        for key, value in batch.items()
+    }
+    with model.autocast(), torch.no_grad():
+        once, again, among_alike = (float(model.losses(each)[0]) for each in (batch, batch, alike))
+    if once == again and abs(once - among_alike) > _ROUNDING * abs(once) and distributed.rank() == 0:
+        warnings.warn(
+            f"loss_fn gives an example the loss {once:.6g}, and {among_alike:.6g} beside other examples: the influence "
+            "of an example is then partly that of its neighbours. Return one loss for each row, of its own tokens only "
+            "(no mean over the batch, no other order); only a model whose examples compete, such as a mixture of "
+            "experts with a capacity, may do otherwise",
+            SelectionWarning,
+            stacklevel=2,
         )
 
 

@@ -8,6 +8,7 @@ from small_run import BATCH, SIMPLE, SmallLM, small_data, small_trainer
 
 from liveselect.callbacks import DataSelection
 from liveselect.grammar import SelectionWarning
+from liveselect.parts import digest_of
 from liveselect.selectors import UniformSelector
 
 SETTINGS = {**SIMPLE, "limit_val_batches": 0}
@@ -37,6 +38,23 @@ def swap_two(state):
     ids[[0, 1]] = ids[[1, 0]]
 
 
+def as_if_written(change):
+    """Change a state as a run could have written it, or one that is put together from two checkpoints."""
+
+    def changed(state):
+        change(state)
+        state["digest"] = digest_of({key: value for key, value in state.items() if key != "digest"})
+
+    return changed
+
+
+def move_a_use(state):
+    """Take a use from one candidate and give it to another: sums and sizes stay right."""
+    uses = state["run"]["pool"]["uses"]
+    uses[int(uses.nonzero()[0])] -= 1
+    uses[int((uses == 0).nonzero()[-1])] += 1
+
+
 def leave_out(*path):
     def change(state):
         *outer, last = path
@@ -57,7 +75,7 @@ CHANGES = {
     "a cursor behind the plan": (lambda state: state["run"]["plan"].update(cursor=1000), "its cursor at 1000"),
     "a negative cursor": (lambda state: state["run"]["plan"].update(cursor=-4), "its cursor at -4"),
     "a cursor of another step": (
-        lambda state: state["run"]["plan"].update(cursor=BATCH),
+        as_if_written(lambda state: state["run"]["plan"].update(cursor=BATCH)),
         "stands at step 6, at which .* and its plan counts",
     ),
     "a plan of another round": (lambda state: state["run"]["plan"].update(round=0), "of round 0, where its ledger has"),
@@ -71,6 +89,15 @@ CHANGES = {
         "uses of candidates and .* choices in its rounds",
     ),
     "negative uses": (lambda state: state["run"]["pool"]["uses"].__setitem__(0, -1), "or negative ones"),
+    "uses of other candidates": (move_a_use, "is not what was written"),
+    "a condition of another kind": (
+        lambda state: state["conditions"].update(batch_size="2"),
+        "is not what was written",
+    ),
+    "a measurement of nothing": (
+        lambda state: state["run"]["ledger"]["rounds"][0]["measured"].append(10**6),
+        "is not what was written",
+    ),
     "no random states": (leave_out("random_states"), r"lacks \['random_states'\]"),
     "no plan at all": (leave_out("run", "plan"), r"lacks \['plan'\]"),
     "more than is known": (lambda state: state.update(future=1), r"holds \['future'\], which this version does not"),

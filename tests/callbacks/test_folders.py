@@ -10,7 +10,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 from filelock import FileLock
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from small_run import SIMPLE, SmallLM, forked, small_data, small_trainer
 
 from liveselect.callbacks import DataSelection
@@ -221,3 +221,14 @@ def test_the_settings_of_a_run_from_a_file_are_kept_beside_its_own_records(tmp_p
         tmp_path.name: "seed: 0",
         "selection-1": "seed: 1",
     }
+
+
+def test_records_stay_on_local_file_systems(tmp_path, monkeypatch):
+    """Loggers and the Trainer may write to a store of objects; nothing can be locked or renamed there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    fit("memory://bucket/run", steps=4)
+    fit(tmp_path / "run", steps=4, logger=CSVLogger("memory://bucket/logs"))
+    fit(tmp_path / "run", steps=4, dirpath="~/mine")
+    folders = {path.parent.relative_to(tmp_path) for path in tmp_path.rglob("ledger.jsonl")}
+    assert folders == {Path("selection"), Path("run/selection"), Path("home/mine")}

@@ -15,6 +15,7 @@ from liveselect.datamodules import SelectionDataModule
 from liveselect.grammar import SelectionWarning
 from liveselect.influence import KFACInfluence, OneStepInfluence
 from liveselect.ledger import Ledger
+from liveselect.parts import digest_of
 from liveselect.selectors import UniformSelector
 
 ROUND, LONG = 4, 16
@@ -149,6 +150,11 @@ def test_a_later_end_is_said_where_nothing_was_measured_ahead(tmp_path):
             "(accumulate_grad_batches was 1 and is 2), the checkpoint was written ",
         ),
         (BATCH // 2, {"accumulate_grad_batches": 2}, "with as many: the same candidates are trained on"),
+        (
+            BATCH,
+            {"gradient_clip_val": 0.5},
+            "other clipping than that of the checkpoint (gradient_clip_val 1.0, now 0.5)",
+        ),
         (BATCH, {"precision": "bf16-mixed"}, "with precision bf16-mixed, the checkpoint was written with 32-true: "),
         (BATCH, {"max_steps": 9}, None),
         (BATCH, {}, None),
@@ -166,6 +172,8 @@ def test_another_number_of_ranks_is_said_in_a_line(tmp_path, short):
     saved = torch.load(short / "uniform/ck/step=8.ckpt", weights_only=True)
     conditions = saved["callbacks"]["DataSelection"]["conditions"]
     conditions.update(ranks=2, batch_size=BATCH // 2)  # as two ranks would have written it
+    entry = saved["callbacks"]["DataSelection"]
+    entry["digest"] = digest_of({key: value for key, value in entry.items() if key != "digest"})
     torch.save(saved, tmp_path / "two.ckpt")
     (line,) = resumed_lines(fit(tmp_path, "uniform", 10, ckpt_path=tmp_path / "two.ckpt"))
     assert f"(batch_size was {BATCH // 2} and is {BATCH}; ranks was 2 and is 1)" in line

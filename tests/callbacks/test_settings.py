@@ -5,6 +5,7 @@ import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -142,6 +143,12 @@ def test_what_was_measured_ahead_with_other_settings_is_measured_again(tmp_path)
         ({"loss_fn": HashedRidgeRegressor}, TypeError, r"pass HashedRidgeRegressor\(...\)"),
         ({"every_n_steps": True}, TypeError, "expected every_n_steps of MATES to be a number, got True"),
         ({"every_n_steps": 0}, ValueError, "every_n_steps of at least one"),
+        ({"seed": None}, TypeError, "expected seed to be a whole number, got None"),
+        ({"seed": 1.5}, TypeError, "expected seed to be a whole number, got 1.5"),
+        ({"mixture_sample": 0.1}, ValueError, "expected mixture_sample, a number of candidates"),
+        ({"min_spearman": 5}, ValueError, "expected min_spearman, a rank correlation"),
+        ({"dirpath": 5}, TypeError, "expected dirpath to be a folder, got 5"),
+        ({"dirpath": "s3://bucket/run"}, ValueError, "dirpath on a local or mounted file system, got 's3://bucket"),
         ({"regressor": 0}, TypeError, "regressor to inherit from"),
     ],
 )
@@ -262,3 +269,18 @@ def test_settings_of_a_script_are_in_the_ledger_the_loggers_and_first_in_the_rep
 def test_a_resumed_run_notes_what_it_is_set_to_now(tmp_path, checkpoint):
     resume(tmp_path, checkpoint, mates(tmp_path, ratio=0.4))
     assert Ledger.read(tmp_path / "ledger.jsonl").about["selector.ratio"] == 0.4
+
+
+def test_numbers_of_numpy_are_kept_as_those_of_python(tmp_path):
+    numbers = {"every_n_steps": np.int64(4), "seed": np.int64(3), "probes": np.int32(12), "ratio": np.float32(0.5)}
+    data = SelectionDataModule(
+        rows(POOL, seed=1), reference=rows(6, seed=2), batch_size=np.int64(2), probe_batch_size=np.int64(4)
+    )
+    selection = mates(tmp_path / "numpy", **numbers)
+    trainer = small_trainer(tmp_path, [selection], max_steps=6)
+    trainer.fit(SmallLM(), datamodule=data)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["callbacks"]["DataSelection"]
+    assert state["settings"]["selector.probes"] == "12"
+    about = Ledger.read(tmp_path / "numpy" / "ledger.jsonl").about
+    assert (about["seed"], about["batch_size"], about["selector.ratio"]) == (3, 2, 0.5)

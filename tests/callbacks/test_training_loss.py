@@ -11,6 +11,7 @@ from small_run import SIMPLE, VOCABULARY, ProbingUniform, SmallLM, rows, small_t
 
 from liveselect.callbacks import MATES, DataSelection
 from liveselect.datamodules import SelectionDataModule
+from liveselect.grammar import SelectionWarning
 from liveselect.influence import OneStepInfluence
 from liveselect.losses import causal_lm_loss
 from liveselect.regressors import HashedRidgeRegressor
@@ -191,3 +192,38 @@ def test_the_vocabulary_before_time_is_seen_where_both_are_as_long(tmp_path):
     settings = {**SIMPLE, "precision": "32-true", "max_steps": 2}
     with pytest.raises(MisconfigurationException, match="training_step returned the loss"):
         small_trainer(tmp_path, [selection], **settings).fit(model, datamodule=data)
+
+
+class Untaught(pl.LightningModule):
+    """Answers with zeros at first, as models whose head begins at zero do: every label is as likely to it."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.shift = shift
+        self.embedding, self.head = torch.nn.Embedding(VOCABULARY, 8), torch.nn.Linear(8, VOCABULARY, bias=False)
+        torch.nn.init.zeros_(self.head.weight)
+
+    def forward(self, input_ids):
+        return self.head(self.embedding(input_ids))
+
+    def training_step(self, batch, batch_index):
+        return tokens(self(batch["input_ids"]), batch, shift=self.shift)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_what_the_first_batch_cannot_show_is_seen_before_the_first_round_that_measures(tmp_path, shift):
+    """And training goes on, on what is drawn uniformly."""
+    pool = rows(24, seed=1)
+    selection = DataSelection(ProbingUniform(), OneStepInfluence(), every_n_steps=3, warmup_rounds=1, dirpath=tmp_path)
+    if shift:
+        trainer = train(tmp_path, Untaught(shift), pool, selection)
+    else:
+        with pytest.warns(SelectionWarning, match="for the last batch of a round.*labels of the same position"):
+            trainer = train(tmp_path, Untaught(shift), pool, selection)
+    assert trainer.global_step == 4
+    influence = torch.tensor(selection.run.ledger.rounds[1].influence)
+    assert len(influence) == 6
+    assert bool(influence.isfinite().all()) == bool(shift)

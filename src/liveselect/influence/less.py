@@ -12,6 +12,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from liveselect.arguments import check_plain
 from liveselect.functional.features import adam_feature
 from liveselect.functional.sketches import CountSketch
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, State
@@ -88,6 +89,7 @@ class LESSInfluence(InfluenceEstimator):
         include: Sequence[str] = ("*",),
         seed: int = 0,
     ) -> None:
+        check_plain(LESSInfluence, locals())
         for name, value, kind in (("features", features, Features), ("form", form, Form)):
             if value not in get_args(kind):
                 raise ValueError(f"expected {name} to be one of {get_args(kind)}, got {value!r}")

@@ -123,7 +123,7 @@ class Attributes:
 
     def _take_module(self, path: str, module: nn.Module) -> None:
         attributes = vars(module)
-        self._places.append(Names(attributes))
+        self._places += [Names(attributes), Entries(module._modules)]
         for name in _HOOK_DICTS:
             hooks = attributes.get(name)
             if hooks:

@@ -12,6 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from liveselect.functional.sharding import reshard
 from liveselect.preserve.attributes import attributes_kept
+from liveselect.preserve.places import Entries, Memory
 from liveselect.preserve.snapshot import Inventory
 
 
@@ -21,12 +22,13 @@ def measuring(model: nn.Module, optimizer: torch.optim.Optimizer, training_mode:
 
     Inside, all modules are in eval mode (also those that a list or a helper hides), gradients start as None, hooks on
     the optimizer's step are silent (averages of the weights, loggers) and torch.compile is bypassed, because unusual
-    shapes would recompile the training graph. On exit, also after an exception, these are as before: the very ``.grad``
-    tensors (backward adds into them in place, so copies would not do), buffers, each module's training flag, and the
-    random states of torch (CPU, CUDA), numpy and Python. So are frozen parameters and the plain attributes of modules,
-    which forwards and hooks may change (a history of gradient norms), within the limits of
-    :class:`~liveselect.preserve.attributes.Attributes`, unless the parameters are sharded. Trained parameters and the
-    optimizer's state belong to :class:`~liveselect.preserve.Snapshot`; a GradScaler is not touched.
+    shapes would recompile the training graph. On exit, also after an exception, these are as before: the very
+    ``.grad`` tensors (backward adds into them in place, so copies would not do), buffers, each module's training
+    flag, and the random states of torch (CPU, CUDA), numpy and Python, and the settings of the optimizer. So are
+    frozen parameters and the plain attributes of modules, which forwards and hooks may change (a history of
+    gradient norms), within the limits of :class:`~liveselect.preserve.attributes.Attributes`, unless the parameters
+    are sharded. Trained parameters and the optimizer's state belong to :class:`~liveselect.preserve.Snapshot`; a
+    GradScaler is not touched.
     A sharded model enters and leaves the block with all of its parameters sharded.
 
     Args:
@@ -46,6 +48,7 @@ def measuring(model: nn.Module, optimizer: torch.optim.Optimizer, training_mode:
         held = [parameter for module in modules for parameter in module.parameters(recurse=False)]
         stack.enter_context(_gradients_set_aside([*held, *optimized]))
         stack.enter_context(_step_hooks_silenced(optimizer))
+        stack.enter_context(_settings_kept(optimizer))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
         yield
@@ -57,10 +60,23 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         buffers.add(module._buffers)
     buffers.save()
+    memories = [Memory(buffer) for buffer in buffers.tensors.values()]
     try:
         yield
     finally:
+        for memory in memories:
+            memory.restore()
         buffers.restore()
+
+
+@contextmanager
+def _settings_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    kept = [Entries(group) for group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        for settings in kept:
+            settings.restore()
 
 
 @contextmanager

@@ -198,17 +198,36 @@ class State:
         return (repr(self._was.numpy().tobytes() if isinstance(self._was, Tensor) else self._was),)
 
 
+class Memory:
+    """The shape of a tensor and the memory that it lies in, which ``resize_``, ``set_`` and ``.data`` change."""
+
+    def __init__(self, live: Tensor) -> None:
+        self._live, self._memory = live, live.data
+
+    def restore(self) -> None:
+        """Put the tensor back to where it was."""
+        now, was = self._live.data, self._memory
+        if (now.shape, now.dtype, _address(now)) != (was.shape, was.dtype, _address(was)):
+            self._live.data = was
+
+    def values(self) -> tuple[object, ...]:
+        """Return nothing: checksums read tensors themselves."""
+        return ()
+
+
 class Values:
     """The contents of a tensor that is no parameter."""
 
     def __init__(self, live: Tensor) -> None:
-        self._live, self._was = live, without_overlap(local(live.detach())).clone()
+        self._live, self._memory = live, Memory(live)
+        self._was = without_overlap(local(live.detach())).clone()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the contents back in place."""
         # .data, because a later backward would refuse tensors that it saved and that were written to since
         with torch.inference_mode(self._live.is_inference()):
+            self._memory.restore()
             without_overlap(local(self._live.data)).copy_(self._was)
 
     def values(self) -> tuple[object, ...]:
@@ -234,6 +253,13 @@ class Frozen:
     def values(self) -> tuple[object, ...]:
         """Return nothing: checksums read parameters themselves."""
         return ()
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return local(tensor).data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse, or without memory
+        return 0
 
 
 def without_overlap(tensor: Tensor) -> Tensor:

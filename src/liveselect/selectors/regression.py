@@ -139,6 +139,10 @@ class RegressionSelector(Selector):
             raise ValueError(f"expected max_group_share, a share of a plan, above 0 and up to 1, got {max_group_share}")
         if not 0.0 < ratio <= 1.0:
             raise ValueError(f"expected ratio, the share that is chosen, above 0 and up to 1, got {ratio}")
+        if min_spearman is not None and not -1.0 <= min_spearman < 1.0:
+            raise ValueError(
+                f"expected min_spearman, a rank correlation, from -1 to below 1, or None, got {min_spearman}"
+            )
         if not 0.0 <= temperature < float("inf"):
             raise ValueError(f"expected a finite temperature of at least 0, got {temperature}")
         if noise not in _DRAW:
