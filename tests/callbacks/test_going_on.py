@@ -12,6 +12,8 @@ from small_run import BATCH, POOL, SIMPLE, SmallLM, Trace, pds, quad, regression
 
 from liveselect.callbacks import DataSelection
 from liveselect.datamodules import SelectionDataModule
+from liveselect.decisions import rounds_in
+from liveselect.decisions.files import read_rows
 from liveselect.grammar import SelectionWarning
 from liveselect.influence import KFACInfluence, OneStepInfluence
 from liveselect.ledger import Ledger
@@ -61,7 +63,8 @@ def resumed_lines(said):
 
 
 def decisions(folder):
-    return {path.name: path.read_bytes() for path in (folder / "selection/decisions").iterdir()}
+    """Return what was decided in each round; each file also names its run."""
+    return {number: read_rows(path) for number, path in rounds_in(folder / "selection/decisions").items()}
 
 
 @pytest.fixture(scope="module")

@@ -71,9 +71,9 @@ def test_the_mixture_turns_to_the_cluster_of_the_reference_set(tmp_path):
 @pytest.mark.parametrize(
     ("groups", "changed", "message"),
     [
-        ("three", {}, "checkpoint was made with the arms 4/.*this run has 3/"),
+        ("three", {}, "checkpoint was made with the clusters .* this run has"),
         ("four", {"probes": 5}, "in standard errors of 3 probes, this run counts them in standard errors of 5"),
-        (None, {}, "has a single one: cluster it"),
+        (None, {}, "checkpoint was made with the clusters .* this run has None"),
         ("four", {"cutoff": 0.5}, r"list them only up to 0\.2: lower the cutoff"),
     ],
 )
@@ -155,7 +155,7 @@ def test_a_step_that_cannot_be_heard_costs_a_warning_and_its_arms_are_probed(tmp
         def training_step(self, batch, index):
             return 3.0 * super().training_step(batch, index)
 
-    selection = quad(tmp_path)
+    selection = quad(tmp_path, training_loss_differs=True)
     trainer = small_trainer(tmp_path, [selection], **{**SIMPLE, "precision": "32-true", "max_steps": 8})
     with pytest.warns(SelectionWarning, match="cannot be captured.*neither the mean over tokens"):
         trainer.fit(Odd(), datamodule=clustered_data())

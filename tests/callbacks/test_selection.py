@@ -65,7 +65,8 @@ def test_the_ledger_counts_what_training_and_selection_cost(tmp_path):
     ledger = mates.run.ledger
     width, layers, vocabulary, tokens = 16, 2, 50, 12
     weights = layers * (3 * width * width + width * width + 2 * width * 32) + width * vocabulary
-    assert ledger.training_flops == 6 * weights * tokens * BATCH * 3 * 14
+    attention = layers * 2 * tokens * width  # scores, and what they weigh, for each token
+    assert ledger.training_flops == 6 * (weights + attention) * tokens * BATCH * 3 * 14
     assert ledger.training_seconds > 0
     assert 0 < ledger.selection_share < 1
     assert ledger.selection_flops > 12 * 2 * weights * 6 * tokens  # twelve probes, six reference rows, per round

@@ -199,12 +199,16 @@ def test_selection_that_does_harm_is_acted_on(tmp_path, action):
     assert (ledger.rounds[-1].selector == "UniformSelector") == (action == "random")
 
 
+SENT: list[int] = []
+"""Signals that were sent; measuring puts back what classes hold."""
+
+
 class Signalling(Busy):
     """Sends a signal in a training step of the random arm."""
 
     def training_step(self, batch, batch_index):
-        if self.trainer.global_step == 4 and len(self.seen) == 17 and not getattr(type(self), "sent", False):
-            type(self).sent = True
+        if self.trainer.global_step == 4 and len(self.seen) == 17 and not SENT:
+            SENT.append(signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGUSR1)
         return super().training_step(batch, batch_index)
 
@@ -212,6 +216,7 @@ class Signalling(Busy):
 def test_a_signal_inside_of_the_random_arm_saves_the_weights_of_training(whole, tmp_path):
     _, trace, _, selection = whole
     saved, held = [], []
+    SENT.clear()
 
     class Hold(Callback):
         def on_fit_start(self, trainer, pl_module):
@@ -286,10 +291,10 @@ def test_the_summary_of_a_wandb_run_holds_the_verdict_and_an_answer_is_an_alert(
     shown, alerts = {}, []
     run = SimpleNamespace(summary=shown, alert=lambda **alert: alerts.append(alert["title"]))
     monitor = SelectionMonitor()
-    monitor._sinks[id(run)] = WandbSink(run)
+    monitor._sinks[id(run)], monitor._opened = WandbSink(run), True
     trainer = SimpleNamespace(loggers=[run], is_global_zero=True)
     ledger = Ledger()
-    selection = SimpleNamespace(run=SimpleNamespace(ledger=ledger))
+    selection = SimpleNamespace(run=SimpleNamespace(ledger=ledger), plan=())
     for said, alerted in [("cannot tell yet", 0), ("paying", 1), ("paying", 1), ("not paying", 2)]:
         ledger.verdict = {"said": said, "sentence": f"{said}: {len(alerts)}"}
         monitor._show_new(trainer, selection)
