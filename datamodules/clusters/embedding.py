@@ -55,7 +55,7 @@ class HashedEmbedder:
         seed: seed of the randomized decomposition.
     """
 
-    networks = ()
+    networks: tuple[nn.Module, ...] = ()
 
     def __init__(self, dimensions: int = 128, buckets: int = 1 << 15, seed: int = 0) -> None:
         if dimensions < 1:
@@ -145,7 +145,7 @@ class ReadyVectors:
     """
 
     sample_tokens = 1
-    networks = ()
+    networks: tuple[nn.Module, ...] = ()
 
     def __init__(self, vectors: str | Path | np.ndarray, rows: int) -> None:
         self._vectors = _load_array(Path(vectors)) if isinstance(vectors, (str, Path)) else vectors

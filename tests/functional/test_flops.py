@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from liveselect.functional.flops import flops_counted, flops_set_aside, matmul_parameters
+from liveselect.functional.flops import flops_counted, flops_set_aside, forwards_counted, matmul_parameters
 
 SIZE = {
     "vocab_size": 101,
@@ -310,3 +310,44 @@ def test_counting_changes_no_bit_of_a_forward_and_draws_no_number():
             seen = model(ids).logits
     assert torch.equal(plain, seen)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_forwards_that_another_library_calls_are_counted_by_name_or_not_and_remembered_by_shape():
+    network, other = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4)), nn.Linear(16, 2)
+    each = 2 * 16 * 32 + 2 * 32 * 4
+    with forwards_counted(network, other) as flops, torch.inference_mode():
+        first = network(torch.ones(3, 16))
+        network.forward(torch.ones(3, 16))  # sentence-transformers calls it so
+        network(torch.ones(5, 16))
+        torch.ones(9, 9) @ torch.ones(9, 9)  # no forward of these
+    assert flops.total == (3 + 3 + 5) * each
+    assert torch.equal(first, network(torch.ones(3, 16)))
+    assert "forward" not in vars(network)
+    with pytest.raises(RuntimeError), forwards_counted(other):
+        other(torch.ones(2, 3))
+    assert "forward" not in vars(other)
+
+
+def test_llama_2_7b_costs_what_palm_s_formula_says():
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = transformers.LlamaConfig(vocab_size=32000, max_position_embeddings=4096, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        ids = torch.zeros(1, 2048, dtype=torch.int64)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == 6_738_415_616
+    with torch.no_grad():
+        flops = counted(lambda: model(ids))
+    looked_up = total - matmul_parameters(model)  # embeddings and norms, which the formula takes for products
+    assert 3 * flops.total / 2048 + 6 * looked_up == pytest.approx(4.36517e10, rel=1e-3)
+    assert 3 * (flops.total / 2048) == pytest.approx(6 * matmul_parameters(model) + 12 * 4096 * 32 * 2048, rel=1e-3)
+
+
+def test_products_of_selection_by_hand():
+    # K-FAC factors of a layer of 5 to 6 over 4 x 7 tokens, and the gradients of its examples one by one
+    inputs, outputs = torch.randn(28, 5), torch.randn(28, 6)
+    assert counted(lambda: (inputs.T @ inputs, outputs.T @ outputs)).total == 2 * 28 * (25 + 36) == 3_416
+    rows = inputs.view(4, 7, 5), outputs.view(4, 7, 6)
+    assert counted(lambda: rows[0].transpose(1, 2) @ rows[1]).total == 1_680
+    ghost = counted(lambda: (inputs @ inputs.T, outputs @ outputs.T))
+    assert ghost.total == 17_248

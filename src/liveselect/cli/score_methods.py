@@ -14,7 +14,16 @@ from liveselect.datamodules.clusters.embedding import make_embedder
 from liveselect.functional.bands import Band, band_order
 from liveselect.grammar import CandidateSource, InfluenceEstimator
 from liveselect.influence import LESSInfluence, LossDropInfluence, PerplexityInfluence, ReducibleLossInfluence
-from liveselect.scoring import BM25, DSIR, EmbeddingSimilarity, MethodCard, NearDuplicates, NgramRatio, Scorer, SemanticDuplicates
+from liveselect.scoring import (
+    BM25,
+    DSIR,
+    EmbeddingSimilarity,
+    MethodCard,
+    NearDuplicates,
+    NgramRatio,
+    Scorer,
+    SemanticDuplicates,
+)
 
 Settings = dict[str, Any]
 Part = Scorer | InfluenceEstimator
@@ -131,9 +140,7 @@ def _embedding(source: CandidateSource, embedding: str, dimensions: int, pool_ro
         embedder.fit(tokens[:rows])
 
     uncounted = ("sparse products and their decomposition (scipy)",) if embedding == "hashed" else ()
-    return _Embedding(
-        embed=embed, fit_to=fit_to, pool_rows=pool_rows, networks=embedder.networks, uncounted=uncounted
-    )
+    return _Embedding(embed=embed, fit_to=fit_to, pool_rows=pool_rows, networks=embedder.networks, uncounted=uncounted)
 
 
 def _perplexity(band: Band = "middle", scorer: str | None = None) -> InfluenceEstimator:

@@ -141,7 +141,7 @@ def _shapes(value: object) -> Hashable:
         return tuple((name, _shapes(each)) for name, each in value.items())
     if isinstance(value, list | tuple):
         return tuple(_shapes(each) for each in value)
-    return type(value)
+    return type(value).__qualname__
 
 
 class _Counter(TorchDispatchMode):

@@ -35,7 +35,7 @@ def near_vectors(units: Tensor, threshold: float, clusters: int = 1) -> Tensor:
 
 
 def near_an_earlier(cosines: Tensor, threshold: float, start: int = 0) -> Tensor:
-    """Return which rows are near an earlier one, ``(b,)`` bool, from ``cosines (b, start + b)`` with all up to theirs."""
+    """Return which rows are near an earlier one, ``(b,)`` bool, from ``cosines (b, start + b)`` with rows 0, 1, ..."""
     earlier = torch.ones_like(cosines, dtype=torch.bool).tril(start - 1)
     return ((cosines > threshold) & earlier).any(dim=1)
 

@@ -6,4 +6,14 @@ from liveselect.scoring.ngrams import DSIR, NgramRatio
 from liveselect.scoring.scorer import MethodCard, Rows, Scorer
 from liveselect.scoring.similarity import EmbeddingSimilarity
 
-__all__ = ["BM25", "DSIR", "EmbeddingSimilarity", "MethodCard", "NearDuplicates", "NgramRatio", "Rows", "Scorer", "SemanticDuplicates"]
+__all__ = [
+    "BM25",
+    "DSIR",
+    "EmbeddingSimilarity",
+    "MethodCard",
+    "NearDuplicates",
+    "NgramRatio",
+    "Rows",
+    "Scorer",
+    "SemanticDuplicates",
+]
