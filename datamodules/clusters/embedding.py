@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from liveselect.arguments import refuse_missing_folder
 from liveselect.datamodules.rows.groups import check_if_listed
 from liveselect.functional.ngrams import hashed_ngrams
 
@@ -206,6 +207,7 @@ def make_embedder(
             f"{spec} reads text, and this pool was made from token ids without a tokenizer: use hashed, or bring "
             "vectors:FILE.npy"
         )
+    refuse_missing_folder(name)
     if kind == "static":
         return TextEmbedder(_static_model().from_pretrained(name).encode, decode)
     encode, network = _encoder(name)

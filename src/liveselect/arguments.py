@@ -25,3 +25,14 @@ def check_plain(of: Callable[..., Any], given: Mapping[str, object]) -> None:
         if is_flag != wants_flag or isinstance(value, str):
             expected = "True or False" if wants_flag else "a number"
             raise TypeError(f"expected {name} of {of.__name__} to be {expected}, got {value!r}")
+
+
+def refuse_missing_folder(name: str | Path) -> None:
+    """Raise FileNotFoundError where the name of a model is that of a folder which is not there, not one of the hub."""
+    text = str(name)
+    is_path = text.startswith(("/", ".", "~")) or text.count("/") > 1
+    if is_path and not Path(text).exists():
+        raise FileNotFoundError(
+            f"expected a folder with a model, as Transformers saves it, at {text}, found none: look at the path, or name "
+            "a model of the Hugging Face hub"
+        )

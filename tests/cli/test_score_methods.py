@@ -193,6 +193,8 @@ def test_the_command_takes_methods_and_settings_from_options_and_files(run, caps
         (["--method=bm25", "--column=edu"], "expected one of --method, --column and --parts"),
         (["--settings.b=0.5"], "expected --method together with --settings"),
         (["--method=embed", "--settings.embedding=vectors:v.npy"], "reads texts"),
+        (["--method=embed", "--settings.embedding=encoder:/absent"], "expected a folder with a model"),
+        (["--method=rho", "--settings.reference_model=./absent"], "expected a folder with a model"),
         (["--method=less", "--settings.checkpoints=[absent.ckpt]"], "expected a checkpoint of the Trainer at"),
     ],
 )

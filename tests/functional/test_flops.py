@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from liveselect.functional.flops import flops_counted, flops_set_aside, forwards_counted, matmul_parameters
+from liveselect.functional.flops import flops_counted, flops_set_aside, matmul_parameters
 
 SIZE = {
     "vocab_size": 101,
@@ -310,22 +310,6 @@ def test_counting_changes_no_bit_of_a_forward_and_draws_no_number():
             seen = model(ids).logits
     assert torch.equal(plain, seen)
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_forwards_that_another_library_calls_are_counted_by_name_or_not_and_remembered_by_shape():
-    network, other = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4)), nn.Linear(16, 2)
-    each = 2 * 16 * 32 + 2 * 32 * 4
-    with forwards_counted(network, other) as flops, torch.inference_mode():
-        first = network(torch.ones(3, 16))
-        network.forward(torch.ones(3, 16))  # sentence-transformers calls it so
-        network(torch.ones(5, 16))
-        torch.ones(9, 9) @ torch.ones(9, 9)  # no forward of these
-    assert flops.total == (3 + 3 + 5) * each
-    assert torch.equal(first, network(torch.ones(3, 16)))
-    assert "forward" not in vars(network)
-    with pytest.raises(RuntimeError), forwards_counted(other):
-        other(torch.ones(2, 3))
-    assert "forward" not in vars(other)
 
 
 def test_llama_2_7b_costs_what_palm_s_formula_says():

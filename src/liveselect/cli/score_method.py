@@ -10,7 +10,6 @@ from torch import Tensor
 from liveselect import distributed
 from liveselect.cli.score_job import PoolJob, agreed, read_or_refuse, wait_for_all
 from liveselect.cli.score_methods import BuiltMethod
-from liveselect.functional.flops import forwards_counted
 from liveselect.functional.sampling import uniform_subset
 from liveselect.grammar import Batch, CandidateSource, InfluenceEstimator, text_tokens
 from liveselect.json_lines import whole_file
@@ -63,11 +62,10 @@ class MethodJob(PoolJob):
             ids = ids[distributed.shard(len(ids))]
         pool = (rows_of(batch, scorer.reads, round.source) for batch in self._rows(ids))
         reference = (rows_of(batch, scorer.reads, round.source) for batch in round.source.reference())
-        with forwards_counted(*scorer.networks) as flops:
+        with round.meter.forwards(*scorer.networks):
             scorer.fit(reference, pool, distributed.sum_over_ranks)
         for name in scorer.uncounted:
-            flops.note(name)
-        round.meter.charge(flops)
+            round.meter.uncounted[name] += 1
         return {"pool_rows_fitted": count}
 
     def _fit_estimator(self) -> Mapping[str, float]:
@@ -95,10 +93,8 @@ class MethodJob(PoolJob):
     def _scores_of(self, batch: Batch) -> Tensor:
         method, model = self.method.part, self.model
         if isinstance(method, Scorer):
-            with forwards_counted(*method.networks) as flops:
-                scores = method(rows_of(batch, method.reads, self.round.source))
-            self.round.meter.charge(flops)
-            return scores
+            with self.round.meter.forwards(*method.networks):
+                return method(rows_of(batch, method.reads, self.round.source))
         if model is None:
             raise TypeError(f"expected a model for {type(method).__name__}, got none")
         with measuring(model.module, model.optimizer):

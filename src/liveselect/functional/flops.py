@@ -6,12 +6,10 @@ activations, look-ups, most optimizers) does not count, as usual.
 """
 
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +40,6 @@ class Flops:
     def note(self, name: str, times: int = 1) -> None:
         """Note that something was not counted."""
         self.uncounted[name] = self.uncounted.get(name, 0) + times
-
-    def add(self, other: "Flops") -> None:
-        """Add what another stretch of code has computed."""
-        self.total += other.total
-        self.repeated += other.repeated
-        for name, times in other.uncounted.items():
-            self.note(name, times)
 
     def times(self, factor: float) -> "Flops":
         """Return the same for ``factor`` as much work."""
@@ -87,62 +78,6 @@ def flops_set_aside(owner: object = None) -> Iterator[None]:
 
 _open: list[object] = []
 """Who counts, the innermost last."""
-
-
-@contextmanager
-def forwards_counted(*modules: nn.Module) -> Iterator[Flops]:
-    """Count the FLOPs of all forwards of ``modules`` in the block, whoever calls them and in batches of whatever size.
-
-    For networks that another library runs, such as an encoder. Inputs of equal shapes are counted once and remembered.
-    """
-    flops = Flops()
-    with ExitStack() as stack:
-        for module in modules:
-            before, forward = vars(module).get("forward"), module.forward
-            module.forward = partial(_counted_forward, module, forward, flops)  # libraries call it by name too
-            stack.callback(_put_back, module, before)
-        yield flops
-
-
-_forwards: WeakKeyDictionary[nn.Module, dict[Hashable, Flops]] = WeakKeyDictionary()
-"""What the forwards of modules cost, by the shapes of their inputs."""
-
-_MOST_SHAPES = 10_000
-
-
-def _counted_forward(
-    module: nn.Module, forward: Callable[..., Any], flops: Flops, *arguments: Any, **named: Any
-) -> Any:
-    known = _forwards.setdefault(module, {})
-    key = _shapes(arguments), _shapes(named)
-    if key in known:
-        with flops_set_aside():
-            result = forward(*arguments, **named)
-    else:
-        with flops_counted(module) as found:
-            result = forward(*arguments, **named)
-        if len(known) >= _MOST_SHAPES:
-            known.clear()
-        known[key] = found
-    flops.add(known[key])
-    return result
-
-
-def _put_back(module: nn.Module, before: Callable[..., Any] | None) -> None:
-    if before is None:
-        del module.forward
-    else:
-        module.forward = before
-
-
-def _shapes(value: object) -> Hashable:
-    if isinstance(value, Tensor):
-        return tuple(value.shape)
-    if isinstance(value, Mapping):
-        return tuple((name, _shapes(each)) for name, each in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(_shapes(each) for each in value)
-    return type(value).__qualname__
 
 
 class _Counter(TorchDispatchMode):

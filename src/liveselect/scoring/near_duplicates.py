@@ -35,6 +35,10 @@ class NearDuplicates(Scorer):
     pool_rows = 0
 
     def __init__(self, threshold: float = 0.8, width: int = 5, permutations: int = 128, bands: int = 16) -> None:
+        if width < 1 or permutations < 1 or bands < 1:
+            raise ValueError(
+                f"expected width, permutations and bands of at least 1, got {width}, {permutations} and {bands}"
+            )
         self.threshold, self.width, self.permutations, self.bands = threshold, width, permutations, bands
         near_duplicates(torch.zeros(1, permutations, dtype=torch.int32), threshold, bands)  # refuses what cannot be
 
