@@ -1,7 +1,8 @@
-"""Flags and numbers among the arguments of a constructor, told apart: Python takes True for 1, and 5 for true."""
+"""Arguments of constructors, looked at early: flags and numbers told apart, folders of models that are not there."""
 
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import numpy as np
@@ -33,6 +34,6 @@ def refuse_missing_folder(name: str | Path) -> None:
     is_path = text.startswith(("/", ".", "~")) or text.count("/") > 1
     if is_path and not Path(text).exists():
         raise FileNotFoundError(
-            f"expected a folder with a model, as Transformers saves it, at {text}, found none: look at the path, or name "
-            "a model of the Hugging Face hub"
+            f"expected a folder with a model, as Transformers saves it, at {text}, found none: look at the path, or "
+            "name a model of the Hugging Face hub"
         )

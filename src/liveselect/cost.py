@@ -122,7 +122,7 @@ class CostMeter:
 
     @contextmanager
     def forwards(self, *modules: nn.Module) -> Iterator[None]:
-        """Charge the FLOPs of all forwards of ``modules`` in the block, whoever calls them, in batches of whatever size.
+        """Charge the FLOPs of all forwards of ``modules`` in the block, whoever calls them, whatever their batches.
 
         For networks that another library runs, such as an encoder. Inputs of equal shapes are counted once.
         """
