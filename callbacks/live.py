@@ -2,6 +2,7 @@
 
 from typing import Any, Unpack
 
+from liveselect.arguments import check_plain
 from liveselect.callbacks.arguments import SpreadRunArguments, only
 from liveselect.callbacks.selection import DataSelection
 from liveselect.grammar import InfluenceEstimator, InfluenceRegressor
@@ -74,6 +75,7 @@ class LiveSelection(DataSelection):
         warmup_rounds: int = 1,
         **run: Unpack[SpreadRunArguments],
     ) -> None:
+        check_plain(LiveSelection, locals())
         if not 0.0 < ratio <= 1.0:
             raise ValueError(f"expected ratio, the share that is chosen, above 0 and up to 1, got {ratio}")
         if not gate >= 1.0:

@@ -12,6 +12,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from liveselect.arguments import check_plain
 from liveselect.functional.features import adam_feature
 from liveselect.functional.sketches import CountSketch, DenseSketch, LowRankSketch, Projection
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, State
@@ -106,6 +107,7 @@ class LESSInfluence(InfluenceEstimator):
         projection: Kind = "sparse",
         over: Over = "max",
     ) -> None:
+        check_plain(LESSInfluence, locals())
         named = (("features", features, Features), ("form", form, Form))
         for name, value, kind in (*named, ("projection", projection, Kind), ("over", over, Over)):
             if value not in get_args(kind):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from liveselect import distributed
-from liveselect.arguments import refuse_missing_folder
+from liveselect.arguments import check_plain, refuse_missing_folder
 from liveselect.functional.bands import Band, band_edges
 from liveselect.functional.sampling import uniform_subset
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, State
@@ -40,6 +40,7 @@ class PerplexityInfluence(InfluenceEstimator):
     def __init__(
         self, band: Band | None = "middle", scorer: nn.Module | str | Path | None = None, sampled: int = 256
     ) -> None:
+        check_plain(PerplexityInfluence, locals())
         if band is not None and band not in get_args(Band):
             raise ValueError(f"expected band to be one of {get_args(Band)} or None, got {band!r}")
         if sampled < 3:
@@ -125,6 +126,7 @@ class ReducibleLossInfluence(InfluenceEstimator):
         learning_rate: float = 1e-4,
         step_rows: int = 64,
     ) -> None:
+        check_plain(ReducibleLossInfluence, locals())
         _check_training(steps, learning_rate, step_rows)
         self.steps, self.learning_rate, self.step_rows = steps, learning_rate, step_rows
         self._other = _OtherModel(reference_model)
@@ -178,6 +180,7 @@ class LossDropInfluence(InfluenceEstimator):
     """
 
     def __init__(self, steps: int = 16, learning_rate: float = 1e-4, step_rows: int = 64) -> None:
+        check_plain(LossDropInfluence, locals())
         _check_training(steps, learning_rate, step_rows)
         self.steps, self.learning_rate, self.step_rows = steps, learning_rate, step_rows
         self._trained: OtherWeights | None = None

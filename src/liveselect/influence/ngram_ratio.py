@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from liveselect import distributed
+from liveselect.arguments import check_plain
 from liveselect.functional.ngram_ratio import BUCKETS, SMOOTHING, add_ngrams, log_ratio, mean_log_ratio
 from liveselect.functional.sampling import uniform_subset
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, Round, text_tokens
@@ -29,6 +30,7 @@ class NgramRatioInfluence(InfluenceEstimator):
     def __init__(
         self, recent: float = 0.5, smoothing: float = SMOOTHING, buckets: int = BUCKETS, pool_rows: int = 1 << 20
     ) -> None:
+        check_plain(NgramRatioInfluence, locals())
         if not 0 <= recent < math.inf or pool_rows < 1:
             raise ValueError(f"expected recent of at least 0 and pool_rows of at least 1, got {recent} and {pool_rows}")
         self.recent, self.smoothing, self.buckets, self.pool_rows = recent, smoothing, buckets, pool_rows

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from liveselect.arguments import check_plain
 from liveselect.functional.token_table import TokenTable, TokenValues
 from liveselect.grammar import IGNORE_INDEX, Batch, InfluenceRegressor, Round, State
 from liveselect.regressors.targets import distinct_targets, held_out_metrics, robust_targets
@@ -38,6 +39,7 @@ class TokenTableRegressor(InfluenceRegressor):
     def __init__(
         self, buckets: int = 2**16, shrinkage: float = 8.0, forgetting: float = 0.8, clip: float = 0.01
     ) -> None:
+        check_plain(TokenTableRegressor, locals())
         if buckets < 2 or buckets & (buckets - 1):
             raise ValueError(f"expected the number of buckets to be a power of two, got {buckets}")
         if not shrinkage > 0:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from liveselect.arguments import check_plain
 from liveselect.cost import CostMeter
 from liveselect.distributed import gather_shards, shard, sum_over_ranks
 from liveselect.functional.ngram_ratio import BUCKETS, SMOOTHING, count_ngrams, log_ratio, mean_log_ratio
@@ -44,6 +45,7 @@ class NGramPrior:
     """
 
     def __init__(self, smoothing: float = SMOOTHING, buckets: int = BUCKETS) -> None:
+        check_plain(NGramPrior, locals())
         if not smoothing > 0:
             raise ValueError(f"expected a smoothing above 0, got {smoothing}: without any, an unseen n-gram is -inf")
         if buckets < 2 or buckets & (buckets - 1):
