@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
     "bm25": {"bm25, ids": {}, "bm25, words": {"terms": "words"}},
     "embed": {"embed, hashed": {}},
     "near-duplicates": {"near-duplicates": {}},
+    "semantic-duplicates": {"semantic-duplicates": {}},
     "perplexity": {f"perplexity, {band}": {"band": band} for band in ("low", "middle", "high")},
     "rho": {"rho": {"learning_rate": 1e-3}},
     "tap": {"tap": {"learning_rate": 1e-3}},

@@ -21,11 +21,13 @@ class Item:
         input_ids: ``(T,)`` int64.
         labels: ``(T,)`` int64, -100 where no loss is taken.
         record: position of its record.
+        subtask: number of the subtask that it is of, None where subtasks are not named.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     record: int
+    subtask: int | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -42,7 +44,7 @@ def bucket(items: Sequence[Item], tokens: int, pad_id: int = 0) -> list[dict[str
     Rows of one batch have nearly the same length, so little padding is computed; where only the last tokens count (an
     answer, a last word), they are in nearly the same columns. The longest come first, so that a budget that does not
     fit in memory fails at once. An item longer than the budget is a batch by itself. ``id (B,)`` is the position in
-    ``items``; the other keys are ``input_ids (B, T)`` and ``labels (B, T)``.
+    ``items``; the other keys are ``input_ids (B, T)`` and ``labels (B, T)``, and ``subtask (B,)`` where items have one.
     """
     order = sorted(range(len(items)), key=lambda i: (-len(items[i]), items[i].targets, i))
     batches: list[list[int]] = []
@@ -51,7 +53,13 @@ def bucket(items: Sequence[Item], tokens: int, pad_id: int = 0) -> list[dict[str
         if not batches or (len(batches[-1]) + 1) * width > tokens or len(items[i]) < MIN_LENGTH_SHARE * width:
             batches.append([])
         batches[-1].append(i)
-    return [pad_rows([(items[i].input_ids, items[i].labels) for i in rows], rows, pad_id) for rows in batches]
+    return [_padded(items, rows, pad_id) for rows in batches]
+
+
+def _padded(items: Sequence[Item], rows: Sequence[int], pad_id: int) -> dict[str, Tensor]:
+    batch = pad_rows([(items[i].input_ids, items[i].labels) for i in rows], rows, pad_id)
+    subtasks = [number for i in rows if (number := items[i].subtask) is not None]
+    return {**batch, "subtask": torch.tensor(subtasks)} if subtasks else batch
 
 
 def pack(items: Sequence[Item], width: int, tokens: int, pad_id: int = 0) -> list[dict[str, Tensor]]:

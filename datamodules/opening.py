@@ -98,10 +98,10 @@ def open_tokenizer(
 
 
 def fingerprint_of(batches: Iterable[Batch]) -> str:
-    """Return a hash of the token ids and labels of some batches."""
+    """Return a hash of the token ids, labels and subtasks of some batches."""
     digest = hashlib.blake2b(digest_size=16)
     for batch in batches:
-        for name in ("input_ids", "labels"):
+        for name in ("input_ids", "labels", *(("subtask",) if "subtask" in batch else ())):
             array = np.ascontiguousarray(batch[name])
             digest.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
     return digest.hexdigest()

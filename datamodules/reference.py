@@ -4,7 +4,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORDS_PER_BATCH = 1024  # read and tokenised at once
-ROLES = ("input_ids", "prompt", "answer", "text")
+ROLES = ("input_ids", "prompt", "answer", "text", "subtask")
 DESCRIPTIONS = {
     *("_id", "doc_id", "id", "idx", "index", "record", "uid", "uuid", "hash", "length", "name", "path", "file"),
     *("url", "author", "date", "created", "timestamp", "meta", "metadata", "title", "lang", "language"),
@@ -52,6 +52,9 @@ class ReferenceSet:
       with a warning, an answer that is too long itself.
     - ``input_ids`` and, if given, ``labels`` and ``attention_mask``.
 
+    A record may say in ``subtask`` which part of a benchmark it is of (a string or a number); then all of them must.
+    :class:`~liveselect.influence.LESSInfluence` takes the best of the subtasks. Others make no difference between them.
+
     Records without text (null) are left out with a warning. All records count alike: a ``weight`` is refused.
 
     Args:
@@ -59,8 +62,8 @@ class ReferenceSet:
         answer: ``last_word`` makes the last word of each ``text`` its answer, as LAMBADA is scored.
         max_examples: use this many examples, drawn with ``seed``; all by default.
         separator: text between prompt and answer.
-        columns: names of the columns, where they are not called ``text``, ``prompt``, ``answer``, ``input_ids``:
-            for example ``{"text": "content"}``.
+        columns: names of the columns, where they are not called ``text``, ``prompt``, ``answer``, ``input_ids``,
+            ``subtask``: for example ``{"text": "content"}``.
         max_length: longest example in tokens; by default the block size of the pool.
         seed: seed of the draw.
     """
@@ -126,12 +129,16 @@ class _Seen:
         unused: fields without effect, with the number of records that have them.
         mended: texts with halves of surrogate pairs.
         shortened: answers too long for an example.
+        subtasks: their numbers, by name, in the order in which they were found.
+        without_subtask: whether a record has none.
     """
 
     used: set[str] = field(default_factory=set)
     unused: Counter[str] = field(default_factory=Counter)
     mended: int = 0
     shortened: int = 0
+    subtasks: dict[str, int] = field(default_factory=dict)
+    without_subtask: bool = False
 
     def check(self, reference: ReferenceSet) -> None:
         """Raise ValueError when a setting had no effect on any record."""
@@ -199,8 +206,8 @@ def load_reference(
     positions: list[int] = []
     left_out = 0
     seen = _Seen()
-    for position, encoded in _encode(records, reference, tokenizer, seen):
-        parts = [item for item in _cut(encoded, longest, len(documents)) if item.targets]
+    for position, encoded, subtask in _encode(records, reference, tokenizer, seen):
+        parts = [replace(item, subtask=subtask) for item in _cut(encoded, longest, len(documents)) if item.targets]
         documents.append(hash_tokens(encoded.input_ids))
         positions.append(position)
         left_out += not parts
@@ -283,8 +290,8 @@ def _reservoir(records: Iterable[Numbered], reference: ReferenceSet) -> Iterator
 
 def _encode(
     records: Iterator[Numbered], reference: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None", seen: _Seen
-) -> Iterator[tuple[int, Encoded]]:
-    """Yield each record's position, and its tokens with a mask of those that count."""
+) -> Iterator[tuple[int, Encoded, int | None]]:
+    """Yield each record's position, its tokens with a mask of those that count, and the number of its subtask."""
     while part := list(itertools.islice(records, RECORDS_PER_BATCH)):
         contents = [_content(record, reference, position, seen) for position, record in part]
         texts = [content for content in contents if isinstance(content, str)]
@@ -298,8 +305,29 @@ def _encode(
                 "not known: pass it to SelectionDataModule, or to SelectionDataModule.wrap, as tokenizer= (a name, a "
                 "path or a tokenizer), or give the reference as input_ids"
             )
-        for (position, _), content in zip(part, contents, strict=True):
-            yield position, next(encoded[type(content)])
+        for (position, record), content in zip(part, contents, strict=True):
+            yield position, next(encoded[type(content)]), _subtask(record, reference, position, seen)
+
+
+def _subtask(record: object, reference: ReferenceSet, position: int, seen: _Seen) -> int | None:
+    """Return the number of a record's subtask; raise ValueError where others name theirs and it does not."""
+    column = reference.columns.get("subtask", "subtask")
+    name = record.get(column) if isinstance(record, Mapping) else None
+    if _is_missing(name):
+        if seen.subtasks:
+            raise ValueError(
+                f"expected record {position} of the reference set ({_name(reference.source)}) to name its subtask in "
+                f"{column!r}, as records before it do: name all or none"
+            )
+        seen.without_subtask = True
+        return None
+    if seen.without_subtask:
+        raise ValueError(
+            f"record {position} of the reference set ({_name(reference.source)}) names its subtask in {column!r}, and "
+            "records before it do not: name all or none"
+        )
+    seen.used.add("subtask")
+    return seen.subtasks.setdefault(str(name), len(seen.subtasks))
 
 
 def _content(record: object, reference: ReferenceSet, position: int, seen: _Seen) -> Encoded | _Answered | str:
@@ -322,7 +350,7 @@ def _content(record: object, reference: ReferenceSet, position: int, seen: _Seen
     kind = next((roles for roles in there if not any(_is_missing(record[names[role]]) for role in roles)), there[0])
     columns = [names[role] for role in kind]
     seen.used.update(kind)
-    _look_at_others(record, columns, where, seen)
+    _look_at_others(record, columns, names["subtask"], where, seen)
     if any(_is_missing(record[column]) for column in columns):
         return NOTHING
     if kind == ("input_ids",):
@@ -335,9 +363,9 @@ def _content(record: object, reference: ReferenceSet, position: int, seen: _Seen
     return _Answered(whole[0] + reference.separator, whole[1])
 
 
-def _look_at_others(record: Mapping, columns: Sequence[str], where: str, seen: _Seen) -> None:
+def _look_at_others(record: Mapping, columns: Sequence[str], subtask: str, where: str, seen: _Seen) -> None:
     """Note the fields of a record without effect; raise ValueError for a weight."""
-    used = {*columns, *(("labels", "attention_mask") if columns == ["input_ids"] else ())}
+    used = {*columns, subtask, *(("labels", "attention_mask") if columns == ["input_ids"] else ())}
     others = [str(name) for name, value in record.items() if name not in used and value is not None]
     if weights := [name for name in others if name in WEIGHTS]:
         raise ValueError(

@@ -105,3 +105,20 @@ def test_a_trial_moves_no_random_state_and_a_failed_block_is_not_remembered():
         broken()
     assert not meter.knows(layer, "broken")
     assert meter.knows(layer, "draws")
+
+
+def test_forwards_that_another_library_calls_are_charged_however_it_calls_them():
+    network, other = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4)), nn.Linear(16, 2)
+    each = 2 * 16 * 32 + 2 * 32 * 4
+    meter = CostMeter()
+    with meter.phase("encode"), meter.forwards(network, other), torch.inference_mode():
+        first = network(torch.ones(3, 16))
+        network.forward(torch.ones(3, 16))  # sentence-transformers calls it so
+        network(torch.ones(5, 16))
+        torch.ones(9, 9) @ torch.ones(9, 9)  # no forward of these
+    assert meter.flops == {"encode": (3 + 3 + 5) * each}
+    assert torch.equal(first, network(torch.ones(3, 16)))
+    assert "forward" not in vars(network)
+    with pytest.raises(RuntimeError), meter.forwards(other):
+        other(torch.ones(2, 3))
+    assert "forward" not in vars(other)

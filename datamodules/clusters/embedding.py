@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from liveselect.arguments import refuse_missing_folder
 from liveselect.datamodules.rows.groups import check_if_listed
 from liveselect.functional.ngrams import hashed_ngrams
 
@@ -29,10 +30,12 @@ class Embedder(Protocol):
     Attributes:
         dimensions: D, length of a vector; known after ``fit``.
         sample_tokens: tokens of the sample that ``fit`` gets, at the most.
+        networks: modules that it runs, whose FLOPs can be counted.
     """
 
     dimensions: int
     sample_tokens: int
+    networks: tuple[nn.Module, ...]
 
     def fit(self, blocks: Tensor) -> None:
         """Fit the embedding to a random sample of blocks, ``(m, T)``."""
@@ -52,6 +55,8 @@ class HashedEmbedder:
         buckets: a power of two.
         seed: seed of the randomized decomposition.
     """
+
+    networks: tuple[nn.Module, ...] = ()
 
     def __init__(self, dimensions: int = 128, buckets: int = 1 << 15, seed: int = 0) -> None:
         if dimensions < 1:
@@ -107,11 +112,15 @@ class TextEmbedder:
     Args:
         encode: maps a list of n texts to ``(n, D)``.
         decode: maps tokens ``(n, T)`` to n texts.
+        networks: modules that ``encode`` runs.
     """
 
     sample_tokens = 1
 
-    def __init__(self, encode: Encode, decode: Callable[[Tensor], list[str]]) -> None:
+    def __init__(
+        self, encode: Encode, decode: Callable[[Tensor], list[str]], networks: tuple[nn.Module, ...] = ()
+    ) -> None:
+        self.networks = networks
         self._encode = encode
         self._decode = decode
         self.dimensions = 0
@@ -137,6 +146,7 @@ class ReadyVectors:
     """
 
     sample_tokens = 1
+    networks: tuple[nn.Module, ...] = ()
 
     def __init__(self, vectors: str | Path | np.ndarray, rows: int) -> None:
         self._vectors = _load_array(Path(vectors)) if isinstance(vectors, (str, Path)) else vectors
@@ -197,7 +207,11 @@ def make_embedder(
             f"{spec} reads text, and this pool was made from token ids without a tokenizer: use hashed, or bring "
             "vectors:FILE.npy"
         )
-    return TextEmbedder(_encoder(name) if kind == "encoder" else _static_model().from_pretrained(name).encode, decode)
+    refuse_missing_folder(name)
+    if kind == "static":
+        return TextEmbedder(_static_model().from_pretrained(name).encode, decode)
+    encode, network = _encoder(name)
+    return TextEmbedder(encode, decode, (network,))
 
 
 def _load_array(path: Path) -> np.ndarray:
@@ -219,18 +233,21 @@ def _static_model() -> "type[StaticModel]":
     return StaticModel
 
 
-def _encoder(name: str) -> Encode:
-    """Return the sentence-transformers model of that name, or without this library the encoder's mean token state."""
+def _encoder(name: str) -> tuple[Encode, nn.Module]:
+    """Return the sentence-transformers model of that name, or without this library the encoder's mean token state.
+
+    And the module that it runs.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         return _mean_state(name, device)
     model = SentenceTransformer(name, device=device, trust_remote_code=False)
-    return lambda texts: model.encode(texts, convert_to_numpy=True, show_progress_bar=False)
+    return lambda texts: model.encode(texts, convert_to_numpy=True, show_progress_bar=False), model
 
 
-def _mean_state(name: str, device: str, rows: int = 32, longest: int = 512) -> Encode:
+def _mean_state(name: str, device: str, rows: int = 32, longest: int = 512) -> tuple[Encode, nn.Module]:
     # pipeline("feature-extraction") leaves padding in its batches, or runs text by text, which takes many times longer
     from transformers import AutoModel, AutoTokenizer
 
@@ -250,4 +267,4 @@ def _mean_state(name: str, device: str, rows: int = 32, longest: int = 512) -> E
             found.append(((state * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy())
         return np.concatenate(found)
 
-    return encode
+    return encode, model

@@ -1,7 +1,8 @@
-"""Flags and numbers among the arguments of a constructor, told apart: Python takes True for 1, and 5 for true."""
+"""Arguments of constructors, looked at early: flags and numbers told apart, folders of models that are not there."""
 
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import numpy as np
@@ -30,3 +31,14 @@ def check_plain(of: Callable[..., Any], given: Mapping[str, object]) -> None:
 def of_python(value: object) -> Any:
     """Return a number of numpy as one of Python, which checkpoints and JSON know; anything else as it is."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def refuse_missing_folder(name: str | Path) -> None:
+    """Raise FileNotFoundError where the name of a model is that of a folder which is not there, not one of the hub."""
+    text = str(name)
+    is_path = text.startswith(("/", ".", "~")) or text.count("/") > 1
+    if is_path and not Path(text).exists():
+        raise FileNotFoundError(
+            f"expected a folder with a model, as Transformers saves it, at {text}, found none: look at the path, or "
+            "name a model of the Hugging Face hub"
+        )

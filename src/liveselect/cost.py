@@ -3,13 +3,14 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from liveselect.functional.flops import Flops, flops_counted, flops_set_aside
 
@@ -119,6 +120,23 @@ class CostMeter:
                 yield
         self.charge(known[work])
 
+    @contextmanager
+    def forwards(self, *modules: nn.Module) -> Iterator[None]:
+        """Charge the FLOPs of all forwards of ``modules`` in the block, whoever calls them, whatever their batches.
+
+        For networks that another library runs, such as an encoder. Inputs of equal shapes are counted once.
+        """
+        with ExitStack() as stack:
+            for module in modules:
+                before = vars(module).get("forward")
+                module.forward = partial(self._forward, module, module.forward)  # libraries call it by name too
+                stack.callback(_put_back, module, before)
+            yield
+
+    def _forward(self, module: nn.Module, forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        with self.counting(module, "forward", _shapes(arguments), _shapes(named)):
+            return forward(*arguments, **named)
+
     @staticmethod
     def learn(model: nn.Module | None, *work: Hashable, trial: Callable[[], object]) -> None:
         """Count the work of a trial, and remember it for :meth:`counting`; random states stay as they are."""
@@ -149,6 +167,23 @@ class CostMeter:
         if self._open:
             self.seconds[self._open[-1]] += now - self._since
         self._since = now
+
+
+def _put_back(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
+
+
+def _shapes(value: object) -> Hashable:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, Mapping):
+        return tuple((name, _shapes(each)) for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_shapes(each) for each in value)
+    return type(value).__qualname__
 
 
 def _remember(known: dict[Hashable, Flops], work: Hashable, flops: Flops) -> None:

@@ -248,6 +248,21 @@ def on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     }
 
 
+def text_tokens(batch: Batch) -> Tensor | None:
+    """Return which tokens are text, ``(B, T)`` bool on CPU, and no padding; None when all are.
+
+    Batches of rows of several lengths need not have an ``attention_mask``: then what comes after the last target of a
+    row is padding, and what comes before a target is its context.
+    """
+    if "attention_mask" in batch:
+        mask = batch["attention_mask"].cpu().bool()
+        return None if bool(mask.all()) else mask
+    labels = batch["labels"].cpu() if "labels" in batch else None
+    if labels is None or bool((labels[:, -1] != IGNORE_INDEX).all()):
+        return None
+    return (labels != IGNORE_INDEX).flip(1).cummax(dim=1).values.flip(1)
+
+
 # ---- parts -------------------------------------------------------------------------------------------------------
 
 _GIVEN = "_given"

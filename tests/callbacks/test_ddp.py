@@ -33,9 +33,8 @@ def test_two_ranks_choose_what_one_chooses_from_the_same_influence(runs):
     for (plan, measured, influence), (plan2, measured2, influence2) in zip(alone[0], together[0], strict=True):
         assert plan == plan2
         assert measured == measured2
-        assert torch.allclose(
-            torch.tensor(influence), torch.tensor(influence2), rtol=1e-3, atol=5e-4
-        )  # of influences about 1, from differences of float32 losses
+        # influences are about 1, from differences of float32 losses
+        assert torch.allclose(torch.tensor(influence), torch.tensor(influence2), rtol=1e-3, atol=5e-4)
 
 
 def test_two_ranks_see_the_global_batches_of_one(runs):

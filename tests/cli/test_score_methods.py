@@ -1,14 +1,16 @@
 """Every method scores a pool: a planted signal is found, and the folder says what made it."""
 
+import copy
 import json
 import sys
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from fakes import FakeSource, fake_context, planted_source
+from fakes import FakeSource, fake_context, planted_source, play
 from ranks import on_ranks
 from transformers import BertConfig, BertModel, BertTokenizerFast
 from unrolled_language_model import warm_context
@@ -16,12 +18,23 @@ from unrolled_language_model import warm_context
 from liveselect import cli
 from liveselect.cli.score_method import MethodJob
 from liveselect.cli.score_methods import METHODS, NEEDS_MODEL, build, check_settings
-from liveselect.datamodules import TokenStore, write_store
+from liveselect.datamodules import SelectionDataModule, TokenStore, write_store
 from liveselect.functional.bands import band_order
-from liveselect.influence import PerplexityInfluence
+from liveselect.functional.flops import flops_counted
+from liveselect.grammar import Round
+from liveselect.influence import LossDropInfluence, PerplexityInfluence
 from liveselect.ledger import Ledger
+from liveselect.regressors import HashedRidgeRegressor
+from liveselect.rounds import SelectionRun
 from liveselect.scores import read_scores
-from liveselect.selectors import PriorSelector, ScoredSelector, UniformSelector
+from liveselect.selectors import (
+    PriorSelector,
+    RegressionSelector,
+    ScoredSelector,
+    StratifiedSelector,
+    UCBSelector,
+    UniformSelector,
+)
 
 SETTINGS = {
     "dsir": {"terms": "words"},
@@ -44,7 +57,7 @@ def job(folder, name, context=None, settings=None, **options):
     return MethodJob(model=model, round=context.round, method=method, folder=folder, **{"shard_size": 50, **options})
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"near-duplicates", "perplexity"}))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"near-duplicates", "semantic-duplicates", "perplexity"}))
 def test_a_method_finds_the_rows_that_are_like_the_reference_set(name, tmp_path):
     source, wanted = planted()
     scores = job(tmp_path, name, warm_context("adamw", source=source)).run()
@@ -182,6 +195,8 @@ def test_the_command_takes_methods_and_settings_from_options_and_files(run, caps
         (["--method=bm25", "--column=edu"], "expected one of --method, --column and --parts"),
         (["--settings.b=0.5"], "expected --method together with --settings"),
         (["--method=embed", "--settings.embedding=vectors:v.npy"], "reads texts"),
+        (["--method=embed", "--settings.embedding=encoder:/absent"], "expected a folder with a model"),
+        (["--method=rho", "--settings.reference_model=./absent"], "expected a folder with a model"),
         (["--method=less", "--settings.checkpoints=[absent.ckpt]"], "expected a checkpoint of the Trainer at"),
     ],
 )
@@ -202,6 +217,25 @@ def test_the_ledger_of_a_run_that_draws_from_the_scores_has_their_cost(run):
     assert ledger.before_flops == cost["flops"]
     assert ledger.before_flops["train on the reference set"] > 0
     assert ledger.before_seconds == cost["seconds"]
+
+
+@pytest.mark.parametrize("name", ["ngram-ratio", "dsir", "bm25"])
+def test_counting_and_scoring_together_take_at_most_a_second_for_five_million_tokens(name, tmp_path):
+    rows, width = 2048, 1024
+    drawn = torch.rand(rows, width, generator=torch.Generator().manual_seed(0)).pow(3).mul(32_000).long()
+    store = write_store(
+        tmp_path / "pool", [row.numpy() for row in drawn], block_size=width, vocab_size=32_000, eos_id=None
+    )
+    data = SelectionDataModule(str(store.path), [{"input_ids": drawn[0, :200].tolist()}], batch_size=8, overlap="allow")
+    data.setup("fit")
+    taken = []
+    for i in range(3):
+        round_ = Round(index=0, step=0, seed=0, candidates=torch.arange(rows), source=data)
+        began = time.process_time()
+        MethodJob(model=None, round=round_, method=build(name, {}, data), folder=tmp_path / str(i)).run()
+        taken.append(time.process_time() - began)
+    fixed = 0.5 if name == "bm25" else 0.0  # tables of four million buckets
+    assert rows * width / max(1e-6, min(taken) - fixed) > 5e6
 
 
 # ---- parts that other engines made -------------------------------------------------------------------------------
@@ -300,3 +334,85 @@ def test_rows_can_be_embedded_by_an_encoder_from_a_folder(tmp_path, monkeypatch)
     scores = job(tmp_path / "s", "embed", fake_context(source), settings).run().values
     assert scores.argmax() == 3
     assert scores[3].item() == pytest.approx(1.0, abs=1e-5)
+    cost = read_scores(tmp_path / "s").about["cost"]
+    widths = 8 * (2 + 4)  # tokens of the pool, with those that begin and end a text
+    per_token = 2 * (4 * 16 * 16 + 2 * 16 * 16) + 4 * (2 + 4) * 16
+    expected = per_token * widths
+    assert cost["flops"]["score the pool"] == pytest.approx(expected, rel=0.1)  # and a pooler, of one token
+    assert cost["flops"]["fit method"] > 0
+    assert not cost["uncounted"]
+
+
+def test_near_duplicates_can_be_found_by_vectors(tmp_path):
+    source, _ = planted()
+    source.tokens[40:50] = source.tokens[:10]
+    scores = job(tmp_path, "semantic-duplicates", fake_context(source), {"dimensions": 32, "threshold": 0.99}).run()
+    assert torch.isneginf(scores.values).nonzero()[:, 0].tolist() == list(range(40, 50))
+    assert sum(scores.about["cost"]["uncounted"].values()) == 1  # the products of scipy are named
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("ngram-ratio", False), ("dsir", False), ("dsir", True), ("bm25", False), ("bm25", True), ("embed", False)],
+)
+def test_padding_of_the_reference_set_is_no_text(name, words, tmp_path):
+    tokens = torch.arange(240).view(30, 8) % 20
+    short, padding = torch.randint(0, 20, (4, 5), generator=torch.Generator().manual_seed(1)), torch.zeros(4, 3).long()
+    padded = torch.cat([short, padding], dim=1)
+    labels = torch.where(torch.arange(8) < 5, padded, -100)
+    sources = FakeSource(tokens, short), FakeSource(tokens, padded, reference_labels=labels)
+    settings = {"terms": "words"} if words else {"dimensions": 4} if name == "embed" else {}
+    found = [job(tmp_path / str(i), name, fake_context(each), settings).run() for i, each in enumerate(sources)]
+    torch.testing.assert_close(found[0].values, found[1].values)
+
+
+def test_the_costs_stand_to_each_other_as_published(tmp_path):
+    """Scoring the pool by perplexity is a third of training on it, by LESS with one checkpoint all of it."""
+    flops = {}
+    for name in ("perplexity", "less"):
+        cost = job(tmp_path / name, name).run().about["cost"]["flops"]
+        flops[name] = cost["losses of candidates" if name == "perplexity" else "example gradients"]
+    context = warm_context("adamw", source=planted()[0])
+    rows = torch.arange(120).split(8)
+    with flops_counted() as trained:
+        for ids in rows:
+            context.loss_fn(context.model, {"input_ids": context.source.tokens[ids]}).mean().backward()
+    coordinates = sum(parameter.numel() for parameter in context.model.parameters())
+    assert flops["perplexity"] / trained.total == pytest.approx(1 / 3, rel=0.05)
+    # less what a projection and Adam's moments take
+    gradients = flops["less"] - 10 * coordinates * 120
+    assert gradients / trained.total == pytest.approx(1.0, rel=0.05)
+    assert gradients / flops["perplexity"] == pytest.approx(3.0, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        UniformSelector(),
+        StratifiedSelector(),
+        UCBSelector(probes=20),
+        RegressionSelector(HashedRidgeRegressor(buckets=256), probes=20),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_scores_of_any_method_are_a_prior_of_any_selector(inner, every_score):
+    unused, folders = every_score
+    for name, folder in folders.items():
+        source = copy.deepcopy(unused)
+        prior = PriorSelector(copy.deepcopy(inner), folder, ratio=0.5)
+        run = SelectionRun(prior, LossDropInfluence(steps=2), UniformSelector(), 0, source)
+        plan = play(run, 20, warm_context("adamw", source=source))
+        values = read_scores(folder).values
+        allowed = values >= values.sort(descending=True).values[59]
+        assert bool(allowed[plan.ids].all()), name
+
+
+@pytest.fixture(scope="module")
+def every_score(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("every")
+    groups = {"groups": torch.arange(120) % 3, "group_names": ("a", "b", "c")}
+    source, _ = planted_source(candidates=120, share=0.25, length=24, vocab=50, rows=16, **groups)
+    context = warm_context("adamw", source=source)
+    for name in METHODS:
+        job(folder / name, name, context).run()
+    return source, {name: folder / name for name in METHODS}

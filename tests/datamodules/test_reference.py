@@ -399,3 +399,20 @@ def test_an_answer_that_is_glued_to_its_prompt_gets_no_invented_space():
     (encoded,) = encode_answers(tokenizer, [("new", "ton")])
     assert tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist()) == ["▁", *"new", *"ton"]
     assert encoded.counts.tolist() == [False] * 4 + [True] * 3
+
+
+def test_records_may_name_their_subtask_and_then_all_must():
+    records = [{"input_ids": [1, 2, 3], "subject": name} for name in ("law", "art", "law")]
+    loaded = load_reference(ReferenceSet(records, columns={"subtask": "subject"}))
+    assert [item.subtask for item in loaded.items] == [0, 1, 0]
+    (batch,) = bucket(loaded.items, 100)
+    assert batch["subtask"].tolist() == [0, 1, 0]
+    assert "subtask" not in bucket(load_reference(ReferenceSet(records)).items, 100)[0]
+    named = [{"input_ids": [1, 2], "subtask": 3}]
+    assert not load_reference(ReferenceSet(named)).remarks
+    bare = [{"input_ids": [1, 2]}]
+    for mixed in (named + bare, bare + named):
+        with pytest.raises(ValueError, match="name all or none"):
+            load_reference(ReferenceSet(mixed))
+    with pytest.raises(ValueError, match="has no effect"):
+        load_reference(ReferenceSet(bare, columns={"subtask": "subject"}))

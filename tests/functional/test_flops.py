@@ -310,3 +310,28 @@ def test_counting_changes_no_bit_of_a_forward_and_draws_no_number():
             seen = model(ids).logits
     assert torch.equal(plain, seen)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_llama_2_7b_costs_what_palm_s_formula_says():
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = transformers.LlamaConfig(vocab_size=32000, max_position_embeddings=4096, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        ids = torch.zeros(1, 2048, dtype=torch.int64)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == 6_738_415_616
+    with torch.no_grad():
+        flops = counted(lambda: model(ids))
+    looked_up = total - matmul_parameters(model)  # embeddings and norms, which the formula takes for products
+    assert 3 * flops.total / 2048 + 6 * looked_up == pytest.approx(4.36517e10, rel=1e-3)
+    assert 3 * (flops.total / 2048) == pytest.approx(6 * matmul_parameters(model) + 12 * 4096 * 32 * 2048, rel=1e-3)
+
+
+def test_products_of_selection_by_hand():
+    # K-FAC factors of a layer of 5 to 6 over 4 x 7 tokens, and the gradients of its examples one by one
+    inputs, outputs = torch.randn(28, 5), torch.randn(28, 6)
+    assert counted(lambda: (inputs.T @ inputs, outputs.T @ outputs)).total == 2 * 28 * (25 + 36) == 3_416
+    rows = inputs.view(4, 7, 5), outputs.view(4, 7, 6)
+    assert counted(lambda: rows[0].transpose(1, 2) @ rows[1]).total == 1_680
+    ghost = counted(lambda: (inputs @ inputs.T, outputs @ outputs.T))
+    assert ghost.total == 17_248

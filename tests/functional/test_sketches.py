@@ -1,68 +1,61 @@
-import subprocess
-import sys
+"""Projections keep inner products, and are the same everywhere."""
 
+import pytest
 import torch
 
-from liveselect.functional.features import adam_feature
-from liveselect.functional.sketches import CountSketch
+from liveselect.functional.flops import flops_counted
+from liveselect.functional.sketches import CountSketch, DenseSketch, LowRankSketch
 
+SHAPES = {"w": torch.Size([24, 40]), "b": torch.Size([24]), "deep": torch.Size([6, 4, 10])}
 CPU = torch.device("cpu")
 
 
-def unit(shape, seed):
-    value = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return value / value.norm()
+def gradients(seed):
+    generator = torch.Generator().manual_seed(seed)
+    made = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    norm = sum(each.square().sum() for each in made.values()).sqrt()
+    return {name: each / norm for name, each in made.items()}
 
 
-def test_inner_products_of_unit_vectors_are_kept():
-    d = 1024
-    sketch = CountSketch({"a": torch.Size([300, 100])}, d, 0, CPU)
-    for seed in range(20):
-        first, second = unit((300, 100), seed), unit((300, 100), 100 + seed)
-        second = 0.6 * first + 0.8 * second
-        found = float(sketch({"a": first}) @ sketch({"a": second}))
-        assert abs(found - float((first * second).sum())) < 4 / d**0.5
+def inner(first, second):
+    return float(sum((first[name] * second[name]).sum() for name in SHAPES))
 
 
-def test_the_map_is_linear_and_names_are_placed_apart():
-    shapes = {"a": torch.Size([50]), "b": torch.Size([50])}
-    sketch = CountSketch(shapes, 64, 1, CPU)
-    x, y = unit((50,), 0), unit((50,), 1)
-    torch.testing.assert_close(sketch({"a": x, "b": y}), sketch({"a": x}) + sketch({"b": y}))
-    torch.testing.assert_close(sketch({"a": 3 * x}), 3 * sketch({"a": x}))
-    assert not torch.equal(sketch({"a": x}), sketch({"b": x}))
-    assert not torch.equal(sketch({"a": x}), CountSketch(shapes, 64, 2, CPU)({"a": x}))
+@pytest.mark.parametrize("kind", [CountSketch, DenseSketch, LowRankSketch])
+def test_inner_products_are_right_on_average_and_as_near_as_the_dimensions_say(kind):
+    first, second = gradients(0), gradients(1)
+    mixed = {name: 0.8 * first[name] + 0.6 * second[name] for name in SHAPES}
+    errors = []
+    for seed in range(60):
+        sketch = kind(SHAPES, 300, seed, CPU)
+        assert len(sketch(first)) == sketch.dimensions <= 300
+        errors.append(float(sketch(first) @ sketch(mixed)) - inner(first, mixed))
+    found = torch.tensor(errors)
+    assert abs(float(found.mean())) < 4 * float(found.std()) / 60**0.5
+    assert float(found.std()) < 4 / 300**0.5
 
 
-def test_the_map_is_the_same_in_another_process():
-    code = (
-        "import torch; from liveselect.functional.sketches import CountSketch; "
-        "sketch = CountSketch({'a': torch.Size([40])}, 16, 3, torch.device('cpu')); "
-        "print(sketch({'a': torch.arange(40.)}).tolist())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    mine = CountSketch({"a": torch.Size([40])}, 16, 3, CPU)({"a": torch.arange(40.0)})
-    assert done.stdout.strip() == str(mine.tolist())
+@pytest.mark.parametrize("kind", [CountSketch, DenseSketch, LowRankSketch])
+def test_a_projection_is_linear_the_same_each_time_and_takes_what_is_missing_for_zero(kind):
+    first, second = gradients(0), gradients(1)
+    sketch, again = kind(SHAPES, 64, 7, CPU), kind(dict(reversed(SHAPES.items())), 64, 7, CPU)
+    assert torch.equal(sketch(first), again(first))
+    both = sketch({name: 2 * first[name] - second[name] for name in SHAPES})
+    torch.testing.assert_close(both, 2 * sketch(first) - sketch(second), atol=1e-5, rtol=1e-4)
+    part = {"w": first["w"]}
+    zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    torch.testing.assert_close(sketch(part), sketch(zeros | part))
+    assert not torch.equal(sketch(first), kind(SHAPES, 64, 8, CPU)(first))
 
 
-def test_adams_feature_is_the_one_computed_by_hand():
-    g, m, v = torch.tensor(1.0), torch.tensor(0.1), torch.tensor(0.01)
-    assert abs(adam_feature(g, m, v, (0.9, 0.999), 1e-8).item() - 1.812402) < 1e-6
-    cold = adam_feature(torch.tensor([5.0, -2.0]), torch.zeros(2), torch.zeros(2), (0.9, 0.999), 1e-8)
-    torch.testing.assert_close(cold, torch.tensor([3.1623, -3.1623]), atol=1e-3, rtol=0)
+@pytest.mark.parametrize("kind", [DenseSketch, LowRankSketch])
+def test_the_flops_of_a_projection_are_its_products(kind):
+    sketch = kind(SHAPES, 64, 0, CPU)
+    with flops_counted() as flops:
+        sketch(gradients(0))
+    assert flops.total == sketch.flops
 
 
-def test_adams_own_form_is_the_step_that_torch_takes():
-    parameter = torch.nn.Parameter(torch.zeros(5))
-    optimizer = torch.optim.Adam([parameter], lr=1.0)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        parameter.grad = torch.randn(5, generator=generator)
-        optimizer.step()
-    state = optimizer.state[parameter]
-    before, gradient = parameter.detach().clone(), torch.randn(5, generator=generator)
-    mean, square, steps = state["exp_avg"].clone(), state["exp_avg_sq"].clone(), int(state["step"])
-    expected = adam_feature(gradient, mean, square, (0.9, 0.999), 1e-8, steps=steps)
-    parameter.grad = gradient
-    optimizer.step()
-    torch.testing.assert_close(before - parameter.detach(), expected)
+def test_a_map_without_room_for_every_parameter_is_refused():
+    with pytest.raises(ValueError, match="one dimension for each of 3 parameters"):
+        LowRankSketch(SHAPES, 2, 0, CPU)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Bigrams
-from fakes import fake_context, planted_source, play, random_source
+from fakes import FakeSource, fake_context, planted_source, play, random_source
 from unrolled_language_model import warm_context
 
 from liveselect.functional.bands import band_edges
@@ -221,6 +221,34 @@ def test_less_takes_gradients_in_the_parameters_that_are_named():
         each.fit(LESSInfluence(include=("nothing",)))
 
 
+@pytest.mark.parametrize("projection", ["dense", "low_rank"])
+def test_less_can_be_projected_as_published_or_to_low_rank(projection):
+    each = context("sgd")
+    expected = less_by_hand(each.model, each.optimizer, each.source)
+    scores, metrics = scored(each, LESSInfluence(dimensions=600, projection=projection))
+    assert metrics["less_dimensions"] <= 600
+    assert (scores - expected).abs().max() < 4 / 600**0.5
+
+
+def test_less_takes_the_best_of_the_subtasks_that_reference_examples_name(monkeypatch):
+    each = context("sgd")
+    source, subtask = each.source, torch.tensor([2, 0, 0, 2])
+    toward = units(gradients(each.model, source.references))
+    rows = units(gradients(each.model, source.tokens))
+    by_subtask = torch.stack([rows @ toward[subtask == s].mean(0) for s in (0, 2)])
+    plain_reference = type(source).reference
+
+    def named(self):
+        return ({**batch, "subtask": subtask[batch["id"]]} for batch in plain_reference(self))
+
+    monkeypatch.setattr(type(source), "reference", named)
+    scores, metrics = scored(each, LESSInfluence(dimensions=None))
+    assert metrics["less_subtasks"] == 2
+    torch.testing.assert_close(scores, by_subtask.amax(0), atol=1e-5, rtol=1e-4)
+    scores, _ = scored(each, LESSInfluence(dimensions=None, over="mean"))
+    torch.testing.assert_close(scores, by_subtask.mean(0), atol=1e-5, rtol=1e-4)
+
+
 # ---- n-grams -----------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +263,20 @@ def test_the_ratio_is_refreshed_against_what_was_trained_on():
     scores, _ = scored(each.but(trained=trained), NgramRatioInfluence(**options))
     recent = log_ratio(reference, count_ngrams(tokens[trained], 2**12), 20.0)
     torch.testing.assert_close(scores, mean_log_ratio(tokens, None, table + 0.5 * recent))
+
+
+def test_padding_without_a_mask_is_no_text():
+    """Rows of a reference set of several lengths are padded, and only their labels say where."""
+    short, padding = torch.full((4, 5), 7), torch.zeros(4, 3, dtype=torch.int64)
+    tokens = torch.arange(80).view(10, 8) % 20
+    padded = torch.cat([short, padding], dim=1)
+    labels = padded.clone()
+    labels[:, 5:] = -100
+    labels[:, :2] = -100  # a prompt is text
+    sources = FakeSource(tokens, short), FakeSource(tokens, padded, reference_labels=labels)
+    found = [fake_context(source, model=Bigrams()) for source in sources]
+    scores = [scored(each, NgramRatioInfluence(buckets=2**10), torch.arange(10))[0] for each in found]
+    assert torch.equal(*scores)
 
 
 # ---- live --------------------------------------------------------------------------------------------------------

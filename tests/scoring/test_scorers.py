@@ -12,7 +12,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.metrics.pairwise import cosine_similarity
 
 from liveselect.functional.ngram_ratio import count_ngrams, log_ratio, mean_log_ratio
-from liveselect.scoring import BM25, DSIR, EmbeddingSimilarity, NearDuplicates, NgramRatio
+from liveselect.scoring import BM25, DSIR, EmbeddingSimilarity, NearDuplicates, NgramRatio, SemanticDuplicates
 from liveselect.scoring.bm25 import hashed_terms
 from liveselect.scoring.ngrams import hashed_words
 
@@ -170,7 +170,20 @@ def test_near_duplicates_of_an_earlier_row_are_never_drawn():
     assert set(scores.tolist()) == {0.0, -float("inf")}
 
 
-@pytest.mark.parametrize("make", [lambda: DSIR("letters"), lambda: BM25(b=2.0), lambda: NearDuplicates(threshold=2.0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DSIR("letters"),
+        lambda: DSIR(buckets=0),
+        lambda: BM25(b=2.0),
+        lambda: BM25(buckets=0),
+        lambda: NearDuplicates(threshold=2.0),
+        lambda: NearDuplicates(permutations=0),
+        lambda: NearDuplicates(width=0),
+        lambda: SemanticDuplicates(lambda ids: ids.numpy(), threshold=3.0),
+        lambda: SemanticDuplicates(lambda ids: ids.numpy(), clusters=0),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(make):
     with pytest.raises(ValueError, match="expected"):
         make()

@@ -10,7 +10,7 @@ import json
 import pickle
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -115,6 +115,10 @@ class PoolJob(ABC):
     def _scores_of(self, batch: Batch) -> Tensor:
         """Return the scores of a batch, ``(B,)`` float32, or numbers ``(B, K)`` that :meth:`_finished` is given."""
 
+    def _rows(self, ids: Tensor) -> Iterable[Batch]:
+        """Yield the candidates ``ids (n,)`` in batches of which :meth:`_scores_of` makes scores."""
+        return self.round.batches(ids)
+
     def _checked(self, values: Tensor) -> Tensor:
         """Return the scores of a shard, or raise what is wrong with them."""
         return values
@@ -149,7 +153,7 @@ class PoolJob(ABC):
         if model is not None:
             key.update(f" {checksum(model.module, model.optimizer)}{model.global_batch}".encode())
         for batch in round.source.reference():
-            for name in ("input_ids", "labels"):
+            for name in ("input_ids", "labels", "subtask"):
                 key.update(batch[name].cpu().contiguous().numpy().tobytes() if name in batch else b"")
         return key.hexdigest()
 
@@ -176,7 +180,7 @@ class PoolJob(ABC):
         with round.meter.tracked("score the pool", sum(len(shard) for shard in mine), "candidates") as advance:
             for shard in mine:
                 parts = []
-                for batch in round.batches(torch.arange(shard.start, shard.stop)):
+                for batch in self._rows(torch.arange(shard.start, shard.stop)):
                     parts.append(self._scores_of(batch).cpu())
                     advance(len(parts[-1]))
                 _write_array(self._file("scores", shard), self._checked(torch.cat(parts)).numpy())

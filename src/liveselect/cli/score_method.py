@@ -1,6 +1,6 @@
 """``liveselect score --method NAME``: scores of every sequence of a pool by one of the known methods."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from liveselect import distributed
 from liveselect.cli.score_job import PoolJob, agreed, read_or_refuse, wait_for_all
 from liveselect.cli.score_methods import BuiltMethod
 from liveselect.functional.sampling import uniform_subset
-from liveselect.grammar import Batch, CandidateSource, InfluenceEstimator
+from liveselect.grammar import Batch, CandidateSource, InfluenceEstimator, text_tokens
 from liveselect.json_lines import whole_file
 from liveselect.preserve import measuring
 from liveselect.scoring.scorer import Rows, Scorer
@@ -60,9 +60,12 @@ class MethodJob(PoolJob):
         ids = uniform_subset(size, count, round.generator("fit method"))
         if scorer.shares_pool:
             ids = ids[distributed.shard(len(ids))]
-        pool = (rows_of(batch, scorer.reads, round.source) for batch in round.batches(ids))
+        pool = (rows_of(batch, scorer.reads, round.source) for batch in self._rows(ids))
         reference = (rows_of(batch, scorer.reads, round.source) for batch in round.source.reference())
-        scorer.fit(reference, pool, distributed.sum_over_ranks)
+        with round.meter.forwards(*scorer.networks):
+            scorer.fit(reference, pool, distributed.sum_over_ranks)
+        for name in scorer.uncounted:
+            round.meter.uncounted[name] += 1
         return {"pool_rows_fitted": count}
 
     def _fit_estimator(self) -> Mapping[str, float]:
@@ -82,10 +85,16 @@ class MethodJob(PoolJob):
         wait_for_all()
         return metrics
 
+    def _rows(self, ids: Tensor) -> Iterable[Batch]:
+        if isinstance(self.method.part, Scorer):  # no model sees these
+            return self.round.source.in_bulk(ids) if len(ids) else ()
+        return super()._rows(ids)
+
     def _scores_of(self, batch: Batch) -> Tensor:
         method, model = self.method.part, self.model
         if isinstance(method, Scorer):
-            return method(rows_of(batch, method.reads, self.round.source))
+            with self.round.meter.forwards(*method.networks):
+                return method(rows_of(batch, method.reads, self.round.source))
         if model is None:
             raise TypeError(f"expected a model for {type(method).__name__}, got none")
         with measuring(model.module, model.optimizer):
@@ -95,18 +104,19 @@ class MethodJob(PoolJob):
     def _finished(self, values: np.ndarray) -> np.ndarray:
         found = torch.from_numpy(np.array(values))
         if isinstance(self.method.part, Scorer):
-            found = self.method.part.finished(found)
+            with self.round.meter.counting():
+                found = self.method.part.finished(found)
         return self.method.finish(found).numpy()
 
 
 def rows_of(batch: Batch, reads: str, source: CandidateSource) -> Rows:
     """Return a batch of the data as a scorer reads it: its tokens, or their texts."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    ids, mask = batch["input_ids"].cpu(), text_tokens(batch)
     if reads == "tokens":
         return Rows(input_ids=ids) if mask is None else Rows(input_ids=ids, attention_mask=mask)
-    if mask is None or bool(mask.all()):
+    if mask is None:
         return Rows(text=source.decode(ids))
-    return Rows(text=[source.decode(row[kept.bool()][None])[0] for row, kept in zip(ids, mask, strict=True)])
+    return Rows(text=[source.decode(row[kept][None])[0] for row, kept in zip(ids, mask, strict=True)])
 
 
 def _builtins(settings: Mapping[str, object]) -> dict[str, object]:

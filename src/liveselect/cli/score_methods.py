@@ -2,19 +2,28 @@
 
 import inspect
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from jsonargparse import ArgumentParser
-from torch import Tensor
+from torch import Tensor, nn
 
 from liveselect.datamodules.clusters.embedding import make_embedder
 from liveselect.functional.bands import Band, band_order
 from liveselect.grammar import CandidateSource, InfluenceEstimator
 from liveselect.influence import LESSInfluence, LossDropInfluence, PerplexityInfluence, ReducibleLossInfluence
-from liveselect.scoring import BM25, DSIR, EmbeddingSimilarity, MethodCard, NearDuplicates, NgramRatio, Scorer
+from liveselect.scoring import (
+    BM25,
+    DSIR,
+    EmbeddingSimilarity,
+    MethodCard,
+    NearDuplicates,
+    NgramRatio,
+    Scorer,
+    SemanticDuplicates,
+)
 
 Settings = dict[str, Any]
 Part = Scorer | InfluenceEstimator
@@ -90,11 +99,37 @@ def check_settings(name: str, settings: Mapping[str, object]) -> Settings:
 def _embed(
     source: CandidateSource, embedding: str = "hashed", dimensions: int = 128, pool_rows: int = 1 << 14
 ) -> Scorer:
+    return EmbeddingSimilarity(**_embedding(source, embedding, dimensions, pool_rows))
+
+
+def _semantic_duplicates(
+    source: CandidateSource,
+    embedding: str = "hashed",
+    threshold: float = 0.95,
+    clusters: int | None = None,
+    dimensions: int = 128,
+    pool_rows: int = 1 << 14,
+) -> Scorer:
+    made = _embedding(source, embedding, dimensions, pool_rows)
+    return SemanticDuplicates(threshold=threshold, clusters=clusters, **made)
+
+
+class _Embedding(TypedDict):
+    embed: Callable[[Tensor], np.ndarray]
+    fit_to: Callable[[Tensor], None]
+    pool_rows: int
+    networks: Sequence[nn.Module]
+    uncounted: Sequence[str]
+
+
+def _embedding(source: CandidateSource, embedding: str, dimensions: int, pool_rows: int) -> _Embedding:
     if embedding.startswith("vectors:"):
         raise ValueError(
             f"expected an embedding that reads texts, as reference examples need vectors too, got {embedding!r}: use "
             "hashed, encoder:NAME or static:NAME"
         )
+    if pool_rows < 2:
+        raise ValueError(f"expected pool_rows of at least 2 to fit an embedding to, got {pool_rows}")
     embedder = make_embedder(embedding, source.pool.size, lambda tokens: source.decode(tokens), dimensions)
 
     def embed(tokens: Tensor) -> np.ndarray:
@@ -104,7 +139,8 @@ def _embed(
         rows = max(2, embedder.sample_tokens // max(1, tokens.shape[1]))
         embedder.fit(tokens[:rows])
 
-    return EmbeddingSimilarity(embed, fit_to, pool_rows)
+    uncounted = ("sparse products and their decomposition (scipy)",) if embedding == "hashed" else ()
+    return _Embedding(embed=embed, fit_to=fit_to, pool_rows=pool_rows, networks=embedder.networks, uncounted=uncounted)
 
 
 def _perplexity(band: Band = "middle", scorer: str | None = None) -> InfluenceEstimator:
@@ -155,6 +191,7 @@ METHODS = {
     "bm25": Method(BM25.card, BM25),
     "embed": Method(EmbeddingSimilarity.card, _embed),
     "near-duplicates": Method(NearDuplicates.card, NearDuplicates),
+    "semantic-duplicates": Method(SemanticDuplicates.card, _semantic_duplicates),
     "perplexity": Method(PPL, _perplexity, _in_bands),
     "rho": Method(RHO, ReducibleLossInfluence),
     "less": Method(LESS, LESSInfluence),

@@ -92,7 +92,7 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if any(issubclass(kind, FakeTensor) for kind in types):
-            return func(*args, **kwargs)  # a sharded tensor finds out shapes, and computes nothing
+            return func(*args, **kwargs)  # how a sharded tensor finds out shapes: nothing is computed
         if any(issubclass(kind, Tensor) and kind not in (Tensor, nn.Parameter) for kind in types):
             return NotImplemented  # a sharded tensor computes with plain ones, which come by again
         if isinstance(func, torch._ops.HigherOrderOperator):

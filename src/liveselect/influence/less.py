@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from liveselect.arguments import check_plain
 from liveselect.functional.features import adam_feature
-from liveselect.functional.sketches import CountSketch
+from liveselect.functional.sketches import CountSketch, DenseSketch, LowRankSketch, Projection
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, State
 from liveselect.influence.one_step import trainable_parameters
 from liveselect.influence.other_weights import OtherWeights
@@ -22,8 +22,19 @@ from liveselect.influence.reference import charge_gradient, split_rows
 
 Features = Literal["adam", "adam_slope", "gradient"]
 Form = Literal["published", "optimizer"]
+Kind = Literal["sparse", "dense", "low_rank"]
+Over = Literal["max", "mean"]
 
-_FLOPS_PER_COORDINATE = 10  # of moments and sketch, in each example
+SUBTASK = "subtask"
+"""The key of a reference batch that says which subtask each example is of, ``(B,)`` int64."""
+
+_PROJECTIONS: dict[Kind, type[CountSketch | DenseSketch | LowRankSketch]] = {
+    "sparse": CountSketch,
+    "dense": DenseSketch,
+    "low_rank": LowRankSketch,
+}
+
+_FLOPS_PER_COORDINATE = 9  # of moments, in each example
 
 
 @dataclass(frozen=True)
@@ -55,18 +66,23 @@ class _Checkpoint:
 class LESSInfluence(InfluenceEstimator):
     r"""Measures how much a candidate's step is like the gradient of the reference set, whatever its length.
 
-    .. math:: \sum_c w_c \left\langle \frac{R \Gamma_c(z)}{|R \Gamma_c(z)|},
-              \operatorname{mean}_j \frac{R \nabla \ell_c(z_j)}{|R \nabla \ell_c(z_j)|} \right\rangle
+    .. math:: \max_j \sum_c w_c \left\langle \frac{R \Gamma_c(z)}{|R \Gamma_c(z)|},
+              \operatorname{mean}_{z' \in j} \frac{R \nabla \ell_c(z')}{|R \nabla \ell_c(z')|} \right\rangle
 
-    over checkpoints c, with :math:`\Gamma` what Adam makes of the candidate's gradient, plain gradients of the
-    reference examples z_j, and a random projection R. Gradients are taken one example at a time: six times the
+    over subtasks j of the reference set and checkpoints c, with :math:`\Gamma` what Adam makes of the candidate's
+    gradient, plain gradients of the reference examples z', and a random projection R. Reference records name their
+    subtask in a column of that name (or another, ``ReferenceSet(columns={"subtask": "subject"})``); without it they
+    are all of one. Gradients are taken one example at a time: six times the
     parameters in FLOPs for each token and checkpoint. A number in -1..1; larger is better.
 
     Args:
         checkpoints: checkpoints of the Trainer, with the optimizer's state; by default the live model is the only one.
         weights: of the checkpoints; by default their learning rates. They are scaled to sum to 1.
-        dimensions: that gradients are projected to, by a sparse map of signs (:class:`CountSketch`); None keeps them
-            whole.
+        dimensions: that gradients are projected to; None keeps them whole.
+        projection: ``sparse`` adds each coordinate to one dimension (:class:`CountSketch`); ``dense`` is the matrix of
+            signs of the paper, ``dimensions`` times as much work; ``low_rank`` is what a random branch of low rank
+            beside each layer sees.
+        over: subtasks: ``max`` as published, or ``mean``.
         features: of candidates: ``adam`` is the step that Adam would take; ``adam_slope`` leaves out the momentum,
             which all candidates share; ``gradient`` takes the gradient as it is. Without moments (another optimizer, or
             before its first step) it is ``gradient`` in any case, which ``less_preconditioned`` in the metrics shows.
@@ -75,8 +91,8 @@ class LESSInfluence(InfluenceEstimator):
             are trained.
         seed: of the projection.
 
-    Source: Xia et al. 2024, "LESS", arXiv 2402.04333: four checkpoints of LoRA weights, 8,192 dimensions. A dense
-    projection there, and the maximum over the subtasks of the reference set; here their mean.
+    Source: Xia et al. 2024, "LESS", arXiv 2402.04333: four checkpoints of LoRA weights, 8,192 dimensions of a dense
+    projection.
     """
 
     def __init__(
@@ -88,9 +104,12 @@ class LESSInfluence(InfluenceEstimator):
         form: Form = "published",
         include: Sequence[str] = ("*",),
         seed: int = 0,
+        projection: Kind = "sparse",
+        over: Over = "max",
     ) -> None:
         check_plain(LESSInfluence, locals())
-        for name, value, kind in (("features", features, Features), ("form", form, Form)):
+        named = (("features", features, Features), ("form", form, Form))
+        for name, value, kind in (*named, ("projection", projection, Kind), ("over", over, Over)):
             if value not in get_args(kind):
                 raise ValueError(f"expected {name} to be one of {get_args(kind)}, got {value!r}")
         if weights is not None and (len(weights) != len(checkpoints) or not sum(weights) > 0 or min(weights) < 0):
@@ -104,8 +123,10 @@ class LESSInfluence(InfluenceEstimator):
         self.form: Form = form
         self.include = tuple(include)
         self.seed = seed
+        self.projection: Kind = projection
+        self.over: Over = over
         self._opened: list[_Checkpoint] = []
-        self._project: CountSketch | None = None
+        self._project: Projection | None = None
         self._toward: list[Tensor] = []
 
     def fit(self, model: LiveModel, round: Round) -> Mapping[str, float]:
@@ -125,18 +146,23 @@ class LESSInfluence(InfluenceEstimator):
                 with _weights_of(checkpoint, model):
                     rows = [row for batch in round.source.reference() for row in split_rows(model.to_device(batch), 1)]
                     found = [self._unit(model, row, parameters, {}) for row in rows]
-                known = [each for each in found if each is not None]
-                if not known:
+                subtasks = [int(row[SUBTASK]) if SUBTASK in row else 0 for row in rows]
+                known: dict[int, list[Tensor]] = {}
+                for subtask, unit in zip(subtasks, found, strict=True):
+                    if unit is not None:
+                        known.setdefault(subtask, []).append(unit)
+                if set(known) != set(subtasks):
                     raise NotMeasurableError(
-                        f"none of the {len(found)} reference examples has a finite gradient other than zero: look at "
-                        "their labels, and at the training loss"
+                        f"none of the reference examples of {len(set(subtasks) - set(known))} of {len(set(subtasks))} "
+                        "subtasks has a finite gradient other than zero: look at their labels, and at the training loss"
                     )
-                self._toward.append(torch.stack(known).mean(dim=0))
+                self._toward.append(torch.stack([torch.stack(known[each]).mean(dim=0) for each in sorted(known)]))
         coordinates = sum(parameter.numel() for parameter in parameters.values())
         moments = [len(each.moments) for each in self._opened]
         return {
             "less_coordinates": float(coordinates),
-            "less_dimensions": float(self.dimensions or coordinates),
+            "less_dimensions": float(coordinates if self._project is None else self._project.dimensions),
+            "less_subtasks": float(len(self._toward[0])),
             "less_preconditioned": sum(moments) / (len(moments) * len(parameters)),
         }
 
@@ -147,14 +173,14 @@ class LESSInfluence(InfluenceEstimator):
         parameters = self._parameters(model)
         self._open(model, parameters)
         rows = split_rows(batch, 1)
-        scores = torch.zeros(len(rows), device=model.device)
+        scores = torch.zeros(len(rows), len(self._toward[0]), device=model.device)
         with model.meter.phase("example gradients"):
             for checkpoint, toward in zip(self._opened, self._toward, strict=True):
                 with _weights_of(checkpoint, model):
                     for i, row in enumerate(rows):
                         unit = self._unit(model, row, parameters, checkpoint.moments)
-                        scores[i] += checkpoint.weight * (math.nan if unit is None else unit @ toward.to(unit))
-        return scores
+                        scores[i] += checkpoint.weight * (math.nan if unit is None else toward.to(unit) @ unit)
+        return scores.amax(dim=1) if self.over == "max" else scores.mean(dim=1)
 
     def fitted_state(self) -> State | None:
         """Return the directions of the reference set."""
@@ -180,7 +206,7 @@ class LESSInfluence(InfluenceEstimator):
     def _open(self, model: LiveModel, parameters: Mapping[str, nn.Parameter]) -> None:
         if self._project is None and self.dimensions is not None:
             shapes = {name: parameter.shape for name, parameter in parameters.items()}
-            self._project = CountSketch(shapes, self.dimensions, self.seed, model.device)
+            self._project = _PROJECTIONS[self.projection](shapes, self.dimensions, self.seed, model.device)
         if not self.checkpoints:
             wanted = self.features != "gradient"
             moments = _moments(model.optimizer.state_dict(), model.optimizer, parameters) if wanted else {}
@@ -203,7 +229,8 @@ class LESSInfluence(InfluenceEstimator):
                 loss = model.losses(row).sum()
             gradients = model.view.gradients(loss, list(parameters.values()))
         coordinates = sum(parameter.numel() for parameter in parameters.values())
-        model.meter.add_flops(_FLOPS_PER_COORDINATE * coordinates)
+        projecting = 0.0 if self._project is None else self._project.flops
+        model.meter.add_flops(_FLOPS_PER_COORDINATE * coordinates + projecting)
         found = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
         # a parameter without moments was never updated: what Adam would do there is not known
         features = {

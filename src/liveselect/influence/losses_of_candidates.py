@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from liveselect import distributed
-from liveselect.arguments import check_plain
+from liveselect.arguments import check_plain, refuse_missing_folder
 from liveselect.functional.bands import Band, band_edges
 from liveselect.functional.sampling import uniform_subset
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, State
@@ -215,6 +215,8 @@ class _OtherModel:
     """A language model beside the live one, loaded when it is first needed."""
 
     def __init__(self, model: nn.Module | str | Path | None) -> None:
+        if isinstance(model, str | Path):
+            refuse_missing_folder(model)
         self.given = model is not None
         self._model = model
 

@@ -10,7 +10,7 @@ from liveselect import distributed
 from liveselect.arguments import check_plain
 from liveselect.functional.ngram_ratio import BUCKETS, SMOOTHING, add_ngrams, log_ratio, mean_log_ratio
 from liveselect.functional.sampling import uniform_subset
-from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, Round
+from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, Round, text_tokens
 
 
 class NgramRatioInfluence(InfluenceEstimator):
@@ -58,18 +58,17 @@ class NgramRatioInfluence(InfluenceEstimator):
         if self._table is None:
             raise RuntimeError("NgramRatioInfluence.score was called before fit: call fit(model, round) in each round")
         with model.meter.phase("look up n-grams"):
-            mask = batch.get("attention_mask")
-            return mean_log_ratio(batch["input_ids"].cpu(), None if mask is None else mask.cpu(), self._table)
+            return mean_log_ratio(batch["input_ids"].cpu(), text_tokens(batch), self._table)
 
     def _counted(self, round: Round, ids: Tensor | None) -> Tensor:
         """Return the counts of candidates ``ids (m,)``, shared out over ranks."""
         counts = torch.zeros(2, self.buckets, dtype=torch.int64)
         if ids is not None:
-            for batch in round.batches(ids[distributed.shard(len(ids))]):
+            mine = ids[distributed.shard(len(ids))]
+            for batch in round.source.in_bulk(mine) if len(mine) else ():
                 _add(counts, batch)
         return distributed.sum_over_ranks(counts)
 
 
 def _add(counts: Tensor, batch: Batch) -> None:
-    mask = batch.get("attention_mask")
-    add_ngrams(counts, batch["input_ids"].cpu(), None if mask is None else mask.cpu())
+    add_ngrams(counts, batch["input_ids"].cpu(), text_tokens(batch))

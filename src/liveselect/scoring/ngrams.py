@@ -82,6 +82,8 @@ class DSIR(Scorer):
 
     def __init__(self, terms: Terms = "ids", buckets: int | None = None) -> None:
         check_terms(terms)
+        if buckets is not None and buckets < 1:
+            raise ValueError(f"expected at least one bucket to count n-grams in, got {buckets}")
         self.terms: Terms = terms
         self.reads = "text" if terms == "words" else "tokens"
         self.buckets = buckets or (_ID_BUCKETS if terms == "ids" else _PUBLISHED_BUCKETS)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal, TypedDict
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Setting = str | int | float | bool | None
 
@@ -56,12 +56,16 @@ class Scorer(ABC):
         reads: ``tokens`` where rows are ``input_ids`` and ``attention_mask``, ``text`` where they are ``text``.
         pool_rows: rows of the pool, drawn uniformly, that it is fitted on at the most.
         shares_pool: whether processes share out these rows; if not, each is given all of them.
+        networks: modules that it runs; the FLOPs of their forwards are charged.
+        uncounted: what else it computes whose FLOPs are not known, by name.
     """
 
     card: MethodCard
     reads: Literal["tokens", "text"] = "tokens"
     pool_rows: int = 1 << 20
     shares_pool: bool = True
+    networks: tuple[nn.Module, ...] = ()
+    uncounted: tuple[str, ...] = ()
 
     @abstractmethod
     def fit(self, reference: Iterable[Rows], pool: Iterable[Rows], total: Total = lambda value: value) -> None:

@@ -1,12 +1,12 @@
 """Similarity of vectors: how close rows lie to a reference set."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from liveselect.scoring.scorer import MethodCard, Rows, Scorer, Total, trimmed
+from liveselect.scoring.scorer import MethodCard, Rows, Scorer, Total, counted_mask, trimmed
 
 Embed = Callable[[Tensor], np.ndarray]
 """Maps tokens ``(n, T)`` to vectors ``(n, D)``."""
@@ -21,6 +21,8 @@ class EmbeddingSimilarity(Scorer):
         embed: maps tokens ``(n, T)`` to vectors ``(n, D)``.
         fit_to: called with tokens ``(m, T)`` of the pool before anything is embedded.
         pool_rows: rows that it is called with at the most.
+        networks: modules that ``embed`` runs, whose FLOPs are charged.
+        uncounted: what else it computes whose FLOPs are not known, by name.
     """
 
     card = MethodCard(
@@ -30,9 +32,17 @@ class EmbeddingSimilarity(Scorer):
         published={"encoder": "gtr-t5-base", "tokens": 256, "over reference": "mean"},
     )
 
-    def __init__(self, embed: Embed, fit_to: Callable[[Tensor], None] | None = None, pool_rows: int = 1 << 14) -> None:
+    def __init__(
+        self,
+        embed: Embed,
+        fit_to: Callable[[Tensor], None] | None = None,
+        pool_rows: int = 1 << 14,
+        networks: Sequence[nn.Module] = (),
+        uncounted: Sequence[str] = (),
+    ) -> None:
         self._embed = embed
         self._fit_to = fit_to
+        self.networks, self.uncounted = tuple(networks), tuple(uncounted)
         self.pool_rows, self.shares_pool = pool_rows, False  # all processes must fit the same embedding
         self._toward: np.ndarray | None = None
 
@@ -44,7 +54,7 @@ class EmbeddingSimilarity(Scorer):
         """
         if self._fit_to is not None:
             self._fit_to(torch.cat([rows["input_ids"].cpu() for rows in pool]))
-        vectors = [self._units(rows) for rows in reference]
+        vectors = [unit_vectors(self._embed, rows) for rows in reference]
         if not vectors:
             raise ValueError("expected a reference set with at least one example, got none")
         self._toward = np.concatenate(vectors).mean(axis=0)
@@ -53,12 +63,19 @@ class EmbeddingSimilarity(Scorer):
         """Return the mean cosine of each row, ``(B,)`` float32."""
         if self._toward is None:
             raise RuntimeError("EmbeddingSimilarity was called before fit: call fit(reference, pool) first")
-        return torch.from_numpy(self._units(rows) @ self._toward).float()
+        return torch.from_numpy(unit_vectors(self._embed, rows) @ self._toward).float()
 
-    def _units(self, rows: Rows) -> np.ndarray:
-        ids = rows["input_ids"].cpu()
-        mask = rows.get("attention_mask")
-        whole = mask is None or bool(mask.all())
-        found = self._embed(ids) if whole else np.concatenate([self._embed(row.cpu()[None]) for row in trimmed(rows)])
-        lengths = np.linalg.norm(found, axis=1, keepdims=True)
-        return found / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+def unit_vectors(embed: Embed, rows: Rows) -> np.ndarray:
+    """Return the vectors of rows at unit length, ``(B, D)``; tokens that the mask hides are left out."""
+    mask = counted_mask(rows)
+    if mask is None:
+        found = embed(rows["input_ids"].cpu())
+    else:  # rows of one length together: an encoder is slow row by row
+        kept = [row.cpu() for row in trimmed(rows)]
+        lengths = torch.tensor([len(row) for row in kept])
+        parts = {int(n): (lengths == n).nonzero()[:, 0] for n in lengths.unique()}
+        vectors = [embed(torch.stack([kept[i] for i in places.tolist()])) for places in parts.values()]
+        found = np.concatenate(vectors)[torch.cat(list(parts.values())).argsort().numpy()]
+    norms = np.linalg.norm(found, axis=1, keepdims=True)
+    return found / np.maximum(norms, np.finfo(np.float32).tiny)

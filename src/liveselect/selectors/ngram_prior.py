@@ -11,7 +11,7 @@ from liveselect.cost import CostMeter
 from liveselect.distributed import gather_shards, shard, sum_over_ranks
 from liveselect.functional.ngram_ratio import BUCKETS, SMOOTHING, count_ngrams, log_ratio, mean_log_ratio
 from liveselect.functional.sampling import uniform_subset
-from liveselect.grammar import IGNORE_INDEX, Batch, CandidateSource
+from liveselect.grammar import Batch, CandidateSource, text_tokens
 from liveselect.scores import Scores, read_scores
 from liveselect.seeding import generator_for
 
@@ -119,7 +119,7 @@ class NGramPrior:
             table = log_ratio(reference, sum_over_ranks(pool), self.smoothing).double().mul_(_GRID).round_().div_(_GRID)
             parts = [torch.empty(0)]
             for batch in source.in_bulk(mine) if len(mine) else ():
-                parts.append(mean_log_ratio(batch["input_ids"].cpu(), _readable(batch), table).float())
+                parts.append(mean_log_ratio(batch["input_ids"].cpu(), text_tokens(batch), table).float())
                 advance(len(parts[-1]))
             values = gather_shards(torch.cat(parts), size)
         scores = read_scores(values)
@@ -147,13 +147,13 @@ class NGramPrior:
 
     @staticmethod
     def _rows(batches: Iterable[Batch], table: Tensor) -> Tensor:
-        parts = [mean_log_ratio(batch["input_ids"].cpu(), _readable(batch), table) for batch in batches]
+        parts = [mean_log_ratio(batch["input_ids"].cpu(), text_tokens(batch), table) for batch in batches]
         return torch.cat([torch.empty(0), *parts]).double()
 
     def _count(self, batches: Iterable[Batch]) -> Tensor:
         counts = torch.zeros(2, self.buckets, dtype=torch.int64)
         for batch in batches:
-            counts += count_ngrams(batch["input_ids"].cpu(), self.buckets, _readable(batch))
+            counts += count_ngrams(batch["input_ids"].cpu(), self.buckets, text_tokens(batch))
         return counts
 
 
@@ -161,14 +161,3 @@ def _part(batch: Batch, half: int) -> Batch:
     """Return every second row of a batch."""
     keys = ("input_ids", "labels", "attention_mask")
     return {key: batch[key][half::2] for key in keys if key in batch}
-
-
-def _readable(batch: Batch) -> Tensor | None:
-    """Return which tokens are text, ``(B, T)`` bool on CPU, and no padding; None when all are."""
-    if "attention_mask" in batch:
-        return batch["attention_mask"].cpu().bool()
-    labels = batch["labels"].cpu() if "labels" in batch else None
-    if labels is None or bool((labels[:, -1] != IGNORE_INDEX).all()):
-        return None
-    carries = labels != IGNORE_INDEX  # what comes before a target is its context, and what comes after is padding
-    return carries.flip(1).cumsum(1).flip(1) > 0
