@@ -122,6 +122,11 @@ class Planned:
         return ", ".join(filter(None, [self.task, self.method, f"seed {self.seed}"]))
 
     @property
+    def last_checkpoint(self) -> Path:
+        """What an interrupted run goes on from, and a finished one ends with."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
     def finished(self) -> bool:
         """Whether it was judged at its last step."""
         ledger = self.folder / LEDGER
@@ -143,10 +148,9 @@ class Planned:
         """Train it, from its last checkpoint if there is one."""
         from liveselect.cli.fit import SelectionCLI  # after a worker process has set its threads
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(self.folder / CONFIG) as file:
             file.write(yaml.safe_dump(self.config, sort_keys=False).encode("utf-8"))
-        last = self.folder / "checkpoints" / "last.ckpt"
+        last = self.last_checkpoint
         with quiet_logs(*(["liveselect"] if quietly else [])):
             cli = SelectionCLI([f"--config={self.folder / CONFIG}"], run=False)
             try:
@@ -435,7 +439,7 @@ def _shared(arguments: Mapping[str, object]) -> Settings:
 
 
 def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in name) or "data"
+    return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in name)
 
 
 def save_results(path: Path, results: object) -> None:
