@@ -112,12 +112,18 @@ def rows_of(trials: Sequence[Trial], baseline: str, metrics: Sequence[str]) -> l
 def table(rows: Sequence[Row], baseline: str, labels: dict[str, str]) -> list[list[str]]:
     """Return the table as texts, its head first."""
     first, *others = labels
+    others = [name for name in others if any(name in row.differences for row in rows)]
     timed = any(row.in_time for row in rows if row.method != baseline)
-    head = ["task"] if any(row.task for row in rows) else []
-    head += ["method", labels[first], f"less {baseline}'s", *([IN_TIME] if timed else [])]
-    head += [labels[name] for name in others if any(name in row.differences for row in rows)]
-    head += [AT_END, f"as good as {baseline} at", SHARE]
-    return [head, *([*_cells(row, baseline, labels, timed, head[0] == "task")] for row in rows)]
+    named = any(row.task for row in rows)
+    head = ["method", labels[first], f"less {baseline}'s", *([IN_TIME] if timed else [])]
+    head += [*(labels[name] for name in others), AT_END, f"as good as {baseline} at", SHARE]
+    body = []
+    for row in rows:
+        differences = [row.differences.get(first), *([row.in_time] if timed else []), *map(row.differences.get, others)]
+        body.append(_cells(row, row.method == baseline, differences))
+    if not named:
+        return [head, *body]
+    return [["task", *head], *([row.task, *cells] for row, cells in zip(rows, body, strict=True))]
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
@@ -193,22 +199,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(there) if there and len(there) == len(values) else None
 
 
-def _cells(row: Row, baseline: str, labels: dict[str, str], timed: bool, with_task: bool) -> list[str]:
-    first, *others = labels
-    itself = row.method == baseline
-
-    def signed(value: Interval | None) -> str:
-        return "–" if value is None or itself else str(value)
-
+def _cells(row: Row, is_baseline: bool, differences: Sequence[Interval | None]) -> list[str]:
     share = " / ".join(words.percent(value) for value in row.share.values() if value is not None)
     return [
-        *([row.task] if with_task else []),
         row.method,
         "–" if row.loss is None else str(row.loss),
-        signed(row.differences.get(first)),
-        *([signed(row.in_time)] if timed else []),
-        *(signed(row.differences.get(name)) for name in others if name in row.differences),
+        *("–" if value is None or is_baseline else str(value) for value in differences),
         "–" if row.end is None else str(row.end),
-        "–" if itself else share or "never",
+        "–" if is_baseline else share or "never",
         f"{words.percent(row.cost['flops'])} / {words.percent(row.cost['seconds'])}",
     ]
