@@ -27,10 +27,8 @@ def texts(tmp_path_factory):
     """A pool, held-out texts, and a configuration of `liveselect fit`; returns their folder."""
     folder = tmp_path_factory.mktemp("texts")
     draw = random.Random(0)
-    common, rare = (
-        ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta"],
-        ["uno", "dos", "tres", "cuatro", "cinco", "seis", "siete"],
-    )
+    common = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta"]
+    rare = ["uno", "dos", "tres", "cuatro", "cinco", "seis", "siete"]
     kinds = {"pool": [common] * 150 + [rare] * 30, "reference": [rare] * 12, "validation": [rare] * 8}
     for name, words in {**kinds, "elsewhere": [common + rare] * 8}.items():
         lines = [json.dumps({"text": " ".join(draw.choices(each, k=50))}) for each in words]
