@@ -30,7 +30,7 @@ import yaml
 
 from liveselect.cli.compare import run_comparison
 from liveselect.cli.compare_runs import Comparison, Method, Task
-from liveselect.cli.corpus import KB, hold_out, language_reference, parts_of, without_copies
+from liveselect.cli.corpus import KB, language_reference, parts_of, without_copies
 from liveselect.datamodules.pools.prepare import prepare
 
 LIBRARY = "library"
@@ -49,6 +49,9 @@ KINDS = {"code": 0.5, "docstrings": 0.35, "comments": 0.15}
 
 RARE_SHARE = 0.02
 """Of the pool: docstrings of the rare package."""
+
+HELD_OUT = 192 * KB
+"""Characters of a target, half of them for selection and half for the verdict."""
 
 LEFT_OUT = {"site-packages", "dist-packages", "pydoc_data", "test", "tests", "testing", "idle_test", "encodings"}
 
@@ -186,12 +189,14 @@ def task(name: str, texts: Path) -> Task:
 def make_texts(half: str, size: int, folder: Path) -> None:
     """Write the held-out texts of every target, and prepare the pool without them."""
     seen: set[str] = set()
-    held_out = {"far": hold_out(without_copies(far_texts(half), seen))[0]}
+    room = min(HELD_OUT, size // 8)
+    far = first(without_copies(far_texts(half), seen), room)
     rare = RARE[half]
-    blind, words = [], []
+    blind: list[str] = []
+    words: list[str] = []
     pool: dict[str, list[str]] = {}
     left = {kind: share * size for kind, share in KINDS.items()}
-    rare_left, words_room, blind_room = RARE_SHARE * size, 192 * KB, 192 * KB
+    rare_left, words_room, blind_room = RARE_SHARE * size, room, room
     for number, (package, path) in enumerate(files_of(HALVES[half])):
         for kind, text in parts_of(path).items():
             if kind not in left or left[kind] <= 0:
@@ -212,11 +217,10 @@ def make_texts(half: str, size: int, folder: Path) -> None:
                     rare_left -= len(kept) if is_rare else 0
         if max(left.values()) <= 0:
             break
-    held_out |= {"words": hold_out(words)[0], "blind": hold_out(blind)[0]}
-    for name, parts in held_out.items():
-        for part, texts in parts.items():
-            write(folder / f"{name}-{part}.jsonl", texts)
-    write(folder / "elsewhere.jsonl", headers(96 * KB))
+    for name, texts in {"words": words, "far": far, "blind": blind}.items():
+        write(folder / f"{name}-reference.jsonl", texts[::2])
+        write(folder / f"{name}-validation.jsonl", texts[1::2])
+    write(folder / "elsewhere.jsonl", first(headers(), room // 2))
     for source, texts in pool.items():
         write(folder / f"{source}.jsonl", texts)
     prepare(
@@ -261,15 +265,21 @@ def far_texts(half: str) -> list[str]:
     return [text[: 12 * KB] for text in random.Random(0).sample(texts, len(texts))]  # no package fills the target
 
 
-def headers(size: int) -> list[str]:
-    """Return C++ headers."""
+def headers() -> Iterator[str]:
+    """Yield C++ headers."""
     paths = sorted((folder_of("torch") / "include" / "ATen").rglob("*.h"))
-    texts: list[str] = []
     for path in random.Random(0).sample(paths, len(paths)):
-        if sum(map(len, texts)) >= size:
+        yield path.read_text(encoding="utf-8", errors="replace")[: 4 * KB]
+
+
+def first(texts: Iterable[str], size: int) -> list[str]:
+    """Return the first texts, until they have so many characters."""
+    kept: list[str] = []
+    for text in texts:
+        if sum(map(len, kept)) >= size:
             break
-        texts.append(path.read_text(encoding="utf-8", errors="replace")[: 4 * KB])
-    return texts
+        kept.append(text)
+    return kept
 
 
 def write(path: Path, texts: Iterable[str]) -> None:
