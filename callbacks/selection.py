@@ -84,7 +84,8 @@ class DataSelection(Callback):
             differ; a resumed run goes on with what was measured before.
         mixture_sample: hold out this many candidates, drawn uniformly from the whole pool (and no more than a fiftieth
             of it), and note the loss on them at every validation: a choice that helps the reference may ruin what the
-            model knows of the rest, and nothing else shows it. 0 for none.
+            model knows of the rest, and nothing else shows it. 0 for none; by default what the preset has, which is 0
+            but for :class:`~liveselect.callbacks.LiveSelection`.
         overhear: score the examples of this many optimizer steps at the beginning of each round out of the steps' own
             backward, at a fraction of what a probe costs; ``every_n_steps`` or more is all of them. The ledger records
             it, and arms and regressors learn from it. Needs an estimator that compares gradients
@@ -95,6 +96,8 @@ class DataSelection(Callback):
         most_rejected: limit on the rejected candidates that the decisions of a round record, those nearest to being
             chosen; chosen and measured ones are all recorded.
     """
+
+    own_mixture_sample = 0  # of a preset; an argument's default would be lost where YAML passes those of every run
 
     def __init__(
         self,
@@ -110,9 +113,11 @@ class DataSelection(Callback):
         overhear: int = 0,
         training_loss_differs: bool = False,
         most_rejected: int = MOST_REJECTED,
-        mixture_sample: int = 0,
+        mixture_sample: int | None = None,
     ) -> None:
         check_plain(DataSelection, locals())
+        if mixture_sample is None:
+            mixture_sample = self.own_mixture_sample
         if mixture_sample < 0:
             raise ValueError(f"expected mixture_sample, a number of candidates, of at least 0, got {mixture_sample}")
         pace = Pace(probes_between_steps, max_overhead)

@@ -202,7 +202,11 @@ def test_the_demo_does_what_its_files_say(method):
         )
         assert told(done.model) == told(said.model)
         assert told(done.datamodule) == told(said.datamodule)
-        assert told(callback_of(done)) == told(callback_of(said))
+        select, expected = told(callback_of(done)), told(callback_of(said))
+        if name == "random":  # a comparison keeps the interval and the seed; `fit` leaves it an estimator without use
+            for each in (select, expected):
+                del each["estimator"], each["warmup_rounds"], each["overhearing"]
+        assert select == expected
         schedule, expected = schedule_of(done.trainer), schedule_of(said.trainer)
         assert set(schedule["callbacks"]) - set(expected["callbacks"]) == {"Judges"}
         assert {**schedule, "callbacks": []} == {**expected, "callbacks": []}
