@@ -192,11 +192,10 @@ def make_texts(half: str, size: int, folder: Path) -> None:
     room = min(HELD_OUT, size // 8)
     far = first(without_copies(far_texts(half), seen), room)
     rare = RARE[half]
-    blind: list[str] = []
     words: list[str] = []
-    pool: dict[str, list[str]] = {}
+    kept_in: dict[int, list[tuple[str, str]]] = {}  # source and text of each file
     left = {kind: share * size for kind, share in KINDS.items()}
-    rare_left, words_room, blind_room = RARE_SHARE * size, room, room
+    rare_left, words_room = RARE_SHARE * size, room
     for number, (package, path) in enumerate(files_of(HALVES[half])):
         for kind, text in parts_of(path).items():
             if kind not in left or left[kind] <= 0:
@@ -208,15 +207,20 @@ def make_texts(half: str, size: int, folder: Path) -> None:
                 if is_rare and words_room > 0:
                     words.append(kept)
                     words_room -= len(kept)
-                elif not is_rare and number % 8 == 0 and blind_room > 0:
-                    blind.append(kept)
-                    blind_room -= len(kept)
                 else:
-                    pool.setdefault(f"{package}-{kind}", []).append(kept)
+                    kept_in.setdefault(number, []).append((f"{package}-{kind}", kept))
                     left[kind] -= len(kept)
                     rare_left -= len(kept) if is_rare else 0
         if max(left.values()) <= 0:
             break
+    # whole files, drawn from all of the pool: its own mixture
+    drawn = (
+        text for number in random.Random(0).sample(sorted(kept_in), len(kept_in)) for _, text in kept_in.pop(number)
+    )
+    blind = first(drawn, room)
+    pool: dict[str, list[str]] = {}
+    for source, text in (each for texts in kept_in.values() for each in texts):
+        pool.setdefault(source, []).append(text)
     for name, texts in {"words": words, "far": far, "blind": blind}.items():
         write(folder / f"{name}-reference.jsonl", texts[::2])
         write(folder / f"{name}-validation.jsonl", texts[1::2])
