@@ -14,7 +14,7 @@ ARGS ?=
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/ready ## pretrain a small model twice on this machine's texts, and open a report to compare
+demo: $(VENV)/ready ## pretrain a small model on this machine's texts, with and without selection, and compare
 	$(BIN)/liveselect demo
 
 test: $(VENV)/ready ## run the tests

@@ -16,7 +16,7 @@ class RunArguments(TypedDict, total=False):
     dirpath: str | Path | None
     training_loss_differs: bool
     most_rejected: int
-    mixture_sample: int
+    mixture_sample: int | None
     verdict: Verdict | None
 
 

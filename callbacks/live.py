@@ -58,6 +58,8 @@ class LiveSelection(DataSelection):
         run: arguments of every run, see :class:`~liveselect.callbacks.DataSelection`; ``mixture_sample`` is 64.
     """
 
+    own_mixture_sample = 64
+
     def __init__(
         self,
         every_n_steps: int = 1000,
@@ -111,7 +113,6 @@ class LiveSelection(DataSelection):
                 reference_rows=_REFERENCE_ROWS,
                 reference_share=cost / 2,
             )
-        run.setdefault("mixture_sample", 64)
         super().__init__(
             selector=selector,
             estimator=estimator,

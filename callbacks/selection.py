@@ -90,7 +90,8 @@ class DataSelection(Callback):
             differ; a resumed run goes on with what was measured before.
         mixture_sample: hold out this many candidates, drawn uniformly from the whole pool (and no more than a fiftieth
             of it), and note the loss on them at every validation: a choice that helps the reference may ruin what the
-            model knows of the rest, and nothing else shows it. 0 for none.
+            model knows of the rest, and nothing else shows it. 0 for none; by default what the preset has, which is 0
+            but for :class:`~liveselect.callbacks.LiveSelection`.
         overhear: score the examples of this many optimizer steps at the beginning of each round out of the steps' own
             backward, at a fraction of what a probe costs; ``every_n_steps`` or more is all of them. The ledger records
             it, and arms and regressors learn from it. Needs an estimator that compares gradients
@@ -104,6 +105,8 @@ class DataSelection(Callback):
             :class:`~liveselect.verdict.Verdict`. Selection then sees a half of the reference set, and the other half
             judges it. Not by default, because of that half.
     """
+
+    own_mixture_sample = 0  # of a preset; an argument's default would be lost where YAML passes those of every run
 
     def __init__(
         self,
@@ -119,11 +122,12 @@ class DataSelection(Callback):
         overhear: int = 0,
         training_loss_differs: bool = False,
         most_rejected: int = MOST_REJECTED,
-        mixture_sample: int = 0,
+        mixture_sample: int | None = None,
         verdict: Verdict | None = None,
     ) -> None:
         check_plain(DataSelection, locals())
         every_n_steps, warmup_rounds, seed = map(of_python, (every_n_steps, warmup_rounds, seed))
+        mixture_sample = self.own_mixture_sample if mixture_sample is None else mixture_sample
         overhear, most_rejected, mixture_sample = map(of_python, (overhear, most_rejected, mixture_sample))
         if not isinstance(seed, int):
             raise TypeError(f"expected seed to be a whole number, got {seed!r}")

@@ -29,7 +29,7 @@ from small_run import weights_hash
 
 from liveselect.callbacks import DataSelection
 from liveselect.cli.demo import METHODS
-from liveselect.cli.demo_runs import BASELINE, PROXY, Demo
+from liveselect.cli.demo_runs import Demo
 from liveselect.cli.fit import SelectionCLI
 
 LIVE_PDS = {
@@ -74,7 +74,14 @@ class Witness(Callback):
 def arguments(folder: Path, run: str, steps: int) -> list[str]:
     """Return the arguments of ``liveselect fit`` for a run of the demo that lies in ``folder``."""
     method = {"random": "mates", "live pds": "mates"}.get(run, run)
-    found = Demo(folder, METHODS[method], method, steps).arguments(BASELINE if run == "random" else method)
+    runs = {each.method: each for each in Demo(folder, METHODS[method], method, steps).comparison().runs()}
+    config = runs["random" if run == "random" else method].config
+    config["trainer"]["callbacks"] = []  # a comparison is judged on one device
+    for name in ("dirpath", "mixture_sample"):
+        del config["select"]["init_args"][name]
+    path = folder / f"{run.replace(' ', '-')}.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    found = [f"--config={path}"]
     if run == "live pds":
         on_top = folder / "live_pds.yaml"
         part = {"every_n_steps": max(1, round(80 * steps / 400)), "probes": 16}
@@ -133,12 +140,11 @@ def prepare(folder: Path, steps: int, runs: list[str]) -> None:
     """Make the pool, its clusters and its scores, by the demo itself."""
     demo = Demo(folder, METHODS["pds"], "pds", steps)
     folder.mkdir(parents=True, exist_ok=True)
-    demo._make_pool(resume=False)
+    demo.make_pool()
     if "quad" in runs:
-        demo._cluster()
+        demo.make_clusters()
     if "pds" in runs:
-        demo._train(PROXY)
-        demo._score()
+        demo.make_scores()
 
 
 def differences(seen: list[dict[str, Any]], global_batch: int = 16) -> list[str]:

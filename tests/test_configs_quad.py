@@ -42,7 +42,7 @@ def test_quad_in_python_is_quad_in_yaml():
 
 
 def test_the_demo_of_quad_differs_from_that_of_mates_in_selection_and_groups_alone():
-    quad, mates = from_yaml("demo.yaml", "demo_quad.yaml"), from_yaml("demo.yaml")
+    quad, mates = from_yaml("demo.yaml", "demo_quad.yaml"), from_yaml("demo.yaml", "demo_mates.yaml")
     assert told(quad.model) == told(mates.model)
     data, expected = told(quad.datamodule), told(mates.datamodule)
     assert {key for key in data if data[key] != expected[key]} == {"settings"}

@@ -66,7 +66,7 @@ def test_held_out_parts_have_about_the_size_asked_for(corpus):
 
 def test_copies_and_held_out_paragraphs_are_left_out_of_a_source(monkeypatch, tmp_path):
     secret = "The held out paragraph that nothing in the pool may repeat, in any spacing."
-    monkeypatch.setattr(texts, "_reference_topics", lambda: [f"{secret}\n\n{'prose ' * 50}", "other prose " * 30])
+    monkeypatch.setattr(texts, "language_reference", lambda: [f"{secret}\n\n{'prose ' * 50}", "other prose " * 30])
     monkeypatch.setattr(texts, "HELD_OUT", {"reference": 500, "validation": 500})
     words = "plain words " * 30
     docstrings = {
@@ -120,7 +120,7 @@ def test_a_file_that_cannot_be_read_has_no_parts(tmp_path):
 def test_a_python_without_its_library_is_told_what_to_do(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="needs a Python with its standard library"):
         find_corpus(tmp_path)
-    monkeypatch.setattr(texts, "_reference_topics", list)
+    monkeypatch.setattr(texts, "language_reference", list)
     with pytest.raises(ValueError, match="or no language reference"):
         find_corpus(sizes=SMALL, least=1)
 

@@ -11,7 +11,9 @@ import yaml
 from liveselect import cli
 from liveselect.callbacks import DataSelection
 from liveselect.cli import corpus, demo_runs, score_job
-from liveselect.cli.demo_runs import Demo, config_path
+from liveselect.cli.compare_runs import config_path
+from liveselect.cli.demo import METHODS
+from liveselect.cli.demo_runs import Demo
 from liveselect.datamodules.clusters.cluster import Clusters
 from liveselect.datamodules.pools.tokens import TokenStore
 from liveselect.ledger import Ledger
@@ -60,8 +62,9 @@ def run(folder: Path, *options: str) -> int:
     return cli.main(["demo", "--out", str(folder), "--steps", str(STEPS), *options])
 
 
-def ledgers(folder: Path, method: str = "mates") -> dict[str, Ledger]:
-    return {name: Ledger.read(folder / name / "selection" / "ledger.jsonl") for name in ("random", method)}
+def ledgers(folder: Path, *methods: str) -> dict[str, Ledger]:
+    names = ("random", *(methods or ("prior", "live")))
+    return {name: Ledger.read(folder / "runs" / f"{name}-0" / "selection" / "ledger.jsonl") for name in names}
 
 
 def what_was_done(ledger: Ledger) -> list[tuple]:
@@ -70,21 +73,33 @@ def what_was_done(ledger: Ledger) -> list[tuple]:
     return rounds + [(entry.step, entry.metrics["val_loss"]) for entry in ledger.evaluations]
 
 
-def test_the_demo_trains_both_runs_on_equal_terms_and_tells_what_came_out(small, capsys):
+def test_the_demo_trains_all_runs_on_equal_terms_and_tells_what_came_out(small, capsys):
     assert run(small) == 0
     said = capsys.readouterr().out
-    random, mates = ledgers(small)["random"], ledgers(small)["mates"]
+    found = ledgers(small)
+    random, prior, live = found.values()
     assert {record.selector for record in random.rounds} == {"UniformSelector"}
+    assert {record.selector for record in prior.rounds} == {"ScoredSelector"}
+    assert [record.selector for record in live.rounds] == ["ScoredSelector"] + 3 * ["PriorSelector"]
+    assert [record.step for record in random.rounds] == [record.step for record in live.rounds] == [0, 2, 4, 6]
+    assert prior.rounds[0].plan != random.rounds[0].plan
+    ends = {name: ledger.evaluations[-1].metrics["averaged_val_loss"] for name, ledger in found.items()}
+    assert re.search(rf"random\s+{ends['random']:.3f}", said)
+    assert "with one seed, so how much of that is chance is not known" in said
+    for name in ("prior", "live"):
+        assert re.search(rf"{name} has a (lower|higher) loss by [\d.]+ nats per token than random", said)
+    page = (small / "report.html").read_text(encoding="utf-8")
+    raw = [f"{ledger.evaluations[-1].metrics['val_loss']:.3f}" for ledger in found.values()]
+    assert all(loss in page for loss in raw)
+    assert (small / "report.html").resolve().as_uri() in said
+
+
+def test_mates_starts_from_the_weights_and_the_data_of_random(small):
+    assert run(small, "--method", "mates") == 0
+    random, mates = ledgers(small, "mates").values()
     assert [record.selector for record in mates.rounds] == ["UniformSelector"] + 3 * ["RegressionSelector"]
-    assert [record.step for record in random.rounds] == [record.step for record in mates.rounds] == [0, 2, 4, 6]
     assert random.rounds[0].plan == mates.rounds[0].plan
     assert random.evaluations[0].metrics == mates.evaluations[0].metrics  # same weights, same first data
-    final = [f"{run.evaluations[-1].metrics['val_loss']:.3f}" for run in (random, mates)]
-    assert re.search(rf"after {STEPS} steps\W+{final[0]}\W+{final[1]}\b", said)
-    assert "There is one seed of each" in said
-    page = (small / "report.html").read_text(encoding="utf-8")
-    assert all(loss in page for loss in final)
-    assert (small / "report.html").resolve().as_uri() in said
 
 
 def test_quad_pulls_the_clusters_of_the_pool(small, capsys):
@@ -98,7 +113,8 @@ def test_quad_pulls_the_clusters_of_the_pool(small, capsys):
     assert any(record.metrics["arms/overheard"] for record in quad.rounds[3:])
     clusters = Clusters(TokenStore(small / "pool"))
     assert (random.before_seconds, quad.before_seconds) == ({}, clusters.cost["seconds"])
-    assert "quad has a" in (said := capsys.readouterr().out) or "quad and random" in said
+    said = capsys.readouterr().out
+    assert "quad has a" in said
     assert "5 clusters" in said
 
 
@@ -109,21 +125,20 @@ def test_pds_scores_the_pool_on_a_proxy_and_its_cost_is_part_of_the_verdict(smal
     with monkeypatch.context() as context:
         context.setattr(score_job.ScoreJob, "_predicted", stop)
         assert run(small, "--method", "pds") == 130
-    assert not (small / "pds").exists()
+    assert not (small / "runs").exists()
     assert run(small, "--method", "pds", "--resume") == 0
     said = capsys.readouterr().out
     scores = read_scores(small / "scores")
     assert f"held-out Spearman of the scorer: {scores.about['metrics']['spearman']:.3f}" in said
     random, pds = ledgers(small, "pds").values()
     assert {record.selector for record in pds.rounds} == {"ScoredSelector"}
-    proxy = Ledger.read(small / "proxy" / "selection" / "ledger.jsonl")
+    proxy = Ledger.read(small / "proxy" / "runs" / "proxy-0" / "selection" / "ledger.jsonl")
     assert [entry.step for entry in proxy.evaluations] == [2, 4]  # every 80 of 400 steps, of 8
     assert 0 < pds.before_seconds["train the proxy"] <= proxy.training_seconds + proxy.selection_seconds
     assert {"unroll training", "pull back", "measure influence"} <= set(pds.before_seconds)
     assert pds.selection_seconds >= sum(pds.before_seconds.values())
     assert not random.before_seconds
     assert "before training: train the proxy" in (small / "report.html").read_text(encoding="utf-8")
-    assert "of it before training" in said
 
 
 def test_a_demo_that_was_stopped_continues_with_the_same_numbers(small, monkeypatch, capsys):
@@ -147,10 +162,11 @@ def test_a_demo_that_was_stopped_continues_with_the_same_numbers(small, monkeypa
 
 def test_fit_repeats_a_run_of_the_demo(small, tmp_path):
     assert run(small) == 0
-    expected = what_was_done(ledgers(small)["mates"])
-    demo = Demo(small, ("demo.yaml",), "mates", STEPS)
-    assert cli.main(["fit", *demo.arguments("mates"), f"--trainer.default_root_dir={tmp_path / 'again'}"]) == 0
-    assert what_was_done(Ledger.read(tmp_path / "again" / "selection" / "ledger.jsonl")) == expected
+    expected = what_was_done(ledgers(small)["live"])
+    config = f"--config={small / 'runs' / 'live-0' / 'run.yaml'}"
+    again = [f"--trainer.default_root_dir={tmp_path / 'again'}", f"--select.init_args.dirpath={tmp_path / 'again'}"]
+    assert cli.main(["fit", config, *again]) == 0
+    assert what_was_done(Ledger.read(tmp_path / "again" / "ledger.jsonl")) == expected
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
@@ -170,12 +186,10 @@ def test_only_the_same_demo_can_be_resumed(tmp_path, capsys, made_with, message)
 
 
 def test_fewer_steps_keep_the_proportions_of_the_config():
-    settings = yaml.safe_load(config_path("demo.yaml").read_text(encoding="utf-8"))
-    whole = settings["trainer"]["max_steps"]
-    half = dict(
-        option.split("=", 1) for option in Demo(Path("x"), ("demo.yaml",), "mates", whole // 2).arguments("mates")
-    )
-    select = settings["select"]["init_args"]
-    assert int(half["--select.init_args.every_n_steps"]) == select["every_n_steps"] // 2
-    assert int(half["--select.init_args.probes"]) == select["probes"] // 2
-    assert int(half["--trainer.val_check_interval"]) == settings["trainer"]["val_check_interval"] // 2
+    settings = yaml.safe_load(config_path("demo_mates.yaml").read_text(encoding="utf-8"))
+    common = yaml.safe_load(config_path("demo.yaml").read_text(encoding="utf-8"))
+    whole, select = settings["trainer"]["max_steps"], settings["select"]["init_args"]
+    half = Demo(Path("x"), METHODS["mates"], "mates", whole // 2).comparison().runs()[-1].config
+    assert half["select"]["init_args"]["every_n_steps"] == select["every_n_steps"] // 2
+    assert half["select"]["init_args"]["probes"] == select["probes"] // 2
+    assert half["trainer"]["val_check_interval"] == common["trainer"]["val_check_interval"] // 2

@@ -3,7 +3,6 @@
 import pytest
 from report.ledgers import ledger_of
 
-from liveselect.cli.demo_verdict import show_verdict
 from liveselect.report import build_page
 from liveselect.report.runs import Run
 from liveselect.report.summary import summary_of
@@ -142,15 +141,6 @@ def test_of_several_runs_one_on_a_busier_machine_takes_times_out_of_the_table():
     assert "mates at equal FLOPs" in summary
     assert "busy at equal FLOPs" in summary
     assert "at equal time" not in summary
-
-
-def test_the_console_leaves_time_out_where_it_cannot_be_compared(capsys):
-    show_verdict([RANDOM, busy()], seed=0)
-    said = capsys.readouterr().out
-    assert "at equal total cost" in said
-    assert "total time" not in said
-    show_verdict([RANDOM, chosen([6.0, 5.0, 4.0])], seed=0)
-    assert "at equal total time" in capsys.readouterr().out
 
 
 def test_a_single_seed_stands_in_the_headline_itself():

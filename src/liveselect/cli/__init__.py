@@ -9,10 +9,11 @@ from collections.abc import Sequence
 TRACEBACK_FLAG = "LIVESELECT_TRACEBACK"
 
 COMMANDS = {
-    "demo": "train a small model twice on the texts of Python's library, at random and with live selection",
+    "demo": "train a small model on the texts of Python's library, at random and with selection",
     "prepare": "turn texts into a pool of training sequences on disk",
     "cluster": "sort the sequences of a pool into clusters of similar text",
     "fit": "train a model while its data is selected, from a YAML file (LightningCLI)",
+    "compare": "train with several methods, and say what each is worth at equal total cost",
     "score": "score every sequence of a pool on a proxy model, for training to draw from",
     "report": "write one HTML page about one or several runs",
     "explain": "show why a run chose a candidate, or did not",

@@ -65,7 +65,7 @@ def find_corpus(library: Path | None = None, sizes: Mapping[str, int] = POOL, le
         ValueError: there is too little text, as in an interpreter without its library.
     """
     seen: set[str] = set()
-    held_out, rest = hold_out(without_copies(_reference_topics(), seen))
+    held_out, rest = hold_out(without_copies(language_reference(), seen))
     library = library or Path(sysconfig.get_path("stdlib"))
     paths = [path for path in library.rglob("*.py") if not _LEFT_OUT & set(path.relative_to(library).parts)]
     left = dict(sizes)
@@ -145,7 +145,8 @@ def write_corpus(corpus: DemoCorpus, folder: Path) -> dict[str, Path]:
     return {source: folder / f"{source}.jsonl" for source in corpus.pool}
 
 
-def _reference_topics() -> list[str]:
+def language_reference() -> list[str]:
+    """Return the topics of the language reference, in an order that is always the same; none where it is missing."""
     try:
         from pydoc_data.topics import topics
     except ImportError:

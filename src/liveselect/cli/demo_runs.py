@@ -1,39 +1,34 @@
-"""The steps of the demo: texts, pool, two runs, verdict."""
+"""The steps of the demo: texts, pool, a comparison of runs, verdict."""
 
 import json
-import logging
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from liveselect.callbacks.lines import show_lines
 from liveselect.cli import corpus, score
-from liveselect.cli.demo_verdict import METRIC, show_verdict
-from liveselect.cli.fit import SelectionCLI
+from liveselect.cli.compare import show_results
+from liveselect.cli.compare_runs import Comparison, Method, Planned, Settings, Task, config_path, quiet_logs
 from liveselect.cli.output import say
 from liveselect.datamodules.clusters.cluster import Clustering, cluster_pool
 from liveselect.datamodules.pools.pool_files import MANIFEST
 from liveselect.datamodules.pools.prepare import prepare
-from liveselect.report import load_runs, words, write_report
+from liveselect.report import words, write_report
 from liveselect.scores import MANIFEST as SCORES_MANIFEST
 
-BASELINE, PROXY = "random", "proxy"
 MARKER = "demo.json"
 CLUSTERS = 24
 """Arms of Quad: few enough to pull all of them within a few rounds."""
 
-OVERRIDES = {BASELINE: ("random.yaml",), PROXY: ("demo_pds_proxy.yaml",)}
-"""Configs on top of the method's that make another run of it."""
+LIVE = "live"
+"""The recommended default, which is compared with the prior alone too."""
 
-SCORING = "demo_pds_score.yaml"
+PROXY, SCORING = "demo_pds_proxy.yaml", "demo_pds_score.yaml"
+METRIC = "val_loss"
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class Demo:
 
     folder: Path
     configs: tuple[str, ...]
-    method: str
+    method: str = LIVE
     steps: int | None = None
     seed: int = 0
 
@@ -63,99 +58,111 @@ class Demo:
         started = time.monotonic()
         self._claim_folder(resume)
         show_lines(always=True)
-        stages: list[tuple[str, Callable[[], None]]] = [
-            (f"Texts of Python's library, and a pool of them in {self.folder}", lambda: self._make_pool(resume)),
-            ("Training on random data", lambda: self._train(BASELINE)),
-            (f"Training on data selected live by {self.method}", lambda: self._train(self.method)),
+        stages: list[tuple[str, Callable[[], object]]] = [
+            (f"Texts of Python's library, and a pool of them in {self.folder}", lambda: self.make_pool(resume)),
+            ("Training", self._train),
             ("Report", self._report),
         ]
         if self.method == "quad":
-            stages.insert(1, (f"Sorting the pool into {CLUSTERS} clusters, the arms", self._cluster))
+            stages.insert(1, (f"Sorting the pool into {CLUSTERS} clusters, the arms", self.make_clusters))
         if self.method == "pds":
-            stages.insert(2, ("Training a small proxy on random data", lambda: self._train(PROXY)))
-            stages.insert(3, ("Scoring the pool on the proxy", self._score))
+            stages.insert(1, ("Training a small proxy on random data, and scoring the pool on it", self.make_scores))
         for number, (title, stage) in enumerate(stages, 1):
             say(f"[{number}/{len(stages)}] {title}")
             stage()
         took = words.duration(time.monotonic() - started)
-        say(f"The whole demo took {took}. Open {(self.folder / 'report.html').resolve().as_uri()}")
+        say(f"This took {took}. Open {(self.folder / 'report.html').resolve().as_uri()}")
 
-    def arguments(self, name: str) -> list[str]:
-        """Return the arguments of ``liveselect fit`` that make the run ``name`` in this folder."""
-        found = [
-            *self._files(*self.configs),
-            f"--seed_everything={self.seed}",
-            f"--model.init_args.seed={self.seed}",
-            f"--select.init_args.seed={self.seed}",
-            *self._data(),
-        ]
-        if self.method == "pds":
-            found.append(f"--select.init_args.scores={self.folder / 'scores'}")
-        found += self._shortened()
-        # last, because these files replace the selector that some of the arguments above are about
-        found += self._files(*OVERRIDES.get(name, ()))
-        if name == PROXY:
-            found += self._shortened_proxy()
-        return [*found, f"--trainer.default_root_dir={self.folder / name}"]
+    def comparison(self) -> Comparison:
+        """Return the runs of this demo."""
+        given = {"scores": str(self.folder / "scores")} if self.method == "pds" else {}
+        methods = [Method("random", "random"), Method(self.method, "configured", given)]
+        if self.method == LIVE:
+            methods.insert(1, Method("prior", "prior"))
+        return self._compared(self.folder, self.configs, methods, self.steps)
+
+    def proxy(self) -> Planned:
+        """Return the run of the small model that PDS scores the pool on."""
+        configs = ("demo.yaml", PROXY)
+        whole, proxy = (
+            _read(*files)["trainer"]["max_steps"] for files in (("demo.yaml", self.configs[-1]), ("demo.yaml", PROXY))
+        )
+        steps = None if self.steps is None else max(1, round(self.steps * proxy / whole))
+        return self._compared(self.folder / "proxy", configs, [Method("proxy", "configured")], steps).runs()[0]
 
     def scoring_arguments(self) -> list[str]:
         """Return the arguments of ``liveselect score`` that score the pool of this folder."""
+        proxy = self.proxy()
+        data = proxy.config["data"]["init_args"]
         found = [
-            *self._files("demo.yaml", *OVERRIDES[PROXY], SCORING),
+            *(f"--config={config_path(name)}" for name in ("demo.yaml", PROXY, SCORING)),
             f"--model.init_args.seed={self.seed}",
-            *self._data(),
-            f"--ckpt_path={self._checkpoint(PROXY)}",
+            f"--data.init_args.pool={data['pool']}",
+            f"--data.init_args.reference.source={data['reference']['source']}",
+            f"--data.init_args.validation.source={data['validation']['source']}",
+            f"--ckpt_path={proxy.last_checkpoint}",
             f"--out={self.folder / 'scores'}",
             f"--seed={self.seed}",
         ]
-        probes = _settings(SCORING)["probes"]
-        return found if self.steps is None else [*found, f"--probes={self._part(probes, least=64)}"]
-
-    # ---- groups of arguments -----------------------------------------------------------------------------------
-
-    def _files(self, *names: str) -> list[str]:
-        return [f"--config={config_path(name)}" for name in names]
-
-    def _data(self) -> list[str]:
-        texts = self.folder / "texts"
-        return [
-            f"--data.init_args.pool={self.folder / 'pool'}",
-            f"--data.init_args.reference.source={texts / 'held_out_reference.jsonl'}",
-            f"--data.init_args.validation.source={texts / 'held_out_validation.jsonl'}",
-        ]
-
-    def _shortened(self) -> list[str]:
-        """Return arguments that shrink rounds, probes and intervals with the number of steps."""
         if self.steps is None:
-            return []
-        common, select = _settings("demo.yaml"), _settings(self.configs[-1])["select"]["init_args"]
-        found = [
-            f"--trainer.max_steps={self.steps}",
-            f"--trainer.val_check_interval={self._part(common['trainer']['val_check_interval'])}",
-            f"--model.init_args.warmup_steps={self._part(common['model']['init_args']['warmup_steps'])}",
-            f"--select.init_args.every_n_steps={self._part(select['every_n_steps'])}",
-        ]
-        if self.method == "mates":
-            found.append(f"--select.init_args.probes={self._part(select['probes'], least=16)}")
-        return found
-
-    def _shortened_proxy(self) -> list[str]:
-        if self.steps is None:
-            return []
-        trainer = _settings(*OVERRIDES[PROXY])["trainer"]
-        # checkpoints are written at validations, so the last step must be one
-        interval = self._part(trainer["val_check_interval"])
-        steps = interval * (trainer["max_steps"] // trainer["val_check_interval"])
-        return [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={interval}"]
-
-    def _part(self, amount: int, least: int = 1) -> int:
-        whole: int = _settings("demo.yaml")["trainer"]["max_steps"]
-        return max(least, round(amount * (self.steps or whole) / whole))
-
-    def _checkpoint(self, name: str) -> Path:
-        return self.folder / name / "checkpoints" / "last.ckpt"
+            return found
+        whole = _read("demo.yaml", self.configs[-1])["trainer"]["max_steps"]
+        return [*found, f"--probes={max(64, round(self.steps * _read(SCORING)['probes'] / whole))}"]
 
     # ---- the stages --------------------------------------------------------------------------------------------
+
+    def make_pool(self, resume: bool = False) -> None:
+        """Find the texts and prepare the pool."""
+        if (self.folder / "pool" / MANIFEST).exists() and resume:
+            return
+        found = corpus.find_corpus()
+        files = corpus.write_corpus(found, self.folder / "texts")
+        say(str(found))
+        model = _read("demo.yaml")["model"]["init_args"]["config"]
+        prepare(
+            [f"{source}={path}" for source, path in files.items()],
+            self.folder / "pool",
+            tokenizer=f"bpe:{model['vocab_size']}",
+            block_size=model["max_position_embeddings"],
+            workers=1,  # starting more processes takes longer than they save
+            overwrite=True,
+        )
+
+    def make_clusters(self) -> None:
+        """Cluster the pool, for Quad."""
+        clusters = cluster_pool(self.folder / "pool", Clustering(CLUSTERS, seed=self.seed), overwrite=True)
+        largest = ", ".join(name for name in clusters.names[:3])
+        say(f"{len(clusters)} clusters, the largest: {largest}")
+
+    def make_scores(self) -> None:
+        """Train the proxy and score the pool on it, for PDS."""
+        proxy = self.proxy()
+        if not proxy.finished:
+            proxy.train()
+        if not (self.folder / "scores" / SCORES_MANIFEST).exists():
+            with quiet_logs():
+                score.main(self.scoring_arguments())
+
+    def _train(self) -> None:
+        failed = self.comparison().train(quietly=False)
+        if failed:
+            raise ValueError("; ".join(f"{name} has failed: {reason}" for name, reason in failed.items()))
+
+    def _report(self) -> None:
+        comparison = self.comparison()
+        write_report([run.folder for run in comparison.runs()], self.folder / "report.html", METRIC)
+        say("Held-out prose of the language reference:")
+        show_results(comparison)
+
+    def _compared(self, folder: Path, configs: tuple[str, ...], methods: list[Method], steps: int | None) -> Comparison:
+        texts = self.folder / "texts"
+        data = {
+            "pool": str(self.folder / "pool"),
+            "reference": str(texts / "held_out_reference.jsonl"),
+            "validation": str(texts / "held_out_validation.jsonl"),
+        }
+        files = [config_path(name) for name in configs]
+        return Comparison(folder, files, methods, [Task(data=data)], [self.seed], steps)
 
     def _claim_folder(self, resume: bool) -> None:
         marker = self.folder / MARKER
@@ -170,77 +177,15 @@ class Demo:
             raise ValueError(f"{self.folder} holds other files: choose a new folder with --out")
         if marker.exists():
             say(f"The demo that is in {self.folder} is replaced; --out FOLDER keeps it.")
-        for name in (BASELINE, self.method, PROXY, "scores"):
+        for name in ("runs", "proxy", "scores"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         marker.write_text(json.dumps(settings), encoding="utf-8")
 
-    def _make_pool(self, resume: bool) -> None:
-        if (self.folder / "pool" / MANIFEST).exists() and resume:
-            return
-        found = corpus.find_corpus()
-        files = corpus.write_corpus(found, self.folder / "texts")
-        say(str(found))
-        model = _settings("demo.yaml")["model"]["init_args"]["config"]
-        prepare(
-            [f"{source}={path}" for source, path in files.items()],
-            self.folder / "pool",
-            tokenizer=f"bpe:{model['vocab_size']}",
-            block_size=model["max_position_embeddings"],
-            workers=1,  # starting more processes takes longer than they save
-            overwrite=True,
-        )
 
-    def _cluster(self) -> None:
-        clusters = cluster_pool(self.folder / "pool", Clustering(CLUSTERS, seed=self.seed), overwrite=True)
-        largest = ", ".join(name for name in clusters.names[:3])
-        say(f"{len(clusters)} clusters, the largest: {largest}")
-
-    def _train(self, name: str) -> None:
-        last = self._checkpoint(name)
-        with _quiet_lightning():
-            # named, so that a run that is started over has no second folder for its records
-            records = f"--select.init_args.dirpath={self.folder / name / 'selection'}"
-            cli = SelectionCLI([*self.arguments(name), records], run=False)
-            try:
-                cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
-            except SystemExit as end:  # Lightning raises it after Ctrl-C, once it has cleaned up
-                raise KeyboardInterrupt from end
-
-    def _score(self) -> None:
-        if not (self.folder / "scores" / SCORES_MANIFEST).exists():
-            with _quiet_lightning():
-                score.main(self.scoring_arguments())
-
-    def _report(self) -> None:
-        runs = load_runs([self.folder / name for name in (BASELINE, self.method)])
-        write_report([self.folder / run.name for run in runs], self.folder / "report.html", METRIC)
-        show_verdict(runs, self.seed)
-
-
-def config_path(name: str) -> Path:
-    """Return the path of a config of the package."""
-    return Path(str(resources.files("liveselect.configs").joinpath(name)))
-
-
-def _settings(name: str) -> dict[str, Any]:  # YAML
-    settings: dict[str, Any] = yaml.safe_load(config_path(name).read_text(encoding="utf-8"))
-    return settings
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's messages about settings that the demo makes on purpose."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+def _read(*names: str) -> Settings:
+    """Return the settings of files of the package, sections of later ones in place of earlier ones'."""
+    found: Settings = {}
+    for name in names:
+        found |= yaml.safe_load(config_path(name).read_text(encoding="utf-8"))
+    return found

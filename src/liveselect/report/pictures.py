@@ -156,6 +156,34 @@ def shares(rounds: Sequence[int], chosen: Sequence[float], available: Sequence[f
         return finish()
 
 
+def interval_chart(
+    rows: Sequence[tuple[str, Sequence[tuple[float, float] | None]]], names: Sequence[str], x_label: str, text: str
+) -> Markup:
+    """Return a chart of rows with names, each of one number with half the width of its interval for each of ``names``.
+
+    Zero is marked. The names are in the picture, which is made for a file.
+    """
+    height = 0.7 + 0.12 * len(rows) * (1 + len(names))
+    with _picture(5.5, height, text) as (axes, finish):
+        for index, name in enumerate(names):
+            there = [(place, row[index]) for place, (_, row) in enumerate(rows)]
+            axes.errorbar(
+                [found[0] for _, found in there if found is not None],
+                [place + 0.22 * (index - (len(names) - 1) / 2) for place, found in there if found is not None],
+                xerr=[found[1] for _, found in there if found is not None],
+                fmt=_MARKERS[index % len(_MARKERS)],
+                color=_SERIES[index % SERIES_COLOURS],
+                label=name,
+                capsize=2,
+            )
+        axes.axvline(0.0, color=_MUTED, linewidth=0.8)
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(x_label)
+        return finish()
+
+
 def scatter(
     places: Sequence[Sequence[float]], values: Sequence[float], sizes: Sequence[float], description: str
 ) -> Markup:
