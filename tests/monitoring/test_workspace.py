@@ -22,6 +22,19 @@ def logged() -> set[str]:
     for name in record.groups:
         record.groups[name] |= {"reward": 1.0, "pulls": 2.0, "bonus": 0.5}
     record.metrics.update({f"drift/{name}": 0.5 for name in ("rank_correlation", "overlap", "mixture")})
+    record.metrics.update(
+        dict.fromkeys(
+            (
+                "reference_loss_zero_step",
+                "regressor/top_fifth",
+                "regressor/held_out",
+                "mixture_loss",
+                "mfu_training",
+                "mfu_whole",
+            ),
+            0.5,
+        )
+    )
     record.metrics.update({"canary/reference": 1.0, "canary/random": 0.0})
     return {*round_scalars(record, ledger, ["prose", "code"]), *evaluation_scalars(ledger.evaluations[0])}
 
@@ -92,7 +105,7 @@ def test_the_view_is_saved_once_and_stays_as_somebody_left_it(monkeypatch, capsy
     assert len(server.saved) == 1
     banks = server.view.spec.section.panel_bank_config
     titles = [[section.name, len(section.panels)] for section in banks.sections]
-    assert titles[0] == ["Does it help?", 5]
+    assert titles[0] == ["Does it help?", len(SECTIONS["Does it help?"])]
     banks.sections[0].name, banks.sections[1].panels = "mine", []
     assert main(["workspace", "team/pretraining", "--replace"]) == 0
     assert url in capsys.readouterr().out

@@ -52,11 +52,15 @@ def listen(model: LiveModel, row: Batch) -> Echo | None:
     """
     if is_sharded(model.module):
         return None
+    work = "echo", row["input_ids"].shape
     try:
+        if not model.meter.knows(model.module, *work):  # apart: a backward that is counted rounds otherwise
+            with measuring(model.module, model.optimizer, training_mode=True), _fixed(model.device):
+                model.meter.learn(model.module, *work, trial=lambda: _heard(model, row))
         with (
             measuring(model.module, model.optimizer, training_mode=True),
             _fixed(model.device),
-            model.meter.counting(model.module, "echo", row["input_ids"].shape),
+            model.meter.counting(model.module, *work),
         ):
             return _heard(model, row)
     except Exception:  # only listens: what fails here fails in the measurement too, with better words
