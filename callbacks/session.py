@@ -247,10 +247,10 @@ class Session:
         return 0 if plan is not None and plan.round == self._mixed_round else self.saved_batch
 
     @property
-    def ends_round(self) -> bool:
-        """Whether the batch to come is the last one of the round."""
+    def begins_last_step(self) -> bool:
+        """Whether the round's last optimizer step begins with the batch to come."""
         plan = self.run.plan
-        return plan is not None and plan.cursor + self.run.source.batch_size * distributed.world_size() >= len(plan.ids)
+        return plan is not None and plan.cursor + self.model.global_batch == len(plan.ids)
 
     def next_begins(self, trainer: pl.Trainer) -> int:
         """Return the step at which the next round begins."""

@@ -32,8 +32,8 @@ class TrainingLossCheck:
     or sum of those of the examples or of their tokens.
 
     A model that knows nothing yet gives all tokens about the same loss, whichever labels it is compared with. Until the
-    training loss has moved, the last batch of rounds 0, 1, 3, 7 and so on is therefore compared again, for gross
-    differences only: what is found then is no reason to end a training, but nothing is measured any more.
+    training loss has moved, a batch of the last step of rounds 0, 1, 3, 7 and so on is therefore compared again, for
+    gross differences only: what is found then is no reason to end a training, but nothing is measured any more.
 
     Args:
         differs: whether another loss is trained on deliberately, so that nothing is compared.
@@ -56,7 +56,7 @@ class TrainingLossCheck:
     def begin(self, session: Session, batch: Batch) -> None:
         """Compute the losses of a batch, if it is to be compared; call before its forward."""
         run = session.run
-        if self._repeats and not self._tries_left and session.ends_round:
+        if self._repeats and not self._tries_left and session.begins_last_step:
             self._tries_left = int(not session.plan.round & (session.plan.round + 1))
         if not self._tries_left or run.estimator is None or run.disabled is not None:
             return
@@ -137,7 +137,7 @@ class TrainingLossCheck:
             if abs(drawn[0] - loss) <= noise * max(abs(loss), abs(drawn[0])) + least + 1e-9:
                 return ""
         cause = _cause(model, batch, loss, means[0]["over tokens"], noise, trainer.accumulate_grad_batches)
-        seen = "the last batch of a round" if least else "the first batch"
+        seen = "a batch of the last step of a round" if least else "the first batch"
         return (
             f"training_step returned the loss {loss:.6g} for {seen}, and selection computes "
             f"{means[0]['over tokens']:.6g} as the mean over its tokens, {means[0]['over examples']:.6g} over its "

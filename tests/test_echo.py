@@ -225,7 +225,7 @@ def test_a_run_whose_model_keeps_state_elsewhere_measures_nothing(tmp_path, warm
 
 def test_state_that_begins_to_count_later_is_noticed_in_the_run_and_after_a_resume(tmp_path):
     probing = ProbingUniform()
-    selection = a_run(tmp_path, Stateful(since=60), probing, FirstOrderInfluence(), probes_between_steps=2)
+    selection = a_run(tmp_path, Stateful(since=75), probing, FirstOrderInfluence(), probes_between_steps=2)
     (found,) = restore_alarms(selection)
     assert 0 < found < 3
     assert len(probing.influence[0])

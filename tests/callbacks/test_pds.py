@@ -138,7 +138,8 @@ def test_what_making_the_scores_cost_is_part_of_what_selection_costs(tmp_path):
         rounds = sum(record.total_seconds for record in ledger.rounds)
         around = sum(ledger.around_seconds.values())
         assert ledger.selection_seconds == pytest.approx(42.0 + rounds + around)
-        assert ledger.selection_flops == pytest.approx(1e9 + sum(record.total_flops for record in ledger.rounds))
+        around = sum(ledger.around_flops.values())
+        assert ledger.selection_flops == pytest.approx(1e9 + around + sum(each.total_flops for each in ledger.rounds))
 
 
 def test_scores_of_another_pool_end_the_run_before_it_trains(tmp_path):
@@ -184,7 +185,7 @@ def test_solving_on_the_live_model_leaves_training_bit_for_bit_as_it_was(tmp_pat
             regressor=HashedRidgeRegressor(),
             probes=12,
             every_n_steps=5,
-            min_spearman=2.0,  # no regressor is trusted: rounds are drawn uniformly after all was measured
+            min_spearman=0.999,  # no regressor is trusted: rounds are drawn uniformly after all was measured
             warmup_rounds=1 if watched else 99,
             dirpath=folder / "s",
         )

@@ -101,7 +101,7 @@ def test_more_than_half_of_the_time_is_a_warning_that_names_what_caps_it(tmp_pat
     lines, texts = said_by_run(tmp_path, caplog, DataSelection(regression(), Slow(), 2, 0, dirpath=tmp_path))
     assert not lines
     assert re.match(
-        r"every 2 steps 12 candidates are measured: about 1\.\d s beside [\d.e-]+ s of training \(\d\d%\)", texts[0]
+        r"every 2 steps 12 candidates are measured: about 1\.\d s beside [\d.e-]+ s of training \(\d+%\)", texts[0]
     )
     for setting in ("max_overhead", "probes", "every_n_steps"):
         assert setting in texts[0]

@@ -221,7 +221,7 @@ def test_what_the_first_batch_cannot_show_is_seen_before_the_first_round_that_me
     if shift:
         trainer = train(tmp_path, Untaught(shift), pool, selection)
     else:
-        with pytest.warns(SelectionWarning, match="for the last batch of a round.*labels of the same position"):
+        with pytest.warns(SelectionWarning, match="of the last step of a round.*labels of the same position"):
             trainer = train(tmp_path, Untaught(shift), pool, selection)
     assert trainer.global_step == 4
     influence = torch.tensor(selection.run.ledger.rounds[1].influence)
