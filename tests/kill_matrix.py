@@ -56,7 +56,8 @@ def say(line: str) -> None:
 
 
 def regression() -> RegressionSelector:
-    return RegressionSelector(HashedRidgeRegressor(), probes=12, ratio=0.5, min_spearman=None)
+    # by their own size: rounding on other ranks may swap two influences, and ranks would make a step of it
+    return RegressionSelector(HashedRidgeRegressor(targets="standardized"), probes=12, ratio=0.5, min_spearman=None)
 
 
 METHODS: dict[str, Callable[..., DataSelection]] = {
