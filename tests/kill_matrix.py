@@ -56,8 +56,9 @@ def say(line: str) -> None:
 
 
 def regression() -> RegressionSelector:
-    # by their own size: rounding on other ranks may swap two influences, and ranks would make a step of it
-    return RegressionSelector(HashedRidgeRegressor(targets="standardized"), probes=12, ratio=0.5, min_spearman=None)
+    # without ranks and memory: other ranks round otherwise, which may swap two influences, and memory would keep it
+    regressor = HashedRidgeRegressor(targets="standardized", forgetting=0.0, damping=1.0)
+    return RegressionSelector(regressor, probes=12, ratio=0.5, min_spearman=None)
 
 
 METHODS: dict[str, Callable[..., DataSelection]] = {
