@@ -42,8 +42,15 @@ def is_remote(path: object) -> bool:
 def logger_folder(trainer: pl.Trainer) -> Path | None:
     """Return the folder of a run where its logger gives every run a local one, or None.
 
-    A logger that keeps nothing on the disk (MLflow with a server) still names its runs.
+    A logger that keeps nothing on the disk (MLflow with a server) still names its runs. One that cannot say where it
+    writes costs a warning.
     """
+    with only_looking("a logger could not say where it writes"):
+        return _folder_of(trainer)
+    return None
+
+
+def _folder_of(trainer: pl.Trainer) -> Path | None:
     logger = trainer.logger
     if logger is None or is_remote(logger.save_dir or trainer.default_root_dir):
         return None

@@ -153,6 +153,11 @@ def check_saved(state: State, version: int, seed: int, settings: Mapping[str, st
         seed: of this run.
         settings: of this run.
     """
+    if not isinstance(state, Mapping) or not isinstance(state.get("settings", {}), Mapping):
+        raise ValueError(
+            f"expected the checkpoint to hold selection state with its settings, got a {type(state).__name__} that "
+            "does not: it was damaged or changed. Resume from another checkpoint"
+        )
     if (found := state.get("version", 1)) != version:
         raise ValueError(
             f"the checkpoint holds selection state of version {found} (1 is that of liveselect 0.1), and this is "

@@ -71,6 +71,7 @@ CHANGES = {
         lambda state: state["run"]["plan"]["ids"].__setitem__(0, 10**6),
         "ids outside of the pool's 0 to",
     ),
+    "settings that are a list": (lambda state: state.update(settings=[1]), "its settings, got a dict that does not"),
     "a negative id": (lambda state: state["run"]["plan"]["ids"].__setitem__(0, -1), "ids outside of the pool"),
     "a cursor behind the plan": (lambda state: state["run"]["plan"].update(cursor=1000), "its cursor at 1000"),
     "a negative cursor": (lambda state: state["run"]["plan"].update(cursor=-4), "its cursor at -4"),

@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from small_run import BATCH, POOL, SIMPLE, SmallLM, rows, small_trainer, weights_hash
 
 from liveselect.callbacks import DataSelection, SelectionMonitor
+from liveselect.callbacks.folder import logger_folder
 from liveselect.callbacks.progress import RoundProgress
 from liveselect.datamodules import SelectionDataModule
 from liveselect.decisions import rounds_in
@@ -185,6 +187,17 @@ def test_a_read_only_folder_with_an_older_ledger_costs_a_warning(tmp_path, undis
     assert weights == undisturbed
     assert "Read-only file system" in said
     assert (tmp_path / "selection" / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["log_dir", "save_dir"])
+def test_a_logger_that_cannot_say_where_it_writes_costs_a_warning(tmp_path, name):
+    def fail(logger):
+        raise ConnectionError("the server is gone")
+
+    logger = type("Lost", (CSVLogger,), {name: property(fail)})(tmp_path)
+    trainer = SimpleNamespace(logger=logger, default_root_dir=str(tmp_path), log_dir=None)
+    with pytest.warns(SelectionWarning, match="a logger could not say where it writes: the server is gone"):
+        assert logger_folder(trainer) is None
 
 
 def test_who_ends_the_process_is_let_through():
