@@ -7,7 +7,7 @@ one by one), and takes groups of a convolution's backward for full products.
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import library, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -252,7 +252,7 @@ def test_what_cannot_be_counted_is_named_and_elementwise_work_is_not():
     assert counted(lambda: torch.fft.fft(a)).uncounted == {"aten._fft_r2c": 1}
     assert counted(lambda: nn.Bilinear(6, 6, 3)(a, a)).uncounted == {"aten._trilinear": 1}
 
-    @torch.library.custom_op("counted_in_tests::product", mutates_args=())
+    @library.custom_op("counted_in_tests::product", mutates_args=())
     def product(x: torch.Tensor) -> torch.Tensor:
         return x @ x
 
