@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, get_type_hints
 
-from liveselect.grammar import LossFn, Selector
+from liveselect.grammar import InfluenceRegressor, LossFn, Selector
+from liveselect.regressors import EncoderRegressor
 from liveselect.selectors import PriorSelector
 from liveselect.verdict import Verdict
 
@@ -28,6 +29,13 @@ class SpreadRunArguments(RunArguments, total=False):
 
 
 R = TypeVar("R", bound=RunArguments)
+
+
+def published_regressor(regressor: InfluenceRegressor | None) -> InfluenceRegressor:
+    """Return the regressor, or the BERT encoder as its papers fit it: on standardized targets of one round alone."""
+    if regressor is not None:
+        return regressor
+    return EncoderRegressor("bert-base-uncased", targets="standardized", forgetting=0.0, damping=1.0)
 
 
 def with_prior(selector: Selector, prior: Any, ratio: float) -> Selector:

@@ -3,11 +3,10 @@
 from typing import Any, Literal, Unpack
 
 from liveselect.arguments import check_plain
-from liveselect.callbacks.arguments import SpreadRunArguments, only, with_prior
+from liveselect.callbacks.arguments import SpreadRunArguments, only, published_regressor, with_prior
 from liveselect.callbacks.selection import DataSelection
 from liveselect.grammar import InfluenceRegressor
 from liveselect.influence import OneStepInfluence
-from liveselect.regressors import EncoderRegressor
 from liveselect.selectors import RegressionSelector
 
 
@@ -92,10 +91,8 @@ class MATES(DataSelection):
         **run: Unpack[SpreadRunArguments],
     ) -> None:
         check_plain(MATES, locals())
-        if regressor is None:
-            regressor = EncoderRegressor("bert-base-uncased", targets="standardized", forgetting=0.0, damping=1.0)
         selector = RegressionSelector(
-            regressor=regressor,
+            regressor=published_regressor(regressor),
             probes=probes,
             ratio=ratio,
             temperature=temperature,

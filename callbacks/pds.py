@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 from liveselect.arguments import check_plain
-from liveselect.callbacks.arguments import RunArguments, only, with_prior
+from liveselect.callbacks.arguments import RunArguments, only, published_regressor, with_prior
 from liveselect.callbacks.selection import DataSelection
 from liveselect.grammar import InfluenceEstimator, InfluenceRegressor
 from liveselect.influence import PMPInfluence
-from liveselect.regressors import EncoderRegressor
 from liveselect.selectors import RegressionSelector, ScoredSelector
 
 
@@ -183,10 +182,8 @@ class LivePDS(DataSelection):
         **run: Unpack[RunArguments],
     ) -> None:
         check_plain(LivePDS, locals())
-        if regressor is None:
-            regressor = EncoderRegressor("bert-base-uncased", targets="standardized", forgetting=0.0, damping=1.0)
         selector = RegressionSelector(
-            regressor=regressor,
+            regressor=published_regressor(regressor),
             probes=probes,
             ratio=ratio,
             temperature=temperature,

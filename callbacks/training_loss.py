@@ -21,7 +21,7 @@ _DRAWS = 4  # of a model with dropout, whose spread says what two forwards may d
 _SPREADS = 3.0
 _SMOOTHINGS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 _MOST_CAUSED_BY_A_TERM = 0.25  # of the loss: a term beside it that large would be called something else
-_MOVED = 0.2  # share by which the training loss has changed when a comparison has told right losses from wrong ones
+_MOVED = 0.2  # share by which the training loss must change before a comparison can tell right losses from wrong ones
 _GROSS = 0.05  # share of the loss, and nats: what a later comparison allows, in which terms beside it may have grown
 
 
@@ -172,7 +172,7 @@ def _rounding_share(trainer: pl.Trainer, dtype: torch.dtype) -> float:
 
 
 def _cause(model: LiveModel, batch: Batch, loss: float, mean: float, noise: float, accumulated: int) -> str:
-    """Return a sentence on why a training loss is another one than ``mean``, as far as it can be told."""
+    """Return a sentence on the likely cause where a training loss differs from ``mean``."""
     known: dict[str, float] = {}
     if accumulated > 1:
         known[

@@ -55,7 +55,7 @@ def test_a_round_on_two_ranks_decides_as_on_one_and_shares_the_work():
     *alone, read_alone = _a_round()
     (*first, read_first), (*second, read_second) = on_ranks(_a_round, 2)
     assert first == second == alone
-    shown = len(first[0]) + 6 + 1  # every rank decodes the examples of the record, and listens to a row
+    shown = len(first[0]) + 6 + 1  # every rank decodes the examples of the record, and checks its state on a row
     assert max(read_first, read_second) < read_alone <= read_first + read_second <= read_alone + shown
 
 

@@ -123,7 +123,7 @@ def read_manifest(path: Path) -> JsonObject:
 
 
 def _fits_its_tokens(manifest: JsonObject) -> bool:
-    """Return whether the file of tokens is said to have the type and size that follow from the rest."""
+    """Return whether the manifest gives the file of tokens the type and size that follow from its other entries."""
     dtype = token_dtype(manifest["vocab_size"])
     size = manifest["rows"] * manifest["block_size"] * dtype.itemsize
     sizes = {name: int(entry["bytes"]) for name, entry in manifest["files"].items() if str(entry["blake2b"])}

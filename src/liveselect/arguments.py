@@ -1,4 +1,4 @@
-"""Arguments of constructors, looked at early: flags and numbers told apart, folders of models that are not there."""
+"""Checks of constructor arguments: flags in place of numbers, numbers in place of flags, missing model folders."""
 
 import inspect
 from collections.abc import Callable, Mapping

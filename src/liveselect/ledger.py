@@ -16,7 +16,7 @@ from liveselect.json_lines import Line, append_lines, json_line, read_lines, who
 
 T = TypeVar("T")
 
-_HEARD = ("overheard", "overheard_influence")
+_CAPTURED = ("overheard", "overheard_influence")
 _WANDB_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(\w+)")
 
 
@@ -482,10 +482,10 @@ def _builtins(value: object) -> object:
 def _compact(record: RoundRecord) -> object:
     if not record.overheard:
         return _builtins(record)
-    heard = {"overheard": torch.tensor(record.overheard, dtype=torch.int64)}
+    captured = {"overheard": torch.tensor(record.overheard, dtype=torch.int64)}
     influence = torch.tensor(record.overheard_influence, dtype=torch.float64)
     rest = _builtins(replace(record, overheard=[], overheard_influence=[]))
-    return {**cast(Line, rest), **heard, "overheard_influence": influence}
+    return {**cast(Line, rest), **captured, "overheard_influence": influence}
 
 
 def _same_round(record: RoundRecord, other: RoundRecord) -> bool:
@@ -515,7 +515,7 @@ def _record_from(state: Line) -> RoundRecord:
     return RoundRecord(
         **{
             **state,
-            **{name: state[name].tolist() for name in _HEARD if isinstance(state[name], Tensor)},
+            **{name: state[name].tolist() for name in _CAPTURED if isinstance(state[name], Tensor)},
             "influence": [math.nan if each is None else each for each in influence] if None in influence else influence,
             "metrics": _numbers(state["metrics"]),
             "groups": {name: _numbers(row) for name, row in state["groups"].items()},

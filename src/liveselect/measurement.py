@@ -21,8 +21,8 @@ from liveselect.grammar import (
     State,
 )
 from liveselect.parts import checked_influence, checked_tokens, fit_metrics
-from liveselect.preserve import bit_sum, changed_since, listen, measuring
-from liveselect.preserve.echo import Echo
+from liveselect.preserve import bit_sum, changed_since, measuring, response_to
+from liveselect.preserve.state_check import Response
 
 _Found = tuple[Tensor, Tensor | None]
 """The influence of some candidates, and of their tokens."""
@@ -91,7 +91,7 @@ class Measurement:
         meter: where the cost is charged.
         interrupted: whether this process was asked to stop; looked at after every batch on a single rank.
         disabled: says why nothing is measured any more; None where it is.
-        listens: whether the first piece compares what the model answers to a fixed row before and after it.
+        checks_state: whether the first piece compares what the model answers to a fixed row before and after it.
 
     Attributes:
         questions: what was proposed, in order.
@@ -111,7 +111,7 @@ class Measurement:
         meter: CostMeter | None = None,
         interrupted: Callable[[], bool] = lambda: False,
         disabled: Callable[[], str | None] = lambda: None,
-        listens: bool = False,
+        checks_state: bool = False,
     ) -> None:
         self.questions: list[Question] = []
         self.metrics: Mapping[str, float] = {}
@@ -125,7 +125,7 @@ class Measurement:
         self._selector = selector
         self._interrupted = interrupted
         self._disabled = disabled
-        self._listens = listens
+        self._checks_state = checks_state
         self._fit: Fit | None = None
         self._observed = 0  # questions whose answers the selector has
         self._saved: State | None = None  # a checkpoint's answers, until there is a round to ask in
@@ -163,12 +163,12 @@ class Measurement:
         model, round = replace(model, meter=self.meter), replace(round, meter=self.meter)
         self._catch_up(round)
         bits: int | None = None
-        heard: tuple[Echo | None, Batch] | None = None
+        before: tuple[Response | None, Batch] | None = None
         left = None if limit is None else max(1, math.ceil(limit / distributed.world_size()))
         while left != 0 and (question := self._open_question(round)) is not None:
             if bits is None:  # where nothing is measured there is nothing to restore
                 bits = self._bits(model)
-                heard = self._listen(model, round, question)
+                before = self._response(model, round, question)
             done = self._measure(model, round, question, self._fitted(model, round), left)
             if left is not None:
                 left -= min(left, done)
@@ -176,9 +176,9 @@ class Measurement:
                 self._report(question)
         if bits is not None:
             self.restored &= self._bits(model) == bits
-        if heard is not None:
+        if before is not None:
             with self.meter.phase("check restore"):
-                self.changed = distributed.first_said(changed_since(heard[0], model, heard[1]))
+                self.changed = distributed.first_said(changed_since(before[0], model, before[1]))
 
     def cut(self, round: Round) -> int:
         """Give the selector what is known of the open question, and ask no more; returns how many stay unmeasured."""
@@ -226,15 +226,15 @@ class Measurement:
         with self.meter.phase("check restore"):
             return bit_sum(model.module, model.optimizer)
 
-    def _listen(self, model: LiveModel, round: Round, question: Question) -> tuple[Echo | None, Batch] | None:
-        """Return what the model answers to a row, and the row; None when it was listened to before."""
-        if not self._listens or self._disabled() is not None:
+    def _response(self, model: LiveModel, round: Round, question: Question) -> tuple[Response | None, Batch] | None:
+        """Return what the model answers to a row, and the row; None when that was done before."""
+        if not self._checks_state or self._disabled() is not None:
             return None
-        self._listens = False
+        self._checks_state = False
         with self.meter.phase("check restore"):
             with measuring(model.module, model.optimizer):
                 row = next(round.batches(question.ids[:1]))
-            return listen(model, row), row
+            return response_to(model, row), row
 
     def _open_question(self, round: Round) -> Question | None:
         """Return the question that is not fully measured, a new one if need be; None when the selector has enough."""

@@ -74,7 +74,7 @@ def price_of_round(
 
 
 def _asked_for(selector: Selector, round: Round) -> int:
-    """Return how many candidates a copy of the selector asks for, whatever it is told; 0 where it cannot be asked."""
+    """Return how many candidates a copy of the selector asks for, whatever the answers; 0 where it cannot be asked."""
     count = 0
     try:
         asked = copy.deepcopy(selector)
@@ -84,7 +84,7 @@ def _asked_for(selector: Selector, round: Round) -> int:
                 break
             count += len(ids.unique())
             asked.observe(ids, torch.linspace(-1.0, 1.0, len(ids)))
-    except Exception:  # what is wrong with a selector is said by the round itself
+    except Exception:  # the round itself reports what is wrong with a selector
         return 0
     return count
 

@@ -23,7 +23,7 @@ from liveselect.grammar import (
 from liveselect.losses import causal_lm_loss, target_counts
 from liveselect.parts import checked_direction, checked_influence, checked_tokens, fit_metrics
 from liveselect.plan import Plan
-from liveselect.preserve import changed_since, listen, measuring
+from liveselect.preserve import changed_since, measuring, response_to
 
 MEASURED_CANDIDATES = 2
 """Candidates that are measured; one alone would hide a loss that is summed or averaged over the batch."""
@@ -66,7 +66,7 @@ def rehearse(
             selector.check(round, budget)
         return None, meter
     row = _one_row(model, round)
-    before = None if row is None else listen(model, row)
+    before = None if row is None else response_to(model, row)
     # at once and again: state that turns in a circle may be back where it was after a whole measurement
     changed = None if row is None else changed_since(before, model, row)
     _try_out(selector, estimator, model, round, budget)

@@ -178,9 +178,11 @@ class SelectionRun:
     def measurement(self, meter: CostMeter | None = None) -> Measurement:
         """Return the measurement of the round to come, with nothing measured yet."""
         selector = self.selector_for(self.next_round)
-        return Measurement(self.estimator, selector, meter, self.interrupted, lambda: self.disabled, self._listens())
+        return Measurement(
+            self.estimator, selector, meter, self.interrupted, lambda: self.disabled, self._checks_state()
+        )
 
-    def _listens(self) -> bool:
+    def _checks_state(self) -> bool:
         """Return whether the round to come compares answers of the model: the first one that measures, 2nd, 4th, ..."""
         measured = 1 + sum(1 for record in self.ledger.rounds if record.measured)
         return measured & (measured - 1) == 0

@@ -1,11 +1,15 @@
 """No file of a run, a pool or a tokenizer decides which code runs, without being named by the user."""
 
+import ast
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 from small_run import SIMPLE, SmallLM, small_data, small_trainer
 
+import liveselect
 from liveselect import cli
 from liveselect.callbacks import DataSelection
 from liveselect.cli.model import build_model
@@ -90,3 +94,24 @@ def test_an_encoder_with_code_of_its_own_is_refused_without_a_question(folder_wi
         encoder_config(folder_with_code)
     with pytest.raises(ValueError, match="custom code"):
         _mean_state(folder_with_code, "cpu")
+
+
+LOADS_A_FOLDER = {"from_pretrained", "from_config", "SentenceTransformer"}
+LOADS_NO_CODE = {"StaticModel", "_static_model"}
+"""Their folders hold vectors only."""
+
+
+def test_no_line_of_the_product_leaves_open_whether_code_of_a_folder_is_run():
+    walked = os.walk(Path(liveselect.__file__).parent, followlinks=True)  # callbacks and datamodules are links
+    found = 0
+    for path in (Path(folder, name) for folder, _, names in walked for name in names if name.endswith(".py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call):
+                continue
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+            if name not in LOADS_A_FOLDER or any(each in ast.unparse(call.func) for each in LOADS_NO_CODE):
+                continue
+            found += 1
+            said = {each.arg: ast.unparse(each.value) for each in call.keywords}
+            assert said.get("trust_remote_code") == "False", f"{path}:{call.lineno}"
+    assert found >= 8

@@ -121,7 +121,7 @@ def show_results(comparison: "Comparison") -> "list[Row]":
     cells = table(rows, baseline, LABELS)
     said = sentences(rows, baseline, METRIC)
     notes = (
-        "Nats per token, at equal total FLOPs and averaged weights where nothing else is said. What follows the "
+        "Nats per token, at equal total FLOPs and averaged weights unless stated otherwise. What follows the "
         f"held-out loss is less that of {baseline} with the same seed, so below zero is better. Intervals are 95%, "
         "over seeds. Shares are of FLOPs / of time."
     )

@@ -33,7 +33,7 @@ class Judges(pl.Callback):
     Args:
         elsewhere: texts of a kind that is neither the reference set's nor, if possible, the pool's: a
             :class:`~liveselect.datamodules.ReferenceSet` or a source for one; None for none.
-        elsewhere_examples: use so many of them.
+        elsewhere_examples: how many of them to use.
         decay: of the averaged weights, after the first steps, in which it is smaller.
     """
 

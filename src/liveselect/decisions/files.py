@@ -22,7 +22,7 @@ from liveselect.plan import Plan
 
 FOLDER = "decisions"
 MOST_REJECTED = 5_000_000
-"""Rejected candidates of a round that are recorded unless it is said otherwise, some 20 MB."""
+"""Rejected candidates of a round that are recorded by default, some 20 MB."""
 ROWS_PER_WRITE = 1 << 16
 """Rows encoded at once, so that a round of the whole pool needs little memory besides its columns."""
 _FILE_NAME = re.compile(r"round-(\d{6,})\.parquet")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 MIN_VALUES = 12
-"""Values from which their autocorrelation can be measured; before, nothing is said of their mean."""
+"""Values from which their autocorrelation can be measured; with fewer, their mean gets no interval."""
 
 MIN_BLOCKS = 6
 """Blocks from which the noise of their means is known well enough to say something."""

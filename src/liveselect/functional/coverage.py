@@ -38,7 +38,7 @@ def hidden_layers(model: nn.Module, loss_fn: LossFn[T], batch: T, names: Iterabl
     Args:
         model: in the mode in which gradients are wanted.
         loss_fn: per-example losses.
-        batch: a few rows; more than one, or what belongs to single examples cannot be told.
+        batch: a few rows; more than one, because one alone does not show which dimension counts examples.
         names: of parameters.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -213,7 +213,7 @@ def fit_curve(
 
 
 def resampled(fit: CurveFit, draws: int, generator: torch.Generator, lowest_start: float | None = 0.0) -> list[Curve]:
-    """Return curves fitted to the points with their residuals drawn anew, ``draws`` of them.
+    """Return curves fitted to the points with resampled residuals, ``draws`` of them.
 
     Residuals are widened by ``sqrt(n / (n - p))``, because a fit of p parameters makes them too small.
 

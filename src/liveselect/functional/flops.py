@@ -361,7 +361,7 @@ def _watch_modules(model: nn.Module, counter: _Counter, stack: ExitStack) -> Non
 
 
 def matmul_parameters(model: nn.Module) -> int:
-    """Return the number of weights of ``model`` in linear layers: what can be said of a model that cannot be run.
+    """Return the number of weights of ``model`` in linear layers: an estimate for a model that cannot be run.
 
     Every use counts: a module registered under two names is counted twice, and an output head counts although its
     weight may be tied to an embedding.

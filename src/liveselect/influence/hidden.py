@@ -1,4 +1,4 @@
-"""What an estimator cannot see of a model is said before anything is fitted, all layers at once."""
+"""Names all layers that an estimator cannot measure, before anything is fitted."""
 
 import warnings
 from collections.abc import Callable, Collection, Iterable
@@ -12,7 +12,7 @@ from liveselect.grammar import LiveModel, Round, SelectionWarning
 LEAST_SHARE = 0.5
 """Share of the parameters below which a measurement says little about the model."""
 
-_ROWS = 2  # with one alone, what belongs to single examples cannot be told
+_ROWS = 2  # one alone does not show which dimension counts examples
 
 
 def refuse_hidden(

@@ -25,7 +25,7 @@ class PerplexityInfluence(InfluenceEstimator):
     """Prefers candidates of low, middle or high perplexity under the live model, or under another one.
 
     The score is minus the distance of the candidate's loss, nats per token, from the band: 0 inside. The edges of the
-    band are thirds of the losses of a few candidates, measured anew in each round; ``band=None`` returns minus the
+    band are thirds of the losses of a few candidates, measured again in each round; ``band=None`` returns minus the
     loss. Nothing is compared with the reference set.
 
     Args:
@@ -101,12 +101,40 @@ class PerplexityInfluence(InfluenceEstimator):
         return _live_losses(model, batch)
 
 
-class ReducibleLossInfluence(InfluenceEstimator):
+class _TrainedOnReference(InfluenceEstimator):
+    """Keeps the weights of a short training on the reference set, which a round's candidates are compared under."""
+
+    def __init__(self, steps: int, learning_rate: float, step_rows: int) -> None:
+        _check_training(steps, learning_rate, step_rows)
+        self.steps, self.learning_rate, self.step_rows = steps, learning_rate, step_rows
+        self._trained: OtherWeights | None = None
+        self._state: State | None = None
+
+    def fit(self, model: LiveModel, round: Round) -> Mapping[str, float]:
+        """Train on the reference set, keep the weights, and put the model back."""
+        self._trained, metrics = trained_on_reference(model, round, self.steps, self.learning_rate, self.step_rows)
+        self._state = {"weights": self._trained.whole(model)}
+        return metrics
+
+    def fitted_state(self) -> State | None:
+        """Return the trained weights."""
+        return self._state
+
+    def load_fitted_state(self, state: State) -> None:
+        """Restore the trained weights."""
+        self._state, self._trained = state, OtherWeights(state["weights"], is_whole=True)
+
+    def release(self) -> None:
+        """Free the trained weights."""
+        self._trained = self._state = None
+
+
+class ReducibleLossInfluence(_TrainedOnReference):
     r"""Prefers candidates that the live model can still learn, and that are like the reference set: reducible loss.
 
     The score is :math:`\ell(\theta) - \ell(\theta_{ref})`, nats per token: the loss of the live model less that of a
     model that was trained on data like the reference set. By default that model is the live one after a short training
-    on the reference set, as in :class:`LossDropInfluence`, made anew for each fit.
+    on the reference set, as in :class:`LossDropInfluence`, made again for each fit.
 
     Args:
         reference_model: a language model trained on data like the reference set, or the folder or name that
@@ -127,19 +155,12 @@ class ReducibleLossInfluence(InfluenceEstimator):
         step_rows: int = 64,
     ) -> None:
         check_plain(ReducibleLossInfluence, locals())
-        _check_training(steps, learning_rate, step_rows)
-        self.steps, self.learning_rate, self.step_rows = steps, learning_rate, step_rows
+        super().__init__(steps, learning_rate, step_rows)
         self._other = _OtherModel(reference_model)
-        self._trained: OtherWeights | None = None
-        self._state: State | None = None
 
     def fit(self, model: LiveModel, round: Round) -> Mapping[str, float]:
         """Train on the reference set, where no model was given."""
-        if self._other.given:
-            return {}
-        self._trained, metrics = trained_on_reference(model, round, self.steps, self.learning_rate, self.step_rows)
-        self._state = {"weights": self._trained.whole(model)}
-        return metrics
+        return {} if self._other.given else super().fit(model, round)
 
     def score(self, model: LiveModel, batch: Batch) -> Tensor:
         """Return the difference of the two losses, ``(B,)`` nats per token; NaN where one is not finite."""
@@ -150,20 +171,8 @@ class ReducibleLossInfluence(InfluenceEstimator):
                 live, reference = _two_losses(model, batch, self._trained, type(self).__name__)
         return _finite(live - reference)
 
-    def fitted_state(self) -> State | None:
-        """Return the trained weights; None where a model was given."""
-        return self._state
 
-    def load_fitted_state(self, state: State) -> None:
-        """Restore the trained weights."""
-        self._state, self._trained = state, OtherWeights(state["weights"], is_whole=True)
-
-    def release(self) -> None:
-        """Free the trained weights."""
-        self._trained = self._state = None
-
-
-class LossDropInfluence(InfluenceEstimator):
+class LossDropInfluence(_TrainedOnReference):
     r"""Prefers candidates whose loss drops most, relative to its size, while the model trains on the reference set.
 
     The score is :math:`(\ell(\theta) - \ell(\theta')) / \ell(\theta)`, with :math:`\theta'` the live weights after a
@@ -181,34 +190,13 @@ class LossDropInfluence(InfluenceEstimator):
 
     def __init__(self, steps: int = 16, learning_rate: float = 1e-4, step_rows: int = 64) -> None:
         check_plain(LossDropInfluence, locals())
-        _check_training(steps, learning_rate, step_rows)
-        self.steps, self.learning_rate, self.step_rows = steps, learning_rate, step_rows
-        self._trained: OtherWeights | None = None
-        self._state: State | None = None
-
-    def fit(self, model: LiveModel, round: Round) -> Mapping[str, float]:
-        """Train on the reference set, keep the weights, and put the model back."""
-        self._trained, metrics = trained_on_reference(model, round, self.steps, self.learning_rate, self.step_rows)
-        self._state = {"weights": self._trained.whole(model)}
-        return metrics
+        super().__init__(steps, learning_rate, step_rows)
 
     def score(self, model: LiveModel, batch: Batch) -> Tensor:
         """Return the relative drop of each loss, ``(B,)``; NaN where a loss is not finite."""
         with model.meter.phase("losses of candidates"):
             before, after = _two_losses(model, batch, self._trained, type(self).__name__)
         return _finite((before - after) / before.clamp(min=_LEAST_LOSS))
-
-    def fitted_state(self) -> State | None:
-        """Return the trained weights."""
-        return self._state
-
-    def load_fitted_state(self, state: State) -> None:
-        """Restore the trained weights."""
-        self._state, self._trained = state, OtherWeights(state["weights"], is_whole=True)
-
-    def release(self) -> None:
-        """Free the trained weights."""
-        self._trained = self._state = None
 
 
 class _OtherModel:
@@ -231,7 +219,7 @@ class _OtherModel:
         if not isinstance(self._model, nn.Module):
             from transformers import AutoModelForCausalLM
 
-            loaded: nn.Module = AutoModelForCausalLM.from_pretrained(str(self._model))
+            loaded: nn.Module = AutoModelForCausalLM.from_pretrained(str(self._model), trust_remote_code=False)
             self._model = loaded
         return self._model.eval().to(device)
 

@@ -231,7 +231,7 @@ class EncoderRegressor(InfluenceRegressor):
             self._memory.load_state_dict(state["memory"])
 
     def _weights_before(self) -> dict[str, Tensor] | None:
-        """Return the weights that a fit goes on from and is damped towards, on CPU; None where it starts anew."""
+        """Return the weights that a fit goes on from and is damped towards, on CPU; None where it starts afresh."""
         if not self.warm_start or self.damping == 1:
             return None
         if self._network is None:

@@ -35,7 +35,7 @@ class BM25(Scorer):
         k1: how fast repeated terms stop counting.
         b: how much long rows are discounted, 0..1.
         epsilon: see ``variant``.
-        buckets: words are hashed into so many; two words in one bucket count as one.
+        buckets: the number of hash buckets for words; two words in one bucket count as one.
     """
 
     card = MethodCard(

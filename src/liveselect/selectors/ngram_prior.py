@@ -32,7 +32,7 @@ class NGramPrior:
     and no model: pass it, or ``True``, wherever scores are taken. It is made of the run's own data when the first round
     is opened, by all ranks together, is charged to selection, and is made again when the reference set has changed.
 
-    It knows words only. Where the reference set is not told from the pool by its words it is blind, and what is left of
+    It knows words only. Where words do not distinguish the reference set from the pool it is blind, and what is left of
     it is chance: by a prior of one half of the reference set, the other half must score higher than the pool. It has
     its full :attr:`strength` where that is by half a standard deviation of the pool or more, beyond the standard error,
     and none where it is by nothing.

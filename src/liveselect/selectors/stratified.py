@@ -88,7 +88,7 @@ def apportioned(total: int, weights: Tensor, limits: Tensor) -> Tensor:
         limits: ``(G,)`` int64.
 
     Raises:
-        ValueError: the groups cannot give so many.
+        ValueError: the groups hold fewer than the budget.
     """
     able = int(limits[weights > 0].sum())
     if total > able:

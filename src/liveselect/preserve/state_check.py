@@ -1,4 +1,4 @@
-"""The echo of a model: what it makes of a fixed row. Where it changes, something changed that nothing puts back."""
+"""What a model computes for a fixed row: where a measurement changes that, it has left state behind."""
 
 import random
 import warnings
@@ -16,17 +16,17 @@ from liveselect.preserve.bits import sum_of_words, tensors_inside
 from liveselect.preserve.measuring import measuring
 
 _SEED = 1
-_REPEATS = 2  # of an echo that has changed, to tell state from kernels that add up in any order
+_REPEATS = 2  # of a response that has changed, to tell state from kernels that add up in any order
 _ROUNDING_SHARE = 1e-3  # of the size of a tensor: what such kernels may do; no state that matters does less
 
 
 @dataclass
-class Echo:
-    """What was seen in one forward and backward, in order.
+class Response:
+    """The tensors of one forward and backward, in order.
 
     Attributes:
-        places: where it was seen, as words of a sentence.
-        bits: the sum of the bits of what was seen there.
+        places: where each was computed, as words of a sentence.
+        bits: the sum of its bits.
         sizes: the sum of its squares.
     """
 
@@ -45,35 +45,35 @@ class Echo:
             self.sizes.append(float(held.float().square().sum()))
 
 
-def listen(model: LiveModel, row: Batch) -> Echo | None:
-    """Return the echo of ``row``: a forward in training mode and a backward under a fixed seed, of which nothing stays.
+def response_to(model: LiveModel, row: Batch) -> Response | None:
+    """Return what a forward in training mode and a backward of ``row`` compute under a fixed seed; nothing of it stays.
 
     None where it cannot be had: the model is sharded, its loss is not finite, or it fails, which others report.
     """
     if is_sharded(model.module):
         return None
-    work = "echo", row["input_ids"].shape
+    work = "response", row["input_ids"].shape
     try:
         if not model.meter.knows(model.module, *work):  # apart: a backward that is counted rounds otherwise
             with measuring(model.module, model.optimizer, training_mode=True), _fixed(model.device):
-                model.meter.learn(model.module, *work, trial=lambda: _heard(model, row))
+                model.meter.learn(model.module, *work, trial=lambda: _respond(model, row))
         with (
             measuring(model.module, model.optimizer, training_mode=True),
             _fixed(model.device),
             model.meter.counting(model.module, *work),
         ):
-            return _heard(model, row)
-    except Exception:  # only listens: what fails here fails in the measurement too, with better words
+            return _respond(model, row)
+    except Exception:  # what fails here fails in the measurement too, with better words
         return None
 
 
-def changed_since(before: Echo | None, model: LiveModel, row: Batch) -> str | None:
+def changed_since(before: Response | None, model: LiveModel, row: Batch) -> str | None:
     """Return a sentence on where the model answers ``row`` otherwise than ``before``, None where it does not."""
-    after = None if before is None else listen(model, row)
+    after = None if before is None else response_to(model, row)
     if before is None or after is None or (place := _difference(before, after)) is None:
         return None
     if model.device.type != "cpu" and _is_rounding(before, after):
-        repeats = [listen(model, row) for _ in range(_REPEATS)]
+        repeats = [response_to(model, row) for _ in range(_REPEATS)]
         if any(each is None or _difference(after, each) for each in repeats):
             return None  # it never answers twice alike
     return (
@@ -84,22 +84,23 @@ def changed_since(before: Echo | None, model: LiveModel, row: Batch) -> str | No
     )
 
 
-def _heard(model: LiveModel, row: Batch) -> Echo:
-    echo = Echo()
+def _respond(model: LiveModel, row: Batch) -> Response:
+    response = Response()
     handles = []
     for name, module in model.module.named_modules():
         path = name or type(module).__name__
         parent = name.rpartition(".")[0] or type(model.module).__name__
         handles += [
             module.register_forward_pre_hook(
-                partial(_on_input, echo, f"in the forward of {parent!r}, before it calls {path!r}"), with_kwargs=True
+                partial(_on_input, response, f"in the forward of {parent!r}, before it calls {path!r}"),
+                with_kwargs=True,
             ),
-            module.register_forward_hook(partial(_on_output, echo, f"in {path!r} ({type(module).__name__})")),
+            module.register_forward_hook(partial(_on_output, response, f"in {path!r} ({type(module).__name__})")),
         ]
     try:
         with model.autocast():
             losses = model.losses(row)
-        echo.note("in loss_fn, after the model", losses)
+        response.note("in loss_fn, after the model", losses)
         # backward() would run hooks that wait for whole gradients, and these may take optimizer steps
         named = {name: each for name, each in model.module.named_parameters() if each.requires_grad}
         gradients = torch.autograd.grad(losses.sum(), list(named.values()), allow_unused=True)
@@ -111,19 +112,21 @@ def _heard(model: LiveModel, row: Batch) -> Echo:
     # the backward comes to the last parameters first
     for name, gradient in reversed(list(zip(named, gradients, strict=True))):
         if gradient is not None:
-            echo.note(f"in the backward, at the gradient of {name!r}", gradient)
-    return echo
+            response.note(f"in the backward, at the gradient of {name!r}", gradient)
+    return response
 
 
-def _on_input(echo: Echo, place: str, _: object, inputs: tuple[object, ...], settings: dict[str, object]) -> None:
-    echo.note(place, (inputs, settings))
+def _on_input(
+    response: Response, place: str, _: object, inputs: tuple[object, ...], settings: dict[str, object]
+) -> None:
+    response.note(place, (inputs, settings))
 
 
-def _on_output(echo: Echo, place: str, _: object, inputs: object, output: object) -> None:
-    echo.note(place, output)
+def _on_output(response: Response, place: str, _: object, inputs: object, output: object) -> None:
+    response.note(place, output)
 
 
-def _difference(one: Echo, other: Echo) -> str | None:
+def _difference(one: Response, other: Response) -> str | None:
     seen = zip(one.places, other.places, one.bits, other.bits, strict=False)
     for place, now, bits, other_bits in seen:
         if place != now or bits != other_bits:
@@ -133,7 +136,7 @@ def _difference(one: Echo, other: Echo) -> str | None:
     return None
 
 
-def _is_rounding(one: Echo, other: Echo) -> bool:
+def _is_rounding(one: Response, other: Response) -> bool:
     pairs = zip(one.sizes, other.sizes, strict=False)
     return one.places == other.places and all(abs(a - b) <= _ROUNDING_SHARE * max(a, b) for a, b in pairs)
 

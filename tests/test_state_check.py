@@ -1,4 +1,4 @@
-"""State that nothing puts back shows in what the model answers to a fixed row; listening itself changes nothing."""
+"""State that nothing puts back shows in what the model answers to a fixed row; checking changes nothing."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ from liveselect.callbacks import DataSelection
 from liveselect.datamodules import SelectionDataModule
 from liveselect.grammar import SelectionWarning
 from liveselect.influence import FirstOrderInfluence, OneStepInfluence
-from liveselect.preserve import changed_since, listen
+from liveselect.preserve import changed_since, response_to
 from liveselect.selectors import UniformSelector
 
 GLOBAL = {"calls": 0}
@@ -73,12 +73,12 @@ class Whole(Bigrams):
         return self.head(x)
 
 
-def heard(model, **arguments):
-    """Return the live model of a context, a row, and its echo."""
+def answered(model, **arguments):
+    """Return the live model of a context, a row, and its response."""
     source = random_source(candidates=8, vocab=VOCABULARY)
     context = fake_context(source, model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), **arguments)
     row = {name: value[:1] for name, value in next(context.round.batches(context.candidates)).items()}
-    return context, row, listen(context.live, row)
+    return context, row, response_to(context.live, row)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def heard(model, **arguments):
     ],
 )
 def test_what_has_changed_is_named(inner, message):
-    context, row, echo = heard(Whole(inner()))
-    found = changed_since(echo, context.live, row)
+    context, row, response = answered(Whole(inner()))
+    found = changed_since(response, context.live, row)
     with pytest.raises(ValueError, match=message):
         raise ValueError(found)
 
@@ -110,7 +110,7 @@ class Circling(nn.Module):
 
 @pytest.mark.parametrize("period", range(2, 10))
 def test_state_that_comes_round_again_is_found_before_training(tmp_path, period):
-    """A measurement of a multiple of the period would hide it from one echo before and one after."""
+    """A measurement of a multiple of the period would hide it from one response before and one after."""
     model = SmallLM(dropout=0.0)
     model.model.gpt_neox.final_layer_norm = nn.Sequential(model.model.gpt_neox.final_layer_norm, Circling(period))
     selection = DataSelection(
@@ -126,19 +126,19 @@ def test_a_loss_that_changes_is_named():
     def loss(model, batch):
         return model(batch["input_ids"]).square().mean((1, 2)) * count()
 
-    context, row, echo = heard(Whole("nothing"), loss_fn=loss)
-    assert "first in loss_fn, after the model" in changed_since(echo, context.live, row)
+    context, row, response = answered(Whole("nothing"), loss_fn=loss)
+    assert "first in loss_fn, after the model" in changed_since(response, context.live, row)
 
 
-def test_a_model_with_dropout_answers_alike_and_listening_leaves_no_trace():
+def test_a_model_with_dropout_answers_alike_and_the_check_leaves_no_trace():
     model = Whole("nothing").train()
     model.norm = nn.BatchNorm1d(VOCABULARY)
     model.register_forward_hook(lambda module, inputs, output: module.norm(output.flatten(0, 1)).view_as(output))
     model.head.weight.grad = gradient = torch.ones_like(model.head.weight)
     state, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    context, row, echo = heard(model)
-    assert echo is not None
-    assert changed_since(echo, context.live, row) is None
+    context, row, response = answered(model)
+    assert response is not None
+    assert changed_since(response, context.live, row) is None
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert model.head.weight.grad is gradient
@@ -147,7 +147,7 @@ def test_a_model_with_dropout_answers_alike_and_listening_leaves_no_trace():
     assert not model.head._forward_hooks
     with torch.no_grad():
         model.head.bias[3] += 1e-6
-    assert changed_since(echo, context.live, row) is not None
+    assert changed_since(response, context.live, row) is not None
 
 
 def test_optimizers_that_step_in_the_backward_do_not_step_for_an_echo():
@@ -160,20 +160,20 @@ def test_optimizers_that_step_in_the_backward_do_not_step_for_an_echo():
 
     model.head.weight.register_post_accumulate_grad_hook(step)
     before = model.head.weight.detach().clone()
-    context, row, echo = heard(model)
-    assert echo is not None
-    assert changed_since(echo, context.live, row) is None
+    context, row, response = answered(model)
+    assert response is not None
+    assert changed_since(response, context.live, row) is None
     assert torch.equal(model.head.weight, before)
     assert not inner.state
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_model_without_a_finite_loss_is_not_listened_to(loss):
-    context, row, echo = heard(
+def test_a_model_without_a_finite_loss_is_not_checked(loss):
+    context, row, response = answered(
         Whole("nothing"), loss_fn=lambda model, batch: model(batch["input_ids"]).sum((1, 2)) * loss
     )
-    assert echo is None
-    assert changed_since(echo, context.live, row) is None
+    assert response is None
+    assert changed_since(response, context.live, row) is None
 
 
 class Stateful(SmallLM):
@@ -236,16 +236,16 @@ def test_state_that_begins_to_count_later_is_noticed_in_the_run_and_after_a_resu
     assert "answers the same row otherwise" in selection.run.disabled
 
 
-def test_few_rounds_listen_and_training_does_not_notice(tmp_path, monkeypatch):
-    heard = []
-    original = listen
+def test_few_rounds_are_checked_and_training_does_not_notice(tmp_path, monkeypatch):
+    asked = []
+    original = response_to
     for module in ("rehearsal", "measurement"):
-        monkeypatch.setattr(f"liveselect.{module}.listen", lambda *which: heard.append(1) or original(*which))
+        monkeypatch.setattr(f"liveselect.{module}.response_to", lambda *which: asked.append(1) or original(*which))
     models = SmallLM(), SmallLM()
     pl.seed_everything(1, verbose=False)
     models[0].load_state_dict(models[1].state_dict())
     measured = a_run(tmp_path / "on", models[0], ProbingUniform(), OneStepInfluence())
-    assert len(heard) == 4  # the rehearsal; rounds 0, 1 and 3 of 4
+    assert len(asked) == 4  # the rehearsal; rounds 0, 1 and 3 of 4
     a_run(tmp_path / "off", models[1], UniformSelector(), None)
     assert weights_hash(models[0]) == weights_hash(models[1])
     assert measured.run.disabled is None
