@@ -1,6 +1,9 @@
 """What pip may install: versions that were published with malware are excluded, and the pinned ones are inside."""
 
+import ast
+import os
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -44,3 +47,24 @@ def test_every_pinned_version_is_inside_its_range():
 def test_no_version_of_datasets_that_runs_code_of_a_data_set_is_inside():
     (datasets,) = (each for each in REQUIREMENTS if each.name == "datasets")
     assert not datasets.specifier.contains("3.6.0")
+
+
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "faiss": "faiss-cpu"}
+"""What provides a package, where its name is another one."""
+
+
+def imported():
+    """The packages that the product imports, from ``src``, ``callbacks`` and ``datamodules``."""
+    for folder, _, names in os.walk(ROOT / "src" / "liveselect", followlinks=True):
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    yield from (alias.name for alias in node.names)
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    yield node.module
+
+
+def test_every_package_that_the_product_imports_is_declared():
+    packages = {name.partition(".")[0] for name in imported()} - sys.stdlib_module_names - {"liveselect"}
+    assert {"torch", "lightning", "fsspec"} <= packages
+    assert {DISTRIBUTIONS.get(name, name).replace("_", "-") for name in packages} <= {n.name for n in REQUIREMENTS}
