@@ -1,5 +1,6 @@
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -210,6 +211,17 @@ def test_equal_influence_or_equal_predictions_lead_to_a_uniform_draw():
     assert uniform(selection, 8, "all measured influences are equal")
     selection = measured(RegressionSelector(KnownRegressor(same), probes=8), context, ramp()).select(context.round, 8)
     assert uniform(selection, 8, "all predictions are equal")
+
+
+def test_over_a_prior_a_fallback_draws_by_the_prior_and_says_so():
+    context = fake_context(random_source())
+    prior = torch.zeros(64)
+    prior[5:13] = 1e6
+    selector = measured(RegressionSelector(KnownRegressor(ramp()), probes=8), context, torch.full((64,), 0.5))
+    selection = selector.select(replace(context.round, offset=prior), 8)
+    assert sorted(selection.ids.tolist()) == list(range(5, 13))
+    assert selection.notes[-1] == "drawn by the prior alone: all measured influences are equal"
+    assert list(selection.reasons) == ["drawn by the prior alone"]
 
 
 def test_predictions_that_are_not_finite_lead_to_a_uniform_draw():

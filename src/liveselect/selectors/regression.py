@@ -231,9 +231,9 @@ class RegressionSelector(Selector):
             metrics |= self._steadiness.look(round, ids, influence)
         if len(ids) < MIN_MEASUREMENTS:
             reason = f"{len(ids)} finite measurements are fewer than the {MIN_MEASUREMENTS} that a regressor needs"
-            return _uniform(round, budget, metrics, (), reason)
+            return uniform_selection(round, budget, metrics, (), reason)
         if bool((influence == influence[0]).all()):
-            return _uniform(round, budget, metrics, (), "all measured influences are equal")
+            return uniform_selection(round, budget, metrics, (), "all measured influences are equal")
         others = ~torch.isin(captured.ids, ids)  # what is known at the model of today counts
         if len(captured.ids):
             metrics["overheard"] = float(others.sum())
@@ -248,7 +248,7 @@ class RegressionSelector(Selector):
         metrics |= {f"regressor/{name}": value for name, value in fitted.items()}
         if self._distrusts(spearman := fitted.get("spearman", float("nan"))):
             reason = f"the regressor's held-out Spearman {spearman:.3f} is not above {self.min_spearman}"
-            return _uniform(round, budget, metrics, (), reason)
+            return uniform_selection(round, budget, metrics, (), reason)
         return self._select_by_prediction(round, budget, metrics)
 
     def state_dict(self) -> State:
@@ -286,10 +286,10 @@ class RegressionSelector(Selector):
         broken = int((~predictions.isfinite()).sum())
         if broken:
             reason = f"{broken} of {len(window)} predictions are not finite"
-            return _uniform(round, budget, metrics, notes, reason)
+            return uniform_selection(round, budget, metrics, notes, reason)
         metrics["predictions/std"] = std = float(predictions.double().std(correction=0))
         if std == 0.0:
-            return _uniform(round, budget, metrics, notes, "all predictions are equal")
+            return uniform_selection(round, budget, metrics, notes, "all predictions are equal")
         temperature = self.temperature * (std if self.standardize else 1.0)  # as if the predictions were divided by std
         live = self._steadiness.weight
         if live < 1:
@@ -335,7 +335,3 @@ def _describe(influence: Tensor) -> dict[str, float]:
         values = influence.double()
         metrics |= {"influence/mean": float(values.mean()), "influence/std": float(values.std(correction=0))}
     return metrics
-
-
-def _uniform(round: Round, budget: int, metrics: dict[str, float], notes: tuple[str, ...], reason: str) -> Selection:
-    return uniform_selection(round, budget, metrics, (*notes, f"drawn uniformly: {reason}"))

@@ -196,7 +196,7 @@ class UCBSelector(Selector):
         room, means = current.open.room, self._rewards.means
         known = self._rewards.known & (room > 0)
         if not known.any():
-            return uniform_selection(round, budget, {}, ("drawn uniformly: no arm has a reward yet",))
+            return uniform_selection(round, budget, because="no arm has a reward yet")
         notes: tuple[str, ...] = ()
         accepted = known & (means >= (-math.inf if self.tau is None else self.tau))
         counts, spilled = self._share_out(round, current, accepted, known, budget)

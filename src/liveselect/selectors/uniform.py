@@ -19,12 +19,22 @@ class UniformSelector(Selector):
 
 
 def uniform_selection(
-    round: Round, budget: int, metrics: Mapping[str, float] | None = None, notes: tuple[str, ...] = ()
+    round: Round,
+    budget: int,
+    metrics: Mapping[str, float] | None = None,
+    notes: tuple[str, ...] = (),
+    because: str | None = None,
 ) -> Selection:
-    """Return a uniform draw of ``budget`` candidates, with metrics and notes for the ledger."""
+    """Draw ``budget`` candidates by the prior's weights, or uniformly where there is no prior.
+
+    ``metrics`` and ``notes`` go to the ledger; ``because`` says there why a selector that compares fell back to this.
+    """
     if round.offset is None:
+        how = "drawn uniformly"
         places = uniform_subset(len(round.candidates), budget, round.generator("select"))
-    else:  # a prior lies beneath: its weights are all that is known
+    else:
+        how = "drawn by the prior alone"
         places = gumbel_topk(round.offset[round.candidates], budget, 1.0, round.generator("select"))
     drawn = round.candidates[places]
-    return Selection(drawn, metrics=metrics or {}, notes=notes, reasons={"drawn uniformly": drawn})
+    fell_back = () if because is None else (f"{how}: {because}",)
+    return Selection(drawn, metrics=metrics or {}, notes=(*notes, *fell_back), reasons={how: drawn})
