@@ -143,8 +143,22 @@ def reference_loss(losses: list[Tensor], counts: list[Tensor]) -> float:
 
     Sums in float64, because candidates differ by a thousandth of the loss, and fetches from the device once.
     """
-    weights = torch.cat(counts).cpu().double()
-    return float(torch.cat(losses).detach().cpu().double() @ weights) / max(1.0, float(weights.sum()))
+    return mean_of(loss_sums(torch.cat(losses), torch.cat(counts)))
+
+
+def loss_sums(losses: Tensor, counts: Tensor) -> Tensor:
+    """Return what examples with losses ``(B,)`` over ``counts (B,)`` tokens add to a mean, ``(2,)`` float64 on CPU.
+
+    That is the sum of the losses of their tokens, and the number of tokens: add these up over batches and ranks.
+    """
+    weights = counts.cpu().double()
+    return torch.stack([losses.detach().cpu().double() @ weights, weights.sum()])
+
+
+def mean_of(sums: Tensor) -> float:
+    """Return the mean loss, nats per token, of what :func:`loss_sums` added up; 0 without tokens."""
+    total, tokens = sums.tolist()
+    return float(total / max(1.0, tokens))
 
 
 def find_language_model(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from liveselect.datamodules import ReferenceSet
 from liveselect.datamodules.datamodule import ServedDataModule
 from liveselect.datamodules.opening import open_reference
 from liveselect.grammar import Batch, LiveModel, State
-from liveselect.losses import target_counts
+from liveselect.losses import loss_sums, mean_of, target_counts
 from liveselect.preserve import measuring
 
 HELD_OUT, MIXTURE, ELSEWHERE = "val_loss", "mixture_loss", "elsewhere_loss"
@@ -116,10 +116,8 @@ class Judges(pl.Callback):
 
 def mean_loss(model: LiveModel, batches: Iterable[Batch]) -> float:
     """Return the mean loss over the tokens of the batches, nats per token; call it with the model in eval mode."""
-    total = tokens = 0.0
+    sums = torch.zeros(2, dtype=torch.float64)
     with measuring(model.module, model.optimizer), torch.no_grad(), model.autocast():
         for batch in batches:
-            counts = target_counts(batch).cpu().double()
-            total += float(model.losses(model.to_device(batch)).cpu().double() @ counts)
-            tokens += float(counts.sum())
-    return total / max(1.0, tokens)
+            sums += loss_sums(model.losses(model.to_device(batch)), target_counts(batch))
+    return mean_of(sums)

@@ -14,7 +14,15 @@ from liveselect import distributed
 from liveselect.functional.layer_pass import count_rows
 from liveselect.functional.updates import Vector
 from liveselect.grammar import IGNORE_INDEX, Batch, CandidateSource, LiveModel, NotMeasurableError, Round
-from liveselect.losses import at_targets, causal_lm_loss, reference_loss, target_counts, targets_shape
+from liveselect.losses import (
+    at_targets,
+    causal_lm_loss,
+    loss_sums,
+    mean_of,
+    reference_loss,
+    target_counts,
+    targets_shape,
+)
 from liveselect.seeding import generator_for
 
 Precision = Literal["float32", "training"]
@@ -200,11 +208,8 @@ def held_out_loss(model: LiveModel, source: CandidateSource, ids: Tensor) -> flo
     with torch.no_grad(), model.autocast():
         batches = source.candidates(mine) if len(mine) else ()
         for batch, counts in model.view.in_step(batches, lambda: spare):
-            losses = model.losses(model.to_device(batch))
-            tokens = target_counts(batch).cpu().double() * counts
-            sums += torch.stack([losses.cpu().double() @ tokens, tokens.sum()])
-    total, weight = distributed.sum_over_ranks(sums).tolist()
-    return total / max(1.0, weight)
+            sums += loss_sums(model.losses(model.to_device(batch)), target_counts(batch).cpu() * counts)
+    return mean_of(distributed.sum_over_ranks(sums))
 
 
 def _in_turn(batches: list[Batch], rows: int, round: Round) -> list[Batch]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from liveselect import distributed
 from liveselect.grammar import Batch, LiveModel, RoundInterruptedError
-from liveselect.losses import target_counts, targets_shape
+from liveselect.losses import loss_sums, mean_of, target_counts, targets_shape
 from liveselect.preserve import Snapshot, measuring
 
 Sets = Mapping[str, Sequence[Batch]]
@@ -130,15 +130,13 @@ def losses_on(model: LiveModel, sets: Sets) -> dict[str, float]:
     for name, batches in sets.items():
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in batches[distributed.rank() :: distributed.world_size()]:
-            counts = target_counts(batch).double().cpu()
             with (
                 model.meter.counting(model.module, "judge", batch["input_ids"].shape, targets_shape(batch)),
                 model.autocast(),
             ):
                 losses = model.losses(model.to_device(batch))
-            sums += torch.stack([losses.double().cpu() @ counts, counts.sum()])
-        total, tokens = distributed.sum_over_ranks(sums).tolist()
-        found[name] = total / max(1.0, tokens)
+            sums += loss_sums(losses, target_counts(batch))
+        found[name] = mean_of(distributed.sum_over_ranks(sums))
     return found
 
 
