@@ -111,7 +111,9 @@ def test_a_module_is_shared_out_between_code_docstrings_and_comments(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_has_no_parts(tmp_path):
-    for name, content in {"syntax.py": b"not python (", "nul.py": b"a\0b", "latin.py": b"caf\xe9"}.items():
+    contents = {"syntax.py": b"not python (", "nul.py": b"a\0b", "latin.py": b"caf\xe9"}
+    contents["deep.py"] = b"+".join([b"1"] * 5000)  # can be parsed, but not written again
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         assert parts_of(tmp_path / name) == {}
     assert parts_of(tmp_path / "absent.py") == {}

@@ -93,11 +93,16 @@ def parts_of(path: Path) -> dict[str, str]:
     """Split a Python file by source; a file that cannot be read has no parts."""
     try:
         text = path.read_text(encoding="utf-8")
-        tree = ast.parse(text)
-    except (OSError, ValueError, SyntaxError, RecursionError):
+        if path.parent.name == "encodings":
+            ast.parse(text)
+            return {"tables": text}
+        return _parts_of_source(text)
+    except (OSError, ValueError, SyntaxError, RecursionError):  # nested too deeply for the parser or for unparsing
         return {}
-    if path.parent.name == "encodings":
-        return {"tables": text}
+
+
+def _parts_of_source(text: str) -> dict[str, str]:
+    tree = ast.parse(text)
     docstrings = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
