@@ -36,12 +36,13 @@ class TokenCount(InfluenceEstimator):
 class Regressor(HashedRidgeRegressor):
     """Reports the given rank correlation."""
 
-    def __init__(self, spearman) -> None:
+    def __init__(self, *spearman, held_out=80.0) -> None:
         super().__init__()
-        self.spearman = spearman
+        self.spearman, self.held_out = spearman, held_out
 
     def fit(self, round, ids, influence):
-        return {**super().fit(round, ids, influence), "spearman": self.spearman}
+        found = self.spearman[min(round.index, len(self.spearman) - 1)]
+        return {**super().fit(round, ids, influence), "spearman": found, "held_out": self.held_out}
 
 
 class Fixed(Selector):
@@ -150,6 +151,17 @@ def test_a_regressor_below_its_floor_is_an_alarm(tmp_path):
     assert alarms(tmp_path / "a", regression(regressor=Regressor(-0.01)), TokenCount())[1] == [(0, "regressor")]
     high = alarms(tmp_path / "b", regression(regressor=Regressor(0.3)), TokenCount(), watch=Watch(min_spearman=0.4))
     assert high[1] == [(0, "regressor")]
+
+
+def test_what_few_held_out_measurements_say_is_no_alarm_until_several_rounds_say_it(tmp_path):
+    few = {"rounds": 4, "watch": Watch(canaries=0, flip=-1.0, passage=10_000)}
+    one = regression(regressor=Regressor(0.5, -0.4, 0.4, 0.4, held_out=24.0))
+    assert "regressor" not in {kind for _, kind in alarms(tmp_path / "a", one, TokenCount(), **few)[1]}
+    all_ = regression(regressor=Regressor(-0.1, held_out=24.0))
+    found = [round for round, kind in alarms(tmp_path / "b", all_, TokenCount(), **few)[1] if kind == "regressor"]
+    assert found == [2, 3]  # 72 and 96 measurements
+    unknown = regression(regressor=Regressor(float("nan"), held_out=0.0))
+    assert (0, "regressor") in alarms(tmp_path / "c", unknown, TokenCount())[1]
 
 
 def test_a_small_group_that_fills_the_plan_is_an_alarm_and_a_large_one_is_not(tmp_path):

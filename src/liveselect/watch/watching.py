@@ -30,6 +30,8 @@ CLEAR = 2.0
 EXAMPLES_PER_GROUP = 4
 """Of a plan: with fewer, two draws from one mixture differ by chance."""
 MIN_CHOSEN = 20
+FEWEST_HELD_OUT, ENOUGH_HELD_OUT = 50, 100
+"""Held-out measurements: fewer say nothing of a regressor, and of more the latest count."""
 """Candidates of a plan from which on the share of a group is not chance."""
 COMPARED_CANDIDATES = 128
 """Chosen candidates of a round that are compared with the reference set: reading more would delay the round."""
@@ -76,7 +78,8 @@ class Watch:
     round before (``drift/*``) and the influence of canaries (``canary/*``).
 
     Args:
-        min_spearman: alarm if the regressor's held-out rank correlation is not above this.
+        min_spearman: alarm if the regressor's held-out rank correlation is not above this; over as many of the last
+            rounds as hold 100 held-out measurements, because that of a few is chance.
         flip: alarm if the rank correlation of the scores with those of the round before is below this.
         max_share: alarm if a group fills more than this share of a plan, and less than half of the pool.
         max_uses: alarm if a candidate is trained on more often than this.
@@ -124,11 +127,12 @@ class Watch:
     # ---- rules -------------------------------------------------------------------------------------------------
 
     def _regressor(self, scene: Scene) -> Alarms:
-        found = scene.record.metrics.get("regressor/spearman")
+        found, over = _recent_spearman([*scene.earlier, scene.record])
         if found is not None and not found > self.min_spearman:
+            rounds = "" if over == 1 else f", over the last {over} rounds,"
             yield (
                 "regressor",
-                f"the regressor's held-out rank correlation {found:.3f} is not above {self.min_spearman:g}: it "
+                f"the regressor's held-out rank correlation {found:.3f}{rounds} is not above {self.min_spearman:g}: it "
                 "guesses. Measure more candidates, or check whether influence can be predicted from text at this stage",
             )
 
@@ -224,6 +228,28 @@ class Watch:
                 f"canaries of the kind {' and '.join(worse)} have more influence than pieces of the reference set "
                 f"itself ({numbers}): the estimator does not measure what helps the reference",
             )
+
+
+def _recent_spearman(records: Sequence[RoundRecord]) -> tuple[float | None, int]:
+    """Return the held-out rank correlation of the last rounds, weighted by their measurements, and of how many rounds.
+
+    None where the last round has none, or where all of them are too few to say anything. A regressor that does not say
+    how many it held out is taken at its word.
+    """
+    last = records[-1].metrics.get("regressor/spearman")
+    if last is None or math.isnan(last):
+        return last, 1
+    total = weight = 0.0
+    rounds = 0
+    for record in reversed(records):
+        found, held_out = (record.metrics.get(f"regressor/{name}") for name in ("spearman", "held_out"))
+        if found is None or math.isnan(found):
+            continue
+        count = ENOUGH_HELD_OUT if held_out is None else held_out
+        total, weight, rounds = total + found * count, weight + count, rounds + 1
+        if weight >= ENOUGH_HELD_OUT:
+            break
+    return (total / weight, rounds) if weight >= FEWEST_HELD_OUT else (None, rounds)
 
 
 def _restore(scene: Scene) -> Alarms:
