@@ -375,6 +375,37 @@ def test_the_slope_of_adam_is_its_formula_and_saturates_where_the_moments_are_em
     assert abs(wide[2]) < 1e-3 * abs(slope[2])
 
 
+class OwnAdam(torch.optim.Adam):
+    """Takes Adam's steps, under a name of which no formula is known."""
+
+
+class OwnAdamW(torch.optim.AdamW):
+    """The same of AdamW."""
+
+
+@pytest.mark.parametrize(
+    ("known", "unknown", "settings"),
+    [
+        (torch.optim.AdamW, OwnAdamW, {"weight_decay": 0.1}),
+        (torch.optim.AdamW, OwnAdamW, {"maximize": True, "eps": 1e-3}),
+        (torch.optim.AdamW, OwnAdamW, {"amsgrad": True}),
+        (torch.optim.Adam, OwnAdam, {"betas": (0.5, 0.99)}),
+        (torch.optim.Adam, OwnAdam, {"weight_decay": 0.3}),
+    ],
+)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_the_slope_by_a_formula_is_that_of_the_steps_themselves(known, unknown, settings, steps):
+    slopes = []
+    for kind in (known, unknown):
+        parameter = nn.Parameter(torch.linspace(-2.0, 2.0, 9))
+        optimizer = kind([parameter], lr=0.01, **settings)
+        for step in range(steps):
+            parameter.grad = torch.linspace(-1.0, 3.0, 9) ** 3 * (1 + step)
+            optimizer.step()
+        slopes.append(step_slope(optimizer, parameter, torch.logspace(-6.0, 2.0, 9)).double())
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=0)
+
+
 def test_the_slope_reads_the_live_optimizer_and_changes_nothing_in_it():
     context = warm_context("adamw without foreach")
     before = checksum(context.model, context.optimizer)

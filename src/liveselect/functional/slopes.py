@@ -1,6 +1,7 @@
 """How far an optimizer's step moves with its gradient, coordinate by coordinate."""
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ def step_slope(optimizer: torch.optim.Optimizer, parameter: Tensor, amplitude: T
 
     For plain SGD that is minus the learning rate for any amplitude. Where the step saturates, as that of Adam does
     in coordinates whose second moment is small against :math:`a_j^2`, it is the slope that a gradient of this size
-    meets; as :math:`a \to 0` it becomes the derivative at a zero gradient. The step is taken by the optimizer's own
-    code on copies in float64, with the live moments, counters and settings; nothing of the optimizer is touched. Of a
-    parameter that ranks hold in parts, this rank's part is stepped.
+    meets; as :math:`a \to 0` it becomes the derivative at a zero gradient. That of torch's own Adam and AdamW is a
+    formula. Any other step is taken by the optimizer's own code on copies in float64, with the live moments, counters
+    and settings. Nothing of the optimizer is touched. Of a parameter that ranks hold in parts, it is that of this
+    rank's part.
 
     Args:
         optimizer: any that treats the coordinates of a parameter apart.
@@ -32,11 +34,14 @@ def step_slope(optimizer: torch.optim.Optimizer, parameter: Tensor, amplitude: T
         amplitude: of the shape of the parameter's local part, positive.
 
     Returns:
-        float64, of the same shape.
+        Of the same shape, float32 or finer.
 
     Raises:
         TypeError: the step of one coordinate depends on the gradients of others.
     """
+    slope = _slope_of_adam(optimizer, parameter, amplitude)
+    if slope is not None:
+        return slope
     amplitude = amplitude.double()
     forth, back = (_stepped(optimizer, parameter, sign * amplitude) for sign in (1, -1))
     if amplitude.numel() > 1:
@@ -64,7 +69,7 @@ def first_moment(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor 
     state = optimizer.state.get(parameter, {})
     if not state:
         return None
-    group = next(group for group in optimizer.param_groups if any(each is parameter for each in group["params"]))
+    group = _group_of(optimizer, parameter)
     if "exp_avg" in state and "betas" in group:
         return local(state["exp_avg"]) / (1 - group["betas"][0] ** float(state["step"]))
     buffer = state.get("momentum_buffer")
@@ -76,11 +81,38 @@ def first_moment(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor 
     )
 
 
+def _slope_of_adam(optimizer: torch.optim.Optimizer, parameter: Tensor, amplitude: Tensor) -> Tensor | None:
+    r"""Return the slope of a step of Adam, :math:`-\eta' / (\sqrt{\beta_2 v + (1 - \beta_2) a^2} / c + \epsilon)`.
+
+    Differences of steps would need float64 and ten times as long. None for other optimizers, and for settings with which
+    the second moment is not that of plus and minus the amplitude alone.
+    """
+    group = _group_of(optimizer, parameter)
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or group["amsgrad"]:
+        return None
+    if type(optimizer) is torch.optim.Adam and float(group["weight_decay"]):
+        return None  # it is added to the gradient, unless another setting says otherwise
+    state = optimizer.state.get(parameter, {})
+    first, second = map(float, group["betas"])
+    step = 1 + float(state.get("step", 0))
+    amplitude = amplitude.to(torch.promote_types(amplitude.dtype, torch.float32))
+    size = amplitude.abs() * (1 - second) ** 0.5
+    if "exp_avg_sq" in state:  # the root of a sum of squares, of which none may vanish in float32
+        size = torch.hypot(local(state["exp_avg_sq"]).to(size.dtype).mul(second).sqrt_(), size)
+    size.div_((1 - second**step) ** 0.5).add_(float(group["eps"]))
+    rate = float(group["lr"]) * (1 - first) / (1 - first**step)
+    return size.reciprocal_().mul_(rate if group["maximize"] else -rate)
+
+
+def _group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if any(each is parameter for each in group["params"]))
+
+
 def _stepped(optimizer: torch.optim.Optimizer, parameter: Tensor, gradient: Tensor) -> Tensor:
     """Return the parameter after one step on a gradient, float64, from a twin of the optimizer that holds it alone."""
     value = local(parameter).to(torch.float64, copy=True)
     value.grad = gradient
-    group = next(group for group in optimizer.param_groups if any(each is parameter for each in group["params"]))
+    group = _group_of(optimizer, parameter)
     twin = object.__new__(type(optimizer))  # copy.copy would lose attributes of a subclass outside of its state
     vars(twin).update({name: item for name, item in vars(optimizer).items() if name != "step"})  # schedulers wrap step
     twin.param_groups = [{**group, **{k: v for k, v in _PLAIN_LOOP_OPTIONS.items() if k in group}, "params": [value]}]
