@@ -138,17 +138,18 @@ class CostMeter:
             return forward(*arguments, **named)
 
     @staticmethod
-    def learn(model: nn.Module | None, *work: Hashable, trial: Callable[[], object]) -> None:
+    def learn(model: nn.Module | None, *work: Hashable, trial: Callable[[], object]) -> Flops:
         """Count the work of a trial, and remember it for :meth:`counting`; random states stay as they are."""
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         with torch.random.fork_rng(devices=None if cuda else [], device_type="cuda"), flops_counted(model) as flops:
             trial()
         _remember({} if model is None else _remembered.setdefault(model, {}), work, flops)
+        return flops
 
     @staticmethod
-    def knows(model: nn.Module, *work: Hashable) -> bool:
-        """Return whether the cost of some work is remembered."""
-        return work in _remembered.get(model, {})
+    def recall(model: nn.Module, *work: Hashable) -> Flops | None:
+        """Return the cost of some work, None where it is not remembered."""
+        return _remembered.get(model, {}).get(work)
 
     def charge(self, flops: Flops) -> None:
         """Charge what was counted to the innermost open phase."""

@@ -6,7 +6,8 @@ from fakes import FakeSource
 from hand_flops import attention
 from probing import VOCAB, mean_loss, tiny_model, warm_context
 
-from liveselect.influence.reference import ReferencePass, group_by_length
+from liveselect.functional.flops import flops_counted
+from liveselect.influence.reference import ReferencePass, charge_gradient, group_by_length
 from liveselect.losses import causal_lm_loss
 
 
@@ -103,6 +104,24 @@ def test_flops_count_the_head_at_targets_only():
     widths = [batch["input_ids"].shape for batch in reference.batches]
     attended = sum(attention(context.model, rows, width) for rows, width in widths)
     assert context.meter.flops["other"] == sum(found) + attended
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_gradient_is_charged_what_it_computes_though_only_two_rows_were_counted(prepared):
+    context = warm_context().but(source=RaggedSource(ragged_batches()))
+    parameters = dict(context.model.named_parameters())
+    if prepared:
+        batches = ReferencePass.load(context.live, context.round).batches
+        assert max(len(batch["input_ids"]) for batch in batches) > 2
+    else:
+        batches = context.source.batches
+    expected = 0.0
+    for batch in batches:
+        charge_gradient(context.live, batch, list(parameters.values()))
+        with flops_counted(context.model) as flops:
+            causal_lm_loss(context.model, batch).sum().backward()
+        expected += flops.total
+    assert context.meter.flops["other"] == expected > 0
 
 
 @pytest.mark.parametrize("left", [False, True])

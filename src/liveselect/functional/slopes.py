@@ -84,8 +84,8 @@ def first_moment(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor 
 def _slope_of_adam(optimizer: torch.optim.Optimizer, parameter: Tensor, amplitude: Tensor) -> Tensor | None:
     r"""Return the slope of a step of Adam, :math:`-\eta' / (\sqrt{\beta_2 v + (1 - \beta_2) a^2} / c + \epsilon)`.
 
-    Differences of steps would need float64 and ten times as long. None for other optimizers, and for settings with which
-    the second moment is not that of plus and minus the amplitude alone.
+    Differences of steps would need float64 and ten times as long. None for other optimizers, and for settings with
+    which the second moment depends on more than the amplitude.
     """
     group = _group_of(optimizer, parameter)
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or group["amsgrad"]:

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liveselect import distributed
+from liveselect.functional.flops import Flops
 from liveselect.functional.layer_pass import count_rows
 from liveselect.functional.updates import Vector
 from liveselect.grammar import IGNORE_INDEX, Batch, CandidateSource, LiveModel, NotMeasurableError, Round
 from liveselect.losses import (
+    TARGET_COLUMNS,
     at_targets,
     causal_lm_loss,
     loss_sums,
@@ -171,24 +173,48 @@ def counting(
 
     With a trial every rank must call it where ranks hold parts of the parameters.
     """
-    trained = tuple(parameter.requires_grad for parameter in model.module.parameters())
-    work = what, tuple(_shapes(batch) for batch in batches), torch.is_grad_enabled(), trained
+    work = _work(model, what, *batches)
     # where a backward is a collective, a rank that knows the cost tries again with those that do not
-    if trial is not None and model.view.any(not model.meter.knows(model.module, *work)):
+    if trial is not None and model.view.any(model.meter.recall(model.module, *work) is None):
         model.meter.learn(model.module, *work, trial=trial)
     return model.meter.counting(model.module, *work)
 
 
 def charge_gradient(model: LiveModel, batch: Batch, parameters: Sequence[nn.Parameter]) -> None:
-    """Charge the FLOPs of a forward and backward of the losses of a batch, in the precision context that is open."""
+    """Charge the FLOPs of a forward and backward of the losses of a batch, in the precision context that is open.
 
-    def gradient() -> None:
-        loss = model.losses(batch).sum()
+    They are counted on one and on two of its rows, where the loss is known to be that of each row by itself: every
+    round brings batches of other shapes, and a trial of the whole would cost as much as the gradient.
+    """
+
+    def gradient(rows: Batch) -> None:
+        loss = model.losses(rows).sum()
         if loss.requires_grad:
             model.view.gradients(loss, parameters)
 
-    with counting(model, f"gradient in {len(parameters)}", batch, trial=gradient):
-        pass
+    what, rows = f"gradient in {len(parameters)}", count_rows(batch)
+    alone = model.view.inner_loss(model.loss_fn) is causal_lm_loss and not model.view.in_parts
+    if rows <= 2 or not alone:
+        with counting(model, what, batch, trial=lambda: gradient(batch)):
+            return
+    cut = batch if TARGET_COLUMNS in batch else at_targets(batch)  # else a row may have fewer targets than the batch
+    one, two = (_counted(model, what, split_rows(cut, few)[0], gradient) for few in (1, 2))
+    each = Flops(two.total - one.total, two.repeated - one.repeated)
+    more = each.times(rows - 1)
+    model.meter.charge(Flops(one.total + more.total, one.repeated + more.repeated, one.uncounted))
+
+
+def _counted(model: LiveModel, what: str, batch: Batch, trial: Callable[[Batch], object]) -> Flops:
+    """Return the FLOPs of what a trial does with a batch, counted the first time for each shape."""
+    work = _work(model, what, batch)
+    known = model.meter.recall(model.module, *work)
+    return known if known is not None else model.meter.learn(model.module, *work, trial=lambda: trial(batch))
+
+
+def _work(model: LiveModel, what: str, *batches: Batch) -> tuple[Hashable, ...]:
+    """Return what the cost of doing something with batches depends on."""
+    trained = tuple(parameter.requires_grad for parameter in model.module.parameters())
+    return what, tuple(_shapes(batch) for batch in batches), torch.is_grad_enabled(), trained
 
 
 def _shapes(batch: Batch) -> Hashable:

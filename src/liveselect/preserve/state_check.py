@@ -54,7 +54,7 @@ def response_to(model: LiveModel, row: Batch) -> Response | None:
         return None
     work = "response", row["input_ids"].shape
     try:
-        if not model.meter.knows(model.module, *work):  # apart: a backward that is counted rounds otherwise
+        if model.meter.recall(model.module, *work) is None:  # apart: a backward that is counted rounds otherwise
             with measuring(model.module, model.optimizer, training_mode=True), _fixed(model.device):
                 model.meter.learn(model.module, *work, trial=lambda: _respond(model, row))
         with (
