@@ -9,14 +9,16 @@ from torch import Tensor
 from liveselect import distributed
 from liveselect.cost import CostMeter
 from liveselect.functional.sharding import is_sharded
-from liveselect.grammar import InfluenceEstimator, LiveModel, NotMeasurableError, Round, Selector
+from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, Selector
 from liveselect.parts import fit_metrics
 from liveselect.preserve import measuring
 
 _CANDIDATES = 2
-"""Candidates that are measured first; where that is quick, a whole batch of them."""
+"""Candidates that are tried first; where that is quick, a whole batch of them."""
 
 _QUICK_SECONDS = 1.0
+_QUICK_SHARE = 0.005
+"""Of the examples of a round: where a batch is more, only a few are tried, for the price must not be what is dear."""
 _MOST_QUESTIONS = 64
 
 
@@ -66,11 +68,14 @@ def price_of_round(
             return Price(candidates)
         ranks = distributed.world_size()
         try:
-            per_fit, per_candidate = _measuring(copy.deepcopy(estimator), model, round)
+            batch = next(round.batches(_spread(round.candidates, max(_CANDIDATES, round.source.batch_size))))
+            few = {name: value[:_CANDIDATES] if isinstance(value, Tensor) else value for name, value in batch.items()}
+            tried = batch if len(batch["input_ids"]) <= _QUICK_SHARE * examples / ranks else few
+            per_fit, per_candidate = _measuring(copy.deepcopy(estimator), model, round, few, tried)
         except NotMeasurableError:  # a later round may be able to
             return Price(candidates)
         seconds = per_fit + per_candidate * -(-candidates // ranks)
-        return Price(candidates, seconds, _training(model, round) * examples / ranks)
+        return Price(candidates, seconds, _training(model, tried) * examples / ranks)
 
 
 def _asked_for(selector: Selector, round: Round) -> int:
@@ -89,13 +94,13 @@ def _asked_for(selector: Selector, round: Round) -> int:
     return count
 
 
-def _measuring(estimator: InfluenceEstimator, model: LiveModel, round: Round) -> tuple[float, float]:
-    """Return the seconds of a fit, and of one candidate."""
+def _measuring(
+    estimator: InfluenceEstimator, model: LiveModel, round: Round, few: Batch, batch: Batch
+) -> tuple[float, float]:
+    """Return the seconds of a fit, and of one candidate of a batch, or of the few where that is not quick."""
     clock = CostMeter()
     with clock.phase("fit"):
         fit_metrics(estimator, model, round)
-    batch = next(round.batches(_spread(round.candidates, max(_CANDIDATES, round.source.batch_size))))
-    few = {name: value[:_CANDIDATES] if isinstance(value, Tensor) else value for name, value in batch.items()}
     estimator.score(model, few)  # what is done once only, such as allocating memory
     with clock.phase("few"):
         estimator.score(model, few)
@@ -109,10 +114,10 @@ def _measuring(estimator: InfluenceEstimator, model: LiveModel, round: Round) ->
     return clock.seconds["fit"], seconds
 
 
-def _training(model: LiveModel, round: Round) -> float:
-    """Return the seconds that training on one example takes, in a batch as training has them."""
+def _training(model: LiveModel, batch: Batch) -> float:
+    """Return the seconds that training on one example of a batch takes."""
     clock, sharded = CostMeter(), is_sharded(model.module)
-    batch = model.to_device(next(round.batches(_spread(round.candidates, round.source.batch_size))))
+    batch = model.to_device(batch)
     parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
     for phase in ("first", "again"):
         with clock.phase(phase), torch.set_grad_enabled(not sharded), model.autocast():

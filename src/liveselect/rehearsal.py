@@ -28,6 +28,9 @@ from liveselect.preserve import changed_since, measuring, response_to
 MEASURED_CANDIDATES = 2
 """Candidates that are measured; one alone would hide a loss that is summed or averaged over the batch."""
 
+REHEARSED_REFERENCES = 2
+"""Rows of the reference set that are measured with; as for candidates, one alone would hide something."""
+
 _ROUNDING = 1e-5
 """Share of a loss by which kernels may let it depend on the values in other rows; they work row by row."""
 
@@ -38,7 +41,7 @@ LOOKED_AT_CANDIDATES = 32
 def rehearse(
     selector: Selector, estimator: InfluenceEstimator | None, model: LiveModel, round: Round, budget: int
 ) -> tuple[str | None, CostMeter]:
-    """Let the selector check; measure a few candidates on one batch of the reference set, with copies of the parts.
+    """Let the selector check; measure a few candidates on a few rows of the reference set, with copies of the parts.
 
     Everything that a round would do is done once, small, for real; the model, the random states and the parts are left
     as they are. That the model can be measured only later (a learning rate of zero) is no reason to stop.
@@ -170,7 +173,7 @@ def _warn_of_neighbours(model: LiveModel, batch: Batch) -> None:
 
 
 class _Excerpt(CandidateSource):
-    """A source whose reference set is its first batch that carries loss."""
+    """A source whose reference set is a few rows of its first batch that carries loss, those with most targets."""
 
     def __init__(self, source: CandidateSource) -> None:
         self._source = source
@@ -185,7 +188,13 @@ class _Excerpt(CandidateSource):
 
     def reference(self) -> Iterator[Batch]:
         batches = list(self._source.reference())
-        yield next((batch for batch in batches if bool(target_counts(batch).any())), batches[0])
+        batch = next((batch for batch in batches if bool(target_counts(batch).any())), batches[0])
+        rows = len(batch["input_ids"])
+        few = target_counts(batch).argsort(descending=True, stable=True)[:REHEARSED_REFERENCES].sort().values
+        yield {
+            key: value[few.to(value.device)] if isinstance(value, Tensor) and len(value) == rows else value
+            for key, value in batch.items()
+        }
 
     def decode(self, input_ids: Tensor) -> list[str]:
         return self._source.decode(input_ids)
