@@ -34,6 +34,20 @@ from liveselect.selectors import ScoredSelector
 POOL, PROBES = 150, 100
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _several_shards():
+    """Let a job measure shards of 16 and not one candidate at a time: each shard reads what was solved."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_job, "MEASURED_SHARD_DIVISOR", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The scores of a job that nothing stopped."""
+    return small_job(tmp_path_factory.mktemp("whole") / "s").run()
+
+
 def small_context():
     source, planted = planted_source(candidates=POOL, share=0.3, length=12, vocab=50, rows=16)
     return warm_context("sgd", source=source), planted
@@ -55,8 +69,7 @@ def small_job(folder, context=None, **settings):
     )
 
 
-def test_scores_are_predictions_of_a_scorer_that_learned_from_measured_influence(tmp_path, monkeypatch):
-    monkeypatch.setattr(score_job, "MEASURED_SHARD_DIVISOR", 4)
+def test_scores_are_predictions_of_a_scorer_that_learned_from_measured_influence(tmp_path):
     context, planted = small_context()
     scores = small_job(tmp_path / "s", context).run()
     ids = uniform_subset(POOL, PROBES, context.round.generator("probes"))
@@ -84,7 +97,6 @@ def test_what_a_job_and_its_proxy_cost_is_kept_with_the_scores_over_every_stop(t
                 model.meter.add_flops(float(len(ids)))
             return super().score_ids(model, round, ids)
 
-    monkeypatch.setattr(score_job, "MEASURED_SHARD_DIVISOR", 4)  # several shards are measured
     context, _ = small_context()
     estimator = Counted(steps=2, score_every=1, batch_size=4)
     settings = {
@@ -118,14 +130,15 @@ def test_any_estimator_can_measure(tmp_path):
 
 
 def test_the_size_of_the_shards_does_not_matter(tmp_path):
-    values = [small_job(tmp_path / str(size), shard_size=size).run().values for size in (7, 64, 1000)]
+    jobs = [small_job(tmp_path / str(size), shard_size=size, probes=40) for size in (7, 64, 1000)]
+    values = [job.run().values for job in jobs]
     torch.testing.assert_close(values[0], values[2])
     torch.testing.assert_close(values[1], values[2])
 
 
 def test_a_job_that_was_interrupted_at_any_file_goes_on_to_the_same_scores(tmp_path, monkeypatch):
-    monkeypatch.setattr(score_job, "MEASURED_SHARD_DIVISOR", 2)
     context, _ = small_context()
+    settings = {"probes": 40, "estimator": PMPInfluence(steps=2, score_every=2, batch_size=4)}
     files = []
     whole_file = score_job.whole_file
 
@@ -136,30 +149,30 @@ def test_a_job_that_was_interrupted_at_any_file_goes_on_to_the_same_scores(tmp_p
             yield file
 
     monkeypatch.setattr(score_job, "whole_file", counted)
-    expected = small_job(tmp_path / "whole", context).run()
-    kinds = ["job.json", *["measured"] * 4, "regressor.pt", *["scores"] * 3]
+    expected = small_job(tmp_path / "whole", context, **settings).run()
+    kinds = ["job.json", *["measured"] * 3, "regressor.pt", *["scores"] * 3]
     assert [name.split("-")[0] for name in files] == kinds
-    for moment in range(len(files)):
-        for before in (True, False):
-            folder = tmp_path / f"{moment}-{before}"
-            state = {"files": 0}
+    # after a file is as before the next one, so only the last needs both
+    for moment, before in [*((moment, True) for moment in range(len(files))), (len(files) - 1, False)]:
+        folder = tmp_path / f"{moment}-{before}"
+        state = {"files": 0}
 
-            @contextmanager
-            def interrupted(path, moment=moment, before=before, state=state):
-                state["files"] += 1
-                is_now = state["files"] == moment + 1
-                with whole_file(path) as file:
-                    yield file
-                    if is_now and before:
-                        raise KeyboardInterrupt
-                if is_now:
+        @contextmanager
+        def interrupted(path, moment=moment, before=before, state=state):
+            state["files"] += 1
+            is_now = state["files"] == moment + 1
+            with whole_file(path) as file:
+                yield file
+                if is_now and before:
                     raise KeyboardInterrupt
+            if is_now:
+                raise KeyboardInterrupt
 
-            monkeypatch.setattr(score_job, "whole_file", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                small_job(folder, context).run()
-            monkeypatch.setattr(score_job, "whole_file", whole_file)
-            assert small_job(folder, context).run().digest == expected.digest
+        monkeypatch.setattr(score_job, "whole_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            small_job(folder, context, **settings).run()
+        monkeypatch.setattr(score_job, "whole_file", whole_file)
+        assert small_job(folder, context, **settings).run().digest == expected.digest
 
 
 def test_what_was_done_is_not_done_again(tmp_path, monkeypatch):
@@ -239,9 +252,8 @@ def test_what_a_job_that_was_killed_at_its_very_end_left_goes_away(tmp_path, mon
 
 
 @pytest.mark.parametrize("kind", ["measured", "scores", "regressor", "job", "cost"])
-def test_a_damaged_file_of_a_job_is_named_and_made_again_when_it_is_deleted(tmp_path, monkeypatch, kind):
+def test_a_damaged_file_of_a_job_is_named_and_made_again_when_it_is_deleted(tmp_path, monkeypatch, whole, kind):
     context, _ = small_context()
-    expected = small_job(tmp_path / "whole", context).run()
 
     def stop(*arguments):
         raise KeyboardInterrupt
@@ -258,7 +270,7 @@ def test_a_damaged_file_of_a_job_is_named_and_made_again_when_it_is_deleted(tmp_
         assert f"delete {file.parent} " in str(told.value)
         return
     file.unlink()
-    assert small_job(tmp_path / "s", context).run().digest == expected.digest
+    assert small_job(tmp_path / "s", context).run().digest == whole.digest
 
 
 def test_two_jobs_do_not_work_in_one_folder(tmp_path):
@@ -346,11 +358,10 @@ def _digest_on_this_rank(folder):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_several_processes_make_the_same_scores_as_one(tmp_path, ranks):
-    alone = small_job(tmp_path / "alone").run()
+def test_several_processes_make_the_same_scores_as_one(tmp_path, whole, ranks):
     found = on_ranks(_digest_on_this_rank, ranks, tmp_path / "shared")
     assert len(set(found)) == 1
-    torch.testing.assert_close(read_scores(tmp_path / "shared").values, alone.values)
+    torch.testing.assert_close(read_scores(tmp_path / "shared").values, whole.values)
 
 
 class Late(ScoreJob):
