@@ -319,8 +319,7 @@ class Preempted(OneStepInfluence):
         return super().score(model, batch)
 
 
-@pytest.mark.parametrize("on_exception", [True, False])
-@pytest.mark.parametrize("quad", [True, False])
+@pytest.mark.parametrize(("quad", "on_exception"), [(True, True), (False, False)])
 def test_a_run_that_is_preempted_in_a_round_stops_at_once_and_continues_to_the_bit(tmp_path, on_exception, quad):
     def fit(folder, estimator, ckpt_path=None, *more):
         folder.mkdir(exist_ok=True)

@@ -1,4 +1,7 @@
-"""Every estimator on two ranks that hold the whole model (DDP): the numbers and choices of one process."""
+"""Estimators on two ranks that hold the whole model (DDP): the numbers and choices of one process.
+
+Other curvatures of K-FAC are compared in ``tests/influence/test_kfac.py``.
+"""
 
 import json
 
@@ -16,9 +19,6 @@ ESTIMATORS = {
     "central difference": lambda: FirstOrderInfluence("central_difference"),
     "forward mode": lambda: FirstOrderInfluence("forward_mode"),
     "K-FAC": lambda: KFACInfluence(factor_examples=9),
-    "EK-FAC": lambda: KFACInfluence("ekfac", factor_examples=9),
-    "diagonal": lambda: KFACInfluence("diagonal", factor_examples=9),
-    "identity": lambda: KFACInfluence("identity"),
     "PMP by differences": lambda: PMPInfluence(
         3, 2, batch_size=2, hessian="central_difference", products="central_difference"
     ),

@@ -159,13 +159,22 @@ def test_equally_long_examples_are_looked_at_once_to_know_what_the_training_loss
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("step", [3, 4, 6])
-def test_a_run_that_goes_on_from_any_step_of_a_round_hears_and_chooses_the_same(tmp_path, estimator, step):
-    saver = ModelCheckpoint(tmp_path / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
-    whole = fit(tmp_path / "whole", selection(tmp_path / "whole", estimator=estimator), saver)
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory):
+    """The folder of checkpoints and the ledger of a run that nothing stopped, for each estimator."""
+    found = {}
+    for estimator in ESTIMATORS:
+        folder = tmp_path_factory.mktemp("whole")
+        saver = ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
+        found[estimator] = folder / "checkpoints", fit(folder, selection(folder, estimator=estimator), saver)
+    return found
+
+
+@pytest.mark.parametrize(("estimator", "step"), [("first order", 3), ("first order", 6), ("kfac", 4)])
+def test_a_run_that_goes_on_from_any_step_of_a_round_hears_and_chooses_the_same(tmp_path, wholes, estimator, step):
+    checkpoints, whole = wholes[estimator]
     chosen = selection(tmp_path / "resumed", estimator=estimator)
-    resumed = fit(tmp_path / "resumed", chosen, ckpt_path=tmp_path / "checkpoints" / f"step={step}.ckpt")
+    resumed = fit(tmp_path / "resumed", chosen, ckpt_path=checkpoints / f"step={step}.ckpt")
     assert [r.plan for r in resumed.rounds] == [r.plan for r in whole.rounds]
     assert [r.overheard for r in resumed.rounds] == [r.overheard for r in whole.rounds]
     assert [r.overheard_influence for r in resumed.rounds] == [r.overheard_influence for r in whole.rounds]
@@ -225,10 +234,9 @@ class FailsOnce(Callback):
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_fit_after_one_that_failed_in_a_captured_step_knows_nothing_of_it(tmp_path, resumed):
-    saver = ModelCheckpoint(tmp_path / "c", "{step}", every_n_train_steps=1, save_top_k=-1)
-    ckpt_path = tmp_path / "c" / "step=3.ckpt" if resumed else None
-    whole = fit(tmp_path / "whole", selection(tmp_path / "whole"), saver)
+def test_a_fit_after_one_that_failed_in_a_captured_step_knows_nothing_of_it(tmp_path, wholes, resumed):
+    checkpoints, whole = wholes["first order"]
+    ckpt_path = checkpoints / "step=3.ckpt" if resumed else None
     twice = selection(tmp_path / "twice")
     with pytest.raises(OSError, match="the first fit fails"):
         fit(tmp_path / "twice", twice, FailsOnce())

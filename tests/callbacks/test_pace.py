@@ -62,7 +62,7 @@ def whole(tmp_path_factory):
     return folder, *trained(folder, *live(), probes_between_steps=4)
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 5, 6, 7, 8, 11, 13])
+@pytest.mark.parametrize("step", [1, 4, 5, 7, 8, 11])
 def test_a_run_that_is_resumed_anywhere_measures_and_trains_as_if_it_had_not_stopped(whole, tmp_path, step):
     folder, trace, ledger = whole
     resumed, again = trained(tmp_path, *live(), ckpt_path=folder / f"step={step}.ckpt", probes_between_steps=4)

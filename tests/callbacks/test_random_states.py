@@ -43,6 +43,16 @@ class Drawing(Callback):
 
 
 AROUND = ("on_train_batch_start", "on_train_batch_end", "on_validation_start", "on_validation_end")
+# step of the checkpoint: 2 in a round, 4 at its end, 6 before a validation, 10 at the end of an epoch
+STEPS = {
+    "nothing draws": (4, 10),
+    "the module draws what a batch trains on": (2, 10),
+    "the module draws after its batches": (4, 6, 10),
+    "a callback before selection draws": (2, 6),
+    "a callback after selection draws": (4, 6),
+    "epoch hooks draw": (10,),
+    "the start draws": (2,),
+}
 RUNS = {
     "nothing draws": (SmallLM, (), ()),
     "the module draws what a batch trains on": (Masking, (), ()),
@@ -67,10 +77,10 @@ def trained(folder, name, ckpt_path=None, more=(), **settings) -> list[str]:
     return (folder / "trace").read_text().splitlines()
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", STEPS)
 def test_a_run_whose_hooks_draw_resumes_to_the_bit(tmp_path, name):
     whole = trained(tmp_path / "whole", name)
-    for step in (2, 4, 6, 10):  # in a round, at its end, before a validation, at the end of an epoch
+    for step in STEPS[name]:
         resumed = trained(tmp_path / f"from {step}", name, tmp_path / "whole" / f"step={step}.ckpt")
         assert resumed == whole[3 * step :]
 

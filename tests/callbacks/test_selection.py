@@ -207,21 +207,6 @@ def test_a_loss_function_of_ones_own_is_what_is_measured(tmp_path):
     assert calls
 
 
-def test_a_compiled_module_is_measured_like_an_eager_one(tmp_path):
-    def influence(compiled):
-        pl.seed_everything(0, verbose=False)
-        module = SmallLM(dropout=0.0)
-        if compiled:
-            module.model = torch.compile(module.model, backend="aot_eager")
-        mates = small_mates(tmp_path, warmup_rounds=0)
-        small_trainer(tmp_path, [mates], max_steps=2, precision="32-true", **SIMPLE).fit(
-            module, datamodule=small_data()
-        )
-        return mates.run.ledger.rounds[0].influence
-
-    assert influence(True) == influence(False)
-
-
 def test_the_probe_clips_as_the_trainer_does(tmp_path):
     def influence(**settings):
         pl.seed_everything(0, verbose=False)

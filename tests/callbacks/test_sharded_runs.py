@@ -17,12 +17,11 @@ STRATEGIES = ("ddp", "fsdp", "fsdp2")
 ESTIMATORS = {  # fsdp knows the first
     "one step": OneStepInfluence,
     "first order": FirstOrderInfluence,
-    "central difference": lambda: FirstOrderInfluence(engine="central_difference"),
     "K-FAC": lambda: KFACInfluence(factor_examples=9),
 }
 
 
-CASES = [("fsdp", "one step"), *((strategy, name) for strategy in ("ddp", "fsdp2") for name in ESTIMATORS)]
+CASES = [("fsdp", "one step"), ("ddp", "one step"), ("ddp", "K-FAC"), *(("fsdp2", name) for name in ESTIMATORS)]
 
 
 def trained(folder, strategy, selector, estimator=None, **settings):

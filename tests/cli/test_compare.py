@@ -1,6 +1,7 @@
 """A comparison of small runs: equal terms, judges that change nothing, interruptions, several processes."""
 
 import json
+import multiprocessing
 import random
 import signal
 
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from liveselect import cli
 from liveselect.callbacks import DataSelection
+from liveselect.cli import compare_runs
 from liveselect.cli.compare_runs import CONFIG, LEDGER, Comparison, Method, Planned, Task, shorten
 from liveselect.cli.fit import SelectionCLI
 from liveselect.cli.judges import Judges
@@ -162,7 +164,9 @@ def test_a_comparison_that_was_killed_goes_on_and_ends_with_the_same_losses(text
 
 
 @pytest.mark.long
-def test_several_processes_train_what_one_does(texts, done, tmp_path):
+def test_several_processes_train_what_one_does(texts, done, tmp_path, monkeypatch):
+    # forked: what is spawned imports everything again, which takes longer than these runs
+    monkeypatch.setattr(compare_runs, "get_context", lambda kind: multiprocessing.get_context("fork"))
     assert comparison(texts, tmp_path).train(processes=2) == {}
     for name in ("random-0", "prior-0"):
         found, expected = losses(tmp_path, name), losses(done, name)

@@ -38,6 +38,7 @@ def test_every_source_comes_with_python(corpus):
         assert all(200 <= len(text) <= MAX_DOCUMENT_CHARACTERS for text in documents)
 
 
+@pytest.mark.slow
 def test_the_whole_pool_is_large_enough_for_the_demo():
     pool = find_corpus().pool
     sizes = {source: sum(map(len, documents)) for source, documents in pool.items()}

@@ -1,5 +1,7 @@
 """The demo on a small scale: it runs offline, tells what came out, stops and goes on."""
 
+import contextlib
+import io
 import json
 import re
 import signal
@@ -22,22 +24,36 @@ from liveselect.scores import read_scores
 STEPS = 8
 
 
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """Shrink texts and networks, keep everything else; returns the folder of the demo."""
-    find = corpus.find_corpus
-    monkeypatch.setattr(corpus, "find_corpus", lambda: find(sizes=dict.fromkeys(corpus.POOL, 20_000), least=1))
-    monkeypatch.setattr(demo_runs, "CLUSTERS", 5)
+@pytest.fixture(scope="module")
+def _shrunk(tmp_path_factory):
+    """Shrink texts and networks, keep everything else."""
+    folder, find = tmp_path_factory.mktemp("configs"), corpus.find_corpus
     changed = {"demo.yaml": smaller_demo, "demo_pds_proxy.yaml": smaller_network, "demo_pds_score.yaml": shorter_unroll}
     for name, change in changed.items():
         settings = yaml.safe_load(config_path(name).read_text(encoding="utf-8"))
         change(settings)
-        (tmp_path / name).write_text(yaml.safe_dump(settings), encoding="utf-8")
-    monkeypatch.setattr(
-        demo_runs, "config_path", lambda name: tmp_path / name if name in changed else config_path(name)
-    )
-    yield tmp_path / "out"
+        (folder / name).write_text(yaml.safe_dump(settings), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "find_corpus", lambda: find(sizes=dict.fromkeys(corpus.POOL, 20_000), least=1))
+        patch.setattr(demo_runs, "CLUSTERS", 5)
+        patch.setattr(demo_runs, "config_path", lambda name: folder / name if name in changed else config_path(name))
+        yield
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it once it was interrupted
+
+
+@pytest.fixture
+def small(_shrunk, tmp_path):
+    """The folder of a small demo."""
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def done(_shrunk, tmp_path_factory):
+    """A demo that has run; returns its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("done") / "out"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert run(folder) == 0
+    return folder, said.getvalue()
 
 
 def smaller_demo(settings) -> None:
@@ -73,10 +89,9 @@ def what_was_done(ledger: Ledger) -> list[tuple]:
     return rounds + [(entry.step, entry.metrics["val_loss"]) for entry in ledger.evaluations]
 
 
-def test_the_demo_trains_all_runs_on_equal_terms_and_tells_what_came_out(small, capsys):
-    assert run(small) == 0
-    said = capsys.readouterr().out
-    found = ledgers(small)
+def test_the_demo_trains_all_runs_on_equal_terms_and_tells_what_came_out(done):
+    folder, said = done
+    found = ledgers(folder)
     random, prior, live = found.values()
     assert {record.selector for record in random.rounds} == {"UniformSelector"}
     assert {record.selector for record in prior.rounds} == {"ScoredSelector"}
@@ -88,10 +103,10 @@ def test_the_demo_trains_all_runs_on_equal_terms_and_tells_what_came_out(small, 
     assert "with one seed, so how much of that is chance is not known" in said
     for name in ("prior", "live"):
         assert re.search(rf"{name} has a (lower|higher) loss by [\d.]+ nats per token than random", said)
-    page = (small / "report.html").read_text(encoding="utf-8")
+    page = (folder / "report.html").read_text(encoding="utf-8")
     raw = [f"{ledger.evaluations[-1].metrics['val_loss']:.3f}" for ledger in found.values()]
     assert all(loss in page for loss in raw)
-    assert (small / "report.html").resolve().as_uri() in said
+    assert (folder / "report.html").resolve().as_uri() in said
 
 
 def test_mates_starts_from_the_weights_and_the_data_of_random(small):
@@ -141,10 +156,8 @@ def test_pds_scores_the_pool_on_a_proxy_and_its_cost_is_part_of_the_verdict(smal
     assert "before training: train the proxy" in (small / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_demo_that_was_stopped_continues_with_the_same_numbers(small, monkeypatch, capsys):
-    assert run(small) == 0
-    whole = {name: what_was_done(ledger) for name, ledger in ledgers(small).items()}
-
+def test_a_demo_that_was_stopped_continues_with_the_same_numbers(done, small, monkeypatch, capsys):
+    whole = {name: what_was_done(ledger) for name, ledger in ledgers(done[0]).items()}
     end = DataSelection.on_train_batch_end
 
     def stop_in_step_5(self, trainer, *rest):
@@ -160,10 +173,10 @@ def test_a_demo_that_was_stopped_continues_with_the_same_numbers(small, monkeypa
     assert {name: what_was_done(ledger) for name, ledger in ledgers(small).items()} == whole
 
 
-def test_fit_repeats_a_run_of_the_demo(small, tmp_path):
-    assert run(small) == 0
-    expected = what_was_done(ledgers(small)["live"])
-    config = f"--config={small / 'runs' / 'live-0' / 'run.yaml'}"
+def test_fit_repeats_a_run_of_the_demo(done, tmp_path):
+    folder, _ = done
+    expected = what_was_done(ledgers(folder)["live"])
+    config = f"--config={folder / 'runs' / 'live-0' / 'run.yaml'}"
     again = [f"--trainer.default_root_dir={tmp_path / 'again'}", f"--select.init_args.dirpath={tmp_path / 'again'}"]
     assert cli.main(["fit", config, *again]) == 0
     assert what_was_done(Ledger.read(tmp_path / "again" / "ledger.jsonl")) == expected

@@ -397,7 +397,9 @@ def test_the_costs_stand_to_each_other_as_published(tmp_path):
 )
 def test_scores_of_any_method_are_a_prior_of_any_selector(inner, every_score):
     unused, folders = every_score
-    for name, folder in folders.items():
+    names = list(folders) if isinstance(inner, RegressionSelector) else list(folders)[:1]
+    for name in names:
+        folder = folders[name]
         source = copy.deepcopy(unused)
         prior = PriorSelector(copy.deepcopy(inner), folder, ratio=0.5)
         run = SelectionRun(prior, LossDropInfluence(steps=2), UniformSelector(), 0, source)
