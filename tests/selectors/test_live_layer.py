@@ -1,5 +1,6 @@
 """Live influence inside a prior: what is found, what is left alone, and that it does not go back and forth."""
 
+import math
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from liveselect.grammar import InfluenceEstimator, SelectionWarning
 from liveselect.regressors import HashedRidgeRegressor, TokenTableRegressor
 from liveselect.rounds import SelectionRun
 from liveselect.selectors import PriorSelector, RegressionSelector, UniformSelector
-from liveselect.selectors.steadiness import Steadiness
+from liveselect.selectors.steadiness import Steadiness, Trust
 from liveselect.watch import Watch
 
 WIDTH, BUDGET = 16, 40
@@ -113,6 +114,41 @@ def test_an_exchangeable_pool_is_left_alone():
     aim_at(source, source.tokens[torch.randperm(4000, generator=torch.Generator().manual_seed(1))[:400]])
     _, shares = rounds_of(default(), Saturates([0.5, 0.5, 0.5, 0.5]), source)
     assert (shares.mean(dim=0) - 1 / KINDS).abs().max() < 0.15
+
+
+def test_predictions_count_beside_a_prior_as_much_as_held_out_measurements_of_several_rounds_say():
+    trust = Trust()
+    assert trust.weight == 0
+    trust.learn(0.3, 24)
+    few = trust.weight
+    assert 0 < few < 0.6
+    for _ in range(10):
+        trust.learn(0.3, 24)
+    assert few < trust.weight < 0.3 / 0.5
+    assert trust.correlation == pytest.approx(0.3)
+    trust.learn(-0.2, 24)  # chance: one in a hundred rounds of two dozen
+    assert trust.weight > 0.2
+    trust.learn(math.nan, 0)  # says nothing
+    assert trust.weight > 0.2
+    again = Trust()
+    again.load_state_dict(trust.state_dict())
+    for each in (trust, again):
+        for _ in range(20):
+            each.learn(-0.2, 24)
+    assert trust.weight == again.weight == 0
+    for _ in range(20):
+        trust.learn(0.7, 1000)
+    assert trust.weight == 1
+
+
+def test_a_regressor_that_knows_nothing_leaves_the_choice_to_the_prior():
+    """Tokens are worth noise: the kinds that the prior prefers stay, and predictions hardly count."""
+    source = a_source()
+    aim_at(source, torch.cat([source.references, source.references + 10]))
+    run, shares = rounds_of(default(), Saturates([0.0, 0.0, 0.0, 0.0], noise=1.0), source)
+    trusted = [record.metrics.get("trust", 0.0) for record in run.ledger.rounds]
+    assert sum(trusted) / len(trusted) < 0.3
+    assert shares[:, :2].sum(dim=1).mean() > 0.95
 
 
 def hard_and_forgetful():

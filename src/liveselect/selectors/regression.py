@@ -24,7 +24,7 @@ from liveselect.grammar import (
     State,
 )
 from liveselect.parts import check_part, restore_part, save_part
-from liveselect.selectors.steadiness import Steadiness
+from liveselect.selectors.steadiness import Steadiness, Trust
 from liveselect.selectors.trial import check_predictions, try_regressor, warn_of_few
 from liveselect.selectors.uniform import uniform_selection
 
@@ -87,7 +87,8 @@ class RegressionSelector(Selector):
 
     What training steps have shown of their own examples since the last round (:meth:`observe_step`) is learned from as
     well. Where a prior lies beneath (``PriorSelector(..., offset=1.0)``), the normal scores of the predictions' ranks
-    are added to it.
+    are added to it, and count as the held-out rank correlations of the last rounds say: fully from a half on, and not
+    at all at 0, where only the prior chooses.
 
     A hard choice by what was measured last goes back and forth: one kind of text fills a round, and the next flees it.
     Where the mixture of groups changes by more than 0.7 in two rounds running, predictions count half as much (without
@@ -166,7 +167,7 @@ class RegressionSelector(Selector):
                 SelectionWarning,
                 stacklevel=2,
             )
-        self._steadiness = Steadiness()
+        self._steadiness, self._trust = Steadiness(), Trust()
         self._asked = -1  # round of the last question
         self._measured = _Found()
         self._captured = _Found()  # from training steps since the last round
@@ -246,8 +247,14 @@ class RegressionSelector(Selector):
         # what the ranks report may differ in the last bits; the decision below must not
         fitted = gather_objects(dict(learned))[0]
         metrics |= {f"regressor/{name}": value for name, value in fitted.items()}
-        if self._distrusts(spearman := fitted.get("spearman", float("nan"))):
-            reason = f"the regressor's held-out Spearman {spearman:.3f} is not above {self.min_spearman}"
+        spearman = fitted.get("spearman", float("nan"))
+        self._trust.learn(spearman, fitted.get("held_out", float(len(ids))))
+        of = ""
+        if round.offset is not None:
+            spearman, of = self._trust.correlation, " of the last rounds"
+            metrics["trust"] = self._trust.weight
+        if self._distrusts(spearman):
+            reason = f"the regressor's held-out Spearman {spearman:.3f}{of} is not above {self.min_spearman}"
             return uniform_selection(round, budget, metrics, (), reason)
         return self._select_by_prediction(round, budget, metrics)
 
@@ -258,6 +265,7 @@ class RegressionSelector(Selector):
             "measured": self._measured.saved(),
             "captured": self._captured.saved(),
             "steadiness": self._steadiness.state_dict(),
+            "trust": self._trust.state_dict(),
             "regressor": save_part(self.regressor),
         }
 
@@ -267,6 +275,7 @@ class RegressionSelector(Selector):
         self._measured = _Found(*(each.clone() for each in state["measured"]))
         self._captured = _Found(*(each.clone() for each in state["captured"]))
         self._steadiness.load_state_dict(state["steadiness"])
+        self._trust.load_state_dict(state["trust"])
         restore_part(self.regressor, state["regressor"], "regressor")
 
     def _distrusts(self, spearman: float) -> bool:
@@ -295,7 +304,7 @@ class RegressionSelector(Selector):
         if live < 1:
             notes += (f"the mixture went back and forth: predictions count {live:g} times as much",)
         if round.offset is not None:
-            predictions = (live * rank_normal(predictions)).float() + round.offset[window]
+            predictions = (live * self._trust.weight * rank_normal(predictions)).float() + round.offset[window]
         else:
             temperature += (1 - live) * std
         metrics["temperature_over_std"] = temperature / float(predictions.double().std(correction=0))

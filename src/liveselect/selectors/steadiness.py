@@ -1,4 +1,4 @@
-"""Whether selection goes back and forth, and how much what was measured may count when it does."""
+"""How much what was measured may count: less where it predicts badly, and where selection goes back and forth."""
 
 import math
 
@@ -14,6 +14,9 @@ TURNS = 2
 """Rounds running with such a change after which it is no accident."""
 
 _LEAST_WEIGHT = 0.125
+_KEPT = 0.8  # of what was held out in earlier rounds, from one round to the next
+_FULL_CORRELATION = 0.5
+_UNKNOWN = 8.0  # held-out measurements without correlation that are added
 _EXAMPLES_PER_GROUP = 4  # of a plan: with fewer two draws of one mixture differ by chance
 
 
@@ -59,6 +62,42 @@ class Steadiness:
         """Restore it."""
         self.weight, self._turns, self._looked = state["weight"], state["turns"], state["looked"]
         self._mixture = None if state["mixture"] is None else state["mixture"].clone()
+
+
+class Trust:
+    """How much predictions count beside a prior, by what held-out measurements of the last rounds say of them.
+
+    A cheap round measures two dozen candidates, and a rank correlation of so few is mostly chance. So those of earlier
+    rounds count as well, less with every round, and until enough are known predictions count less.
+    """
+
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
+
+    def learn(self, spearman: float, held_out: float) -> None:
+        """Take the held-out rank correlation of a round; NaN says nothing."""
+        self._sum, self._weight = _KEPT * self._sum, _KEPT * self._weight
+        if not math.isnan(spearman):
+            self._sum += held_out * spearman
+            self._weight += held_out
+
+    @property
+    def correlation(self) -> float:
+        """The rank correlation of the last rounds, weighted by what was held out; NaN before the first."""
+        return self._sum / self._weight if self._weight else math.nan
+
+    @property
+    def weight(self) -> float:
+        """How much predictions count, 0..1: all from a rank correlation of a half on."""
+        return min(1.0, max(0.0, self._sum / (_FULL_CORRELATION * (self._weight + _UNKNOWN))))
+
+    def state_dict(self) -> State:
+        """Return what is remembered of earlier rounds."""
+        return {"sum": self._sum, "weight": self._weight}
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore it."""
+        self._sum, self._weight = state["sum"], state["weight"]
 
 
 def _worth(trained: Tensor, ids: Tensor, influence: Tensor) -> dict[str, float]:
