@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from liveselect.functional.sharding import is_sharded
 from liveselect.grammar import Batch, LiveModel
@@ -56,7 +57,7 @@ def response_to(model: LiveModel, row: Batch) -> Response | None:
     try:
         if model.meter.recall(model.module, *work) is None:  # apart: a backward that is counted rounds otherwise
             with measuring(model.module, model.optimizer, training_mode=True), _fixed(model.device):
-                model.meter.learn(model.module, *work, trial=lambda: _respond(model, row))
+                model.meter.learn(model.module, *work, trial=lambda: _loss_and_gradients(model, row))
         with (
             measuring(model.module, model.optimizer, training_mode=True),
             _fixed(model.device),
@@ -98,22 +99,27 @@ def _respond(model: LiveModel, row: Batch) -> Response:
             module.register_forward_hook(partial(_on_output, response, f"in {path!r} ({type(module).__name__})")),
         ]
     try:
-        with model.autocast():
-            losses = model.losses(row)
-        response.note("in loss_fn, after the model", losses)
-        # backward() would run hooks that wait for whole gradients, and these may take optimizer steps
-        named = {name: each for name, each in model.module.named_parameters() if each.requires_grad}
-        gradients = torch.autograd.grad(losses.sum(), list(named.values()), allow_unused=True)
+        losses, gradients = _loss_and_gradients(model, row)
     finally:
         for handle in handles:
             handle.remove()
+    response.note("in loss_fn, after the model", losses)
     if not bool(losses.isfinite().all()):
         raise ValueError("the loss is not finite")
     # the backward comes to the last parameters first
-    for name, gradient in reversed(list(zip(named, gradients, strict=True))):
+    for name, gradient in reversed(gradients.items()):
         if gradient is not None:
             response.note(f"in the backward, at the gradient of {name!r}", gradient)
     return response
+
+
+def _loss_and_gradients(model: LiveModel, row: Batch) -> tuple[Tensor, dict[str, Tensor | None]]:
+    with model.autocast():
+        losses = model.losses(row)
+    # backward() would run hooks that wait for whole gradients, and these may take optimizer steps
+    named = {name: each for name, each in model.module.named_parameters() if each.requires_grad}
+    gradients = torch.autograd.grad(losses.sum(), list(named.values()), allow_unused=True)
+    return losses, dict(zip(named, gradients, strict=True))
 
 
 def _on_input(
