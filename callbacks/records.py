@@ -1,7 +1,7 @@
 """What a run leaves behind: its ledger, and the numbers of its rounds in the loggers. Nothing here ends a training."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -13,6 +13,7 @@ from liveselect import distributed
 from liveselect.callbacks.lines import round_line
 from liveselect.decisions import carry_decisions
 from liveselect.grammar import SelectionWarning
+from liveselect.json_lines import whole_file
 from liveselect.ledger import Ledger, RoundRecord, writable
 from liveselect.looking import only_looking
 from liveselect.plan import Plan
@@ -118,6 +119,16 @@ def write_ledger(ledger: Ledger, path: Path | None) -> None:
         return
     with only_looking(f"could not write {path}"):
         ledger.write(path)
+
+
+def write_files(files: Callable[[], Mapping[str, str]], folder: Path) -> None:
+    """Write what a selector keeps beside the ledger, on rank 0; a full disk costs a warning."""
+    if distributed.rank() != 0:
+        return
+    with only_looking(f"the files of the selector could not be written to {folder}"):
+        for name, text in files().items():
+            with whole_file(folder / name) as file:
+                file.write(text.encode())
 
 
 def scalars_of(metrics: Mapping[str, object]) -> dict[str, float]:

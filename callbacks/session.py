@@ -18,7 +18,7 @@ from liveselect.callbacks.clock import TrainingClock
 from liveselect.callbacks.compatibility import callable_model, requeue_signals
 from liveselect.callbacks.folder import LEDGER_FILE, RunFolder
 from liveselect.callbacks.preemption import SignalGate
-from liveselect.callbacks.records import carry_earlier_decisions, report_uncounted, write_ledger
+from liveselect.callbacks.records import carry_earlier_decisions, report_uncounted, write_files, write_ledger
 from liveselect.callbacks.silence import silent_logging
 from liveselect.callbacks.training_flops import TrainingFlops, peak_flops
 from liveselect.decisions import MOST_REJECTED, DecisionLedger
@@ -411,8 +411,10 @@ class Session:
         self.charge(name, time.perf_counter() - began)
 
     def write_ledger(self) -> None:
-        """Write the ledger."""
+        """Write the ledger, and what the selector keeps beside it."""
         write_ledger(self.run.ledger, self._ledger_path)
+        if self._ledger_path is not None:
+            write_files(self.run.selector.files, self._ledger_path.parent)
 
     def time_share(self) -> float:
         """Return the share of selection in the time of training and selection until now, 0..1."""

@@ -1,5 +1,6 @@
 """Methods compose from YAML: scores made before training narrow what MATES' parts or a bandit choose from."""
 
+import csv
 import json
 
 import numpy as np
@@ -27,6 +28,10 @@ REGRESSION = {
 ARMS = {
     "class_path": "liveselect.selectors.UCBSelector",
     "init_args": {"pulls": 2, "at_once": 2, "probes": 4, "controls": 4, "arms": 2},
+}
+MIXTURE = {
+    "class_path": "liveselect.selectors.MixtureSelector",
+    "init_args": {"weights": {"source 0": 2.0, "source 1": 1.0}, "probes": 8, "prior": True, "parts": 2},
 }
 
 
@@ -67,7 +72,11 @@ def run_file(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("selector", "estimator"), [(REGRESSION, ONE_STEP), (ARMS, KFAC)], ids=["mates", "arms"])
+@pytest.mark.parametrize(
+    ("selector", "estimator"),
+    [(REGRESSION, ONE_STEP), (ARMS, KFAC), (MIXTURE, ONE_STEP)],
+    ids=["mates", "arms", "mixture"],
+)
 def test_scores_are_a_prior_of_what_measures_the_live_model(run_file, tmp_path, selector, estimator):
     scores = np.random.default_rng(2).permutation(ROWS).astype(np.float32)
     np.save(tmp_path / "scores.npy", scores)
@@ -95,5 +104,12 @@ def test_scores_are_a_prior_of_what_measures_the_live_model(run_file, tmp_path, 
     assert set(uses.nonzero().flatten().tolist()) <= better
     if selector is ARMS:
         assert any("reward" in row for row in ledger.rounds[-1].groups.values())
+    elif selector is MIXTURE:
+        rows = list(csv.DictReader((tmp_path / "run" / "selection" / "mixture.csv").open()))
+        assert list(rows[0])[:2] == ["group", "prior"]
+        assert sum(float(row["weight"]) for row in rows) == pytest.approx(1.0)
+        for name, row in ledger.rounds[-1].groups.items():
+            of_table = [float(each["weight"]) for each in rows if each["group"] == name]
+            assert sum(of_table) == pytest.approx(row["weight"])
     else:
         assert "regressor/spearman" in ledger.rounds[-1].metrics

@@ -11,7 +11,7 @@ from liveselect.cli.fit import SelectionCLI
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence, PMPInfluence
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.rounds import SelectionRun
-from liveselect.selectors import PriorSelector, RegressionSelector, UCBSelector, UniformSelector
+from liveselect.selectors import MixtureSelector, PriorSelector, RegressionSelector, UCBSelector, UniformSelector
 
 torch.set_num_threads(1)
 CANDIDATES, BUDGET = 40, 8
@@ -33,6 +33,8 @@ ARMS = {"pulls": 2, "at_once": 2, "probes": 3, "controls": 4, "arms": 2}
 def selector_of(kind):
     if kind == "arms":
         return UCBSelector(**ARMS)
+    if kind == "mixture":
+        return MixtureSelector(probes=10)
     regression = RegressionSelector(HashedRidgeRegressor(2**6), **REGRESSION)
     return regression if kind == "regression" else PriorSelector(regression, torch.arange(float(CANDIDATES)), 0.6)
 
@@ -62,7 +64,7 @@ def choices(selector, estimator, rounds=2):
     return found
 
 
-@pytest.mark.parametrize("kind", ["regression", "arms", "prior"])
+@pytest.mark.parametrize("kind", ["regression", "arms", "prior", "mixture"])
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_every_estimator_drives_every_selector(name, kind):
     made, settings = ESTIMATORS[name]

@@ -19,7 +19,7 @@ from liveselect.datamodules.rows import hugging_face
 from liveselect.datamodules.rows.content import CHUNK_ROWS
 from liveselect.datamodules.rows.draws import MapStyle, candidate_seeds, fetch, private_draws
 from liveselect.datamodules.rows.rows import Rows
-from liveselect.pool import CandidatePool, GroupGeometry
+from liveselect.pool import CandidatePool, GroupGeometry, Grouping
 
 FORMAT, VERSION = "liveselect-clusters", 1
 MANIFEST = "clusters.json"
@@ -102,8 +102,8 @@ class Clusters:
             reach=self.manifest["settings"]["reach"],
         )
 
-    def pool(self, fingerprint: str) -> CandidatePool:
-        """Return the candidates of the pool, with the clusters as their groups.
+    def pool(self, fingerprint: str, sources: Grouping | None = None) -> CandidatePool:
+        """Return the candidates of the pool, with the clusters as their groups, and the sources beside them.
 
         Raises:
             ValueError: a file does not hold what was written, or what clusters of the pool can be.
@@ -121,7 +121,7 @@ class Clusters:
         for array in (groups, *(value.numpy() for value in vars(geometry).values() if isinstance(value, Tensor))):
             digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         codes = torch.from_numpy(groups)
-        return CandidatePool(len(groups), fingerprint, codes, self.names, geometry, digest.hexdigest())
+        return CandidatePool(len(groups), fingerprint, codes, self.names, geometry, digest.hexdigest(), sources)
 
 
 def _read_manifest(file: Path) -> JsonObject:
@@ -161,9 +161,10 @@ def open_pool(rows: Rows, groups: str | None) -> CandidatePool:
     A column of a dataset is part of the fingerprint: the state of a bandit, for example, is wrong for other groups.
     """
     if rows.store is not None:
-        if groups is not None:
-            return Clusters(rows.store, groups).pool(rows.fingerprint)
         names = rows.store.group_names
+        if groups is not None:
+            sources = Grouping(rows.store.groups, names) if len(names) > 1 else None
+            return Clusters(rows.store, groups).pool(rows.fingerprint, sources)
         codes = rows.store.groups if len(names) > 1 else None
         return CandidatePool(len(rows), rows.fingerprint, codes, names)
     if groups is None:

@@ -543,6 +543,10 @@ class Selector(Part):
         """Return what making the scores that are drawn from cost; asked once, when a run begins."""
         return {}
 
+    def files(self) -> Mapping[str, str]:
+        """Return what the folder of a run is to hold beside the ledger, texts by file name; asked after each round."""
+        return {}
+
 
 class Around(Selector):
     """A selector around another one: it delegates everything, so override only what you change.
@@ -602,6 +606,10 @@ class Around(Selector):
     def cost_before_training(self) -> CostByPhase:
         """Return the inner selector's cost."""
         return self.selector.cost_before_training()
+
+    def files(self) -> Mapping[str, str]:
+        """Return the inner selector's files."""
+        return self.selector.files()
 
     def state_dict(self) -> State:
         """Return the inner selector's class and state."""

@@ -29,6 +29,19 @@ class GroupGeometry:
     offsets: Tensor
 
 
+@dataclass(frozen=True)
+class Grouping:
+    """Another way in which candidates belong together than the groups that selection chooses by.
+
+    Attributes:
+        codes: ``(size,)`` integer, which one each candidate belongs to.
+        names: a name for each code.
+    """
+
+    codes: Tensor
+    names: tuple[str, ...]
+
+
 class CandidatePool:
     """All candidates of a run, addressed by the row ids ``0 .. size - 1``.
 
@@ -39,6 +52,7 @@ class CandidatePool:
         group_names: a name for each group code.
         geometry: which groups are near each other, where that is known.
         groups_fingerprint: identifies the groups where ``fingerprint`` does not; a resumed run refuses others.
+        sources: where candidates come from, where the groups are something else and that is known.
 
     Attributes:
         uses: ``(size,)`` int32, the number of plans that held each candidate.
@@ -52,6 +66,7 @@ class CandidatePool:
         group_names: Sequence[str] | None = None,
         geometry: GroupGeometry | None = None,
         groups_fingerprint: str | None = None,
+        sources: Grouping | None = None,
     ) -> None:
         if size < 1:
             raise ValueError(f"expected a pool of at least one candidate, got {size}")
@@ -70,6 +85,7 @@ class CandidatePool:
         self.group_names = tuple(group_names or ())
         self.geometry = geometry
         self.groups_fingerprint = groups_fingerprint
+        self.sources = sources
         self.uses = torch.zeros(size, dtype=torch.int32)
 
     @property

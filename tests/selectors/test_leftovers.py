@@ -9,7 +9,14 @@ from liveselect.decisions.files import DecisionLedger
 from liveselect.grammar import InfluenceEstimator, InfluenceRegressor, Selector
 from liveselect.pool import split_by_use
 from liveselect.rounds import LEFT_OVER, SelectionRun
-from liveselect.selectors import PriorSelector, RegressionSelector, ScoredSelector, UCBSelector, UniformSelector
+from liveselect.selectors import (
+    MixtureSelector,
+    PriorSelector,
+    RegressionSelector,
+    ScoredSelector,
+    UCBSelector,
+    UniformSelector,
+)
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::liveselect.grammar.SelectionWarning")
@@ -50,6 +57,14 @@ SELECTORS = {
     "regression": (regression, None),
     "the best by regression": (lambda: regression(temperature=0.0), None),
     "arms": (arms, None),
+    "arms of a prior's parts": (lambda: UCBSelector(pulls=2, probes=3, controls=3, arms=1, prior=SOME, parts=2), KNOWN),
+    "a mixture": (lambda: MixtureSelector(probes=10), None),
+    "a mixture of a prior's parts": (lambda: MixtureSelector(prior=SOME, parts=2, probes=10), KNOWN),
+    "a mixture of two groups": (
+        lambda: MixtureSelector({"a": 1.0, "b": 3.0}, floor=0.0, cap=9.0, probes=10),
+        torch.arange(POOL) % 3 < 2,
+    ),
+    "a prior of a mixture": (lambda: PriorSelector(MixtureSelector(probes=10), SCORES, repeat=False), None),
     "scores": (lambda: ScoredSelector(SCORES, repeat=False), None),
     "scores and a random share": (lambda: ScoredSelector(SCORES, random_share=0.5, repeat=False), None),
     "some have scores": (lambda: ScoredSelector(SOME, random_share=0.25, repeat=False), KNOWN),

@@ -1,5 +1,6 @@
 """What to measure, and what to train on."""
 
+from liveselect.selectors.mixture import MixtureSelector
 from liveselect.selectors.ngram_prior import NGramPrior
 from liveselect.selectors.regression import RegressionSelector
 from liveselect.selectors.replay import ReplaySelector
@@ -9,6 +10,7 @@ from liveselect.selectors.ucb import UCBSelector
 from liveselect.selectors.uniform import UniformSelector
 
 __all__ = [
+    "MixtureSelector",
     "NGramPrior",
     "PriorSelector",
     "RegressionSelector",

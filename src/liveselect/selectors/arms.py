@@ -1,4 +1,4 @@
-"""Arms: the groups of a pool, each in a seeded order of its own."""
+"""Arms: the groups of a pool, or its cells, each in a seeded order of its own."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,19 +8,20 @@ from torch import Tensor
 
 from liveselect.pool import CandidatePool
 from liveselect.seeding import generator_for
+from liveselect.selectors.cells import Cells
 
 
 @dataclass(frozen=True)
 class Arms:
     """The members of every arm, in the order in which they are probed and trained on.
 
-    The orders follow from a seed and the groups alone, so a resumed run finds the same ones and no checkpoint holds
+    The orders follow from a seed and the arms alone, so a resumed run finds the same ones and no checkpoint holds
     them.
 
     Attributes:
         starts: ``(K + 1,)`` int64, where each arm begins in ``members``.
         members: ``(n,)`` all candidates, arm after arm; int32 where that suffices, for there may be a billion.
-        codes: ``(n,)`` the arm of each candidate, the groups of the pool themselves.
+        codes: ``(n,)`` the arm of each candidate; where arms are groups, those of the pool themselves.
         fingerprint: names the assignment of candidates to arms.
     """
 
@@ -42,7 +43,16 @@ class Arms:
                 "the arms of a bandit are the groups of the pool, and this pool has a single one: cluster it "
                 "(`liveselect cluster POOL`) and pass groups='clusters' to the datamodule, or name several sources"
             )
-        codes = pool.groups
+        digest = hashlib.blake2b(pool.groups.numpy().tobytes(), digest_size=8).hexdigest()
+        return cls._in_order(pool.groups, count, seed, f"{count}/{digest}")
+
+    @classmethod
+    def of_cells(cls, cells: Cells, seed: int) -> "Arms":
+        """Return the cells of a pool as arms."""
+        return cls._in_order(cells.codes, len(cells), seed, cells.fingerprint)
+
+    @classmethod
+    def _in_order(cls, codes: Tensor, count: int, seed: int, fingerprint: str) -> "Arms":
         members = codes.argsort(stable=True)
         if len(codes) < 2**31:
             members = members.int()
@@ -51,8 +61,7 @@ class Arms:
             part = members[int(starts[arm]) : int(starts[arm + 1])]
             order = torch.randperm(len(part), generator=generator_for(seed, 0, f"order of arm {arm}"))
             members[int(starts[arm]) : int(starts[arm + 1])] = part[order]
-        digest = hashlib.blake2b(pool.groups.numpy().tobytes(), digest_size=8).hexdigest()
-        return cls(starts, members, codes, f"{count}/{digest}")
+        return cls(starts, members, codes, fingerprint)
 
     def __len__(self) -> int:
         return len(self.starts) - 1

@@ -3,17 +3,21 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from liveselect.arguments import check_plain
+from liveselect.cost import CostMeter
 from liveselect.functional.bandit import allocate, neighbour_weights, top_arms
 from liveselect.functional.sampling import uniform_subset
-from liveselect.grammar import NO_IDS, Round, Selection, Selector, State
-from liveselect.pool import CandidatePool
+from liveselect.grammar import NO_IDS, CandidateSource, CostByPhase, Round, Selection, Selector, State
+from liveselect.pool import CandidatePool, GroupGeometry
 from liveselect.selectors.arms import Arms, OpenArms
+from liveselect.selectors.cells import Cells
 from liveselect.selectors.rewards import CONTROL, Rewards
+from liveselect.selectors.score_table import ScoreTable
 from liveselect.selectors.trial import warn_of_few
 from liveselect.selectors.uniform import uniform_selection
 
@@ -84,6 +88,9 @@ class UCBSelector(Selector):
         cutoff: cosine distance up to which neighbours share outcomes, where the pool knows distances; None for no
             sharing.
         released: the bound and the neighbour counts of the released code of Quad.
+        prior: scores that divide the groups into the cells of :class:`~liveselect.selectors.MixtureSelector`, which are
+            the arms then, and share no outcomes with neighbours; None for groups as arms.
+        parts: how many, of equal size.
 
     Source: Zhang et al. 2025, "Harnessing Diversity for Important Data Selection in Pretraining Large Language Models"
     (Quad), arXiv 2409.16986; the bound of Auer, Cesa-Bianchi and Fischer 2002.
@@ -105,6 +112,8 @@ class UCBSelector(Selector):
         discount: float = 1.0,
         cutoff: float | None = 0.2,
         released: bool = False,
+        prior: Any = None,
+        parts: int = 5,
     ) -> None:
         check_plain(UCBSelector, locals())
         if alpha < 0:
@@ -130,6 +139,12 @@ class UCBSelector(Selector):
         self.discount = discount
         self.cutoff = cutoff
         self.released = released
+        if parts < 2 and prior is not None:
+            raise ValueError(f"expected at least 2 parts of the pool by the prior, got {parts}: leave the prior out")
+        self.parts = parts
+        self._table = None if prior is None else ScoreTable(prior)
+        self._cells: Cells | None = None
+        self._values: Tensor | None = None  # scores that the cells are made of
         self._arms: Arms | None = None
         self._round: _Round | None = None
         self._fingerprint: str | None = None
@@ -139,11 +154,24 @@ class UCBSelector(Selector):
 
     # ---- propose, observe, select --------------------------------------------------------------------------------
 
+    def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
+        """Make the scores of the prior, where they are those of the run's own data."""
+        if self._table is not None:
+            self._table.prepare(source, meter)
+
+    def cost_before_training(self) -> CostByPhase:
+        """Return what making the scores of the prior cost."""
+        return {} if self._table is None else self._table.cost
+
+    def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
+        """Return which candidates have a score above -inf, ``(size,)`` bool; None for all."""
+        return None if self._table is None else self._table.eligible(pool)
+
     def check(self, round: Round, budget: int) -> None:
         """Raise what the first round would of the arms, and of the state of a checkpoint; warn as of few candidates."""
         wanted = self.pulls * self.probes + self.controls
         warn_of_few(round.pool, wanted, f"pulls={self.pulls} of probes={self.probes} and controls={self.controls}")
-        self._check_arms(Arms.of(round.pool, round.seed))
+        self._check_arms(self._arms_of(round))
         self._weigh_neighbours(round.pool)
 
     def propose(self, round: Round) -> Tensor:
@@ -209,18 +237,14 @@ class UCBSelector(Selector):
         scored = self._rewards.known.nonzero().flatten()
         return Selection(
             torch.cat(list(chosen.values())),
-            scored=_shown(round.pool, current.open.arms, chosen)[scored],
+            scored=_shown(round.pool.geometry if self._cells is None else None, current.open.arms, chosen)[scored],
             scores=means[scored].float(),
             metrics={
                 **self._metrics(room > 0, accepted, counts),
                 "arms/overheard": float(current.captured.sum()),
                 "spilled": float(spilled),
             },
-            group_metrics={
-                "reward": torch.where(self._rewards.known, means, torch.nan),
-                "pulls": self._rewards.pulls,
-                "bonus": self._rewards.bonus(self.alpha),
-            },
+            group_metrics=self._by_group(round.pool),
             notes=notes,
         )
 
@@ -230,6 +254,7 @@ class UCBSelector(Selector):
         """Return rewards, pulls, units, cursors and what steps have shown; orders follow from the seed."""
         return {
             "fingerprint": self._fingerprint,
+            "scores": None if self._table is None or self._fingerprint is None else self._table.digest,
             "unit": self._unit,
             "rewards": self._rewards.state_dict(),
             "cursors": self._cursors.clone(),
@@ -247,6 +272,8 @@ class UCBSelector(Selector):
                 f"the checkpoint holds rewards {state['unit']}, this run counts them {self._unit}, and the two cannot "
                 "be added up: resume with the probes and controls that the run began with, or start a new run"
             )
+        if self._table is not None and state.get("scores") is not None:
+            self._table.expect(state["scores"])
         self._arms = self._round = None
         self._captured = [(ids.clone(), influence.clone()) for ids, influence in state["captured"]]
         self._fingerprint = state["fingerprint"]
@@ -261,6 +288,8 @@ class UCBSelector(Selector):
 
     def _enter(self, round: Round) -> _Round:
         """Return the round in the making, begun when it is new."""
+        if self._table is not None and self._table.values(round.pool) is not self._values:
+            self._arms = None  # the reference set has changed, and with it the prior
         if self._arms is None:
             self._arms = self._open_arms(round)
         if self._round is not None and self._round.index == round.index:
@@ -285,7 +314,7 @@ class UCBSelector(Selector):
         return shown
 
     def _open_arms(self, round: Round) -> Arms:
-        arms = Arms.of(round.pool, round.seed)
+        arms = self._arms_of(round)
         if self._fingerprint is None:
             self._fingerprint = arms.fingerprint
             self._rewards = Rewards(len(arms), self.probes, self.controls > 0, self.released)
@@ -293,6 +322,23 @@ class UCBSelector(Selector):
         self._check_arms(arms)
         self._rewards.neighbours = self._weigh_neighbours(round.pool)
         return arms
+
+    def _arms_of(self, round: Round) -> Arms:
+        if self._table is None:
+            return Arms.of(round.pool, round.seed)
+        self._values = self._table.values(round.pool)
+        self._cells = Cells.of(round.pool, self._values, self.parts)
+        return Arms.of_cells(self._cells, round.seed)
+
+    def _by_group(self, pool: CandidatePool) -> dict[str, Tensor]:
+        """Return what is known of each group, ``(G,)`` each; of one that is several arms, their mean and their sum."""
+        rewards = self._rewards
+        if self._cells is None:
+            means = torch.where(rewards.known, rewards.means, torch.nan)
+            return {"reward": means, "pulls": rewards.pulls, "bonus": rewards.bonus(self.alpha)}
+        groups, count = self._cells.groups, len(pool.group_names)
+        pulls = torch.bincount(groups, rewards.pulls, count)
+        return {"reward": torch.bincount(groups, rewards.sums, count) / pulls, "pulls": pulls}
 
     def _check_arms(self, arms: Arms) -> None:
         """Refuse arms that are not those of the state."""
@@ -305,7 +351,7 @@ class UCBSelector(Selector):
     def _weigh_neighbours(self, pool: CandidatePool) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return who learns from whom, see :func:`~liveselect.functional.bandit.credit_pulls`."""
         geometry = pool.geometry
-        if geometry is None or self.cutoff is None:
+        if geometry is None or self.cutoff is None or self._table is not None:
             return None
         if self.cutoff > geometry.reach:
             raise ValueError(
@@ -366,9 +412,8 @@ class UCBSelector(Selector):
         return metrics
 
 
-def _shown(pool: CandidatePool, arms: Arms, chosen: Mapping[int, Tensor]) -> Tensor:
+def _shown(geometry: GroupGeometry | None, arms: Arms, chosen: Mapping[int, Tensor]) -> Tensor:
     """Return one candidate to show for each arm, ``(K,)``: a chosen one where there is any."""
-    geometry = pool.geometry
     shown = arms.first_members() if geometry is None else geometry.typical.clone()
     for arm, ids in chosen.items():
         shown[arm] = ids[0 if geometry is None else int(geometry.offsets[ids].argmin())]
