@@ -4,11 +4,10 @@ import logging
 import math
 from dataclasses import dataclass
 
-import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from liveselect import distributed
-from liveselect.callbacks.session import Session
+from liveselect.callbacks.session import Session, Steps
 from liveselect.cost import Progress
 from liveselect.grammar import InfluenceEstimator, Round, RoundInterruptedError
 from liveselect.ledger import Ledger
@@ -166,24 +165,24 @@ class Ahead:
             wanted = float(distributed.gather_objects(wanted)[0]) * steps
             session.stretch_rounds(wanted, f"its end takes {finishing:.2f} s, and max_overhead={governor.share:g}")
 
-    def after_step(self, session: Session, trainer: pl.Trainer) -> None:
+    def after_step(self, session: Session, steps: Steps) -> None:
         """Measure a little for the round to come, if there will be one that measures."""
-        run, begins = session.run, session.next_begins(trainer)
+        run, begins = session.run, session.next_begins(steps)
         if not self.pace or not run.measures:
             return
-        if begins >= trainer.estimated_stepping_batches or (run.ahead is not None and run.ahead.complete):
+        if begins >= steps.estimated_stepping_batches or (run.ahead is not None and run.ahead.complete):
             return
         session.stop_training()
         if run.ahead is None:
             run.ahead = run.measurement()
         if self._round is None:
-            self._round = session.open_round(trainer, session.budget(trainer, begins))
+            self._round = session.open_round(steps, session.budget(steps, begins))
         left, longest = self._left(session)
         if limit := self.pace.affordable(run.ahead, left, longest):
             with session.measuring():
-                _advance(run.ahead, session, session.at_step(self._round, trainer), limit)
+                _advance(run.ahead, session, session.at_step(self._round, steps), limit)
             run.ledger.ahead_seconds = sum(run.ahead.meter.seconds.values())
-            run.ledger.ahead_flops = sum(run.ahead.meter.flops.values()) * trainer.world_size
+            run.ledger.ahead_flops = sum(run.ahead.meter.flops.values()) * steps.world_size
         session.clock.start()
 
     def _left(self, session: Session) -> tuple[float, float]:

@@ -24,8 +24,8 @@ log = logging.getLogger("liveselect")
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def round_progress(title: str, trainer: pl.Trainer) -> cost.Progress:
-    """Return what shows a round of ``trainer``, as a line of the Trainer's own display where one is running."""
+def round_progress(title: str, trainer: pl.Trainer | None = None) -> cost.Progress:
+    """Return what shows a round, as a line of the display of ``trainer`` where one is running."""
     if distributed.rank() != 0:
         return cost.SilentProgress()
     with only_looking("the progress of a round could not be shown"):
@@ -33,8 +33,8 @@ def round_progress(title: str, trainer: pl.Trainer) -> cost.Progress:
     return cost.SilentProgress()
 
 
-def _progress(title: str, trainer: pl.Trainer) -> "RoundProgress":
-    bar = trainer.progress_bar_callback
+def _progress(title: str, trainer: pl.Trainer | None) -> "RoundProgress":
+    bar = None if trainer is None else trainer.progress_bar_callback
     if not isinstance(bar, RichProgressBar):
         return RoundProgress(title)
     shown = bar.progress if bar.is_enabled else None

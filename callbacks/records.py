@@ -1,6 +1,7 @@
 """What a run leaves behind: its ledger, and the numbers of its rounds in the loggers. Nothing here ends a training."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -42,11 +43,22 @@ def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:
     record = ledger.rounds[-1]
     with only_looking("the numbers of a round could not be logged"):
         if not any(isinstance(each, LogsRounds) for each in trainer.callbacks):  # type: ignore[attr-defined]
-            log_scalars(trainer, {**record.scalars(), "time_share": ledger.selection_share, **ledger.utilisation()})
-    for note in record.notes:
-        rank_zero_warn(f"round {record.round}: {note}", category=SelectionWarning)
-    if not trainer.is_global_zero:
+            log_scalars(trainer, round_numbers(ledger))
+    say_round(ledger)
+
+
+def round_numbers(ledger: Ledger) -> dict[str, float]:
+    """Return the numbers of the last round that every logger gets."""
+    return {**ledger.rounds[-1].scalars(), "time_share": ledger.selection_share, **ledger.utilisation()}
+
+
+def say_round(ledger: Ledger) -> None:
+    """Say, on rank 0, what the last round did, and what it noted."""
+    if distributed.rank() != 0:
         return
+    record = ledger.rounds[-1]
+    for note in record.notes:
+        warnings.warn(f"round {record.round}: {note}", SelectionWarning, stacklevel=2)
     with only_looking("what a round did could not be said"):
         log.info(round_line(record, ledger.selection_share if ledger.training_seconds else None))
         for alarm in ledger.new_alarms(record):

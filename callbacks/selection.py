@@ -216,7 +216,8 @@ class DataSelection(Callback):
         """
         if not state_dict:
             return
-        changed = check_saved(state_dict, STATE_VERSION, self.seed, as_text(self._settings()))
+        keys = {"global_batch", "conditions", "run", "overhearing", "random_states", "verdict"}
+        changed = check_saved(state_dict, STATE_VERSION, self.seed, as_text(self._settings()), keys)
         self.overhearing.forget()
         with damage_reported():
             self._judging.load_state_dict(state_dict["verdict"])  # first: it says who chooses in the round to come
@@ -255,13 +256,7 @@ class DataSelection(Callback):
         check_setup(trainer, pl_module)
         install_whole_files(trainer)
         if self._session is None:
-            about = {
-                "preset": type(self).__name__,
-                "selector": type(self.selector).__name__,
-                "estimator": None if self.estimator is None else type(self.estimator).__name__,
-                **{name: getattr(self, name) for name in ("every_n_steps", "warmup_rounds", "seed")},
-            }
-            self._session = Session(self.selector, self.estimator, about, source)
+            self._session = Session(self.selector, self.estimator, self.about(), source)
         self._session.use(source, goes_on=trainer.global_step > 0)
         self._session.run.at_random = self._judging.at_random
         self._session.hold_out(self.mixture_sample)
@@ -419,7 +414,14 @@ class DataSelection(Callback):
             self.session.describe({**self._settings(), **facts_of(trainer, pl_module, self.run.source)})
 
     def _settings(self) -> dict[str, object]:
-        """Return what a resumed run should not change without noticing; the pool and the seed are looked at apart."""
+        reference = None if self._session is None else self.run.source.reference_fingerprint
+        return self.settings_with(reference)
+
+    def settings_with(self, reference: str | None) -> dict[str, object]:
+        """Return what a resumed run should not change without noticing; the pool and the seed are looked at apart.
+
+        ``reference`` identifies the reference set.
+        """
         return settings_of(
             {
                 "selector": self.selector,
@@ -433,9 +435,18 @@ class DataSelection(Callback):
                 "verdict": self.verdict,
                 "most_rejected": self.most_rejected,
                 "mixture_sample": self.mixture_sample,
-                "reference set": None if self._session is None else self.run.source.reference_fingerprint,
+                "reference set": reference,
             }
         )
+
+    def about(self) -> dict[str, object]:
+        """Return what the ledger says of the run first: who measures, who chooses, and how often."""
+        return {
+            "preset": type(self).__name__,
+            "selector": type(self.selector).__name__,
+            "estimator": None if self.estimator is None else type(self.estimator).__name__,
+            **{name: getattr(self, name) for name in ("every_n_steps", "warmup_rounds", "seed")},
+        }
 
 
 def check_alone(trainer: pl.Trainer) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -54,8 +55,34 @@ STRETCH = "round_stretch"
 log = logging.getLogger("liveselect")
 
 
+class Steps(Protocol):
+    """How far a training loop is, and how its steps are made up; a Trainer is one, and so is a driver of another loop.
+
+    Attributes:
+        global_step: optimizer steps done.
+        world_size: number of ranks.
+        accumulate_grad_batches: batches of one optimizer step of a rank.
+        estimated_stepping_batches: optimizer steps at which training ends, infinite where that is not known.
+        received_sigterm: whether this process was asked to stop.
+    """
+
+    @property
+    def global_step(self) -> int: ...  # noqa: D102
+
+    @property
+    def world_size(self) -> int: ...  # noqa: D102
+
+    accumulate_grad_batches: int
+
+    @property
+    def estimated_stepping_batches(self) -> int | float: ...  # noqa: D102
+
+    @property
+    def received_sigterm(self) -> bool: ...  # noqa: D102
+
+
 class Session:
-    """A run of selection inside a Trainer; it outlives a fit, so that another one may go on with it.
+    """A run of selection inside a training loop; it outlives a fit, so that another one may go on with it.
 
     Args:
         selector: of the run.
@@ -175,37 +202,50 @@ class Session:
         run.decisions = DecisionLedger(folder / "decisions", self._most_rejected)
 
     def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss_fn: LossFn) -> None:
-        """Take hold of the live model, and bring the records along.
+        """Take hold of the live model of a Trainer, and bring the records along.
 
         Raises:
             TypeError: a part's state cannot be saved, which would come up at the first checkpoint otherwise.
         """
+        self._begin(trainer)
+        self.run.ledger.peak_flops = peak_flops(trainer)
+        self.gate.install(trainer, *requeue_signals(trainer))
+        module, loss_fn = callable_model(trainer, pl_module, loss_fn)
+        self._use_model(
+            LiveModel(
+                module=module,
+                optimizer=trainer.optimizers[0],
+                loss_fn=loss_fn,
+                global_batch=self.global_batch(trainer),
+                clip_gradients=lambda parameters: clip_gradients(trainer, pl_module, parameters),
+                autocast=trainer.precision_plugin.forward_context,
+            )
+        )
+
+    def begin_loop(self, steps: Steps, model: LiveModel) -> None:
+        """Take hold of the live model of another loop, and bring the records along; raises as :meth:`begin_fit`."""
+        self._begin(steps)
+        self._use_model(model)
+
+    def _begin(self, steps: Steps) -> None:
         for part in self._parts():
             save_part(part)
-        starts_over = trainer.global_step == 0 and not self.resumed and self.run.plan is not None
+        starts_over = steps.global_step == 0 and not self.resumed and self.run.plan is not None
         self._training_flops = TrainingFlops()
-        self.counted_step, self.in_batch, self._in_step = trainer.global_step, False, False
+        self.counted_step, self.in_batch, self._in_step = steps.global_step, False, False
         if starts_over:
             self.start_over()  # another fit of the same callback
         self._take_folder()
         if self.resumed:
-            self._check_place(trainer)
-        self.saved_batch = self.global_batch(trainer)
-        self.run.ledger.peak_flops = peak_flops(trainer)
+            self._check_place(steps)
+        self.saved_batch = self.global_batch(steps)
         self.resumed, self.run.ledger.finished = False, False
         changed = [record.metrics[STRETCH] for record in self.run.ledger.rounds if STRETCH in record.metrics]
         self.stretch = int(changed[-1]) if changed else 1
-        self.run.interrupted = lambda: self._interrupted(trainer)
-        self.gate.install(trainer, *requeue_signals(trainer))
-        module, loss_fn = callable_model(trainer, pl_module, loss_fn)
-        self._model = LiveModel(
-            module=module,
-            optimizer=trainer.optimizers[0],
-            loss_fn=loss_fn,
-            global_batch=self.global_batch(trainer),
-            clip_gradients=lambda parameters: clip_gradients(trainer, pl_module, parameters),
-            autocast=trainer.precision_plugin.forward_context,
-        )
+        self.run.interrupted = lambda: self._interrupted(steps)
+
+    def _use_model(self, model: LiveModel) -> None:
+        self._model = model
         self.charge("check data", self.run.source.setup_seconds)
         with self.charged("bookkeeping"):
             carry_earlier_decisions(self.run)
@@ -237,9 +277,9 @@ class Session:
             raise RuntimeError("training has begun without a plan: DataSelection.on_train_start did not run")
         return self.run.plan
 
-    def global_batch(self, trainer: pl.Trainer) -> int:
+    def global_batch(self, steps: Steps) -> int:
         """Return the examples of one optimizer step."""
-        return self.run.source.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        return self.run.source.batch_size * steps.world_size * steps.accumulate_grad_batches
 
     def batch_of_round(self) -> int:
         """Return the examples of each optimizer step of the present round; 0 where they had several sizes."""
@@ -252,20 +292,20 @@ class Session:
         plan = self.run.plan
         return plan is not None and plan.cursor + self.model.global_batch == len(plan.ids)
 
-    def next_begins(self, trainer: pl.Trainer) -> int:
+    def next_begins(self, steps: Steps) -> int:
         """Return the step at which the next round begins."""
         plan = self.run.plan
         left = 0 if plan is None else len(plan.ids) - plan.cursor
-        return trainer.global_step + left // self.global_batch(trainer)
+        return steps.global_step + left // self.global_batch(steps)
 
-    def budget(self, trainer: pl.Trainer, begins: int) -> int:
+    def budget(self, steps: Steps, begins: int) -> int:
         """Return how many candidates are chosen for a round that begins at step ``begins``.
 
         Those of a whole round; if training and the pass over the pool end before, as many as are trained on.
         """
-        batch, every = self.global_batch(trainer), self._every_n_steps * self.stretch
-        steps = int(min(every, trainer.estimated_stepping_batches - begins))
-        whole, left = every * batch, max(1, steps) * batch
+        batch, every = self.global_batch(steps), self._every_n_steps * self.stretch
+        rest = int(min(every, steps.estimated_stepping_batches - begins))
+        whole, left = every * batch, max(1, rest) * batch
         # whole also where training ends inside: a run that goes on later then trains what one long run would have
         return whole if left == whole or self.run.can_plan(whole) else left
 
@@ -287,16 +327,16 @@ class Session:
         )
         log.info("round %d: %s", record.round, record.notes[-1])
 
-    def open_round(self, trainer: pl.Trainer, budget: int, selector: Selector | None = None) -> Round:
+    def open_round(self, steps: Steps, budget: int, selector: Selector | None = None) -> Round:
         """Return the round to come, as it stands at the present step."""
-        return self.run.open_round(trainer.global_step, budget, selector=selector, device=self.model.device)
+        return self.run.open_round(steps.global_step, budget, selector=selector, device=self.model.device)
 
-    def rehearse(self, trainer: pl.Trainer) -> Price | None:
+    def rehearse(self, steps: Steps) -> Price | None:
         """Try, small, the first round that measures, and return what such a round costs if that is known."""
         run = self.run
-        begins = max(self.next_begins(trainer), run.warmup_rounds * self._every_n_steps)
-        needed = self.budget(trainer, begins) if begins < trainer.estimated_stepping_batches else 1
-        round = self.open_round(trainer, needed, run.selector)
+        begins = max(self.next_begins(steps), run.warmup_rounds * self._every_n_steps)
+        needed = self.budget(steps, begins) if begins < steps.estimated_stepping_batches else 1
+        round = self.open_round(steps, needed, run.selector)
         changed, meter = rehearse(run.selector, run.estimator, self.model, round, needed)
         spent = meter.spent()
         flops = sum(distributed.gather_objects(sum(spent["flops"].values())))
@@ -306,14 +346,14 @@ class Session:
         if changed is not None and run.disabled is None:
             run.disabled = changed
             rank_zero_warn(changed, category=SelectionWarning)
-        if run.estimator is None or begins >= trainer.estimated_stepping_batches:
+        if run.estimator is None or begins >= steps.estimated_stepping_batches:
             return None
-        examples = self._every_n_steps * self.global_batch(trainer)
+        examples = self._every_n_steps * self.global_batch(steps)
         return price_of_round(run.selector, run.estimator, self.model, round, examples)
 
-    def at_step(self, round: Round, trainer: pl.Trainer) -> Round:
+    def at_step(self, round: Round, steps: Steps) -> Round:
         """Return a round that was opened at an earlier step as it stands now."""
-        return replace(round, step=trainer.global_step)
+        return replace(round, step=steps.global_step)
 
     def begin_batch(self, batch: Batch) -> None:
         """Hold signals from the first batch of an optimizer step until the step is counted.
@@ -334,14 +374,14 @@ class Session:
         """Return the FLOPs of a forward and backward of a batch of this rank."""
         return self._training_flops.of(batch).total
 
-    def count_batch(self, trainer: pl.Trainer, batch: object) -> bool:
+    def count_batch(self, steps: Steps, batch: object) -> bool:
         """Count a batch that was trained on; returns whether an optimizer step ended with it."""
-        self.plan.advance(self.run.source.batch_size * trainer.world_size)
+        self.plan.advance(self.run.source.batch_size * steps.world_size)
         flops, ledger = self._training_flops.of(batch), self.run.ledger
-        ledger.training_flops += flops.total * trainer.world_size
-        ledger.training_repeated_flops += flops.repeated * trainer.world_size
-        stepped = trainer.global_step != self.counted_step
-        self.counted_step, self.in_batch = trainer.global_step, False
+        ledger.training_flops += flops.total * steps.world_size
+        ledger.training_repeated_flops += flops.repeated * steps.world_size
+        stepped = steps.global_step != self.counted_step
+        self.counted_step, self.in_batch = steps.global_step, False
         return stepped
 
     def end_step(self) -> None:
@@ -350,9 +390,9 @@ class Session:
             self._in_step = False
             self.gate.release()
 
-    def _check_place(self, trainer: pl.Trainer) -> None:
+    def _check_place(self, steps: Steps) -> None:
         """Raise ValueError when the plan of a checkpoint stands elsewhere than its step."""
-        plan, batch = self.run.plan, self.global_batch(trainer)
+        plan, batch = self.run.plan, self.global_batch(steps)
         if plan is None:
             return
         if not self.saved_batch:
@@ -361,23 +401,23 @@ class Session:
         if batch != self.saved_batch:
             self._mixed_round = plan.round
             return
-        trained = (trainer.global_step - self.run.ledger.rounds[-1].step) * batch
+        trained = (steps.global_step - self.run.ledger.rounds[-1].step) * batch
         # inside an accumulation window some batches of the step are counted already; check_rest refuses that
         if not trained <= plan.cursor < trained + batch:
             raise ValueError(
-                f"the checkpoint stands at step {trainer.global_step}, at which {trained} candidates of round "
+                f"the checkpoint stands at step {steps.global_step}, at which {trained} candidates of round "
                 f"{plan.round} are trained on, and its plan counts {plan.cursor}: it was put together from two, or "
                 "changed. Resume from another checkpoint"
             )
 
-    def _interrupted(self, trainer: pl.Trainer) -> bool:
+    def _interrupted(self, steps: Steps) -> bool:
         """Let signals through between two measured batches, and say whether one of them asks to stop.
 
         Not between steps: a run that is resumed in the middle of such a piece would measure the rest at a later step.
         """
         if not self._in_step:
             self.gate.let_through()
-        return trainer.received_sigterm
+        return steps.received_sigterm
 
     @contextmanager
     def measuring(self) -> Iterator[None]:

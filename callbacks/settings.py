@@ -2,7 +2,7 @@
 
 import inspect
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 
@@ -141,7 +141,7 @@ def damage_reported() -> Iterator[None]:
         ) from error
 
 
-def check_saved(state: State, version: int, seed: int, settings: Mapping[str, str]) -> bool:
+def check_saved(state: State, version: int, seed: int, settings: Mapping[str, str], keys: Collection[str]) -> bool:
     """Raise ValueError for selection state of another version, and warn of another seed and of changed settings.
 
     Returns:
@@ -152,6 +152,7 @@ def check_saved(state: State, version: int, seed: int, settings: Mapping[str, st
         version: of the state that this code writes.
         seed: of this run.
         settings: of this run.
+        keys: what the entry holds beside its version, seed and settings.
     """
     if not isinstance(state, Mapping) or not isinstance(state.get("settings", {}), Mapping):
         raise ValueError(
@@ -164,22 +165,7 @@ def check_saved(state: State, version: int, seed: int, settings: Mapping[str, st
             f"version {version}, whose rounds differ: resume with the liveselect that wrote it, or start a new run "
             "from the model's weights (trainer.fit without ckpt_path)"
         )
-    check_keys(
-        state,
-        {
-            "version",
-            "seed",
-            "settings",
-            "global_batch",
-            "conditions",
-            "run",
-            "overhearing",
-            "random_states",
-            "verdict",
-            DIGEST,
-        },
-        "entry of DataSelection",
-    )
+    check_keys(state, {"version", "seed", "settings", DIGEST, *keys}, "entry of DataSelection")
     if state["seed"] != seed:
         rank_zero_warn(
             f"the checkpoint was made with selection seed {state['seed']}, this run uses {seed}: "

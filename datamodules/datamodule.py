@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from liveselect import distributed
 from liveselect.datamodules import checks
 from liveselect.datamodules.loader import PlanLoader, ShardedBatches
 from liveselect.datamodules.opening import OpenedRows, largest_id, most_positions, open_reference
@@ -45,6 +46,7 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         self.setup_seconds = 0.0
         self._served: ServedPool | None = None
         self._validation: list[Batch] | None = None
+        self._accumulate = 1  # of a loop without a Trainer, which knows its own
 
     @abstractmethod
     def open_rows(self) -> OpenedRows:
@@ -78,7 +80,7 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         """Return the validation set, by default the reference set."""
         if self._validation is None:
             raise RuntimeError(f"the validation set is not read yet: {NOT_SET_UP}")
-        place = Place.of(self.trainer)
+        place = Place.of(self.trainer, self._accumulate)
         return ShardedBatches(self._validation, place.rank, place.world_size)
 
     def teardown(self, stage: str) -> None:
@@ -127,6 +129,15 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         """Serve training batches from ``plan``, starting at its cursor."""
         self.served.loader.follow(plan)
 
+    def begin_loop(self, accumulate: int) -> PlanLoader:
+        """Prepare and open the data for a loop without a Trainer, and return the loader of its training batches."""
+        if distributed.rank() == 0:
+            self.prepare_data()
+        distributed.wait_for_all()
+        self._accumulate = accumulate
+        self.setup("fit")
+        return self.served.loader
+
     def training_batches(self, plan: Plan) -> Iterator[object]:
         """Yield this rank's training batches of a plan that is not followed, read in this process."""
         return self.served.loader.read(plan)
@@ -155,7 +166,9 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
     def _setup_fit(self) -> None:
         opened = self.open_rows()
         before = None if self._served is None else self._served.pool
-        self._served = ServedPool(opened, self.settings, Place.of(self.trainer), before, self._begin_batch)
+        self._served = ServedPool(
+            opened, self.settings, Place.of(self.trainer, self._accumulate), before, self._begin_batch
+        )
         self.batch_size = opened.batch_size
         self.reference_fingerprint = self._served.reference_fingerprint
         self.reference_examples = sum(len(batch["input_ids"]) for batch in self._served.reference)

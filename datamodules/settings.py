@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 
+from liveselect import distributed
 from liveselect.arguments import check_plain, of_python
 from liveselect.datamodules.reference import ReferenceSet
 
@@ -80,7 +81,7 @@ class ServingSettings:
 
 @dataclass(frozen=True)
 class Place:
-    """The rank of a Trainer that batches are served on.
+    """The rank that batches are served on.
 
     Attributes:
         rank: index of the rank.
@@ -95,9 +96,9 @@ class Place:
     pin_memory: bool = False
 
     @classmethod
-    def of(cls, trainer: pl.Trainer | None) -> "Place":
-        """Return the place of this process in a Trainer; without one, it is alone."""
+    def of(cls, trainer: pl.Trainer | None, accumulate: int = 1) -> "Place":
+        """Return the place of this process in a Trainer; in another loop, whose steps are of ``accumulate`` batches."""
         if trainer is None:
-            return cls()
+            return cls(distributed.rank(), distributed.world_size(), accumulate)
         on_cuda = trainer.strategy.root_device.type == "cuda"
         return cls(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches, on_cuda)

@@ -22,7 +22,17 @@ from liveselect import cli
 
 FILE = Path(__file__).with_suffix(".txt")
 ROOMS = ("callbacks", "datamodules", "influence", "regressors", "selectors", "functional", "losses", "scores")
-ROOMS += ("scoring", "verdict", "cli.model", "decisions", "monitoring", "report", "watch")
+ROOMS += (
+    "scoring",
+    "verdict",
+    "loops",
+    "loops.hugging_face",
+    "cli.model",
+    "decisions",
+    "monitoring",
+    "report",
+    "watch",
+)
 GRAMMAR = ("grammar",)  # its classes are inherited by users, so their methods count too
 NOT_OURS = r"--(trainer\.|.*\.help$|print_config|weights_only|help)"  # what Lightning and jsonargparse add
 

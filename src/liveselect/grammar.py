@@ -29,7 +29,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -78,6 +78,14 @@ class RoundInterruptedError(RuntimeError):
     """The run was asked to stop while a round was measuring; what was measured is kept."""
 
 
+class TrainingBatches(Protocol):
+    """A loader of training batches: it has a length, and can be iterated again."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[object]: ...
+
+
 # ---- what parts are given ----------------------------------------------------------------------------------------
 
 
@@ -122,6 +130,21 @@ class CandidateSource(ABC):
     @abstractmethod
     def follow(self, plan: Plan) -> None:
         """Serve training batches from ``plan``, starting at its cursor."""
+
+    def begin_loop(self, accumulate: int) -> "TrainingBatches":
+        """Make the data ready for a loop without a Trainer, and return the loader of this rank's training batches.
+
+        Called once, before anything else is asked for. The loader walks the plan that is followed, has a length that
+        is a multiple of ``accumulate``, the batches of an optimizer step, and can be iterated again. By default a
+        source has no loader of its own.
+
+        Raises:
+            NotImplementedError: it has none.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} serves no training batches of its own: define begin_loop, or pass a "
+            "SelectionDataModule"
+        )
 
     def training_batches(self, plan: Plan) -> Iterable[object] | None:
         """Yield this rank's training batches of a plan that training itself does not follow, in its process.
