@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from liveselect.datamodules.loader import PlanLoader
+    from liveselect.datamodules.pools.token_files import TokenFiles
     from liveselect.datamodules.pools.tokens import TokenStore, write_store
     from liveselect.datamodules.reference import ReferenceSet
     from liveselect.datamodules.selection import SelectionDataModule
@@ -20,6 +21,7 @@ _HOMES = {
     "ReferenceSet": "reference",
     "SelectionDataModule": "selection",
     "ServingSettings": "settings",
+    "TokenFiles": "pools.token_files",
     "TokenStore": "pools.tokens",
     "WrappingDataModule": "wrapping",
     "write_store": "pools.tokens",
@@ -30,6 +32,7 @@ __all__ = [
     "ReferenceSet",
     "SelectionDataModule",
     "ServingSettings",
+    "TokenFiles",
     "TokenStore",
     "WrappingDataModule",
     "write_store",

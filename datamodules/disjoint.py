@@ -92,7 +92,7 @@ def find_overlaps(rows: Rows, reference: Loaded) -> list[Overlap]:
             stacklevel=3,
         )
         return list(found.values())
-    equal_rows = shared_rows(rows, reference.items) if rows.store is None else []
+    equal_rows = [] if rows.is_stream else shared_rows(rows, reference.items)
     for overlap in (*shared_passages(rows, reference.items), *equal_rows):
         found.setdefault(overlap.record, overlap)
     return [found[record] for record in sorted(found)]
@@ -105,7 +105,7 @@ def describe(found: Sequence[Overlap], reference: Loaded, rows: Rows, decode: De
     rules = [f"{passage_length(rows)} tokens in a row of an example are in the pool"]
     if rows.store is not None:
         rules.insert(0, "the whole record is one of its documents")
-    else:
+    if not rows.is_stream:
         rules.append(f"an example of less than {PASSAGE} tokens is one of its rows")
     return (
         f"{len(found)} of {len(reference.documents)} reference records share text with the pool (looked for: "

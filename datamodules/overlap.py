@@ -87,14 +87,14 @@ def _passages_in_pool(rows: Rows, passages: Iterable[bytes], length: int) -> Ite
             wanted = np.array(list(hash_of.values()), np.uint64)
         for position in _matches(_hashes(piece.tokens, length), wanted).tolist():
             key = _key(piece.tokens[position : position + length])
-            if key in hash_of and (rows.store is not None or piece.within_a_row(position, length)):
+            if key in hash_of and (rows.is_stream or piece.within_a_row(position, length)):
                 del hash_of[key]  # no longer looked for: it may be in the pool a million times
                 yield key, piece.candidate_at(position)
 
 
 def passage_length(rows: Rows) -> int:
     """Return the number of tokens of a passage; rows of a dataset may be shorter than ``PASSAGE``."""
-    return PASSAGE if rows.store else min(PASSAGE, rows.block_size or PASSAGE)
+    return PASSAGE if rows.is_stream else min(PASSAGE, rows.block_size or PASSAGE)
 
 
 def shared_rows(rows: Rows, items: Sequence[Item]) -> list[Overlap]:
@@ -129,7 +129,7 @@ def visible_rows(batch: Batch) -> list[np.ndarray]:
 
 def scan_limit(rows: Rows) -> int:
     """Return the size in tokens up to which a pool is searched for passages."""
-    return DATASET_TOKENS if rows.store is None else STORE_TOKENS
+    return STORE_TOKENS if rows.is_stream else DATASET_TOKENS
 
 
 def pool_tokens(rows: Rows) -> int:

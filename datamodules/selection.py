@@ -20,8 +20,10 @@ class SelectionDataModule(ServedDataModule):
     refuses data that would make selection meaningless.
 
     Args:
-        pool: path of a pool made by ``liveselect prepare``, a ``TokenStore``, or a map-style dataset whose rows have
-            ``input_ids`` (rows may differ in length). For a ``LightningDataModule``, use :meth:`wrap`.
+        pool: path of a pool made by ``liveselect prepare``, a ``TokenStore``; ``TokenFiles`` of token ids; Parquet
+            files, a folder that ``datasets`` saved, or ``hub:NAME``, with a column ``input_ids``; or a dataset whose
+            rows can be asked for by position and have ``input_ids``, are tensors, or pairs (x, y) of tokens. For a
+            ``LightningDataModule``, use :meth:`wrap`.
         reference: what selection aims to improve: a :class:`~liveselect.datamodules.ReferenceSet`, or a source for
             one: a prepared pool, a file or folder of text, a list, a dataset, a ``DataLoader``.
         batch_size: rows in the training batch of one rank.
@@ -29,7 +31,7 @@ class SelectionDataModule(ServedDataModule):
         collate_fn: makes training batches of the dataset's rows, in place of ``{"id", "input_ids", "labels"}``.
         settings: further arguments of :class:`~liveselect.datamodules.ServingSettings`: ``validation``,
             ``probe_batch_size``, ``reference_tokens``, ``pack_reference``, ``epoch_examples``, ``groups``,
-            ``tokenizer``, ``other_tokenizer``, ``overlap``, ``further_sets`` and ``seed``.
+            ``columns``, ``tokenizer``, ``other_tokenizer``, ``overlap``, ``further_sets`` and ``seed``.
 
     Raises:
         TypeError: ``pool`` is a datamodule.
@@ -95,6 +97,6 @@ class SelectionDataModule(ServedDataModule):
 
     def open_rows(self) -> OpenedRows:
         """Open the rows of the pool."""
-        rows = open_source(self._source, self._collate_fn)
+        rows = open_source(self._source, self._collate_fn, self.settings.columns, self.settings.groups)
         tokenizer = open_tokenizer(self.settings.tokenizer, rows, other=self.settings.other_tokenizer)
         return OpenedRows(rows, self.batch_size, tokenizer, {"num_workers": self._num_workers})

@@ -17,6 +17,7 @@ from torch.utils.data import (
 from liveselect.datamodules.datamodule import ServedDataModule
 from liveselect.datamodules.opening import OpenedRows, open_tokenizer
 from liveselect.datamodules.reference import ReferenceSet
+from liveselect.datamodules.rows.by_position import is_readable_by_position
 from liveselect.datamodules.rows.draws import Collate
 from liveselect.datamodules.rows.rows import CollatedRows
 from liveselect.datamodules.settings import ServingSettings
@@ -125,7 +126,7 @@ class WrappingDataModule(ServedDataModule):
             )
         options = {option: getattr(loader, option) for option in LOADER_OPTIONS}
         own_collate = options.pop("collate_fn")
-        rows = CollatedRows(loader.dataset, self._collate_fn or own_collate)
+        rows = CollatedRows(loader.dataset, self._collate_fn or own_collate, self.settings.columns)
         if self._num_workers is not None:
             options["num_workers"] = self._num_workers
             if not self._num_workers:  # what needs workers goes with them
@@ -150,7 +151,8 @@ def training_loader(existing: pl.LightningDataModule) -> DataLoader:
             f"expected {name}.train_dataloader() to return one torch DataLoader, got {type(loader).__name__}: join "
             "several datasets into one (torch.utils.data.ConcatDataset), or pass the dataset itself as the pool"
         )
-    if isinstance(loader.dataset, IterableDataset):
+    is_iterable = isinstance(loader.dataset, IterableDataset)
+    if is_iterable and not is_readable_by_position(loader.dataset):
         raise TypeError(
             f"{name} trains on an iterable dataset ({type(loader.dataset).__name__}): selection reads rows by their "
             "position, which a stream does not allow. Write it to disk with `liveselect prepare`, or use a map-style "
@@ -162,7 +164,7 @@ def training_loader(existing: pl.LightningDataModule) -> DataLoader:
             "Let the DataLoader make the batches"
         )
     known = (RandomSampler, SequentialSampler, DistributedSampler)
-    for sampler in (loader.sampler, loader.batch_sampler):
+    for sampler in () if is_iterable else (loader.sampler, loader.batch_sampler):
         if not isinstance(sampler, known) and type(sampler) is not BatchSampler:
             warnings.warn(
                 f"the {type(sampler).__name__} of {name} is not used: every row of its dataset is a candidate, and the "
@@ -170,7 +172,8 @@ def training_loader(existing: pl.LightningDataModule) -> DataLoader:
                 SelectionWarning,
                 stacklevel=2,
             )
-    if type(loader).__iter__ not in (DataLoader.__iter__, getattr(_stateful_loader(), "__iter__", None)):
+    known_loaders = (DataLoader.__iter__, *(getattr(loader, "__iter__", None) for loader in _foreign_loaders()))
+    if type(loader).__iter__ not in known_loaders:
         warnings.warn(
             f"the __iter__ of {type(loader).__name__} is not used: its collate function makes the batches of the rows "
             f"of its dataset. If {name} changes batches after that, do it in the collate function or in "
@@ -181,9 +184,13 @@ def training_loader(existing: pl.LightningDataModule) -> DataLoader:
     return loader
 
 
-def _stateful_loader() -> type | None:
-    """Return the ``StatefulDataLoader`` of torchdata if that was imported; it makes the same batches."""
-    return getattr(sys.modules.get("torchdata.stateful_dataloader"), "StatefulDataLoader", None)
+def _foreign_loaders() -> list[type | None]:
+    """Return, as far as they were imported, loaders that make the same batches: those of torchdata and litdata."""
+    named = {
+        "torchdata.stateful_dataloader": "StatefulDataLoader",
+        "litdata.streaming.dataloader": "StreamingDataLoader",
+    }
+    return [getattr(sys.modules.get(module), name, None) for module, name in named.items()]
 
 
 def loader_batch_size(loader: DataLoader) -> int | None:

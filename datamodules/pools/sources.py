@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow.parquet as pq
 
 from liveselect.datamodules.pools.pool_files import LOCK, MANIFEST, PARTIAL
 from liveselect.datamodules.pools.readers import (
@@ -23,6 +26,9 @@ from liveselect.datamodules.pools.readers import (
     read_parquet,
     read_text_file,
 )
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 HUB = "hub:"
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -87,7 +93,7 @@ def parts_of(source: Source) -> list[Part]:
     if source.location.startswith(HUB):
         return [_hub_part(source.location)]
     path = Path(source.location).expanduser()
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if is_dataset_folder(path):
         return [_dataset_folder_part(path)]
     return [_file_part(file, key) for key, file in _files(path, source.include)]
 
@@ -190,7 +196,8 @@ def _visible_files(root: Path) -> list[Path]:
     return [file for file in files if pools.isdisjoint(file.parents)]
 
 
-def _dataset_folder_part(path: Path) -> Part:
+def open_dataset_folder(path: Path) -> "Dataset":
+    """Return the data set that ``datasets.save_to_disk`` wrote; raise DataError for one of several splits."""
     import datasets
 
     try:
@@ -202,25 +209,74 @@ def _dataset_folder_part(path: Path) -> Part:
             choices = ", ".join(str(path / name) for name in dataset)
             raise DataError(f"{path} holds several splits: name the folder of one, such as {choices}")
         (dataset,) = dataset.values()
+    return dataset
+
+
+def is_dataset_folder(path: Path) -> bool:
+    """Return whether ``datasets.save_to_disk`` wrote a folder."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def open_parquet(path: Path, wanted: Sequence[str] | None) -> "Dataset | None":
+    """Return the rows of Parquet files, None where a path names none, or other files too.
+
+    They are decoded once, into the cache of ``datasets``, since Parquet cannot be read by the row.
+
+    Args:
+        path: a file, a folder or a pattern.
+        wanted: the columns to read, as far as the files have them; None for all.
+
+    Raises:
+        DataError: a file cannot be read, or has none of the columns.
+    """
+    import datasets
+
+    try:
+        files = [file for _, file in _files(path, ())]
+    except DataError:
+        return None
+    if not files or any(_kind(file) != "parquet" for file in files):
+        return None
+    try:
+        names = pq.ParquetFile(files[0]).schema_arrow.names
+        kept = names if wanted is None else [name for name in names if name in wanted]
+        if kept:
+            every = [str(file) for file in files]
+            return datasets.load_dataset("parquet", data_files=every, columns=kept, split="train")
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read as Parquet ({error}): a file is damaged or of another kind") from error
+    raise DataError(
+        f"{files[0]} has no column of token ids ({', '.join(wanted or ())}); the columns are {', '.join(names)}. Name "
+        "the one with ids, columns={'input_ids': NAME}; text has to be made a pool first (`liveselect prepare`)"
+    )
+
+
+def _dataset_folder_part(path: Path) -> Part:
+    dataset = open_dataset_folder(path)
     files = sorted((file.relative_to(path).as_posix(), file.stat()) for file in path.rglob("*") if file.is_file())
     identity = " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)
     size = sum(stat.st_size for _, stat in files)
     return Part(str(path), size, identity, partial(read_dataset, dataset, str(path), size))
 
 
-def _hub_part(location: str) -> Part:
+def open_hub(location: str) -> "Dataset":
+    """Return the data set of ``hub:NAME[:CONFIG[:SPLIT]]``; raise DataError where it cannot be loaded."""
     import datasets
 
     name, config, split, *_ = [*location.removeprefix(HUB).split(":", 2), "", ""]
     split = split or "train"
     try:
-        dataset = datasets.load_dataset(name, config or None, split=split)
+        return datasets.load_dataset(name, config or None, split=split)
     except Exception as error:
         raise DataError(
             f"{location}: datasets.load_dataset could not load {name!r}, configuration {config or 'default'!r}, split "
             f"{split!r} ({type(error).__name__}: {error}). Check the name ({HUB}NAME:CONFIG:SPLIT) and the "
             "connection, or download the data and pass its path"
         ) from error
+
+
+def _hub_part(location: str) -> Part:
+    dataset = open_hub(location)
     size = int(dataset.dataset_size or dataset.data.nbytes)
     return Part(location, size, dataset._fingerprint, partial(read_dataset, dataset, location, size))
 

@@ -1,6 +1,7 @@
 """One pass over the rows of a dataset before training: its size, its fingerprint, and errors in its rows."""
 
 import hashlib
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,10 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from liveselect import distributed
+from liveselect.datamodules.pools.display import PrepareDisplay
 from liveselect.grammar import IGNORE_INDEX, SelectionWarning
 
-WHOLE_ROWS, WHOLE_TOKENS = 1 << 20, 1 << 26
-"""Datasets up to this size are read in full: half a minute where a row takes 30 microseconds."""
+WHOLE_ROWS, WHOLE_TOKENS = 1 << 17, 1 << 26
+"""Datasets up to this size are read in full: a minute where a row takes half a millisecond."""
+
+SLOW_SECONDS = 10.0  # reading that takes longer shows its progress
 
 SPREAD_ROWS = 4096
 """Rows of a larger dataset that represent all of it."""
@@ -51,12 +56,14 @@ class Content:
         largest: the largest token id.
         longest: tokens of the longest row.
         block_size: tokens of every row, None where they differ.
+        is_whole: whether every row was read.
     """
 
     fingerprint: str
     largest: int
     longest: int
     block_size: int | None
+    is_whole: bool
 
 
 def survey(
@@ -86,13 +93,18 @@ def survey(
     spread = read(first, 0)
     mean = max(1.0, float(spread.lengths.mean()))
     is_whole = size <= whole_rows and size * mean <= whole_tokens
+    began = time.perf_counter()
     is_stable = _equal(spread, read(first, 0))
+    seconds_each = (time.perf_counter() - began) / len(first)
     at_once = int(max(1, min(CHUNK_ROWS, CHUNK_TOKENS // mean)))
     found = _Findings(name, strict)
     every: Sequence[int] = range(size) if is_whole and is_stable else spread_ids(size, SPREAD_ROWS)
-    for number, start in enumerate(range(0, len(every), at_once)):
-        ids = every[start : start + at_once]
-        found.add(read(ids, number), ids)
+    display = PrepareDisplay(quiet=distributed.rank() > 0 or seconds_each * len(every) < SLOW_SECONDS)
+    with display.phase(f"reading {name}", len(every), " rows"):
+        for number, start in enumerate(range(0, len(every), at_once)):
+            ids = every[start : start + at_once]
+            found.add(read(ids, number), ids)
+            display.update(start + len(ids))
     found.conclude()
     _warn_of_shifted_labels(spread, name)
     if not is_stable:
@@ -106,10 +118,11 @@ def survey(
         _warn(
             f"{name} holds {size} rows of about {mean:.0f} tokens, too many to read before training: {SPREAD_ROWS} of "
             "them, evenly spread, represent all when a resumed run compares its data with those of the checkpoint, and "
-            "when token ids are checked. A pool made by `liveselect prepare` is compared in full, however large it is"
+            "the token ids of the others are checked when they are first read. A pool made by `liveselect prepare` is "
+            "compared in full, however large it is"
         )
     how = "length" if not is_stable else "whole" if is_whole else "spread"
-    return Content(found.fingerprint(how, size), found.largest, found.longest, found.block_size)
+    return Content(found.fingerprint(how, size), found.largest, found.longest, found.block_size, how == "whole")
 
 
 def spread_ids(size: int, count: int) -> list[int]:

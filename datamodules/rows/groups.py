@@ -14,6 +14,7 @@ from torch import Tensor
 
 from liveselect.datamodules.pools.integrity import check_content
 from liveselect.datamodules.pools.pool_files import JsonObject
+from liveselect.datamodules.pools.token_files import TokenFiles
 from liveselect.datamodules.pools.tokens import TokenStore
 from liveselect.datamodules.rows import hugging_face
 from liveselect.datamodules.rows.content import CHUNK_ROWS
@@ -185,6 +186,10 @@ def cost_of_groups(rows: Rows, groups: str | None) -> Mapping[str, Mapping[str, 
 
 def _column(dataset: MapStyle, name: str) -> Sequence[object]:
     """Return one value per row of a dataset."""
+    if isinstance(dataset, TokenFiles):
+        if name != "file":
+            raise ValueError(f"groups={name!r} is nothing that token files have: pass groups='file', or leave it out")
+        return dataset.file_names()
     if (column := hugging_face.column(dataset, name)) is not None:
         return column
     values: list[object] = []

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from liveselect.datamodules.rows.columns import TARGETS, Columns
 from liveselect.datamodules.rows.content import Chunk
 from liveselect.datamodules.rows.draws import MapStyle
 
@@ -31,6 +32,20 @@ def _token_columns(dataset: MapStyle) -> list[str]:
         return []
     shown = dataset.column_names if dataset.format["output_all_columns"] else dataset.format["columns"]
     return [name for name in TOKEN_COLUMNS if name in shown]
+
+
+def renamed(dataset: MapStyle, columns: Columns | None) -> tuple[MapStyle, Columns | None]:
+    """Return a Hugging Face dataset with its columns under the names of their roles; others as they are, with columns.
+
+    Nothing is copied. Targets, which are moved by a place, stay a matter of each row.
+    """
+    if columns is None or TARGETS in columns or not _is_readable_by_columns(dataset):
+        return dataset, columns
+    if not set(columns.values()) <= set(dataset.column_names):
+        return dataset, columns  # whoever reads the first row says which column is missing
+    hidden = [name for name in dataset.column_names if name in TOKEN_COLUMNS and name not in columns.values()]
+    names = {str(name): role for role, name in columns.items() if name != role}
+    return dataset.remove_columns(hidden).rename_columns(names), None
 
 
 def numpy_view(dataset: MapStyle) -> MapStyle:

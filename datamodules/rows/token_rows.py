@@ -8,6 +8,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from liveselect.datamodules.rows.by_position import ByPosition, is_readable_by_position
+from liveselect.datamodules.rows.columns import Columns, by_role
 from liveselect.datamodules.rows.draws import MapStyle
 from liveselect.grammar import IGNORE_INDEX
 
@@ -16,8 +18,13 @@ WEIGHTS = frozenset({"weight", "weights", "sample_weight", "example_weight", "lo
 
 
 def check_map_style(dataset: object, what: str) -> MapStyle:
-    """Return ``dataset``; raise unless it has a length and rows that can be read by position."""
-    if isinstance(dataset, torch.utils.data.IterableDataset) or not (
+    """Return ``dataset``; raise unless it has a length and rows that can be read by position.
+
+    A dataset that calls itself iterable and can be asked by position comes back as one that is.
+    """
+    if isinstance(dataset, torch.utils.data.IterableDataset) and is_readable_by_position(dataset):
+        dataset = ByPosition(dataset)
+    elif isinstance(dataset, torch.utils.data.IterableDataset) or not (
         hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     ):
         raise TypeError(
@@ -29,6 +36,11 @@ def check_map_style(dataset: object, what: str) -> MapStyle:
         raise TypeError(
             f"expected {what} as a sequence of rows, got a {type(dataset).__name__} with the keys "
             f"{sorted(map(str, dataset))[:5]}: pass one split of a dataset, or a list of its values"
+        )
+    if isinstance(dataset, (torch.Tensor, np.ndarray)) and dataset.ndim != 2:
+        raise TypeError(
+            f"expected {what} as rows of tokens, got an array of shape {tuple(dataset.shape)}: cut one stream of ids "
+            "into blocks, stream[: n // T * T].reshape(-1, T), or pass its file, TokenFiles(path, block_size=T)"
         )
     if len(cast("MapStyle", dataset)) == 0:
         raise ValueError(f"{what} is empty: {type(dataset).__name__} has no rows")
@@ -47,17 +59,17 @@ def integers(values: ArrayLike, name: str, where: str) -> np.ndarray:
     return array.astype(np.int64, copy=False)
 
 
-def token_row(row: object, where: str) -> tuple[np.ndarray, np.ndarray]:
+def token_row(row: object, where: str, columns: Columns | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return ``input_ids (T,)`` and ``labels (T,)``, int64, of one row; a padded row keeps its padding, without loss.
 
-    Padding on the left is moved to the right, where no token can see it: batches made here have no attention mask.
+    The row may have any form that :func:`~liveselect.datamodules.rows.columns.by_role` reads. Padding on the left is
+    moved to the right, where no token can see it: batches made here have no attention mask.
     """
-    if not isinstance(row, Mapping):
-        raise TypeError(f"expected {where} as a dict with input_ids, got {type(row).__name__}")
+    row = by_role(row, columns, where)
     if "input_ids" not in row:
         raise ValueError(
-            f"expected {where} to have input_ids, got the columns {sorted(map(str, row))}: text has to be made a pool "
-            "first (`liveselect prepare`), or rename the column"
+            f"expected {where} to have input_ids, got the columns {sorted(map(str, row))}: name the one with token "
+            "ids, columns={'input_ids': NAME}; text has to be made a pool first (`liveselect prepare`)"
         )
     tokens = integers(row["input_ids"], "input_ids", where)
     labels = integers(row["labels"], "labels", where) if row.get("labels") is not None else tokens
@@ -113,18 +125,18 @@ def pad_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], ids: Sequence[int], 
     }
 
 
-def complete_batch(batch: object, ids: Sequence[int], name: str) -> dict[str, Tensor]:
+def complete_batch(batch: object, ids: Sequence[int], name: str, columns: Columns | None = None) -> dict[str, Tensor]:
     """Return a batch of the rows ``ids (B,)`` with ``id`` and ``labels``; other keys stay as they were.
 
-    Token ids and labels become int64, which losses and embeddings need.
+    The batch may have any form that :func:`~liveselect.datamodules.rows.columns.by_role` reads. Token ids and labels
+    become int64, which losses and embeddings need.
     """
-    if isinstance(batch, Tensor):
-        batch = {"input_ids": batch}
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"expected {name} to return a mapping with input_ids, got {type(batch).__name__}")
+    batch = by_role(batch, columns, f"a batch of {name}")
     if "input_ids" not in batch:
-        raise ValueError(f"expected {name} to return input_ids, got the keys {sorted(map(str, batch))}")
-    batch = dict(batch)
+        raise ValueError(
+            f"expected {name} to return input_ids, got the keys {sorted(map(str, batch))}: name the one with token "
+            "ids, columns={'input_ids': NAME}"
+        )
     tokens = batch["input_ids"]
     if not isinstance(tokens, (Tensor, np.ndarray)):
         raise TypeError(
