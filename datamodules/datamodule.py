@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from liveselect import distributed
 from liveselect.datamodules import checks
 from liveselect.datamodules.loader import PlanLoader, ShardedBatches
-from liveselect.datamodules.opening import OpenedRows, largest_id, most_positions, open_reference
+from liveselect.datamodules.opening import OpenedRows, largest_id, most_positions, open_mixture
 from liveselect.datamodules.served import ServedPool
 from liveselect.datamodules.settings import OnOverlap, Place, ServingSettings
 from liveselect.grammar import Batch, CandidateSource
@@ -155,6 +155,7 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         """Raise ValueError when the data holds token ids or positions that the model has no embedding for."""
         rows = self.served.opened.rows
         checks.check_vocabulary(module, rows.vocab_size - 1, "the pool")
+        rows.known_tokens = checks.model_vocabulary(module)
         checks.check_positions(module, rows.longest, "the pool", "make the rows shorter (`prepare --block-size`)")
         for what, batches in {"reference": self.served.reference, "validation": self._validation or []}.items():
             checks.check_vocabulary(module, largest_id(batches), f"the {what} set")
@@ -172,17 +173,18 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         self.batch_size = opened.batch_size
         self.reference_fingerprint = self._served.reference_fingerprint
         self.reference_examples = sum(len(batch["input_ids"]) for batch in self._served.reference)
+        self.reference_names = self._served.reference_names
         self._validation = self._open_validation(opened) if self._serves_validation else None
         self._check_model()
 
     def _open_validation(self, opened: OpenedRows) -> list[Batch]:
         settings = self.settings
         if settings.validation is not None:
-            return open_reference(settings.validation, opened, settings, "allow")
+            return open_mixture(settings.validation, opened, settings, "allow")
         if self._served is not None:
             return self._served.reference
         overlap: OnOverlap = "drop" if settings.overlap == "drop" else "allow"  # the same examples as in a fit
-        return open_reference(settings.reference, opened, settings, overlap)
+        return open_mixture(settings.reference, opened, settings, overlap)
 
     def _check_model(self) -> None:
         """Check the data against the model, once there is one."""

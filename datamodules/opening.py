@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,24 @@ from liveselect.datamodules.batching import Item, bucket, pack
 from liveselect.datamodules.disjoint import set_apart
 from liveselect.datamodules.loader import LoaderOptions
 from liveselect.datamodules.pools.pool_files import hash_tokens
+from liveselect.datamodules.pools.sources import HUB, is_dataset_folder, open_dataset_folder, open_hub, open_parquet
+from liveselect.datamodules.pools.token_files import TokenFiles, holds_token_files
 from liveselect.datamodules.pools.tokenizers import load_tokenizer
-from liveselect.datamodules.reference import Loaded, ReferenceSet, as_store, load_reference, loader_batches
+from liveselect.datamodules.reference import Loaded, ReferenceSet, as_store, is_splits, load_reference, loader_batches
 from liveselect.datamodules.rows.collating import unpadded, without_fill
+from liveselect.datamodules.rows.columns import Columns
 from liveselect.datamodules.rows.draws import Collate
-from liveselect.datamodules.rows.rows import CollatedRows, DatasetRows, Rows, StoreRows
+from liveselect.datamodules.rows.hugging_face import TOKEN_COLUMNS
+from liveselect.datamodules.rows.rows import CollatedRows, DatasetRows, FileRows, Rows, StoreRows
 from liveselect.datamodules.rows.token_rows import complete_batch
 from liveselect.datamodules.settings import OnOther, OnOverlap, ServingSettings
-from liveselect.grammar import IGNORE_INDEX, Batch, SelectionWarning
+from liveselect.grammar import IGNORE_INDEX, REFERENCE_SET, REFERENCE_WEIGHT, Batch, SelectionWarning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+FURTHER_KEYS = ("subtask", REFERENCE_SET, REFERENCE_WEIGHT)  # of a reference batch, where it has them
 
 
 @dataclass(frozen=True)
@@ -54,22 +61,58 @@ class OpenedRows:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def open_source(source: object, collate_fn: Collate | None) -> Rows:
-    """Return the rows of a prepared pool, given by its path or opened, or of a map-style dataset.
+def open_source(
+    source: object, collate_fn: Collate | None, columns: Columns | None = None, groups: str | None = None
+) -> Rows:
+    """Return the rows of a pool.
+
+    Args:
+        source: a prepared pool, given by its path or opened; the path of Parquet files, of a folder that ``datasets``
+            saved, or ``hub:NAME``; token files; or a dataset whose rows can be read by position.
+        collate_fn: makes batches of its rows, or None.
+        columns: where rows or batches have their token ids, if not in ``input_ids``.
+        groups: column of groups, which is read too.
 
     Raises:
         FileNotFoundError: ``source`` is a path without a pool.
         TypeError: it is a dataset whose rows cannot be read by position.
+        ValueError: it is the path of files that hold no token ids, or do not say how these are cut.
     """
     store = as_store(source)
     if store is None and isinstance(source, (str, Path)):
-        raise FileNotFoundError(
-            f"expected a pool made by `liveselect prepare` at {str(source)!r}, found none there: run `liveselect "
-            "prepare` first, or pass a map-style dataset with input_ids"
-        )
+        wanted = None if collate_fn is not None else [*map(str, columns.values() if columns else TOKEN_COLUMNS)]
+        wanted = wanted if wanted is None or groups is None else [*wanted, groups]
+        source = _open_path(str(source), wanted)
     if collate_fn is not None:
-        return CollatedRows(store or source, collate_fn)
-    return StoreRows(store) if store is not None else DatasetRows(source)
+        return CollatedRows(store or source, collate_fn, columns)
+    if columns is not None and (store is not None or isinstance(source, TokenFiles)):
+        raise ValueError(f"columns={columns!r} has no effect on {store or source!r}, whose rows have one: leave it out")
+    if store is not None:
+        return StoreRows(store)
+    if isinstance(source, TokenFiles) and source.block_size is not None:
+        return FileRows(source)
+    return DatasetRows(source, columns)
+
+
+def _open_path(name: str, wanted: Sequence[str] | None) -> object:
+    """Return the dataset at a path that holds no prepared pool; ``wanted`` columns are read, None for all."""
+    path = Path(name).expanduser()
+    if name.startswith(HUB):
+        return open_hub(name)
+    if is_dataset_folder(path):
+        return open_dataset_folder(path)
+    if (dataset := open_parquet(path, wanted)) is not None:
+        return dataset
+    if holds_token_files(path):
+        raise ValueError(
+            f"{name!r} holds token ids, and does not say how they are cut into rows: pass "
+            f"liveselect.datamodules.TokenFiles({name!r}, block_size=...) as the pool, with dtype='uint32' where they "
+            "are no 16-bit numbers"
+        )
+    raise FileNotFoundError(
+        f"expected a pool made by `liveselect prepare` at {name!r}, found none there: run `liveselect prepare` first, "
+        "or pass Parquet files or a map-style dataset with input_ids, or TokenFiles(path, block_size=...) of token ids"
+    )
 
 
 def open_tokenizer(
@@ -98,13 +141,58 @@ def open_tokenizer(
 
 
 def fingerprint_of(batches: Iterable[Batch]) -> str:
-    """Return a hash of the token ids, labels and subtasks of some batches."""
+    """Return a hash of the token ids, labels, subtasks and weights of some batches."""
     digest = hashlib.blake2b(digest_size=16)
     for batch in batches:
-        for name in ("input_ids", "labels", *(("subtask",) if "subtask" in batch else ())):
+        for name in ("input_ids", "labels", *(key for key in FURTHER_KEYS if key in batch)):
             array = np.ascontiguousarray(batch[name])
             digest.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
     return digest.hexdigest()
+
+
+def mixture_of(source: object) -> dict[str, ReferenceSet]:
+    """Return the sets of a mixture by name, none where ``source`` is a single reference set.
+
+    A mixture is a dict of names, or a list of :class:`ReferenceSet`; a dict of settings stands for such a set.
+    """
+    if isinstance(source, (list, tuple)) and source and any(isinstance(each, ReferenceSet) for each in source):
+        return {f"set {number}": ReferenceSet.of(each) for number, each in enumerate(source)}
+    if not isinstance(source, Mapping) or is_splits(source):
+        return {}
+    for name, each in source.items():
+        if not isinstance(name, str) or each is None or isinstance(each, (int, float)):
+            raise TypeError(
+                f"expected the reference as a source, or as a dict of names and sources, got {name!r}: {each!r} in it"
+            )
+    return {
+        name: ReferenceSet(**each) if isinstance(each, Mapping) and "source" in each else ReferenceSet.of(each)
+        for name, each in source.items()
+    }
+
+
+def open_mixture(source: object, opened: OpenedRows, settings: ServingSettings, on_overlap: OnOverlap) -> list[Batch]:
+    """Return the batches of a reference set, or of a mixture of several; see :func:`open_reference`.
+
+    In a mixture the mean loss over all tokens, each with its ``reference_weight``, is the mean of the sets' own mean
+    losses with the weights of the sets.
+    """
+    sets = mixture_of(source)
+    if not sets:
+        return open_reference(source, opened, settings, on_overlap)
+    every = [open_reference(each, opened, settings, on_overlap) for each in sets.values()]
+    tokens = [sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches) for batches in every]
+    shares = [each.weight / sum(one.weight for one in sets.values()) for each in sets.values()]
+    found: list[Batch] = []
+    for number, batches in enumerate(every):
+        if not tokens[number]:
+            raise ValueError(f"no token of the reference set {[*sets][number]!r} carries loss: look at its labels")
+        weight = shares[number] * sum(tokens) / tokens[number]
+        for batch in batches:
+            rows = len(batch["input_ids"])
+            marks = {REFERENCE_SET: torch.full((rows,), number)}
+            marks[REFERENCE_WEIGHT] = torch.full((rows,), weight, dtype=torch.float64)
+            found.append({**batch, **marks})
+    return found
 
 
 def open_reference(source: object, opened: OpenedRows, settings: ServingSettings, on_overlap: OnOverlap) -> list[Batch]:

@@ -2,18 +2,21 @@
 
 import itertools
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
+from liveselect.datamodules import records
 from liveselect.datamodules.batching import Item
-from liveselect.datamodules.pools.encoding import Encoded, encode_answers, encode_texts
+from liveselect.datamodules.lm_eval_tasks import is_task_file, read_task
+from liveselect.datamodules.pools.encoding import Encoded, encode_answers, encode_chats, encode_texts
 from liveselect.datamodules.pools.pool_files import MANIFEST, hash_tokens
 from liveselect.datamodules.pools.readers import whole_characters
 from liveselect.datamodules.pools.sources import read_records
@@ -24,10 +27,11 @@ from liveselect.grammar import IGNORE_INDEX
 from liveselect.seeding import generator_for
 
 if TYPE_CHECKING:
+    from datasets import DatasetDict
     from transformers import PreTrainedTokenizerBase
 
 RECORDS_PER_BATCH = 1024  # read and tokenised at once
-ROLES = ("input_ids", "prompt", "answer", "text", "subtask")
+ROLES = ("input_ids", "prompt", "answer", "text", "subtask", "messages", "choices")
 DESCRIPTIONS = {
     *("_id", "doc_id", "id", "idx", "index", "record", "uid", "uuid", "hash", "length", "name", "path", "file"),
     *("url", "author", "date", "created", "timestamp", "meta", "metadata", "title", "lang", "language"),
@@ -44,12 +48,16 @@ class ReferenceSet:
     """The source of a reference set, and how its records become examples.
 
     The source may be the path of a prepared pool; a file, folder, pattern, ``datasets`` folder or ``hub:NAME`` with
-    records; a list of strings or dicts; a map-style dataset; or a ``DataLoader``, whose batches are used unchanged.
-    A record is one of these:
+    records; the YAML file of a task of the LM Evaluation Harness; a list of strings or dicts; a map-style dataset; a
+    ``DatasetDict`` with ``split``; or a ``DataLoader``, whose batches are used unchanged. A record is one of these:
 
     - ``text``: every token counts; a text longer than ``max_length`` is cut into several examples.
     - ``prompt`` and ``answer``: only the tokens of the answer count; a long prompt loses its beginning, and so does,
       with a warning, an answer that is too long itself.
+    - ``prompt`` and ``completion``: the same. Where the answer is a list of texts, each is an example.
+    - a question (``prompt``, ``question``, ``query``, ``ctx``), its ``choices``, and in ``answer`` (``answerKey``,
+      ``label``) the position, letter or text of the right one: the text of that choice is the answer, after a space.
+    - ``messages``: a chat, written by the tokenizer's chat template; the assistant's turns count.
     - ``input_ids`` and, if given, ``labels`` and ``attention_mask``.
 
     A record may say in ``subtask`` which part of a benchmark it is of (a string or a number); then all of them must.
@@ -63,9 +71,12 @@ class ReferenceSet:
         max_examples: use this many examples, drawn with ``seed``; all by default.
         separator: text between prompt and answer.
         columns: names of the columns, where they are not called ``text``, ``prompt``, ``answer``, ``input_ids``,
-            ``subtask``: for example ``{"text": "content"}``.
+            ``subtask``, ``messages``, ``choices``: for example ``{"text": "content"}``.
         max_length: longest example in tokens; by default the block size of the pool.
         seed: seed of the draw.
+        split: of a ``DatasetDict``, or of the data set of a task.
+        weight: what the set counts in a mixture of several, ``reference={"name": ReferenceSet(...), ...}``: the
+            reference loss is the mean of their mean losses with these weights.
     """
 
     source: Any
@@ -75,8 +86,13 @@ class ReferenceSet:
     columns: dict[str, str] = field(default_factory=dict)
     max_length: int | None = None
     seed: int = 0
+    split: str | None = None
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"expected the weight of a reference set as a positive number, got {self.weight}")
+        self.source = _split_of(self.source, self.split)
         if self.answer not in ("all", "last_word"):
             raise ValueError(f"expected answer='all' or 'last_word', got {self.answer!r}")
         for name, value, least in (("max_examples", self.max_examples, 1), ("max_length", self.max_length, 2)):
@@ -182,6 +198,16 @@ class _Answered(NamedTuple):
     answer: str
 
 
+class _Chat(NamedTuple):
+    """A chat, and the first of its messages whose turns count."""
+
+    messages: list[records.Message]
+    first: int
+
+
+_Content = Encoded | _Answered | _Chat | str
+
+
 def load_reference(
     reference: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None" = None, max_length: int | None = None
 ) -> Loaded:
@@ -199,14 +225,14 @@ def load_reference(
     store = as_store(reference.source)
     if store is not None:
         store.verify()
-    records = _records(reference.source if store is None else store, reference)
+    every = _records(reference.source if store is None else store, reference)
     longest = reference.max_length or max_length
     items: list[Item] = []
     documents: list[int] = []
     positions: list[int] = []
     left_out = 0
     seen = _Seen()
-    for position, encoded, subtask in _encode(records, reference, tokenizer, seen):
+    for position, encoded, subtask in _encode(every, reference, tokenizer, seen):
         parts = [replace(item, subtask=subtask) for item in _cut(encoded, longest, len(documents)) if item.targets]
         documents.append(hash_tokens(encoded.input_ids))
         positions.append(position)
@@ -260,7 +286,9 @@ def _drawn(size: int, reference: ReferenceSet) -> list[int]:
 def _records(source: object, reference: ReferenceSet) -> Iterator[Numbered]:
     """Yield the records to use, each with its position in the source."""
     if isinstance(source, (str, Path)):
-        yield from _reservoir(enumerate(read_records(source)), reference)
+        path = Path(source).expanduser()
+        found = read_task(path, reference.split) if is_task_file(path) else read_records(source)
+        yield from _reservoir(enumerate(found), reference)
         return
     dataset = check_map_style(source, "the reference set")
     drawn = _drawn(len(dataset), reference)
@@ -289,23 +317,33 @@ def _reservoir(records: Iterable[Numbered], reference: ReferenceSet) -> Iterator
 
 
 def _encode(
-    records: Iterator[Numbered], reference: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None", seen: _Seen
+    every: Iterator[Numbered], reference: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None", seen: _Seen
 ) -> Iterator[tuple[int, Encoded, int | None]]:
-    """Yield each record's position, its tokens with a mask of those that count, and the number of its subtask."""
-    while part := list(itertools.islice(records, RECORDS_PER_BATCH)):
-        contents = [_content(record, reference, position, seen) for position, record in part]
+    """Yield each record's position, its tokens with a mask of those that count, and the number of its subtask.
+
+    A record with several right answers comes once for each.
+    """
+    while part := list(itertools.islice(every, RECORDS_PER_BATCH)):
+        rows = [
+            (position, record, content)
+            for position, record in part
+            for content in _contents(record, reference, position, seen)
+        ]
+        contents = [content for _, _, content in rows]
         texts = [content for content in contents if isinstance(content, str)]
         pairs = [content for content in contents if isinstance(content, _Answered)]
+        chats = [content for content in contents if isinstance(content, _Chat)]
         encoded: dict[type, Iterator[Encoded]] = {Encoded: (one for one in contents if isinstance(one, Encoded))}
         if tokenizer is not None:
             encoded |= {str: iter(encode_texts(tokenizer, texts)), _Answered: iter(encode_answers(tokenizer, pairs))}
-        elif texts or pairs:
+            encoded |= {_Chat: iter(encode_chats(tokenizer, chats))}
+        elif texts or pairs or chats:
             raise ValueError(
                 f"the reference set ({_name(reference.source)}) holds text, but the tokenizer that made the pool is "
                 "not known: pass it to SelectionDataModule, or to SelectionDataModule.wrap, as tokenizer= (a name, a "
                 "path or a tokenizer), or give the reference as input_ids"
             )
-        for (position, record), content in zip(part, contents, strict=True):
+        for position, record, content in rows:
             yield position, next(encoded[type(content)]), _subtask(record, reference, position, seen)
 
 
@@ -330,21 +368,43 @@ def _subtask(record: object, reference: ReferenceSet, position: int, seen: _Seen
     return seen.subtasks.setdefault(str(name), len(seen.subtasks))
 
 
-def _content(record: object, reference: ReferenceSet, position: int, seen: _Seen) -> Encoded | _Answered | str:
-    """Return the tokens or text of a record; no tokens where its text is missing."""
+def _contents(record: object, reference: ReferenceSet, position: int, seen: _Seen) -> list[_Content]:
+    """Return the tokens or texts of a record, several where it has several answers; no tokens where text is missing."""
     where = f"record {position} of the reference set ({_name(reference.source)})"
     if isinstance(record, str) or record is None:
         record = {reference.columns.get("text", "text"): record}
     if not isinstance(record, Mapping):
         raise TypeError(f"expected {where} as a string or a dict, got {type(record).__name__}")
     names = {role: reference.columns.get(role, role) for role in ROLES}
+    if names["input_ids"] not in record:
+        if (chat := records.chat_of(record, names, where)) is not None:
+            messages, first, read = chat
+            _look_at_others(record, sorted(read), names["subtask"], where, seen)
+            seen.used.update(role for role, name in names.items() if name in read)
+            return [_Chat(messages, first)]
+        if records.is_choice(record, names):
+            prompt, answer, read = records.right_choice(record, names, where)
+            _look_at_others(record, sorted(read), names["subtask"], where, seen)
+            seen.used.update(role for role, name in names.items() if name in read)
+            seen.used.add("prompt")
+            joint = reference.separator or ("" if prompt[-1:].isspace() or answer[:1].isspace() else " ")
+            return [_Answered(prompt + joint, answer)]
+    return _plain_contents(record, reference, names, where, seen)
+
+
+def _plain_contents(
+    record: Mapping, reference: ReferenceSet, names: dict[str, str], where: str, seen: _Seen
+) -> list[_Content]:
+    """Return the contents of a record of ids, of a text, or of a prompt with its answer."""
+    if names["answer"] not in record and records.COMPLETION in record:
+        names = {**names, "answer": records.COMPLETION}
     kinds: tuple[tuple[str, ...], ...] = (("input_ids",), ("prompt", "answer"), ("text",))
     there = [roles for roles in kinds if all(names[role] in record for role in roles)]
     if not there:
         raise ValueError(
-            f"expected {where} to have {names['text']!r}, {names['prompt']!r} and {names['answer']!r}, or "
-            f"{names['input_ids']!r}, got the columns {sorted(map(str, record))}: name yours, as in "
-            'ReferenceSet(source, columns={"text": "content"})'
+            f"expected {where} to have {names['text']!r}, {names['prompt']!r} and {names['answer']!r}, "
+            f"{names['messages']!r}, or {names['input_ids']!r}, got the columns {sorted(map(str, record))}: name "
+            'yours, as in ReferenceSet(source, columns={"text": "content"})'
         )
     # a table of records of several kinds has nulls in the columns of the others
     kind = next((roles for roles in there if not any(_is_missing(record[names[role]]) for role in roles)), there[0])
@@ -352,15 +412,50 @@ def _content(record: object, reference: ReferenceSet, position: int, seen: _Seen
     seen.used.update(kind)
     _look_at_others(record, columns, names["subtask"], where, seen)
     if any(_is_missing(record[column]) for column in columns):
-        return NOTHING
+        return [NOTHING]
     if kind == ("input_ids",):
-        return _ready(record, columns[0], where)
-    texts = [_text(record[column], column, where) for column in columns]
-    whole = [text if text.isascii() else whole_characters(text) for text in texts]
-    seen.mended += whole != texts
+        return [_ready(record, columns[0], where)]
     if kind == ("text",):
-        return _last_word(whole[0]) if reference.answer == "last_word" else whole[0]
-    return _Answered(whole[0] + reference.separator, whole[1])
+        text = _whole(_text(record[columns[0]], columns[0], where), seen)
+        return [_last_word(text) if reference.answer == "last_word" else text]
+    prompt = _whole(_text(record[columns[0]], columns[0], where), seen)
+    answers = records.answers_of(record[columns[1]], prompt, columns[1], where)
+    return [_Answered(prompt + reference.separator, _whole(answer, seen)) for answer in answers]
+
+
+def _whole(text: str, seen: _Seen) -> str:
+    """Return a text without halves of surrogate pairs, and note that it had some."""
+    if text.isascii():
+        return text
+    mended = whole_characters(text)
+    seen.mended += mended != text
+    return mended
+
+
+def is_splits(source: object) -> "TypeGuard[DatasetDict]":
+    """Return whether a source is a ``DatasetDict``."""
+    datasets = sys.modules.get("datasets")  # whoever passes one of its objects has imported it
+    return datasets is not None and isinstance(source, datasets.DatasetDict)
+
+
+def _split_of(source: object, split: str | None) -> Any:
+    """Return the split of a mapping of data sets, such as a ``DatasetDict``; anything else as it is."""
+    if not is_splits(source):
+        if split is not None and not (isinstance(source, (str, Path)) and is_task_file(Path(source).expanduser())):
+            raise ValueError(
+                f"split={split!r} has no effect on {_name(source)}: pass a DatasetDict, or the file of a task; of a "
+                "data set of the hub, hub:NAME:CONFIG:SPLIT"
+            )
+        return source
+    names = list(source)
+    if split is None and len(names) == 1:
+        return source[names[0]]
+    if split not in source:
+        raise ValueError(
+            f"expected the split of the reference set as one of {', '.join(map(repr, names))}, got {split!r}: "
+            f"ReferenceSet(data, split={names[-1]!r})"
+        )
+    return source[split]
 
 
 def _look_at_others(record: Mapping, columns: Sequence[str], subtask: str, where: str, seen: _Seen) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from liveselect.datamodules import checks
 from liveselect.datamodules.loader import PlanLoader, candidate_batches, epoch_length
-from liveselect.datamodules.opening import OpenedRows, fingerprint_of, open_reference
+from liveselect.datamodules.opening import OpenedRows, fingerprint_of, mixture_of, open_mixture
 from liveselect.datamodules.rows.groups import cost_of_groups, open_pool
 from liveselect.datamodules.settings import Place, ServingSettings
 from liveselect.grammar import Batch
@@ -31,6 +31,7 @@ class ServedPool:
         pool: the candidates.
         cost_of_groups: the ``seconds`` by phase that making the groups took, where they are clusters; else nothing.
         reference: batches of the reference set.
+        reference_names: the sets that it is a mixture of, none where it is a single one.
         reference_fingerprint: a hash of them.
         further_sets: batches of further sets, by name.
         loader: serves training batches.
@@ -57,10 +58,11 @@ class ServedPool:
         checks.check_pool_size(self.pool.size, batch_size, place)
         examples = settings.epoch_examples or self.pool.size
         length = epoch_length(examples, batch_size * place.world_size, place.accumulate)
-        self.reference: list[Batch] = open_reference(settings.reference, opened, settings, settings.overlap)
+        self.reference: list[Batch] = open_mixture(settings.reference, opened, settings, settings.overlap)
+        self.reference_names = tuple(mixture_of(settings.reference))
         self.reference_fingerprint = fingerprint_of(self.reference)
         self.further_sets: dict[str, list[Batch]] = {
-            name: open_reference(source, opened, settings, "allow")
+            name: open_mixture(source, opened, settings, "allow")
             for name, source in (settings.further_sets or {}).items()
         }
         checks.check_same_on_all_ranks("the reference set", self.reference_fingerprint)

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from liveselect import distributed
 from liveselect.arguments import check_plain, of_python
 from liveselect.datamodules.reference import ReferenceSet
+from liveselect.datamodules.rows.columns import check_columns
 
 OnOverlap = Literal["refuse", "drop", "allow"]
 OnOther = Literal["refuse", "allow"]
@@ -19,7 +20,8 @@ class ServingSettings:
 
     Args:
         reference: what selection aims to improve: a :class:`~liveselect.datamodules.ReferenceSet`, or a source for
-            one: a prepared pool, a file or folder of text, a list, a dataset, a ``DataLoader``.
+            one: a prepared pool, a file or folder of text, a list, a dataset, a ``DataLoader``. A dict of names and
+            these is a mixture: each set counts with its ``weight``, and its loss is recorded by its name.
         batch_size: rows in the training batch of one rank; by default that of the wrapped module.
         validation: the validation set, in the same forms as ``reference``; by default the reference set, or the
             validation set of the wrapped module.
@@ -30,8 +32,11 @@ class ServingSettings:
             default one does. Without it padding is small: 3% of the tokens on LAMBADA.
         epoch_examples: examples of an epoch, all ranks together; by default the size of the pool. It sets how often
             epoch hooks run, and does not change the training data.
+        columns: where rows of the pool have their token ids, if not in ``input_ids``: ``{"input_ids": "tokens"}``, or
+            places in a tuple, ``{"input_ids": 0, "targets": 1}``. ``labels`` stand at their own tokens, ``targets`` at
+            the tokens before them, as nanoGPT's y does. Bare tensors and pairs (x, y) of tokens need no columns.
         groups: column of the dataset that names each row's group. For a prepared pool ``clusters``, or the ``--name``
-            passed to `liveselect cluster`; by default its sources.
+            passed to `liveselect cluster`; by default its sources. For ``TokenFiles``, ``file``.
         tokenizer: name, path or Hugging Face tokenizer; by default the one inside the prepared pool, or the
             ``tokenizer`` of the wrapped module.
         other_tokenizer: what to do with a tokenizer that is not the one that made the pool, as far as can be seen:
@@ -54,6 +59,7 @@ class ServingSettings:
     reference_tokens: int = 8192
     pack_reference: bool = False
     epoch_examples: int | None = None
+    columns: dict[str, Any] | None = None
     groups: str | None = None
     tokenizer: str | Any = None
     other_tokenizer: OnOther = "refuse"
@@ -73,6 +79,7 @@ class ServingSettings:
             if value is not None and value < 1:
                 raise ValueError(f"expected {name} of at least 1, got {value}")
             object.__setattr__(self, name, of_python(value))
+        check_columns(self.columns, "the pool's rows")
         if self.other_tokenizer not in get_args(OnOther):
             raise ValueError(f"expected other_tokenizer to be one of {get_args(OnOther)}, got {self.other_tokenizer!r}")
         if self.overlap not in get_args(OnOverlap):

@@ -1,7 +1,8 @@
 """Texts of the reference set to tokens, with a mask of those that carry loss."""
 
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -57,6 +58,66 @@ def encode_answers(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[s
         else:
             found.append(Encoded(np.asarray(ids, dtype=np.int64), counts))
     return found
+
+
+def encode_chats(tokenizer: "PreTrainedTokenizerBase", chats: Sequence[tuple[Sequence[Mapping], int]]) -> list[Encoded]:
+    """Return the tokens of each chat, as the tokenizer's template writes it; the assistant's turns count.
+
+    Args:
+        tokenizer: has a chat template.
+        chats: messages, and the first of them whose turns count.
+
+    Raises:
+        ValueError: there is no template, or it writes a chat otherwise when it is longer.
+    """
+    if chats and not tokenizer.chat_template:
+        raise ValueError(
+            "the reference set holds chats, and the tokenizer has no chat template: set tokenizer.chat_template, or "
+            "give them as prompt and answer"
+        )
+    return [_encode_chat(tokenizer, list(messages), first) for messages, first in chats]
+
+
+def _encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[Mapping], first: int) -> Encoded:
+    def written(count: int, asks: bool = False) -> str:
+        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=asks))
+
+    text = written(len(messages))
+    spans = []
+    for place in range(first, len(messages)):
+        if messages[place]["role"] != "assistant":
+            continue
+        before = written(place, asks=True) if place else ""
+        if not text.startswith(before):
+            before = written(place)
+        content = str(messages[place]["content"]).strip()
+        start, after = text.find(content, len(before)), written(place + 1)
+        if not text.startswith(before) or not text.startswith(after) or start < 0:
+            raise ValueError(
+                f"the chat template of the tokenizer writes message {place} otherwise in a longer chat, so its tokens "
+                "cannot be told from the others: give such chats as prompt and answer"
+            )
+        spans.append((start, len(after)))
+    return _marked(tokenizer, text, spans)
+
+
+def _marked(tokenizer: "PreTrainedTokenizerBase", text: str, spans: Sequence[tuple[int, int]]) -> Encoded:
+    """Return the tokens of a text with its special tokens, of which those count that reach into one of the spans."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(
+            text, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True
+        )
+        starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+        reached = [(ends > start) & (starts < end) for start, end in spans]
+        counts = np.logical_or.reduce([np.zeros(len(starts), bool), *reached])
+        return Encoded(np.asarray(encoded["input_ids"], np.int64), counts)
+    edges = [0, *itertools.chain.from_iterable(spans), len(text)]
+    pieces = [
+        tokenizer(text[start:end], add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        for start, end in itertools.pairwise(edges)
+    ]
+    counted = [np.full(len(ids), number % 2 == 1) for number, ids in enumerate(pieces)]
+    return Encoded(np.asarray([*itertools.chain.from_iterable(pieces)], np.int64), np.concatenate(counted))
 
 
 def _one_by_one(tokenizer: "PreTrainedTokenizerBase", prompt: str, answer: str) -> Encoded:

@@ -56,6 +56,9 @@ CostByPhase = Mapping[str, Mapping[str, float]]
 IGNORE_INDEX = -100
 """The label of a token that carries no loss."""
 
+REFERENCE_SET, REFERENCE_WEIGHT = "reference_set", "reference_weight"
+"""Keys of the batches of a mixture of reference sets: which set ``(B,)``, and the weight of its tokens ``(B,)``."""
+
 MIN_MEASUREMENTS = 8
 """Finite measurements from which a regressor learns; a round with fewer is drawn uniformly."""
 
@@ -98,6 +101,7 @@ class CandidateSource(ABC):
         setup_seconds: seconds that reading and checking the data took, which the ledger charges to selection.
         reference_fingerprint: identifies the reference set; a resumed run reports when it has changed.
         reference_examples: how many examples it has, where that is known.
+        reference_names: names of the sets that the reference set is a mixture of, none where it is a single one.
         before_batch: called in the training process when the trainer asks for its next batch; the callback sets it.
     """
 
@@ -106,6 +110,7 @@ class CandidateSource(ABC):
     setup_seconds: float = 0.0
     reference_fingerprint: str | None = None
     reference_examples: int | None = None
+    reference_names: tuple[str, ...] = ()
     before_batch: Callable[[], None] | None = None
 
     @abstractmethod

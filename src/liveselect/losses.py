@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liveselect.grammar import IGNORE_INDEX, Batch
+from liveselect.grammar import IGNORE_INDEX, REFERENCE_WEIGHT, Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +34,16 @@ def shifted_targets(batch: Batch) -> Tensor:
 def target_counts(batch: Batch) -> Tensor:
     """Return the number of tokens that carry loss in each example, ``(B,)`` int64."""
     return (shifted_targets(batch) != IGNORE_INDEX).sum(dim=1)
+
+
+def token_weights(batch: Batch) -> Tensor:
+    """Return what each example counts in the mean over a reference set, ``(B,)``: its tokens that carry loss.
+
+    In a mixture of sets each token has the weight of its set, float64.
+    """
+    counts = target_counts(batch)
+    weight = batch.get(REFERENCE_WEIGHT)
+    return counts if weight is None else counts.double() * weight.to(counts.device).double()
 
 
 def targets_shape(batch: Batch) -> tuple[int, ...]:

@@ -256,6 +256,7 @@ class FirstOrderInfluence(InfluenceEstimator):
         metrics = {
             "reference_loss" if self.gradient_at == "current" else "reference_loss_zero_step": loss,
             "reference_loss_error": seen.error(loss),
+            **reference.parts,
             "reference_examples": float(reference.examples),
             "reference_tokens": float(reference.targets),
             "probe_learning_rate": rate,

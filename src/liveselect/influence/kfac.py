@@ -163,6 +163,7 @@ class KFACInfluence(InfluenceEstimator):
         size = sum(value.numel() for value in direction.values())
         return metrics | {
             "reference_loss": loss,
+            **reference.parts,
             "reference_examples": float(reference.examples),
             "reference_tokens": float(reference.targets),
             "factors_age": float(now - (now if self._factors_from is None else self._factors_from)),

@@ -89,6 +89,7 @@ class OneStepInfluence(InfluenceEstimator):
         with model.meter.phase("reference pass"):
             reference = ReferencePass.load(model, round)
             before = reference.loss(model, self.reference_precision)
+            apart = dict(reference.parts)
             require_finite(before, "look at the training loss: the model may have diverged", "before any step")
             probe = Probe(model, reference, self.reference_precision)
             after = probe.loss_after([None] * len(probe.parameters))
@@ -97,6 +98,7 @@ class OneStepInfluence(InfluenceEstimator):
         return {
             "reference_loss": before,
             "reference_loss_zero_step": after,
+            **apart,
             "reference_examples": float(reference.examples),
             "reference_tokens": float(reference.targets),
             "probe_learning_rate": learning_rate,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -14,7 +14,16 @@ from liveselect import distributed
 from liveselect.functional.flops import Flops
 from liveselect.functional.layer_pass import count_rows
 from liveselect.functional.updates import Vector
-from liveselect.grammar import IGNORE_INDEX, Batch, CandidateSource, LiveModel, NotMeasurableError, Round
+from liveselect.grammar import (
+    IGNORE_INDEX,
+    REFERENCE_SET,
+    REFERENCE_WEIGHT,
+    Batch,
+    CandidateSource,
+    LiveModel,
+    NotMeasurableError,
+    Round,
+)
 from liveselect.losses import (
     TARGET_COLUMNS,
     at_targets,
@@ -24,6 +33,7 @@ from liveselect.losses import (
     reference_loss,
     target_counts,
     targets_shape,
+    token_weights,
 )
 from liveselect.seeding import generator_for
 
@@ -43,13 +53,20 @@ class ReferencePass:
 
     Attributes:
         batches: the batches of the set.
-        counts: for each batch ``(B,)`` int64 on CPU, the tokens of each example that carry loss.
+        counts: for each batch ``(B,)`` on CPU, the tokens of each example that carry loss; in a mixture of sets, times
+            the weight of its set.
         tokens: positions that the model reads in one pass, padding included.
+        names: the sets of a mixture, none where there is a single one.
+        sets: for each batch, the number of its set.
+        parts: the mean loss of each set in the last pass, nats per token, as metrics by name; filled by the passes.
     """
 
     batches: list[Batch]
     counts: list[Tensor]
     tokens: int
+    names: tuple[str, ...] = ()
+    sets: list[int] = field(default_factory=list)
+    parts: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def load(cls, model: LiveModel, round: Round, rows: int | None = None) -> "ReferencePass":
@@ -65,15 +82,17 @@ class ReferencePass:
         if rows is not None:
             batches = _in_turn(batches, rows, round)
         if model.view.inner_loss(model.loss_fn) is causal_lm_loss:
-            batches = [at_targets(batch) for batch in group_by_length(batches)]
-        counts = [target_counts(batch).cpu() for batch in batches]
+            batches = [at_targets(batch) for apart in _by_set(batches) for batch in _grouped(apart)]
+        counts = [token_weights(batch).cpu() for batch in batches]
         if not sum(int(count.sum()) for count in counts):
             raise ValueError(
                 f"no token of the reference set carries loss ({len(batches)} batches): expected labels other than "
                 f"{IGNORE_INDEX} beyond the first column. Check how the reference set is prepared and masked"
             )
         tokens = sum(batch["input_ids"].numel() for batch in batches)
-        return cls([model.to_device(batch) for batch in batches], counts, tokens)
+        names = round.source.reference_names
+        sets = [_set_of(batch) for batch in batches] if names else []
+        return cls([model.to_device(batch) for batch in batches], counts, tokens, names, sets)
 
     @property
     def examples(self) -> int:
@@ -83,7 +102,7 @@ class ReferencePass:
     @property
     def targets(self) -> int:
         """Number of tokens that carry loss."""
-        return sum(int(count.sum()) for count in self.counts)
+        return round(sum(float(count.sum()) for count in self.counts))
 
     @torch.no_grad()  # not inference_mode: tensors that a model caches in it cannot be used in training
     def loss(self, model: LiveModel, precision: Precision = "float32") -> float:
@@ -93,17 +112,32 @@ class ReferencePass:
         training does. Ranks that hold parts of the parameters share out the batches, and all get the same loss.
         """
         torch.clear_autocast_cache()  # casts of the weights made before the last step would be used again
-        shares = model.view.share(list(zip(self.batches, self.counts, strict=True)))
+        shares = model.view.share(list(zip(self.batches, self.counts, self.sets or self.counts, strict=True)))
         losses = []
         with model.full_precision() if precision == "float32" else model.autocast():
-            for (batch, _), _ in shares:
+            for (batch, _, _), _ in shares:
                 with counting(model, "forward", batch):
                     losses.append(model.losses(batch))
         model.view.reshard()  # a step comes next
-        weights = [count * own for (_, count), own in shares]
-        share = sum(int(weight.sum()) for weight in weights) / self.targets
+        weights = [count * own for (_, count, _), own in shares]
+        total = sum(float(count.sum()) for count in self.counts)
+        share = sum(float(weight.sum()) for weight in weights) / total
         mine = torch.tensor(reference_loss(losses, weights) * share, dtype=torch.float64)
+        if self.names:
+            sums = self._sums_by_set(losses, weights, [int(number) for (_, _, number), _ in shares])
+            self._note_parts(model.view.sum(sums))
         return float(model.view.sum(mine))
+
+    def _sums_by_set(self, losses: Sequence[Tensor], weights: Sequence[Tensor], sets: Sequence[int]) -> Tensor:
+        """Return the weighted losses and the weights of every set, ``(sets, 2)`` float64."""
+        sums = torch.zeros(len(self.names), 2, dtype=torch.float64)
+        for each, weight, number in zip(losses, weights, sets, strict=True):
+            sums[number] += loss_sums(each, weight)
+        return sums
+
+    def _note_parts(self, sums: Tensor) -> None:
+        means = [total / max(weight, 1e-30) for total, weight in sums.tolist()]
+        self.parts.update({f"reference_loss/{name}": mean for name, mean in zip(self.names, means, strict=True)})
 
     def gradient(
         self,
@@ -124,7 +158,20 @@ class ReferencePass:
         """
         items = list(zip(self.batches, self.counts if weights is None else weights, strict=True))
         mine = items[distributed.rank() :: distributed.world_size()]
-        return mean_loss_and_gradient(model, mine, lambda: items[0], parameters, seen)
+        if not self.names:
+            return mean_loss_and_gradient(model, mine, lambda: items[0], parameters, seen)
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def note(losses: Tensor, counted: Tensor) -> None:
+            found.append((losses, counted))
+            if seen is not None:
+                seen(losses, counted)
+
+        result = mean_loss_and_gradient(model, mine, lambda: items[0], parameters, note)
+        numbers = self.sets[distributed.rank() :: distributed.world_size()]
+        sums = self._sums_by_set([each for each, _ in found], [weight for _, weight in found], numbers)
+        self._note_parts(distributed.sum_over_ranks(sums))
+        return result
 
 
 def mean_loss_and_gradient(
@@ -236,6 +283,25 @@ def held_out_loss(model: LiveModel, source: CandidateSource, ids: Tensor) -> flo
         for batch, counts in model.view.in_step(batches, lambda: spare):
             sums += loss_sums(model.losses(model.to_device(batch)), target_counts(batch).cpu() * counts)
     return mean_of(distributed.sum_over_ranks(sums))
+
+
+def _set_of(batch: Batch) -> int:
+    return int(batch[REFERENCE_SET][0]) if REFERENCE_SET in batch else 0
+
+
+def _by_set(batches: list[Batch]) -> list[list[Batch]]:
+    """Return the batches of every set of a mixture by themselves."""
+    apart: dict[int, list[Batch]] = {}
+    for batch in batches:
+        apart.setdefault(_set_of(batch), []).append(batch)
+    return list(apart.values())
+
+
+def _grouped(batches: list[Batch]) -> list[Batch]:
+    """Return the rows of one set in batches of like length, which know their set and its weight as before."""
+    grouped = group_by_length(batches)
+    kept = {key: batches[0][key][:1] for key in (REFERENCE_SET, REFERENCE_WEIGHT) if key in batches[0]}
+    return [{**batch, **{key: one.expand(count_rows(batch)) for key, one in kept.items()}} for batch in grouped]
 
 
 def _in_turn(batches: list[Batch], rows: int, round: Round) -> list[Batch]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from liveselect import distributed
 from liveselect.grammar import Batch, LiveModel, RoundInterruptedError
-from liveselect.losses import loss_sums, mean_of, target_counts, targets_shape
+from liveselect.losses import loss_sums, mean_of, targets_shape, token_weights
 from liveselect.preserve import Snapshot, measuring
 
 Sets = Mapping[str, Sequence[Batch]]
@@ -135,7 +135,7 @@ def losses_on(model: LiveModel, sets: Sets) -> dict[str, float]:
                 model.autocast(),
             ):
                 losses = model.losses(model.to_device(batch))
-            sums += loss_sums(losses, target_counts(batch))
+            sums += loss_sums(losses, token_weights(batch))
         found[name] = mean_of(distributed.sum_over_ranks(sums))
     return found
 

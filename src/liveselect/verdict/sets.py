@@ -27,6 +27,7 @@ class HalfReference(CandidateSource):
         self._source, self._seed, self._held_out = source, seed, held_out
         self.pool = source.pool
         self.batch_size = source.batch_size
+        self.reference_names = source.reference_names
         if source.reference_fingerprint is not None:
             half = "held out" if held_out else "seen"
             self.reference_fingerprint = f"{source.reference_fingerprint}, the half that is {half} with seed {seed}"

@@ -148,6 +148,7 @@ class PMPInfluence(InfluenceEstimator):
             parameters = self._parameters(model)
             reference = ReferencePass.load(model, round)
             before = reference.loss(model)
+            apart = dict(reference.parts)
             if not math.isfinite(before):
                 raise NotMeasurableError(
                     f"the reference loss is {before} before anything is unrolled: look at the model's weights and loss"
@@ -177,6 +178,7 @@ class PMPInfluence(InfluenceEstimator):
         self._solved = vault, parameters
         return {
             "reference_loss": before,
+            **apart,
             **metrics,
             "reference_examples": float(reference.examples),
             "reference_tokens": float(reference.targets),
