@@ -547,6 +547,10 @@ class Selector(Part):
         """Return which candidates may ever be chosen, ``(size,)`` bool, or None for all; called before each round."""
         return None
 
+    def distinct_share(self) -> float:
+        """Return the share of the pool that is trained on before any of it comes again, 0..1; by default all."""
+        return 1.0
+
     def propose(self, round: Round) -> Tensor:
         """Return ids to measure, ``(m,)``; called again after each :meth:`observe` until there are none."""
         return NO_IDS
@@ -614,6 +618,10 @@ class Around(Selector):
     def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
         """Return what the inner selector may choose."""
         return self.selector.eligible(pool, budget)
+
+    def distinct_share(self) -> float:
+        """Return the share that the inner selector trains on."""
+        return self.selector.distinct_share()
 
     def propose(self, round: Round) -> Tensor:
         """Return what the inner selector proposes."""

@@ -61,7 +61,7 @@ def price_of_round(
     """
     model, round = replace(model, meter=CostMeter()), replace(round, meter=CostMeter())
     with measuring(model.module, model.optimizer):
-        candidates = _asked_for(selector, round)
+        candidates = asked_for(selector, round)
         if not candidates:
             return None
         if not estimator.rehearsed:
@@ -78,7 +78,7 @@ def price_of_round(
         return Price(candidates, seconds, _training(model, tried) * examples / ranks)
 
 
-def _asked_for(selector: Selector, round: Round) -> int:
+def asked_for(selector: Selector, round: Round) -> int:
     """Return how many candidates a copy of the selector asks for, whatever the answers; 0 where it cannot be asked."""
     count = 0
     try:

@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "train a small model on the texts of Python's library, at random and with selection",
     "prepare": "turn texts into a pool of training sequences on disk",
     "cluster": "sort the sequences of a pool into clusters of similar text",
+    "plan": "say what a run will take and whether its selection can pay, from a minute of it",
     "fit": "train a model while its data is selected, from a YAML file (LightningCLI)",
     "compare": "train with several methods, and say what each is worth at equal total cost",
     "score": "score every sequence of a pool on a proxy model, for training to draw from",

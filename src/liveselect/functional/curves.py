@@ -296,6 +296,18 @@ def break_even_share(selection_share: float, size_ratio: float, rate_gain: float
     return selection_share / size_ratio * rate_gain / (rate_gain - 1.0)
 
 
+def rate_gain_needed(overhead: float, selection_share: float) -> float:
+    """Return how many times as fast as the baseline a method must learn to be level at the end of a run of fixed cost.
+
+    For curves that start and end alike; infinite where nothing is left of the run for training.
+
+    Args:
+        overhead: cost of recurring selection for each unit of training.
+        selection_share: cost of selection before training, as a share of the whole run's.
+    """
+    return (1.0 + overhead) / (1.0 - selection_share) if selection_share < 1 else math.inf
+
+
 def size_ratio_needed(selection_share: float, within: float, rate_gain: float) -> float:
     """Return how many times its scorer's size a model must have to break even ``within`` a share of full training."""
     return break_even_share(selection_share, 1.0, rate_gain) / within

@@ -121,10 +121,13 @@ class ScoredSelector(Selector):
         if not self.repeat:
             return None
         if self.random_share:  # what was drawn uniformly belongs to it
-            taken = self.ratio / (1 - self.random_share + self.random_share * self.ratio)
-            return _used_up(pool, eligible, taken, budget)
+            return _used_up(pool, eligible, self.distinct_share(), budget)
         noise = max(self.temperature, self.final_temperature or 0.0)
         return _used_up(pool, eligible, self.ratio, budget, self._table.values(pool), noise)
+
+    def distinct_share(self) -> float:
+        """Return the share of the pool that is trained on before any of it comes again, what is drawn uniformly too."""
+        return self.ratio / (1 - self.random_share + self.random_share * self.ratio) if self.repeat else 1.0
 
     def cost_before_training(self) -> CostByPhase:
         """Return what making the scores cost, ``seconds`` and ``flops`` by phase; empty where they do not say."""
@@ -284,6 +287,10 @@ class PriorSelector(Around):
     def _share_used(self) -> float:
         """Return which share of the pool is trained on when the kept share is."""
         return self.ratio / (1 - self.keep_general + self.keep_general * self.ratio)
+
+    def distinct_share(self) -> float:
+        """Return the share of the pool that is trained on before any of it comes again."""
+        return min(self._share_used() if self.repeat else 1.0, super().distinct_share())
 
     def _let_through(self, pool: CandidatePool, budget: int) -> Tensor | None:
         mine, other = self._table.eligible(pool), super().eligible(pool, budget)
