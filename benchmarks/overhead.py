@@ -5,6 +5,8 @@
 2. Decisions, alarms and SelectionMonitor (W&B offline, TensorBoard, CSV), each as a share of the training time of one
    run. A round every few steps is the worst case for watching: rounds are as short as Quad's, and steps far shorter
    than those of a model worth watching.
+3. The governor: selection's share of the time over a long run of each method, beside what max_overhead was set to, and
+   the longest step beside the median one.
 
     python benchmarks/overhead.py [--steps 200] [--every 20]
     python benchmarks/overhead.py --size 160m --accelerator gpu --precision bf16-mixed --tables steps
@@ -21,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
-from liveselect.callbacks import DataSelection, SelectionMonitor
+from liveselect.callbacks import MATES, DataSelection, LiveSelection, SelectionMonitor
 from liveselect.cli.model import CausalLM
 from liveselect.datamodules import SelectionDataModule
 from liveselect.influence import FirstOrderInfluence
@@ -185,7 +188,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of an example (default: as suits the size)")
     parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--precision", default="32-true")
-    parser.add_argument("--tables", nargs="+", choices=["steps", "watching"], default=["steps", "watching"])
+    parser.add_argument(
+        "--tables", nargs="+", choices=["steps", "watching", "governor"], default=["steps", "watching", "governor"]
+    )
+    parser.add_argument("--governed", choices=GOVERNED, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.tokens = arguments.tokens or SIZES[arguments.size][3]
@@ -193,8 +199,13 @@ def main() -> None:
     if arguments.way:
         train_one_way(arguments, arguments.way)
         return
+    if arguments.governed:
+        train_governed(arguments, arguments.governed)
+        return
     if "steps" in arguments.tables:
         compare_ways(arguments)
+    if "governor" in arguments.tables:
+        govern(arguments)
     if "watching" in arguments.tables:
         watch(arguments)
 
@@ -235,6 +246,53 @@ def tell(selection: DataSelection, monitor: TimedMonitor, arguments: argparse.Na
             f"{name:36} {seconds:7.3f} s  {1000 * seconds / len(ledger.rounds):7.1f} ms a round  "
             f"{seconds / training:7.2%} of training"
         )
+
+
+GOVERNED: dict[str, Callable[[dict[str, Any]], DataSelection]] = {
+    "LiveSelection": lambda run: LiveSelection(**run),
+    "LiveSelection, max_overhead=0.05": lambda run: LiveSelection(max_overhead=0.05, **run),
+    "MATES, max_overhead=0.05": lambda run: MATES(
+        probes=512, regressor=HashedRidgeRegressor(), max_overhead=0.05, **run
+    ),
+    "MATES, max_overhead=0.1": lambda run: MATES(probes=512, regressor=HashedRidgeRegressor(), max_overhead=0.1, **run),
+}
+
+
+def train_governed(arguments: argparse.Namespace, name: str) -> None:
+    """Train and print selection's share and the steps of the rounds that measure, as a line of JSON."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        run = {"every_n_steps": arguments.every, "dirpath": folder}
+        selection = GOVERNED[name](run)
+        trainer = trainer_of(arguments, Path(folder), [clock, selection], logger=False)
+        trainer.fit(CausalLM(network(arguments)), datamodule=data_of(arguments))
+    ledger = selection.run.ledger
+    measured = [len(record.measured) for record in ledger.rounds[1:]]
+    begun = clock.begun[2 * arguments.every :]  # the first round that measures does so in one pause
+    seconds = [later - earlier for earlier, later in itertools.pairwise(begun)]
+    found = {
+        "share": ledger.selection_seconds / ledger.training_seconds,
+        "once": sum(ledger.around_seconds.get(part, 0.0) for part in ("check data", "rehearsal", "count FLOPs")),
+        "training": ledger.training_seconds,
+        "rounds": len(ledger.rounds),
+        "measured": statistics.fmean(measured),
+        "longest": max(seconds) / statistics.median(seconds),
+        "long": sum(each > 2 * statistics.median(seconds) for each in seconds),
+    }
+    print(json.dumps(found))
+
+
+def govern(arguments: argparse.Namespace) -> None:
+    """Print selection's share of a long run of each method beside what was set."""
+    print("\n| method | selection / training | of it once | rounds | measured a round | longest step | over twice |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in GOVERNED:
+        command = [sys.executable, __file__, *sys.argv[1:], "--governed", name]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = json.loads(answer.splitlines()[-1])
+        cells = [f"{found['share']:.1%}", f"{found['once'] / found['training']:.1%}", f"{found['rounds']}"]
+        cells += [f"{found['measured']:.0f}", f"{found['longest']:.1f} medians", f"{found['long']}"]
+        print("|", " | ".join([name, *cells]), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from liveselect.callbacks.loggers import OfflineFallbackWandbLogger
 from liveselect.callbacks.mates import MATES
 from liveselect.callbacks.monitor import SelectionMonitor
 from liveselect.callbacks.pds import PDS, LivePDS
+from liveselect.callbacks.portfolio import Portfolio
 from liveselect.callbacks.quad import Quad
 from liveselect.callbacks.replay import Replay
 from liveselect.callbacks.selection import DataSelection
@@ -16,6 +17,7 @@ __all__ = [
     "LivePDS",
     "LiveSelection",
     "OfflineFallbackWandbLogger",
+    "Portfolio",
     "Quad",
     "Replay",
     "SelectionMonitor",

@@ -202,8 +202,8 @@ class SelectionMonitor(Callback, LogsRounds):
         sink = self._sinks.get(id(logger))
         if isinstance(sink, WandbSink):
             sink.verdict(said, sentence)
-            if is_new and said != "cannot tell yet":
-                sink.alert(f"Selection: {said}", sentence)
+        if sink is not None and is_new and said != "cannot tell yet":
+            sink.alert(f"Selection: {said}", sentence)
 
     def _show_round(self, logger: Logger, view: RoundView, rich: bool) -> None:
         sink = self._sinks.get(id(logger))

@@ -42,7 +42,7 @@ from liveselect.callbacks.settings import (
     settings_of,
 )
 from liveselect.callbacks.training_loss import TrainingLossCheck
-from liveselect.callbacks.verdict import Judging, check_verdict
+from liveselect.callbacks.verdict import Judging, check_contests, check_verdict
 from liveselect.decisions import MOST_REJECTED
 from liveselect.grammar import Batch, InfluenceEstimator, LossFn, Selector, State
 from liveselect.looking import only_looking
@@ -154,6 +154,7 @@ class DataSelection(Callback):
         self._random_states = RandomStates()
         self._conditions: State = {}  # of the checkpoint until training begins
         self.verdict = check_verdict(verdict)
+        check_contests(selector, self.verdict, is_spread=bool(pace))
         self._judging = Judging(verdict, seed, warmup_rounds, every_n_steps, self._random_states)
         self._session: Session | None = None  # made in setup, when the data are known
 

@@ -329,7 +329,14 @@ class Session:
 
     def open_round(self, steps: Steps, budget: int, selector: Selector | None = None) -> Round:
         """Return the round to come, as it stands at the present step."""
-        return self.run.open_round(steps.global_step, budget, selector=selector, device=self.model.device)
+        return self.run.open_round(
+            steps.global_step,
+            budget,
+            selector=selector,
+            device=self.model.device,
+            steps=budget // self.global_batch(steps),
+            total_steps=float(steps.estimated_stepping_batches),
+        )
 
     def rehearse(self, steps: Steps) -> Price | None:
         """Try, small, the first round that measures, and return what such a round costs if that is known."""

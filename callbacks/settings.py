@@ -74,18 +74,28 @@ def check_measures(selector: Selector, estimator: InfluenceEstimator | None) -> 
 def settings_of(parts: Mapping[str, object]) -> dict[str, object]:
     """Return the settings of some parts by dotted name, as values that JSON knows.
 
-    A part is named by its class, and by what its constructor was given; parts inside a part likewise. An argument that
-    a part keeps under its own name counts as it is now. What a part learns is no setting.
+    A part is named by its class, and by what its constructor was given; parts inside a part likewise, also where they
+    stand in a mapping or a list. An argument that a part keeps under its own name counts as it is now. What a part
+    learns is no setting.
     """
     found: dict[str, object] = {}
     for name, part in parts.items():
         value = as_setting(part)
-        found[name] = Named(type(value).__qualname__) if isinstance(value, Part) else value
-        if isinstance(value, Part):
-            kept = vars(value)
-            now = {argument: kept.get(argument, given) for argument, given in _given(value).items()}
-            found.update({f"{name}.{key}": each for key, each in settings_of(now).items()})
+        inside = _inside(value)
+        found[name] = Named(type(value).__qualname__) if inside is not None else value
+        if inside is not None:
+            found.update({f"{name}.{key}": each for key, each in settings_of(inside).items()})
     return found
+
+
+def _inside(value: object) -> Mapping[str, object] | None:
+    """Return what a part was given, or what a collection with parts holds; None for a plain value."""
+    if isinstance(value, Part):
+        kept = vars(value)
+        return {argument: kept.get(argument, given) for argument, given in _given(value).items()}
+    items = value if isinstance(value, Mapping) else dict(enumerate(value)) if isinstance(value, list) else {}
+    has_parts = any(isinstance(each, Part | Mapping | list) and _inside(each) is not None for each in items.values())
+    return {str(name): each for name, each in items.items()} if has_parts else None
 
 
 def _given(part: Part) -> Mapping[str, object]:

@@ -22,7 +22,7 @@ from liveselect.callbacks.records import log_verdict
 from liveselect.callbacks.session import Session
 from liveselect.cost import CostMeter
 from liveselect.functional.confidence import MIN_VALUES
-from liveselect.grammar import LiveModel, RoundInterruptedError, SelectionWarning, State
+from liveselect.grammar import Contest, LiveModel, RoundInterruptedError, SelectionWarning, Selector, State
 from liveselect.ledger import Ledger
 from liveselect.plan import Plan
 from liveselect.preserve import Snapshot
@@ -35,6 +35,7 @@ from liveselect.verdict.sets import HalfReference
 log = logging.getLogger("liveselect")
 
 PHASE = "look-ahead"
+CONTEST = "contest"
 
 _SPENT_ONCE = ("check data", "rehearsal")
 
@@ -44,6 +45,22 @@ def check_verdict(verdict: object) -> Verdict | None:
     if verdict is not None and not isinstance(verdict, Verdict):
         raise TypeError(f"expected verdict to be a liveselect.verdict.Verdict or None, got {verdict!r}")
     return verdict
+
+
+def check_contests(selector: Selector, verdict: Verdict | None, is_spread: bool) -> None:
+    """Raise ValueError where a selector whose policies compete could not hold a contest."""
+    if not selector.has_contests:
+        return
+    if verdict is None:
+        raise ValueError(
+            f"{type(selector).__name__} lets policies compete on a held-out half of the reference set, which a verdict "
+            "sets aside: pass verdict=Verdict()"
+        )
+    if is_spread:
+        raise ValueError(
+            f"{type(selector).__name__} chooses its policy when a round has ended, so nothing can be measured for the "
+            "next one before: leave out probes_between_steps and max_overhead"
+        )
 
 
 class Judging:
@@ -123,8 +140,13 @@ class Judging:
 
     def go_on(self, session: Session, trainer: pl.Trainer) -> None:
         """Begin the look-ahead that a checkpoint was written before, if it was interrupted."""
-        if self._look is not None and self._look.to_begin == trainer.global_step:
+        look = self._look
+        if look is None or self._steps is None:
+            return
+        if look.to_begin == trainer.global_step:
             self._begin(session, trainer)
+        if look.contest_to_begin == trainer.global_step:
+            self._begin_contest(session, trainer)
 
     def begin_round(self, session: Session, trainer: pl.Trainer) -> None:
         """Begin a look-ahead with the round that was chosen, if one is due."""
@@ -134,8 +156,14 @@ class Judging:
         index, step, total = session.plan.round, trainer.global_step, trainer.estimated_stepping_batches
         look.begin_block(index, step, total)
         # ranks may have seen unequally many tokens
-        if distributed.gather_objects(look.is_due(index, step, total, steps.accumulate))[0]:
+        is_due = distributed.gather_objects(look.is_due(index, step, total, steps.accumulate))[0]
+        run, whole = session.run, len(session.plan.ids) // session.model.global_batch
+        if run.selector_for(index) is run.selector and run.selector.contestants() and step + whole <= total:
+            look.contest_to_begin = step
+        if is_due:
             self._begin(session, trainer)
+        if look.contest_to_begin == step:
+            self._begin_contest(session, trainer)
 
     def after_batch(self, session: Session, trainer: pl.Trainer, tokens: int, stepped: bool) -> None:
         """Follow the arm that trains on chosen data; at its end, give the verdict and act on it."""
@@ -147,6 +175,7 @@ class Judging:
             return
         with self._charged(session) as model, session.measuring():
             ended = look.after_step(model, session.run.source, trainer.global_step)
+        self._end_contests(look, session, trainer)
         if not ended:
             return
         session.charge_training()
@@ -174,10 +203,50 @@ class Judging:
             mask = run.ever_eligible(1)
             candidates = torch.arange(run.pool.size) if mask is None else mask.nonzero().flatten()
         place = session.plan.round, trainer.global_step, trainer.estimated_stepping_batches
-        while True:
+        self._train_copies(
+            session, trainer, PHASE, lambda model: look.begin(model, steps, run.source, candidates, *place)
+        )
+
+    def _begin_contest(self, session: Session, trainer: pl.Trainer) -> None:
+        look, steps, run = self._look, self._steps, session.run
+        if look is None or steps is None:
+            return
+        contestants, place = run.selector.contestants(), (session.plan.round, trainer.global_step)
+        if contestants:
+            self._train_copies(
+                session,
+                trainer,
+                CONTEST,
+                lambda model: look.begin_contest(model, steps, run.source, contestants, *place),
+            )
+
+    def _end_contests(self, look: LookAhead, session: Session, trainer: pl.Trainer) -> None:
+        """Let the selector observe the contests that have ended."""
+        ledger = session.run.ledger
+        while look.contests:
+            window, own = look.contests.pop()
+            session.charge_training()
+            steps = window.end - window.begun
+            share = steps / trainer.global_step
+            contest = Contest(
+                window.begun,
+                steps,
+                window.rivals or {},
+                own,
+                ledger.training_flops * share,
+                ledger.training_seconds * share,
+            )
+            session.run.selector.observe_contest(distributed.gather_objects(contest)[0])
+
+    def _train_copies(
+        self, session: Session, trainer: pl.Trainer, phase: str, train: Callable[[LiveModel], None]
+    ) -> None:
+        """Train copies, again from the start where a signal has come between; give the verdict up where that fails."""
+        look = self._look
+        while look is not None:
             try:
-                with self._charged(session) as model, session.measuring():
-                    look.begin(model, steps, run.source, candidates, *place)
+                with self._charged(session, phase) as model, session.measuring():
+                    train(model)
                 return
             except RoundInterruptedError as stopped:
                 session.gate.deliver()
@@ -187,8 +256,8 @@ class Judging:
             except Exception as error:  # what only looks must not end the training
                 if distributed.world_size() > 1:  # the other ranks would wait for this one
                     raise
-                look.to_begin = None
-                self._give_up(session, trainer, f"a look-ahead failed: {error}")
+                look.to_begin = look.contest_to_begin = None
+                self._give_up(session, trainer, f"a {phase} failed: {error}")
                 return
 
     def _give_up(self, session: Session, trainer: pl.Trainer, reason: str) -> None:
@@ -217,7 +286,7 @@ class Judging:
                 run.ahead, run.ledger.ahead_seconds = None, 0.0
 
     @contextmanager
-    def _charged(self, session: Session) -> Iterator[LiveModel]:
+    def _charged(self, session: Session, phase: str = PHASE) -> Iterator[LiveModel]:
         """Yield the live model with a meter whose seconds and FLOPs the last round's record gets."""
         meter, began = CostMeter(), time.perf_counter()
         try:
@@ -227,10 +296,10 @@ class Judging:
             if meter.seconds:
                 seconds = time.perf_counter() - began
                 session.clock.discount(seconds)
-                record.seconds[PHASE] = record.seconds.get(PHASE, 0.0) + seconds
+                record.seconds[phase] = record.seconds.get(phase, 0.0) + seconds
             flops = sum(meter.flops.values()) * distributed.world_size()
             if flops:
-                record.flops[PHASE] = record.flops.get(PHASE, 0.0) + flops
+                record.flops[phase] = record.flops.get(phase, 0.0) + flops
 
 
 def _obstacle(session: Session) -> str | None:
@@ -251,22 +320,20 @@ def _obstacle(session: Session) -> str | None:
 
 
 def _costs(ledger: Ledger, settings: Verdict, trainer: pl.Trainer) -> Costs:
-    """Return what selection costs as shares of training; what was spent once counts as a share of the whole run.
+    """Return what selection costs as shares of training, look-aheads and contests included.
 
-    Look-aheads are left out: they measure selection, are no part of it, and cost the share that was set.
+    What was spent once counts as a share of the whole run.
     """
     if settings.cost == "seconds":
         once = sum(ledger.before_seconds.values()) + sum(ledger.around_seconds.get(name, 0.0) for name in _SPENT_ONCE)
-        looks = sum(record.seconds.get(PHASE, 0.0) for record in ledger.rounds)
-        whole, training = ledger.selection_seconds - looks, ledger.training_seconds
+        whole, training = ledger.selection_seconds, ledger.training_seconds
     else:
         once = sum(ledger.before_flops.values())
-        looks = sum(record.flops.get(PHASE, 0.0) for record in ledger.rounds)
-        whole, training = ledger.selection_flops - looks, ledger.training_flops
+        whole, training = ledger.selection_flops, ledger.training_flops
     if not training:
         return Costs(float("nan"))
     done = trainer.global_step / trainer.estimated_stepping_batches  # 0 in a run without an end
-    return Costs((whole - once) / training, once / training * (done or 1.0))
+    return Costs((whole - once) / training, once / training * (done or 1.0), once / training * trainer.global_step)
 
 
 def training_steps(

@@ -18,6 +18,7 @@ from liveselect.pool import CandidatePool
 from liveselect.regressors import EncoderRegressor, HashedRidgeRegressor, TokenTableRegressor
 from liveselect.rounds import SelectionRun
 from liveselect.selectors import (
+    PortfolioSelector,
     PriorSelector,
     RegressionSelector,
     ReplaySelector,
@@ -88,6 +89,7 @@ LIBRARY = [
     (Selector, StratifiedSelector()),
     (Selector, regression()),
     (Selector, PriorSelector(UCBSelector(), np.zeros(9))),
+    (Selector, PortfolioSelector({"one": UniformSelector(), "other": UCBSelector()})),
     (InfluenceEstimator, OneStepInfluence()),
     (InfluenceEstimator, FirstOrderInfluence()),
     (InfluenceEstimator, KFACInfluence()),
@@ -234,6 +236,9 @@ MISSPELT = {
         "overheard": "observe_step",
         "overhear": "observe_step",
         "check_pool": "check",
+        "distinct_shares": "distinct_share",
+        "contestant": "contestants",
+        "observe_contests": "observe_contest",
     },
     InfluenceEstimator: {
         "fits": "fit",
@@ -494,6 +499,7 @@ class Recording(Selector):
     learns_tokens = True
     engine_orders = False
     has_share = True
+    has_contests = True
 
     def __init__(self):
         self.calls = []

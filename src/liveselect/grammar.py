@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
+from math import inf
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -184,6 +185,8 @@ class Round:
             so the selector is asked for ``l`` fewer.
         trained: ``(k,)`` ids of the plan that was trained on last; None before the first.
         budget: candidates that the round trains on, its leftovers among them; 0 where it is not known.
+        steps: optimizer steps of the round; 0 where they are not known.
+        total_steps: of the run; infinite where it has no end, or where they are not known.
         offset: ``(size,)`` float32, what a prior adds to the scores by which the round's candidates are compared, in
             standard deviations of these scores; None where there is none.
         device: where :meth:`batches` puts tensors.
@@ -198,6 +201,8 @@ class Round:
     leftovers: Tensor = NO_IDS
     trained: Tensor | None = None
     budget: int = 0
+    steps: int = 0
+    total_steps: float = inf
     offset: Tensor | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     meter: CostMeter = field(default_factory=CostMeter)
@@ -504,6 +509,27 @@ class Selection:
     scores_id: str | None = None
 
 
+@dataclass(frozen=True)
+class Contest:
+    """What a contest has found: policies that were trained from one state, for as many steps.
+
+    Attributes:
+        step: optimizer steps done when it began.
+        steps: its length.
+        losses: held-out reference loss of each policy that a copy followed, nats per token.
+        own: that of training itself, on the round that was chosen.
+        training_flops: of training in as many steps, over all ranks.
+        training_seconds: likewise.
+    """
+
+    step: int
+    steps: int
+    losses: Mapping[str, float]
+    own: float
+    training_flops: float
+    training_seconds: float
+
+
 class Selector(Part):
     """Decides what to measure and what to train on.
 
@@ -515,6 +541,8 @@ class Selector(Part):
             follows recorded plans says False: its ids are trained on as they are.
         has_share: whether only a share of the pool is meant to be trained on. The last round then holds what training
             still takes, and not a whole round, which might reach below the share.
+        has_contests: whether copies of training are to follow other policies beside it, in some rounds. The run then
+            needs a verdict, whose held-out half of the reference set judges them.
     """
 
     needs_estimator: bool = False
@@ -522,6 +550,7 @@ class Selector(Part):
     learns_tokens: bool = False
     engine_orders: bool = True
     has_share: bool = False
+    has_contests: bool = False
 
     @abstractmethod
     def select(self, round: Round, budget: int) -> "Selection | Tensor":
@@ -571,6 +600,19 @@ class Selector(Part):
         Steps are captured only where ``overhear`` asks for it. The numbers are as old as the step.
         """
 
+    def contestants(self) -> Mapping[str, Tensor]:
+        """Return what copies of training are to train on beside the round just chosen, by policy; called after it.
+
+        Each has as many ids as the round. It returns the same until the next round is chosen.
+        """
+        return {}
+
+    def observe_contest(self, contest: Contest) -> None:
+        """Take what a contest has found; called when the round that it began with was trained on.
+
+        A contest that failed, or that the run's end cut off, is never observed.
+        """
+
     def cost_before_training(self) -> CostByPhase:
         """Return what making the scores that are drawn from cost; asked once, when a run begins."""
         return {}
@@ -598,6 +640,7 @@ class Around(Selector):
         self.learns_tokens = type(self).learns_tokens or selector.learns_tokens
         self.engine_orders = type(self).engine_orders and selector.engine_orders
         self.has_share = type(self).has_share or selector.has_share
+        self.has_contests = type(self).has_contests or selector.has_contests
 
     def select(self, round: Round, budget: int) -> Selection | Tensor:
         """Let the inner selector choose."""
@@ -638,6 +681,14 @@ class Around(Selector):
     def observe_step(self, ids: Tensor, influence: Tensor) -> None:
         """Pass on what training steps have shown."""
         self.selector.observe_step(ids, influence)
+
+    def contestants(self) -> Mapping[str, Tensor]:
+        """Return the inner selector's."""
+        return self.selector.contestants()
+
+    def observe_contest(self, contest: Contest) -> None:
+        """Pass on what a contest has found."""
+        self.selector.observe_contest(contest)
 
     def cost_before_training(self) -> CostByPhase:
         """Return the inner selector's cost."""

@@ -147,6 +147,8 @@ class SelectionRun:
         selector: Selector | None = None,
         device: torch.device | None = None,
         meter: CostMeter | None = None,
+        steps: int = 0,
+        total_steps: float = math.inf,
     ) -> Round:
         """Return the round to come, in which ``budget`` candidates are chosen at optimizer step ``step``.
 
@@ -171,6 +173,8 @@ class SelectionRun:
             leftovers=leftovers,
             trained=None if self.plan is None else self.plan.ids,
             budget=budget,
+            steps=steps,
+            total_steps=total_steps,
             device=device or torch.device("cpu"),
             meter=meter or CostMeter(),
         )

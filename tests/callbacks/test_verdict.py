@@ -85,6 +85,14 @@ def test_the_cost_stands_in_the_ledger_in_its_own_phase_and_within_its_share(who
     assert sum(record.seconds.get("look-ahead", 0.0) for record in ledger.rounds) > 0
 
 
+def test_look_aheads_count_in_what_the_gain_is_set_against(whole):
+    _, _, ledger, selection = whole
+    answer = selection._judging._look.answer
+    # nothing else of this run takes as many FLOPs
+    spent = sum(record.flops.get("look-ahead", 0.0) for record in ledger.rounds)
+    assert answer.overhead >= 0.5 * spent / ledger.training_flops
+
+
 @pytest.mark.parametrize("step", [3, 4, 5, 6, 7, 8])  # around the first arm, which begins at step 4 and ends at 7
 def test_a_run_that_is_resumed_anywhere_finds_the_same(whole, tmp_path, step):
     folder, trace, _, selection = whole

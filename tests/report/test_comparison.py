@@ -6,8 +6,9 @@ import pytest
 from report.ledgers import ledger_of
 from scipy import stats
 
-from liveselect.report.comparison import Interval, Trial, markdown, rows_of, sentences, table
+from liveselect.report.comparison import Interval, Trial, markdown, over_seeds, rows_of, sentences, table
 from liveselect.report.runs import Run
+from liveselect.report.summary import summary_of
 
 LABELS = {"val_loss": "held-out loss", "mixture_loss": "pool's mixture"}
 
@@ -102,3 +103,19 @@ def test_defeat_and_chance_are_said_as_plainly_as_a_win():
     assert "at 75% of its FLOPs" in better
     assert "worse has a higher loss by 0.500" in worse
     assert "no more than chance" in noise
+
+
+def test_a_report_of_several_seeds_says_what_they_say_together():
+    def run(name, selector, seed, losses):
+        ledger = ledger_of(selector, losses)
+        ledger.about["seed"] = seed
+        return Run(name, ledger)
+
+    ends = [4.0, 4.2, 4.1]
+    runs = [run(f"random {seed}", "UniformSelector", seed, [5.0, end]) for seed, end in enumerate(ends)]
+    live = [run(f"live {seed}", "RegressionSelector", seed, [5.0, end - 0.3]) for seed, end in enumerate(ends)]
+    [said] = over_seeds([*runs, *live], "val_loss")
+    assert "has a lower loss by 0.300 nats per token" in said
+    assert "3 seeds" in said
+    assert over_seeds([runs[0], live[0]], "val_loss") == []
+    assert said in summary_of([*runs, *live], "val_loss")["verdicts"]

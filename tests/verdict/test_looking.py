@@ -1,6 +1,7 @@
 """Look-aheads with a model of a few weights: what is planted pays, what is exchangeable does not."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from cases import Bigrams
 from fakes import FakeSource, fake_context, planted_source, random_source
 
 from liveselect.functional.confidence import MIN_VALUES
+from liveselect.functional.curves import Curve, break_even
 from liveselect.losses import causal_lm_loss
 from liveselect.plan import Plan
 from liveselect.preserve import checksum
@@ -247,6 +249,45 @@ def test_without_a_slope_nothing_is_said():
     answer = judge(same_place, Costs(0.1), 480, 20, 10_000)
     assert answer.said == "cannot tell yet"
     assert "before the slope of the loss is known" in answer.sentence()
+
+
+def looks_along(curve, length, gain, count):
+    """Look-aheads whose random arms lie on a curve, and whose chosen ones gain as much in each."""
+    spacing = 20
+    found = []
+    for index in range(count):
+        step = spacing * (index + 1)
+        loss = -float(curve.score(step + length))
+        jitter = 1e-4 * (-1) ** index
+        found.append(Look(step, length, {HELD_OUT: loss - gain + jitter}, {HELD_OUT: loss}))
+    return found
+
+
+def test_the_break_even_is_that_of_the_curve():
+    # a curve of losses from 6 to 3 whose time constant is 200 steps
+    curve, length = Curve(-6.0, -3.0, 1.0, 200.0), 10
+    looks = looks_along(curve, length, gain=0.01, count=30)
+    costs = Costs(running=0.02, once=0.1, once_steps=30.0)
+    answer = judge(looks, costs, 600, 20, 10_000)
+    assert not answer.doubt
+    fall = float(curve.left(610)) / 200 * length
+    faster = replace(curve, rate=1 + 0.01 / fall, selection_flops=30.0, overhead=0.02)
+    there = break_even(faster, curve).flops
+    assert answer.break_even["step"] == pytest.approx((there - 30) / 1.02, rel=0.02)
+    assert answer.break_even["low"] <= answer.break_even["step"] <= answer.break_even["high"]
+    assert f"ahead from step {answer.break_even['step']:,.0f} on" in answer.sentence()
+    dear = judge(looks, Costs(running=5.0), 600, 20, 10_000)
+    assert dear.break_even["step"] == math.inf
+    assert "never ahead" in dear.sentence()
+    assert dear.record()["break_even"]["step"] is None
+
+
+def test_no_break_even_is_given_where_the_curve_cannot_be_known():
+    few = judge(looks_along(Curve(-6.0, -3.0, 1.0, 200.0), 10, 0.01, 4), Costs(0.02), 600, 20, 10_000)
+    assert (few.break_even, few.doubt) == ({}, "4 of 5 look-aheads so far")
+    slow = judge(looks_along(Curve(-6.0, -3.0, 1.0, 100_000.0), 10, 0.01, 30), Costs(0.02), 600, 20, 10_000)
+    assert not slow.break_even
+    assert "time constants" in slow.doubt
 
 
 def test_an_answer_that_the_run_is_too_short_for_is_not_promised():

@@ -154,6 +154,21 @@ def sentences(rows: Sequence[Row], baseline: str, metric: str) -> list[str]:
     return said
 
 
+def over_seeds(runs: Sequence[Run], metric: str | None) -> list[str]:
+    """Return what came out of each method over several seeds; nothing about methods with one.
+
+    The same interval over pairs of seeds as in a comparison: a run's seed is that of its selection.
+    """
+    baseline = verdict.baseline_of(runs)
+    if baseline is None or metric is None:
+        return []
+    trials = [Trial("", run.method, int(run.ledger.about.get("seed", 0)), run) for run in runs]
+    rows = rows_of(trials, baseline.method, [metric])
+    return sentences(
+        [row for row in rows if row.differences and row.differences[metric].seeds > 1], baseline.method, metric
+    )
+
+
 def _pairs(trials: Sequence[Trial], task: str, method: str, baseline: str) -> list[tuple[Run, Run]]:
     """Return the runs of a method with those of the baseline of the same seed."""
     mine = {trial.seed: trial.run for trial in trials if (trial.task, trial.method) == (task, method)}

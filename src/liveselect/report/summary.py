@@ -6,6 +6,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from liveselect.report import verdict, words
+from liveselect.report.comparison import over_seeds
 from liveselect.report.runs import Axis, Run
 
 RUNS_WITH_TILES = 6
@@ -35,7 +36,7 @@ def summary_of(runs: Sequence[Run], metric: str | None) -> dict[str, object]:
         said = {"title": f"{len(others)} runs against {baseline.name}", "lead": "", "sentences": sentences}
     return {
         **said,
-        "verdicts": [text for run in runs if (text := verdict.in_the_run(run))],
+        "verdicts": [*over_seeds(runs, metric), *(text for run in runs if (text := verdict.in_the_run(run)))],
         "tiles": [*_loss_tiles(runs, baseline, metric), *_cost_tiles(runs, others), _alarm_tile(runs)],
         "caveats": verdict.caveats(runs, metric),
         **_comparison(runs, baseline, metric),

@@ -2,6 +2,7 @@
 
 from liveselect.selectors.mixture import MixtureSelector
 from liveselect.selectors.ngram_prior import NGramPrior
+from liveselect.selectors.portfolio import PortfolioSelector
 from liveselect.selectors.regression import RegressionSelector
 from liveselect.selectors.replay import ReplaySelector
 from liveselect.selectors.scored import PriorSelector, ScoredSelector
@@ -12,6 +13,7 @@ from liveselect.selectors.uniform import UniformSelector
 __all__ = [
     "MixtureSelector",
     "NGramPrior",
+    "PortfolioSelector",
     "PriorSelector",
     "RegressionSelector",
     "ReplaySelector",

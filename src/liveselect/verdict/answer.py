@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from liveselect.functional.confidence import Confidence, confidence_sequence, values_needed
+from liveselect.functional.contests import fall_per_step
+from liveselect.functional.curves import MIN_POINTS, break_even, fit_curve
 
 Said = Literal["paying", "not paying", "cannot tell yet"]
 
@@ -62,15 +64,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Costs:
-    """What selection costs, as shares of what training costs, without the look-aheads that measure it.
+    """What selection costs, as shares of what training costs, the look-aheads that measure it included.
 
     Attributes:
         running: of rounds and what is around them, so far.
         once: of what was spent once (scores made before training, opening the data), over the whole run.
+        once_steps: optimizer steps that cost as much as what was spent once.
     """
 
     running: float
     once: float = 0.0
+    once_steps: float = 0.0
 
     @property
     def share(self) -> float:
@@ -100,6 +104,9 @@ class Answer:
         expected_step: step by which an answer can be expected, None where none can.
         gains: mean gain by set.
         switchback: the mean gain of a block and its bounds, where blocks of rounds alternate: the other estimate.
+        break_even: optimizer steps after which selection is ahead at equal total cost, by the curve through the losses
+            of random arms: ``step``, and ``low`` and ``high`` by the bounds of the gain; infinite for never.
+        doubt: why that curve says nothing.
         reason: why nothing can be said, where it is not the number of look-aheads.
     """
 
@@ -120,6 +127,8 @@ class Answer:
     expected_step: int | None = None
     gains: dict[str, float] = field(default_factory=dict)
     switchback: dict[str, float] = field(default_factory=dict)
+    break_even: dict[str, float] = field(default_factory=dict)
+    doubt: str = ""
     reason: str = ""
 
     def numbers(self) -> dict[str, float]:
@@ -129,6 +138,7 @@ class Answer:
             **{name: float(getattr(self, name)) for name in ("gain", "low", "high", "price", "noise", "effect")},
             **{f"gain/{name}": value for name, value in self.gains.items()},
             **{f"switchback/{name}": value for name, value in self.switchback.items()},
+            **{f"break_even/{name}": value for name, value in self.break_even.items()},
             "looks": float(self.looks),
         }
         return {name: value for name, value in found.items() if math.isfinite(value)}
@@ -154,6 +164,10 @@ class Answer:
             f"{self.said}: chosen data gained {self.gain:+.4f} nats over random ones in {self.steps} steps on the "
             f"held-out reference{bounds} ({self.looks} look-aheads{effect}), {cost}{others}"
         )
+        if "step" in self.break_even:
+            there = self.break_even["step"]
+            when = f"ahead from step {there:,.0f} on" if math.isfinite(there) else "never ahead"
+            said += f"; by the curve of random data it is {when} at equal total cost"
         if math.isfinite(self.switchback.get("gain", math.nan)):
             said += f"; alternating blocks of rounds say {self.switchback['gain']:+.4f} a block"
         if self.said == "cannot tell yet":
@@ -197,6 +211,7 @@ def judge(
     elif found.high < price:
         said = "not paying"
     net = found.mean - price
+    even, doubt = break_even_of(looks, costs, found, total_steps)
     gains = {name: sum(look.gain(name) for look in looks) / len(looks) for name in looks[-1].chosen}
     return Answer(
         said=said,
@@ -218,7 +233,41 @@ def judge(
         else _expected_step(found, len(looks), net, step, spacing, total_steps),
         gains=gains,
         switchback=other,
+        break_even=even,
+        doubt=doubt,
     )
+
+
+def break_even_of(
+    looks: Sequence[Look], costs: Costs, found: Confidence, total_steps: float
+) -> tuple[dict[str, float], str]:
+    """Return after how many steps selection is ahead at equal total cost, and why that cannot be said.
+
+    Random data follow the exponential curve through the losses of random arms; chosen ones follow it faster, as the
+    gain of a look-ahead says, and are charged for selection. No number where the curve's parameters must not be quoted.
+    """
+    ends = [look.step + look.steps for look in looks]
+    losses = [-look.random[HELD_OUT] for look in looks]
+    if len(ends) < MIN_POINTS:
+        return {}, f"{len(ends)} of {MIN_POINTS} look-aheads so far"
+    unit = float(ends[-1])
+    fit = fit_curve(ends, losses, unit, None, lowest_start=None)
+    if doubts := fit.doubts():
+        return {}, "; ".join(doubts)
+    curve, length = fit.curve, looks[-1].steps
+    fall = curve.rate_per_flop * float(curve.left(unit)) * length
+    if not fall > 0:
+        return {}, "the losses of random arms do not fall any more"
+    steps = {}
+    for name, gain in (("step", found.mean), ("low", found.high), ("high", found.low)):
+        faster = max(0.0, 1 + gain / fall) if math.isfinite(gain) else math.inf if gain > 0 else 0.0
+        steps[name] = math.inf
+        if 0 < faster < math.inf:
+            method = replace(curve, rate=curve.rate * faster, selection_flops=costs.once_steps, overhead=costs.running)
+            spent = break_even(method, curve, total_steps * (1 + costs.running) + costs.once_steps).flops
+            if spent is not None:
+                steps[name] = max(0.0, spent - costs.once_steps) / (1 + costs.running)
+    return {name: value for name, value in steps.items() if name == "step" or math.isfinite(found.low)}, ""
 
 
 def loss_slope(looks: Sequence[Look], step: int) -> float:
@@ -227,12 +276,8 @@ def loss_slope(looks: Sequence[Look], step: int) -> float:
     It is that of the line through the losses of random arms over the logarithm of their steps.
     """
     ends = [(look.step + look.steps, look.random[HELD_OUT]) for look in looks[-_SLOPE_POINTS:]]
-    if len({end for end, _ in ends}) < 3:
-        return math.nan
-    x = torch.tensor([math.log(end) for end, _ in ends], dtype=torch.float64)
-    y = torch.tensor([loss for _, loss in ends], dtype=torch.float64)
-    x = x - x.mean()
-    return max(0.0, -float(x @ (y - y.mean()) / (x @ x)) / max(1, step))
+    steps, losses = torch.tensor(ends, dtype=torch.float64).reshape(-1, 2).T
+    return fall_per_step(steps, losses, step)
 
 
 def _expected_step(

@@ -1,5 +1,6 @@
 """Look-aheads of a run: when one begins and ends, what was found so far, and what follows from it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -30,6 +31,7 @@ class Window:
         before: the held-out loss earlier in the block, for the end of a block of rounds.
         block: of rounds that it belongs to, -1 for a look-ahead.
         begun: optimizer steps done when the arm, or the judged part of the block, began.
+        rivals: held-out losses of the policies that training competes with, for the end of a contest; else None.
     """
 
     end: int
@@ -38,11 +40,12 @@ class Window:
     random: dict[str, float] = field(default_factory=dict)
     before: float | None = None
     block: int = -1
+    rivals: dict[str, float] | None = None
 
     @property
     def is_look(self) -> bool:
         """Whether it ends a look-ahead."""
-        return self.block < 0
+        return self.block < 0 and self.rivals is None
 
 
 class LookAhead:
@@ -62,6 +65,8 @@ class LookAhead:
         answer: the last verdict, None before the first look-ahead has ended.
         random_from: the first round that is drawn at random because selection does not pay; None for none.
         to_begin: the step at which a look-ahead was to begin when the run was interrupted, None for none.
+        contest_to_begin: likewise of a contest.
+        contests: those that have ended, with the held-out loss of training itself.
     """
 
     def __init__(self, settings: Verdict, seed: int, warmup_rounds: int, every_n_steps: int) -> None:
@@ -76,6 +81,8 @@ class LookAhead:
         self.answer: Answer | None = None
         self.random_from: int | None = None
         self.to_begin: int | None = None
+        self.contest_to_begin: int | None = None
+        self.contests: list[tuple[Window, float]] = []
         self._windows: list[Window] = []
         self._spent = 0.0  # in training steps
         self._tokens = self._batches = 0
@@ -152,6 +159,41 @@ class LookAhead:
         self._windows.append(Window(step + length, WeightAverage(averaged), step, random=losses))
         self._spent += self._price(length, steps.accumulate)
 
+    def begin_contest(
+        self,
+        model: LiveModel,
+        steps: TrainingSteps,
+        source: CandidateSource,
+        contestants: Mapping[str, Tensor],
+        round_index: int,
+        step: int,
+    ) -> None:
+        """Let a copy of training follow each of some policies; training itself is one more.
+
+        Args:
+            model: the live model; its meter is charged.
+            steps: how training takes its steps.
+            source: the data.
+            contestants: what each policy would train on, of equal numbers.
+            round_index: of the round that begins.
+            step: optimizer steps done.
+
+        Raises:
+            RoundInterruptedError: a signal waits; ``contest_to_begin`` says that the contest is still to be held.
+        """
+        self.contest_to_begin = step
+        length = min(map(len, contestants.values())) // model.global_batch
+        averaged, sets = averaged_steps(length), {HELD_OUT: self.sets(source)[HELD_OUT]}
+        rivals = {}
+        for name, ids in contestants.items():
+            batches = source.training_batches(Plan(round_index, ids))
+            if batches is None:
+                raise ValueError(f"{type(source).__name__} serves no training batches apart from those of its plan")
+            with model.meter.phase("contest"):
+                rivals[name] = random_arm(model, steps, batches, length, averaged, sets)[HELD_OUT]
+        self.contest_to_begin = None
+        self._windows.append(Window(step + length, WeightAverage(averaged), step, rivals=rivals))
+
     def begin_block(self, round_index: int, step: int, total_steps: float) -> None:
         """Watch a block of rounds, if one begins with this round and ends before the run does."""
         block, rounds = self._block(round_index), self.settings.switchback
@@ -184,7 +226,9 @@ class LookAhead:
                 continue  # a run that goes on elsewhere has missed steps of it
             with model.meter.phase("look-ahead"):
                 losses = losses_at(model, window.average, self.sets(source))
-            if window.is_look:
+            if window.rivals is not None:
+                self.contests.append((window, losses[HELD_OUT]))
+            elif window.is_look:
                 self.looks.append(Look(window.begun, window.end - window.begun, losses, window.random))
                 ended = True
             else:
@@ -244,6 +288,7 @@ class LookAhead:
             "answer": None if self.answer is None else asdict(self.answer),
             "random_from": self.random_from,
             "to_begin": self.to_begin,
+            "contest_to_begin": self.contest_to_begin,
             "windows": [
                 {
                     "end": window.end,
@@ -251,6 +296,7 @@ class LookAhead:
                     "random": dict(window.random),
                     "before": window.before,
                     "block": window.block,
+                    "rivals": None if window.rivals is None else dict(window.rivals),
                     "count": window.average.count,
                     "added": window.average.added,
                     "sums": [total.clone() for total in window.average.sums],
@@ -269,9 +315,10 @@ class LookAhead:
         self.blocks = [Block(**block) for block in state["blocks"]]
         self.answer = None if state["answer"] is None else Answer(**state["answer"])
         self.random_from, self.to_begin = state["random_from"], state["to_begin"]
+        self.contest_to_begin = state["contest_to_begin"]
         for window in state["windows"]:
             average = WeightAverage(window["count"], window["sums"], window["added"])
-            kept = {name: window[name] for name in ("end", "begun", "random", "before", "block")}
+            kept = {name: window[name] for name in ("end", "begun", "random", "before", "block", "rivals")}
             self._windows.append(Window(average=average, **kept))
         self._spent, self._tokens, self._batches = state["spent"], state["tokens"], state["batches"]
 
