@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +48,7 @@ from liveselect.rehearsal import rehearse
 from liveselect.rounds import SelectionRun
 from liveselect.seeding import generator_for
 from liveselect.selectors import UniformSelector
+from liveselect.verdict.arms import tokens_in
 from liveselect.watch import Watch
 
 STRETCH = "round_stretch"
@@ -187,7 +189,8 @@ class Session:
         """Note what the run is set to, and where its records are, beside what it is."""
         plain = {name: str(value) if isinstance(value, Named) else value for name, value in settings.items()}
         folder = {} if self._ledger_path is None else {"folder": str(self._ledger_path.parent.resolve())}
-        self.run.ledger.about = {**plain, **self._about, **folder}
+        started = self.run.ledger.about.get("started") or datetime.now(UTC).isoformat(timespec="seconds")
+        self.run.ledger.about = {**plain, **self._about, "started": started, **folder}
 
     def _take_folder(self) -> None:
         """Find the folder of this run, the same on all ranks; a collective."""
@@ -387,6 +390,7 @@ class Session:
         flops, ledger = self._training_flops.of(batch), self.run.ledger
         ledger.training_flops += flops.total * steps.world_size
         ledger.training_repeated_flops += flops.repeated * steps.world_size
+        ledger.training_tokens += tokens_in(batch) * steps.world_size
         stepped = steps.global_step != self.counted_step
         self.counted_step, self.in_batch = steps.global_step, False
         return stepped

@@ -1,12 +1,15 @@
 """What selection was set to, so that a resumed run can say what has changed."""
 
 import inspect
+import os
 import platform
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from liveselect.grammar import (
@@ -22,6 +25,9 @@ from liveselect.grammar import (
     given_to,
 )
 from liveselect.parts import check_keys, check_part, digest_of
+
+DEFAULT_LOGGER_NAME = "lightning_logs"
+"""How Lightning calls a logger that the user has not named."""
 
 DIGEST = "digest"
 """The key of a hash of all the other entries."""
@@ -134,9 +140,29 @@ def facts_of(trainer: pl.Trainer, module: pl.LightningModule, source: CandidateS
         "precision": str(trainer.precision),
         "strategy": type(trainer.strategy).__qualname__,
         "device": str(trainer.strategy.root_device.type),
+        "device.name": _device_name(trainer.strategy.root_device),
+        "name": _run_name(trainer),
         **{f"versions.{name}": version(name) for name in names},
         "versions.python": platform.python_version(),
     }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})" if device.type == "cpu" else device.type
+
+
+def _run_name(trainer: pl.Trainer) -> str:
+    """Return what the user calls the run: its name in W&B, or the name of its logger; empty for none."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            name = getattr(logger.experiment, "name", None)  # disabled runs, and those of other ranks, have none
+            if isinstance(name, str) and name:
+                return name
+        elif logger.name and logger.name != DEFAULT_LOGGER_NAME:
+            return f"{logger.name}/{logger.version}" if logger.version is not None else str(logger.name)
+    return ""
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,38 @@ class Browser:
         if "exceptionDetails" in found:
             raise RuntimeError(f"{script}: {found['exceptionDetails']}")
         return found["result"].get("value")
+
+    def point(self, selector: str, across: float = 0.5, up: float = 0.5) -> tuple[float, float]:
+        """Bring an element into view, move the pointer over a part of it, and return where that is in the window."""
+        box = self.run(
+            f"(() => {{ const it = document.querySelector({selector!r}); it.scrollIntoView({{block: 'center'}}); "
+            "const {left, top, width, height} = it.getBoundingClientRect(); return [left, top, width, height]; })()"
+        )
+        x, y = box[0] + across * box[2], box[1] + (1 - up) * box[3]
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x - 3, y=y)
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        return x, y
+
+    def drag(self, selector: str, begin: tuple[float, float], end: tuple[float, float]) -> None:
+        """Press the button over one part of an element and let go over another."""
+        x, y = self.point(selector, *begin)
+        self.call("Input.dispatchMouseEvent", type="mousePressed", x=x, y=y, button="left", clickCount=1)
+        x, y = self.point(selector, *end)
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y, button="left", buttons=1)
+        self.call("Input.dispatchMouseEvent", type="mouseReleased", x=x, y=y, button="left", clickCount=1)
+
+    def wait(self, script: str, seconds: float = 10.0) -> Any:
+        """Return the value of an expression as soon as it is true; raise TimeoutError when it does not become so."""
+        end = time.monotonic() + seconds
+        while not (found := self.run(script)):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{script} did not become true")
+            time.sleep(0.05)
+        return found
+
+    def printed(self, path: Path) -> None:
+        """Write the page as it is printed, as PDF."""
+        path.write_bytes(base64.b64decode(self.call("Page.printToPDF", printBackground=True)["data"]))
 
     def picture(self, path: Path, whole: bool = True) -> None:
         """Write a picture of the page."""

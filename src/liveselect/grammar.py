@@ -474,6 +474,13 @@ class InfluenceRegressor(Part):
     def predict(self, round: Round, batch: Batch) -> Tensor:
         """Return the predicted influence of each example, ``(B,)``; only order and relative size are used."""
 
+    def predict_tokens(self, round: Round, batch: Batch) -> Tensor | None:
+        """Return what each token adds to the predicted influence of its example, ``(B, T)``, or None where unknown.
+
+        Called after a choice, for the few candidates that people look at.
+        """
+        return None
+
     def check(self, round: Round) -> None:
         """Raise what a round would raise; called before training starts, with a few candidates."""
 
@@ -613,6 +620,13 @@ class Selector(Part):
         A contest that failed, or that the run's end cut off, is never observed.
         """
 
+    def token_scores(self, round: Round, batch: Batch) -> Tensor | None:
+        """Return what each token adds to the score of its candidate, ``(B, T)``, or None where that is not known.
+
+        Called after :meth:`select`, for the few candidates that people look at.
+        """
+        return None
+
     def cost_before_training(self) -> CostByPhase:
         """Return what making the scores that are drawn from cost; asked once, when a run begins."""
         return {}
@@ -689,6 +703,10 @@ class Around(Selector):
     def observe_contest(self, contest: Contest) -> None:
         """Pass on what a contest has found."""
         self.selector.observe_contest(contest)
+
+    def token_scores(self, round: Round, batch: Batch) -> Tensor | None:
+        """Return what the inner selector says of tokens."""
+        return self.selector.token_scores(round, batch)
 
     def cost_before_training(self) -> CostByPhase:
         """Return the inner selector's cost."""

@@ -30,6 +30,8 @@ class Example:
         score: the score it was compared by, None when the choice used no scores.
         chosen: whether it is in the plan.
         text: the beginning of its text.
+        marks: parts of the text that made the score what it is: first character, the one after the last, and what the
+            part adds to the score.
     """
 
     id: int
@@ -37,6 +39,7 @@ class Example:
     score: float | None
     chosen: bool
     text: str
+    marks: list[tuple[int, int, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,7 @@ class Ledger:
         training_seconds: wall-clock seconds spent between rounds, outside validation.
         training_flops: floating point operations of the training steps, over all ranks.
         training_repeated_flops: of these, what was computed again because activations had not been kept.
+        training_tokens: tokens of the batches that were trained on, over all ranks; 0 in records that do not say.
         finished: whether training came to its end; None in records that do not say.
         ahead_seconds: seconds spent so far for the round to come, which has no record yet.
         ahead_flops: FLOPs likewise.
@@ -212,6 +216,7 @@ class Ledger:
     training_seconds: float = 0.0
     training_flops: float = 0.0
     training_repeated_flops: float = 0.0
+    training_tokens: int = 0
     ahead_seconds: float = 0.0
     ahead_flops: float = 0.0
     finished: bool | None = None
@@ -504,6 +509,10 @@ def _ledger_from(state: Line) -> Ledger:
     )
 
 
+def _example_from(state: Line) -> Example:
+    return Example(**{**state, "marks": [(begin, end, weight) for begin, end, weight in state.get("marks", [])]})
+
+
 def _numbers(named: Mapping[str, float | None]) -> dict[str, float]:
     """Return numbers, NaN for those that JSON has no word for."""
     return {name: math.nan if value is None else value for name, value in named.items()}
@@ -520,7 +529,7 @@ def _record_from(state: Line) -> RoundRecord:
             "metrics": _numbers(state["metrics"]),
             "groups": {name: _numbers(row) for name, row in state["groups"].items()},
             "histogram": Histogram(**histogram) if histogram else None,
-            "examples": [Example(**example) for example in state["examples"]],
+            "examples": [_example_from(example) for example in state["examples"]],
             "alarms": [Alarm(**alarm) for alarm in state.get("alarms", [])],
         }
     )

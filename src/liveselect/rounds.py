@@ -11,6 +11,7 @@ from torch import Tensor
 from liveselect import distributed
 from liveselect.cost import CostMeter
 from liveselect.decisions import DecisionLedger, RoundDecisions
+from liveselect.examples import examples_of
 from liveselect.grammar import (
     NO_IDS,
     CandidateSource,
@@ -21,7 +22,7 @@ from liveselect.grammar import (
     Selector,
     State,
 )
-from liveselect.ledger import Example, Histogram, Ledger, RoundRecord, writable
+from liveselect.ledger import Histogram, Ledger, RoundRecord, writable
 from liveselect.looking import only_looking
 from liveselect.measurement import Measurement
 from liveselect.parts import check_keys, check_source, restore_part, save_part
@@ -30,8 +31,6 @@ from liveselect.pool import CandidatePool, split_by_use
 from liveselect.preserve import measuring
 from liveselect.watch import RESTORE, Scene, Watch
 
-EXAMPLES_SHOWN = 6
-CHARACTERS_SHOWN = 600
 GROUPS_RECORDED = 64
 """A pool with more groups records only those that a round touched: thousands of clusters would swell the ledger."""
 
@@ -40,7 +39,6 @@ NOT_RESTORED = (
     "goes on with a model that measuring has changed. Nothing is measured from now on. Report it, with the estimator "
     "and the optimizer"
 )
-NOT_DECODED = "(could not be decoded)"
 
 LEFT_OVER = "used less often than the others, so its turn came first"
 
@@ -412,11 +410,17 @@ def _record(
             for note in (*_unmeasured(measurement), *selection.notes, *_newly_uncounted(ledger, uncounted))
         ],
     )
-    return _described(record, round, selection, plan, measurement, available)
+    return _described(record, round, selector, selection, plan, measurement, available)
 
 
 def _described(
-    record: RoundRecord, round: Round, selection: Selection, plan: Plan, measurement: Measurement, available: Tensor
+    record: RoundRecord,
+    round: Round,
+    selector: Selector,
+    selection: Selection,
+    plan: Plan,
+    measurement: Measurement,
+    available: Tensor,
 ) -> RoundRecord:
     """Return the record with what is there for a person to look at, as far as that can be made."""
     for name, value in {**measurement.metrics, **selection.metrics}.items():
@@ -430,7 +434,7 @@ def _described(
             chosen = round.pool.mask(plan.ids)[selection.scored]
             record = replace(record, histogram=Histogram.of(selection.scores, chosen))
     with only_looking("the examples of a round could not be shown"):
-        return replace(record, examples=_examples(round, selection))
+        return replace(record, examples=examples_of(round, selector, selection))
     return record
 
 
@@ -526,32 +530,3 @@ def _groups(
         row: dict[str, float] = {kind: counts[kind][name] for kind in counts}
         rows[writable(name)] = row | {key: value for key, value in known.items() if math.isfinite(value)}
     return rows
-
-
-def _examples(round: Round, selection: Selection) -> list[Example]:
-    """Return the highest chosen and the lowest rejected candidates, or the first chosen when nothing was scored."""
-    if selection.scored is None or selection.scores is None:
-        ids, scores = selection.ids[:EXAMPLES_SHOWN], None
-        chosen = torch.ones(len(ids), dtype=torch.bool)
-    else:
-        is_chosen = round.pool.mask(selection.ids)[selection.scored]
-        order = selection.scores.argsort(descending=True, stable=True)
-        best = order[is_chosen[order]][:EXAMPLES_SHOWN]
-        worst = order[~is_chosen[order]].flip(0)[:EXAMPLES_SHOWN]
-        rows = torch.cat([best, worst])
-        ids, scores, chosen = selection.scored[rows], selection.scores[rows], is_chosen[rows]
-    pool, texts = round.pool, list[str]()
-    with only_looking("the examples of a round could not be decoded"):
-        for batch in round.source.candidates(ids):
-            texts += round.source.decode(batch["input_ids"])
-    texts += [NOT_DECODED] * (len(ids) - len(texts))
-    return [
-        Example(
-            id=int(ids[i]),
-            group=writable(pool.group_names[0 if pool.groups is None else int(pool.groups[ids[i]])]),
-            score=None if scores is None else float(scores[i]),
-            chosen=bool(chosen[i]),
-            text=writable(text)[:CHARACTERS_SHOWN],
-        )
-        for i, text in enumerate(texts[: len(ids)])
-    ]

@@ -1,6 +1,8 @@
 """The report in a real browser: nothing complains, all can be clicked, on a desk and a phone, by day and by night."""
 
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,25 +41,152 @@ def story(folder) -> list[Run]:
     return [Run("random", ledger_of("UniformSelector", [6.0, 5.0, 4.5])), Run("mates", ledger, config)]
 
 
+def bandit(folder) -> list[Run]:
+    """A run whose arms have rewards, beside one that measured nothing and one on ready scores."""
+    arms = ledger_of("UCBSelector", [6.0, 5.0, 4.0], round_seconds=3.0)
+    for record in arms.rounds:
+        for row, reward in zip(record.groups.values(), (1.5, -0.5), strict=True):
+            row |= {"reward": reward, "bonus": 0.25, "pulls": 4.0}
+    scored = ledger_of("ScoredSelector", [6.0, 5.5, 5.0])
+    scored.rounds[:] = [replace(record, measured=[], influence=[]) for record in scored.rounds]
+    names = ("random", "quad", "prior")
+    return [
+        Run(name, ledger)
+        for name, ledger in zip(names, (ledger_of("UniformSelector", [6.0, 5.0, 4.5]), arms, scored), strict=True)
+    ]
+
+
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("browser")
+def browser(tmp_path_factory):
+    found = Browser(tmp_path_factory.mktemp("browser") / "profile")
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module", params=[story, bandit], ids=["regression", "bandit"])
+def any_page(request, browser, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param.__name__)
+    page = folder / "report.html"
+    page.write_text(build_page(request.param(folder)), encoding="utf-8")
+    return browser, page
+
+
+@pytest.fixture(scope="module")
+def opened(browser, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("opened")
     page = folder / "report.html"
     page.write_text(build_page(story(folder)), encoding="utf-8")
-    browser = Browser(folder / "profile")
-    yield browser, page
-    browser.close()
+    return browser, page
+
+
+CHART = "document.querySelector('.plot.large')"
+READY = f"!!{CHART}.querySelector('.main-svg')"
+"""Whether the chart of the losses is drawn: charts are when they come into view."""
+
+
+def see_everything(browser):
+    """Scroll through the page, and return the number of charts in view at some time that were not drawn."""
+    for place in range(0, browser.run("document.documentElement.scrollHeight"), 600):
+        browser.run(f"scrollTo(0, {place})")
+        browser.run("new Promise(done => setTimeout(done, 60))")
+    visible = "[...document.querySelectorAll('.plot')].filter(each => each.offsetParent)"
+    return browser.run(f"{visible}.filter(each => !each.querySelector('.main-svg')).length")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 360])
-def test_nothing_complains_nothing_is_asked_for_and_nothing_runs_out_of_the_window(opened, scheme, width):
-    browser, page = opened
+def test_nothing_complains_nothing_is_asked_for_and_nothing_runs_out_of_the_window(any_page, scheme, width):
+    browser, page = any_page
     browser.open(page, width=width, scheme=scheme)
+    assert see_everything(browser) == 0
     assert browser.run("document.documentElement.scrollWidth") <= width
     browser.run("document.querySelectorAll('summary').forEach(each => each.click())")
     assert browser.run("document.documentElement.scrollWidth") <= width
     assert browser.run("window.hacked") is None  # texts, names and notes of the story try to run scripts
+    assert browser.complaints == []
+
+
+def test_the_pointer_is_answered_with_the_values_below_it(any_page):
+    browser, page = any_page
+    browser.open(page)
+    browser.wait(READY)
+    browser.point(".plot.large", 0.5, 0.5)
+    shown = browser.wait(f"[...{CHART}.querySelectorAll('.hoverlayer text')].map(each => each.textContent).join('\\n')")
+    assert "random" in shown
+    assert re.search(r"\b[4-6]\.?\d*\b", shown)
+
+
+def test_a_part_that_is_dragged_over_is_enlarged_and_two_clicks_bring_the_whole_back(opened):
+    browser, page = opened
+    browser.open(page)
+    browser.wait(READY)
+    ends = f"{CHART}._fullLayout.xaxis.range.map(Number)"
+    whole = browser.run(ends)
+    browser.drag(".plot.large .nsewdrag", (0.2, 0.8), (0.6, 0.2))
+    zoomed = browser.wait(f"(() => {{ const x = {ends}; return x[1] - x[0] < {0.6 * (whole[1] - whole[0])} && x; }})()")
+    assert whole[0] < zoomed[0] < zoomed[1] < whole[1]
+    x, y = browser.point(".plot.large .nsewdrag")
+    for count in (1, 2):
+        for kind in ("mousePressed", "mouseReleased"):
+            browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=count)
+    browser.wait(f"Math.abs({ends}[0] - {whole[0]}) < 1e-6")
+
+
+def test_the_axis_the_scales_and_the_metric_of_the_losses_are_switched(opened):
+    browser, page = opened
+    browser.open(page)
+    browser.wait(READY)
+    data = f"{CHART}.data.map(each => [each.name, each.x.at(-1), each.y.at(-1)])"
+    assert browser.run(data) == [["random", 30, 4.5], ["mates", 30, 2.125]]
+    click = "document.querySelector('.chart-tools [%s]').click()"
+    browser.run(click % 'value="flops"')
+    assert browser.run(data) == [["random", 3000, 4.5], ["mates", 6000, 2.125]]
+    assert "total FLOPs" in browser.run(f"{CHART}.getAttribute('aria-label')")
+    browser.run(click % 'value="seconds"')
+    assert browser.run(data)[0] == ["random", 30, 4.5]
+    assert browser.run(f"{CHART}.layout.xaxis.title.text") == "seconds, selection included"
+    browser.run(click % 'name="log-x"')
+    browser.run(click % 'name="log-y"')
+    assert browser.run(f"[{CHART}._fullLayout.xaxis.type, {CHART}._fullLayout.yaxis.type]") == ["log", "log"]
+    browser.run(
+        "(() => { const it = document.querySelector('.chart-tools select'); it.value = 'train_loss'; "
+        "it.dispatchEvent(new Event('change', {bubbles: true})); })()"
+    )
+    assert browser.run(data) == [["random", 30, 5.5], ["mates", 60, 3.125]]
+    assert browser.complaints == []
+
+
+def test_the_button_changes_the_colours_of_page_and_charts(any_page):
+    browser, page = any_page
+    browser.open(page, scheme="light")
+    browser.wait(READY)
+    colours = (
+        f"[getComputedStyle(document.body).backgroundColor, {CHART}.data[0].line.color, {CHART}.layout.font.color]"
+    )
+    light = browser.run(colours)
+    browser.run("document.querySelector('.theme').click()")
+    dark = browser.run(colours)
+    assert all(a != b for a, b in zip(light, dark, strict=True))
+    browser.open(page, scheme="dark")
+    browser.wait(READY)
+    assert browser.run(colours) == dark  # as the system's
+    browser.run("document.querySelector('.theme').click()")
+    assert browser.run(colours) == light
+
+
+def test_paper_shows_every_chart_in_light_colours(any_page, tmp_path):
+    browser, page = any_page
+    browser.open(page, scheme="dark")
+    browser.wait(READY)
+    browser.run(
+        "addEventListener('beforeprint', () => { const all = [...document.querySelectorAll('.plot')]"
+        ".filter(each => !each.parentElement.hidden); window.printed = [all.length, all.filter(each => "
+        "each.querySelector('.main-svg')).length, getComputedStyle(document.body).backgroundColor]; })"
+    )
+    browser.printed(tmp_path / "page.pdf")
+    charts, drawn, background = browser.run("window.printed")
+    assert charts == drawn > 5
+    assert background == "rgb(251, 250, 248)"
     assert browser.complaints == []
 
 
@@ -115,11 +244,11 @@ def test_the_story_is_told_in_order(opened):
     titles = browser.run("[...document.querySelectorAll('h2')].map(each => each.textContent)")
     assert titles == [
         "Loss",
-        "Where the cost went",
         "Alarms",
         "What mates chose",
         "Where mates looked",
         "How the preferences of mates moved",
+        "Where the cost went",
         "Notes and warnings",
         "Settings",
     ]
@@ -130,5 +259,6 @@ def test_the_story_is_told_in_order(opened):
 def test_pictures_can_be_taken(opened, tmp_path):
     browser, page = opened
     browser.open(page, width=360, scheme="dark")
+    browser.wait(READY)
     browser.picture(tmp_path / "dark.png")
     assert (tmp_path / "dark.png").read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,6 @@
 """The page: self-contained, safe, complete."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -7,10 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from plotly.offline import get_plotlyjs
 from report.ledgers import ledger_of
 
 from liveselect.ledger import Alarm, Ledger
-from liveselect.report import Run, build_page, verdict, words, write_report
+from liveselect.report import Run, page, verdict, words, write_report
 
 EVIL = "<script>alert('x')</script><img src=x onerror=y> & \x00\x1b[31m \u202eback $\\frac$ ]]> </pre></main>"
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -40,6 +42,18 @@ class Reader(HTMLParser):
         self.text.append(data)
 
 
+def build_page(*arguments):
+    """The page without the library that draws its charts, which is the same in all pages."""
+    whole, library = page.build_page(*arguments), get_plotlyjs()
+    assert whole.count(library) == 1
+    assert len(whole) < 6_000_000
+    return whole.replace(library, "")
+
+
+def figures_in(built):
+    return json.loads(re.search(r'id="figures">(.*?)</script>', built, flags=re.DOTALL)[1])
+
+
 def two_runs(text="some words"):
     return [
         Run("random", ledger_of("UniformSelector", [6.0, 5.0, 4.5], text=text)),
@@ -58,7 +72,8 @@ def test_the_page_is_well_formed_and_refers_to_nothing_outside_itself(runs):
             assert not name.startswith("on")
             if name in {"src", "href", "xlink:href", "action"}:
                 assert value.startswith("#")
-    assert [attributes for tag, attributes in reader.elements if tag == "script"] == [{}]  # one, and it is in the page
+    scripts = [attributes for tag, attributes in reader.elements if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "figures"}, {}, {}]  # all of them in the page
     css = "".join(re.findall(r"<style.*?</style>", page, flags=re.DOTALL))
     assert "@import" not in css
     assert re.findall(r"url\((?!#)", page) == []
@@ -132,7 +147,7 @@ def test_of_very_many_sources_the_recorded_ones_keep_their_share_of_the_whole():
 
 def test_the_cost_of_all_phases_adds_up_to_the_total():
     page = build_page(two_runs())
-    section = page[page.index('id="cost"') : page.index('id="alarms"')]
+    section = page[page.index('id="cost"') : page.index('id="settings"')]
     cells = re.findall(r"<td[^>]*>(.*?)</td>", section)
     assert contains(cells, ["training", "30 s", "50%"])
     assert contains(cells, ["choose", "30 s", "50%"])
@@ -149,7 +164,7 @@ def test_small_phases_are_told_together_and_each_for_itself():
     seconds = {"choose": 30.0, "b": 0.2, "c": 0.1, "d": 0.05}
     runs[1].ledger.rounds[:] = [replace(runs[1].ledger.rounds[0], seconds=seconds)]
     page = build_page(runs)
-    cells = re.findall(r"<td[^>]*>(.*?)</td>", page[page.index('id="cost"') : page.index('id="alarms"')])
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page[page.index('id="cost"') : page.index('id="settings"')])
     assert contains(
         cells, ["choose", "30 s", "50%", "1 kFLOP", "3 phases below 1.0%", words.duration(0.2 + 0.1 + 0.05), "0.6%"]
     )
@@ -162,7 +177,7 @@ def test_links_at_the_top_lead_to_every_section():
     sections = [attributes["id"] for tag, attributes in reader.elements if tag == "section"]
     links = [attributes["href"] for tag, attributes in reader.elements if tag == "a"]
     assert links == [f"#{name}" for name in sections]
-    assert len(set(links)) == len(links) >= 6
+    assert len(set(links)) == len(links) >= 5
 
 
 def test_numbers_that_stand_out_are_those_of_the_comparison():
@@ -172,10 +187,12 @@ def test_numbers_that_stand_out_are_those_of_the_comparison():
     assert tiles[0] == ("val_loss after 30 steps", "lower", words.loss(by_step.other), "random 4.500")
     assert tiles[1][:3] == ("val_loss at equal time", by_time.outcome, words.loss(by_time.other))
     assert ("time for selection", "", "50%", "of 1 min 00 s") in tiles
-    assert tiles[-1] == ("alarms", "", "0", "in 6 rounds")
+    assert not any(tile[0] == "alarms" for tile in tiles)
     three = [*runs, replace(two_runs()[1], name="other")]
-    names = re.findall(r"<dt>(.*?)</dt>", build_page(three))
-    assert names == ["mates at equal time", "other at equal time", "alarms"]
+    names = re.findall(r"<dt>(.*?)</dt><dd class", build_page(three))
+    assert names == ["mates at equal time", "other at equal time"]
+    three[1].ledger.rounds[1].alarms.append(Alarm(1, 10, "flip", "turned"))
+    assert re.findall(r"<dt>(.*?)</dt><dd class", build_page(three))[-1] == "alarms"
 
 
 def test_the_only_source_of_a_pool_is_not_named():
@@ -233,7 +250,8 @@ def test_many_rounds_and_sources_are_all_in_the_table_and_some_are_drawn():
     for record in ledger.rounds:
         record.groups.update({f"s{k}": {"available": k + 1, "measured": 0, "chosen": 1} for k in range(60)})
     page = build_page([Run("long", ledger)])
-    assert page.count("<svg role") == 3 + 2 * 12 + 12 + 1
+    # two metrics of the losses on three axes; two histograms of 12 rounds; 12 sources; how one number moved
+    assert page.count("data-chart=") == len(figures_in(page)) == 2 * 3 + 2 * 12 + 12 + 1
     assert "12 of 30 such rounds are shown" in page
     assert "and 22 more" in page
 
@@ -242,12 +260,92 @@ def test_the_same_ledgers_give_the_same_page():
     assert build_page(two_runs()) == build_page(two_runs())
 
 
-def test_pictures_take_their_colours_from_the_page():
+def colours_in(value):
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from [each] if name == "color" and isinstance(each, str) else colours_in(each)
+    elif isinstance(value, list):
+        yield from (found for each in value for found in colours_in(each))
+
+
+def test_charts_take_their_colours_from_the_page():
     page = build_page(two_runs())
-    pictures = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
-    assert set(re.findall(r"#[0-9a-fA-F]{6}\b(?!\w)", pictures)) == set()
-    for name in set(re.findall(r"var\((--[\w-]+)\)", page)):
-        assert page.count(f"{name}:") == 2 or name == "--share"  # light and dark; the share is that of each cell
+    colours = set(colours_in(figures_in(page)))
+    assert len(colours) >= 3
+    for colour in colours:
+        name = re.fullmatch(r"var\((--[\w-]+)\)", colour)[1]
+        assert page.count(f"{name}:") == 3  # light, dark by the system, dark by the button
+
+
+def test_the_chart_of_the_losses_has_every_evaluation_on_every_axis():
+    runs = two_runs()
+    page = build_page(runs)
+    choices = re.search(r'data-choices="(.*?)"', page, flags=re.DOTALL)[1].split("\n")
+    assert choices == [
+        f"{name}\t{axis}" for name in ("val_loss", "train_loss") for axis in ("step", "seconds", "flops")
+    ]
+    for choice, figure in zip(choices, figures_in(page), strict=False):
+        metric, axis = choice.split("\t")
+        for run, trace in zip(runs, figure["data"], strict=True):
+            assert trace["name"] == run.name
+            points = list(zip(trace["x"], trace["y"], strict=True))
+            assert points == [pytest.approx(point) for point in run.curve(metric, axis)]
+
+
+def test_times_that_cannot_be_compared_are_no_choice_of_the_chart():
+    runs = two_runs()
+    runs[1].ledger.training_seconds *= 3
+    page = build_page(runs)
+    assert "\tseconds" not in re.search(r'data-choices="(.*?)"', page, flags=re.DOTALL)[1]
+    assert "did not train equally fast" in page
+
+
+def test_the_page_opens_with_what_the_runs_are():
+    runs = two_runs()
+    about = {"started": "2026-11-30T23:05:09+00:00", "model": "CausalLM", "model.parameters": 1_250_000, "ranks": 8}
+    about |= {"device": "cuda", "device.name": "NVIDIA H200", "precision": "bf16-mixed", "versions.torch": "2.13.0"}
+    for run in runs:
+        run.ledger.about |= about | {"global_batch": 512, "max_steps": 40}
+        run.ledger.training_tokens = 30 * 512 * 1024
+    runs[1].ledger.finished = False
+    runs[1].ledger.about["ratio"] = 0.4
+    page = build_page(runs)
+    top = page[: page.index("<section")]
+    for text in (
+        "30 November 2026, 23:05 UTC",
+        "CausalLM, 1.25M parameters",
+        "30 of 40 steps, 512 sequences a step, 15.7M tokens",
+        "8 × NVIDIA H200, bf16-mixed",
+        "torch 2.13.0",
+        "mates: 1 min 00 s so far",
+        "random: 30 s",
+    ):
+        assert text in top, text
+    assert contains(re.findall(r"<td[^>]*>(.*?)</td>", top), ["ratio", "–", "0.4"])
+    assert "2026-11-30T23:05:09" not in page  # when it began is no setting
+
+
+def test_a_run_under_way_says_what_there_is():
+    random, mates = two_runs()
+    mates.ledger.finished = False
+    mates.ledger.evaluations.clear()
+    mates.ledger.about["max_steps"] = 400
+    page = build_page([random, mates])
+    shown = "".join(Reader(page).text)
+    assert "mates is at step 20 of 400: there is nothing to compare yet." in shown
+    assert "never" not in shown
+    assert "alarms" not in shown
+
+
+def test_what_made_a_text_score_is_marked_and_other_text_is_as_it_is():
+    runs = two_runs("good <b> bad & plain")
+    for record in runs[1].ledger.rounds:
+        record.examples[0].marks.extend([(0, 4, 2.0), (9, 12, -1.0), (15, 20, 1e-9), (90, 95, 1.0)])
+    page = build_page(runs)
+    strong, weak = ('style="--strength: 1.00">good</mark>', 'style="--strength: 0.50">bad</mark>')
+    assert f'<mark class="up" {strong} &lt;b&gt; <mark class="down" {weak} &amp; plain</pre>' in page
+    assert "raised it" in page
+    assert "<mark" not in build_page(two_runs())
 
 
 def test_an_unknown_metric_is_refused_with_the_known_ones():

@@ -106,7 +106,7 @@ def test_what_a_run_found_out_about_itself_stands_at_the_top():
     assert in_the_run(Run("a", ledger)) == ""
     ledger.verdict = {"said": "paying", "sentence": "paying: by 0.1 nats"}
     assert in_the_run(Run("a", ledger)) == "Verdict inside a: paying: by 0.1 nats."
-    assert summary_of([Run("a", ledger)], "val_loss")["verdicts"] == ["Verdict inside a: paying: by 0.1 nats."]
+    assert summary_of([Run("a", ledger)], "val_loss", [])["verdicts"] == ["Verdict inside a: paying: by 0.1 nats."]
 
 
 def busy(losses=(6.0, 5.0, 4.0)):

@@ -105,8 +105,8 @@ def show_results(comparison: "Comparison") -> "list[Row]":
     from liveselect.cli.compare_runs import LEDGER, save_results
     from liveselect.cli.output import say
     from liveselect.ledger import Ledger
-    from liveselect.report import pictures
     from liveselect.report.comparison import Trial, markdown, rows_of, sentences, table
+    from liveselect.report.png import write_intervals
     from liveselect.report.runs import Run
 
     done = [planned for planned in comparison.runs() if planned.finished]
@@ -134,23 +134,22 @@ def show_results(comparison: "Comparison") -> "list[Row]":
     others = [row for row in rows if row.method != baseline and row.differences]
     if others:
         drawn = [name for name in DRAWN if any(name in row.differences for row in others)]
-        with pictures.written_to(comparison.folder) as written:
-            pictures.interval_chart(
-                [
-                    (
-                        f"{row.task}: {row.method}" if row.task else row.method,
-                        [
-                            None if (found := row.differences.get(name)) is None else (found.mean, found.half or 0.0)
-                            for name in drawn
-                        ],
-                    )
-                    for row in others
-                ],
-                [LABELS[name] for name in drawn],
-                f"nats per token less {baseline}'s at equal total FLOPs",
-                "What each method is worth at equal total cost",
-            )
-        written[0].replace(comparison.folder / "comparison.png")
+        write_intervals(
+            [
+                (
+                    f"{row.task}: {row.method}" if row.task else row.method,
+                    [
+                        None if (found := row.differences.get(name)) is None else (found.mean, found.half or 0.0)
+                        for name in drawn
+                    ],
+                )
+                for row in others
+            ],
+            [LABELS[name] for name in drawn],
+            f"nats per token less {baseline}'s at equal total FLOPs",
+            "What each method is worth at equal total cost",
+            comparison.folder / "comparison.png",
+        )
     return rows
 
 

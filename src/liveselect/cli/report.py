@@ -21,6 +21,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), help="the page, or a folder for it (default: %(default)s)"
     )
+    parser.add_argument("--name", nargs="+", default=[], metavar="NAME", help="names of the runs, in their order")
     parser.add_argument("--metric", help="metric to compare by, smaller is better (default: val_loss)")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="write only the pictures, as PNG files")
     arguments = parser.parse_args(argv)
@@ -29,13 +30,13 @@ def main(argv: Sequence[str]) -> int:
     from liveselect.report import is_report, write_pictures, write_report
 
     if arguments.png is not None:
-        written = write_pictures(arguments.runs, arguments.png, arguments.metric)
+        written = write_pictures(arguments.runs, arguments.png, arguments.metric, arguments.name)
         say(f"Wrote {len(written)} pictures to {arguments.png}")
         return 0
     there = arguments.out / "report.html" if arguments.out.is_dir() else arguments.out
     replaces = there.exists()
     if replaces and not is_report(there):
         raise FileExistsError(f"{there} exists and is no report of liveselect: choose another name with --out")
-    page = write_report(arguments.runs, arguments.out, arguments.metric)
+    page = write_report(arguments.runs, arguments.out, arguments.metric, arguments.name)
     say(f"{'Replaced the report' if replaces else 'Wrote'} {page}. Open it in a browser: {page.resolve().as_uri()}")
     return 0

@@ -97,6 +97,17 @@ def mean_log_ratio(input_ids: Tensor, mask: Tensor | None, table: Tensor) -> Ten
     return total / tokens
 
 
+def token_log_ratios(input_ids: Tensor, mask: Tensor | None, table: Tensor) -> Tensor:
+    """Return what each token adds to :func:`mean_log_ratio`, ``(B, T)`` float32; a pair counts to its second token."""
+    single, pairs = (row[bucket] for row, bucket in zip(table, ngram_buckets(input_ids, table.shape[1]), strict=True))
+    counted = _counted(input_ids, mask)
+    if mask is not None:
+        single, pairs = (values * inside for values, inside in zip((single, pairs), counted, strict=True))
+    total = single + torch.nn.functional.pad(pairs, (1, 0))
+    tokens = input_ids.shape[1] if mask is None else mask.bool().sum(dim=1, keepdim=True).clamp(min=1)
+    return total / tokens
+
+
 def _counted(input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Return which tokens ``(B, T)`` and which pairs ``(B, T - 1)`` count, None for all."""
     if mask is None:

@@ -75,10 +75,23 @@ class TokenValues:
             input_ids: ``(B, T)``.
             counted: ``(B, T)`` bool, the tokens that count, of which the first never does; None for all others.
         """
-        single, pairs = ngram_buckets(input_ids, len(self.single))
-        own, share = self.pairs[pairs].unbind(-1)
-        values = torch.addcmul(own, share, self.single[single[:, 1:]])
+        values = self._of(input_ids)
         if counted is None:
             return values.sum(dim=1) / max(1, values.shape[1])
         inside = counted[:, 1:]
         return (values * inside).sum(dim=1) / inside.sum(dim=1).clamp(min=1)
+
+    def parts(self, input_ids: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Return what each token adds to the :meth:`mean` of its row, ``(B, T)`` float32; the first adds nothing."""
+        values = self._of(input_ids)
+        if counted is None:
+            values = values / max(1, values.shape[1])
+        else:
+            inside = counted[:, 1:]
+            values = values * inside / inside.sum(dim=1, keepdim=True).clamp(min=1)
+        return torch.nn.functional.pad(values, (1, 0))
+
+    def _of(self, input_ids: Tensor) -> Tensor:
+        single, pairs = ngram_buckets(input_ids, len(self.single))
+        own, share = self.pairs[pairs].unbind(-1)
+        return torch.addcmul(own, share, self.single[single[:, 1:]])

@@ -122,6 +122,19 @@ class HashedRidgeRegressor(InfluenceRegressor):
             return (weights.mean(dim=1) + self._intercept).cpu()
         return ((weights * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1) + self._intercept).cpu()
 
+    def predict_tokens(self, round: Round, batch: Batch) -> Tensor | None:
+        """Return what each token adds to the prediction of its row, ``(B, T)``; with the intercept they sum up to it.
+
+        Half of a pair counts to each of its tokens.
+        """
+        if self._weights is None:
+            return None
+        bucket, counted = counted_ngrams(batch["input_ids"].cpu(), self.buckets, batch.get("attention_mask"))
+        shares = self._weights[bucket] * counted / counted.sum(dim=1, keepdim=True).clamp(min=1)
+        width = batch["input_ids"].shape[1]
+        single, pairs = shares[:, :width], shares[:, width:] / 2
+        return single + torch.nn.functional.pad(pairs, (0, 1)) + torch.nn.functional.pad(pairs, (1, 0))
+
     def state_dict(self) -> State:
         """Return the fitted function, and what it was fitted on, as tensors and builtins."""
         return {

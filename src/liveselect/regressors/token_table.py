@@ -110,6 +110,10 @@ class TokenTableRegressor(InfluenceRegressor):
             raise RuntimeError("TokenTableRegressor.predict was called before fit: call fit(round, ids, influence)")
         return self._values.mean(batch["input_ids"].cpu(), _targets(batch))
 
+    def predict_tokens(self, round: Round, batch: Batch) -> Tensor | None:
+        """Return what each token adds to the prediction of its row, ``(B, T)``; they sum up to it."""
+        return None if self._values is None else self._values.parts(batch["input_ids"].cpu(), _targets(batch))
+
     def state_dict(self) -> State:
         """Return the table, as tensors and builtins."""
         return {

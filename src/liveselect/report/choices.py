@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from liveselect.ledger import RoundRecord, spread
-from liveselect.report import pictures, words
+from liveselect.report import charts, words
+from liveselect.report.marks import strongest
 from liveselect.report.runs import Run, Section, has_arms
 
 # limits of the page, which stays readable and small however long the run was
@@ -14,7 +15,7 @@ POINTS_DRAWN = 200
 SOURCES_PICTURED = 12
 SOURCES_LISTED = 40
 
-REGRESSOR_SPEARMAN = "regressor/spearman"
+REGRESSOR_SPEARMAN, REGRESSOR_HELD_OUT = "regressor/spearman", "regressor/held_out"
 COUNT_COLUMNS = {"available", "measured", "chosen"}
 
 DRIFT = {
@@ -23,7 +24,7 @@ DRIFT = {
     "drift/overlap": ("Candidates", "share of the plan that was also in the previous plan"),
     REGRESSOR_SPEARMAN: ("Regressor", "rank correlation of predicted and measured influence, held out"),
     "regressor/top_fifth": ("Choice", "influence of the fifth predicted best over that of all held out, in sd"),
-    "regressor/held_out": ("Held out", "measured candidates that the two before are of"),
+    REGRESSOR_HELD_OUT: ("Held out", "measured candidates that the two before are of"),
 }
 
 
@@ -38,10 +39,15 @@ def choices_section(run: Run) -> Section:
         "listed": spread(rounds, ROUNDS_LISTED),
         # whether scores can be trusted comes first
         "metrics": sorted(metrics, key=lambda name: name != REGRESSOR_SPEARMAN),
-        "trust": [name for name in metrics if name == REGRESSOR_SPEARMAN],
+        "trust": REGRESSOR_SPEARMAN if REGRESSOR_SPEARMAN in metrics else "",
+        "held_out": REGRESSOR_HELD_OUT,
         "influence": _influence(rounds),
         "sources": _sources(rounds),
-        "examples": spread(scored or with_examples[-1:], ROUNDS_PICTURED),
+        "examples": [
+            {"record": record, "strongest": strongest([example.marks for example in record.examples])}
+            for record in spread(scored or with_examples[-1:], ROUNDS_PICTURED)
+        ],
+        "has_marks": any(example.marks for record in with_examples for example in record.examples),
         "examples_are_scored": bool(scored),
         "has_arms": has_arms,
     }
@@ -56,7 +62,7 @@ def drift_section(run: Run) -> Section | None:
     for name, (title, text) in DRIFT.items():
         points = [(float(record.round), record.metrics[name]) for record in rounds if name in record.metrics]
         if len(points) > 1 and (several or name != "drift/mixture"):
-            chart = pictures.bounded_chart(spread(points, POINTS_DRAWN), f"{title} of {run.name}: {text}")
+            chart = charts.bounded_chart(spread(points, POINTS_DRAWN), f"{title} of {run.name}: {text}")
             figures.append((chart, title, text))
     return Section(f"How the preferences of {run.name} moved", "drift", {"figures": figures}) if figures else None
 
@@ -67,11 +73,11 @@ def _influence(rounds: Sequence[RoundRecord]) -> dict[str, object]:
     for record in spread(scored, ROUNDS_PICTURED):
         title = f"Round {record.round}, step {words.number(record.step)}"
         if record.measured:
-            picture = pictures.value_histogram(record.influence, "nats per unit learning rate", f"{title}: measured")
+            picture = charts.value_histogram(record.influence, "nats per unit learning rate", f"{title}: measured")
             figures.append((picture, title, f"{words.number(len(record.measured))} measured"))
         if record.histogram is not None and not has_arms(record):
             chosen, compared = (sum(counts) for counts in (record.histogram.chosen, record.histogram.counts))
-            picture = pictures.histogram(record.histogram, "score", f"{title}: compared")
+            picture = charts.histogram(record.histogram, "score", f"{title}: compared")
             figures.append((picture, title, f"{words.number(chosen)} of {words.number(compared)} chosen"))
     return {
         "figures": figures,
@@ -95,7 +101,7 @@ def _sources(rounds: Sequence[RoundRecord]) -> dict[str, object] | None:
     figures = []
     for name in names[:SOURCES_PICTURED]:
         taken, there = ([kind[name][place] for place in places] for kind in (chosen, available))
-        drawn = pictures.shares(
+        drawn = charts.shares(
             [rounds[place].round for place in places], taken, there, top, f"share of {name} over the rounds"
         )
         before, now = words.percent(available[name][-1]), words.percent(chosen[name][-1])

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import yaml
 
 from liveselect.ledger import RoundRecord, spread
-from liveselect.report import pictures, words
+from liveselect.report import charts, words
 from liveselect.report.runs import Run, Section
 
 MAPS_DRAWN = 4
@@ -78,7 +78,8 @@ def map_section(run: Run) -> Section | None:
         title = f"Round {record.round}, step {words.number(record.step)}"
         values, what = _values(record, found.names)
         sizes = [record.share(name) for name in found.names]
-        chart = pictures.scatter(found.places.tolist(), values, sizes, f"{title}: clusters of {run.name}")
+        labels = [f"{name}: {words.percent(size)} of the plan" for name, size in zip(found.names, sizes, strict=True)]
+        chart = charts.scatter(found.places.tolist(), values, sizes, labels, f"{title}: clusters of {run.name}")
         figures.append((chart, title, _most(record)))
     return Section(f"Where {run.name} looked", "map", {"figures": figures, "what": what}) if figures else None
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from liveselect.report import pictures, words
+from liveselect.report import charts, words
 from liveselect.report.runs import Run, Section
 
 TRAINING, REST = "training", "other selection"
@@ -78,7 +78,7 @@ def _colours(costs: Iterable[Sequence[Phase]]) -> Mapping[str, str]:
     selection = sorted((name for name, amount in totals.items() if amount > 0), key=lambda name: -totals[name])
     drawn = selection[:PHASES_DRAWN]
     # the first colours belong to the runs, in the legend of the losses
-    colours = {name: f"series-{(index + 1) % pictures.SERIES_COLOURS}" for index, name in enumerate(drawn)}
+    colours = {name: f"series-{(index + 1) % charts.SERIES_COLOURS}" for index, name in enumerate(drawn)}
     return {TRAINING: "faint", **colours, **({REST: "muted"} if len(selection) > len(drawn) else {})}
 
 

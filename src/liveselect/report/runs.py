@@ -16,6 +16,7 @@ CONFIG_NAME = "config.yaml"
 DEFAULT_FOLDER = "selection"
 """Where DataSelection puts the ledger inside the run's folder; the name says nothing about the run."""
 PREFERRED_METRIC = "val_loss"
+NO_SETTINGS = ("started", "name", "folder")
 
 Axis = Literal["step", "seconds", "flops"]
 Point = tuple[float, float]
@@ -66,6 +67,16 @@ class Run:
     def knows_its_cost(self) -> bool:
         """Whether the cost of training was recorded at least once; shares mean nothing before."""
         return self.ledger.training_seconds > 0
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether training has not come to its end, or was stopped before it."""
+        return self.ledger.finished is False
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the run was set to, without what is no setting: when it began, and how it is called."""
+        return {name: value for name, value in self.ledger.about.items() if name not in NO_SETTINGS}
 
     @property
     def last_step(self) -> int:
@@ -125,12 +136,15 @@ class _Costs:
         return training + selection, training + selection + pause
 
 
-def load_runs(paths: Iterable[Path]) -> list[Run]:
+def load_runs(paths: Iterable[Path], names: Sequence[str] = ()) -> list[Run]:
     """Read the ledgers in ``paths``, each a ledger file or a folder that holds some at any depth.
+
+    A run has the name that is given here, or else the one that its logger gave it, or else that of its folder.
 
     Raises:
         FileNotFoundError: a path does not exist or holds no ledger.
-        ValueError: a file is not a ledger, or the decisions beside it are of another run.
+        ValueError: a file is not a ledger, the decisions beside it are of another run, or the names are not one for
+            each run, all different.
     """
     files: dict[Path, None] = {}
     for path in paths:
@@ -139,10 +153,18 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
         if file.name == LEDGER_NAME:
             check_one_run(file.parent / "decisions")
     folders = [file.parent.resolve() for file in files]
-    names = _distinct_names([folder.parent if folder.name == DEFAULT_FOLDER else folder for folder in folders])
+    if names and (len(names) != len(files) or len(set(names)) < len(names)):
+        raise ValueError(
+            f"expected a name for each of the {len(files)} runs ({', '.join(map(str, files))}), all different, got "
+            f"{', '.join(names)}"
+        )
+    ledgers = [Ledger.read(file) for file in files]
+    names = names or _names_of(ledgers, folders)
     return [
-        Run(name, Ledger.read(file), _config_of(file), folder)
-        for name, file, folder in zip(names, files, folders, strict=True)
+        Run(name, ledger, _config_of(file), folder)
+        for name, ledger, file, folder in zip(
+            names or _names_of(ledgers, folders), ledgers, files, folders, strict=True
+        )
     ]
 
 
@@ -204,6 +226,16 @@ def _config_of(ledger: Path) -> str:
     above = ledger.parent.parent if ledger.parent.name == DEFAULT_FOLDER else ledger.parent
     found = next((place / CONFIG_NAME for place in (ledger.parent, above) if (place / CONFIG_NAME).is_file()), None)
     return "" if found is None else found.read_text(encoding="utf-8", errors="replace")
+
+
+def _names_of(ledgers: Sequence[Ledger], folders: Sequence[Path]) -> list[str]:
+    """Return the names that loggers gave the runs, as far as no two have the same; for the others those of folders."""
+    of_folders = _distinct_names([folder.parent if folder.name == DEFAULT_FOLDER else folder for folder in folders])
+    given = [str(ledger.about.get("name") or "") for ledger in ledgers]
+    return [
+        mine if mine and given.count(mine) == 1 and mine not in of_folders else folder
+        for mine, folder in zip(given, of_folders, strict=True)
+    ]
 
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:

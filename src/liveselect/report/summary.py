@@ -7,8 +7,11 @@ from markupsafe import Markup
 
 from liveselect.report import verdict, words
 from liveselect.report.comparison import over_seeds
+from liveselect.report.facts import facts_of
 from liveselect.report.runs import Axis, Run
 
+SETTINGS_AT_TOP = 12
+"""Settings that differ, at the top of the page; the section about settings has all."""
 RUNS_WITH_TILES = 6
 """Runs with a tile of their own; the table has all."""
 _EQUAL: dict[Axis, str] = {"step": "after {}", "seconds": "at equal time", "flops": "at equal FLOPs"}
@@ -23,8 +26,11 @@ class Tile(NamedTuple):
     kind: str = ""
 
 
-def summary_of(runs: Sequence[Run], metric: str | None) -> dict[str, object]:
-    """Return the contents of the summary: a headline, more sentences, tiles, caveats and a table."""
+def summary_of(runs: Sequence[Run], metric: str | None, differing: Sequence[Sequence[str]]) -> dict[str, object]:
+    """Return the contents of the summary: a headline, more sentences, tiles, caveats, a table, and what the runs are.
+
+    ``differing`` are the rows of settings that are not the same in all runs.
+    """
     baseline = verdict.baseline_of(runs)
     others = [run for run in runs if run is not baseline]
     if baseline is None or len(others) < 2:
@@ -37,10 +43,14 @@ def summary_of(runs: Sequence[Run], metric: str | None) -> dict[str, object]:
     return {
         **said,
         "verdicts": [*over_seeds(runs, metric), *(text for run in runs if (text := verdict.in_the_run(run)))],
-        "tiles": [*_loss_tiles(runs, baseline, metric), *_cost_tiles(runs, others), _alarm_tile(runs)],
+        "tiles": [*_loss_tiles(runs, baseline, metric), *_cost_tiles(runs, others), *_alarm_tiles(runs)],
         "caveats": verdict.caveats(runs, metric),
         **_comparison(runs, baseline, metric),
-        "saved": [] if baseline is None or metric is None else [_saved(baseline, other, metric) for other in others],
+        "saved": [] if baseline is None or metric is None else _savings(baseline, others, metric),
+        "facts": facts_of(runs),
+        "runs": [run.name for run in runs],
+        "differing": differing[:SETTINGS_AT_TOP],
+        "differing_left": len(differing[SETTINGS_AT_TOP:]),
     }
 
 
@@ -79,10 +89,12 @@ def _cost_tiles(runs: Sequence[Run], others: Sequence[Run]) -> list[Tile]:
     return [Tile("time for selection", share, f"of {words.duration(run.total_seconds)}")]
 
 
-def _alarm_tile(runs: Sequence[Run]) -> Tile:
+def _alarm_tiles(runs: Sequence[Run]) -> list[Tile]:
     rounds = [record for run in runs for record in run.ledger.rounds]
     alarms = sum(len(record.alarms) for record in rounds)
-    return Tile("alarms", words.number(alarms), f"in {words.plural(len(rounds), 'round')}", "higher" if alarms else "")
+    return (
+        [Tile("alarms", words.number(alarms), f"in {words.plural(len(rounds), 'round')}", "higher")] if alarms else []
+    )
 
 
 def _kind(comparison: verdict.Comparison) -> str:
@@ -122,12 +134,19 @@ def _at_equal(runs: Sequence[Run], run: Run, baseline: Run | None, metric: str |
     return Markup('<span class="{}">{}</span>').format(_kind(found), words.loss(found.other))
 
 
+def _savings(baseline: Run, others: Sequence[Run], metric: str) -> list[str]:
+    """Say how soon each run reached the final loss of the baseline, as far as both were evaluated."""
+    if not baseline.curve(metric, "step"):
+        return []
+    return [_saved(baseline, other, metric) for other in others if other.curve(metric, "step")]
+
+
 def _saved(baseline: Run, run: Run, metric: str) -> str:
-    """Say how soon a run reached the final loss of the baseline."""
     places = [
         f"{words.place(axis, there)} ({baseline.name}: {words.place(axis, end)})"
         for axis, end, there in verdict.savings(baseline, run, metric)
     ]
-    if not places:
-        return f"{run.name} never reached the final loss of {baseline.name}."
-    return f"{run.name} reached the final loss of {baseline.name} after {', '.join(places)}."
+    if places:
+        return f"{run.name} reached the final loss of {baseline.name} after {', '.join(places)}."
+    never = "has not reached" if run.is_under_way else "never reached"
+    return f"{run.name} {never} the final loss of {baseline.name}{' yet' if run.is_under_way else ''}."

@@ -160,7 +160,7 @@ def _alone(run: Run, metric: str) -> str:
 def _against(baseline: Run, other: Run, metric: str, seeds: str) -> str:
     by_step = compare(baseline, other, metric, "step")
     if by_step is None:
-        return f"{other.name} and {baseline.name} were not evaluated over the same steps."
+        return _nothing_yet(baseline, other, metric)
     values = _values(by_step)
     said = f"After {words.number(by_step.at)} steps, {other.name} "
     if by_step.outcome == "equal":
@@ -186,6 +186,16 @@ def _against(baseline: Run, other: Run, metric: str, seeds: str) -> str:
                 f"first ({words.place(axis, first[0][0])})"
             )
     return said + "."
+
+
+def _nothing_yet(baseline: Run, other: Run, metric: str) -> str:
+    """Say why two runs cannot be compared, and how far they are."""
+    for run in (other, baseline):
+        if run.is_under_way and not run.curve(metric, "step"):
+            whole = run.ledger.about.get("max_steps")
+            of = f" of {words.number(whole)}" if isinstance(whole, int) and whole > 0 else ""
+            return f"{run.name} is at step {words.number(run.last_step)}{of}: there is nothing to compare yet."
+    return f"{other.name} and {baseline.name} were not evaluated over the same steps."
 
 
 def _values(found: Comparison) -> str:

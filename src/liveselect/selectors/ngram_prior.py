@@ -9,7 +9,14 @@ from torch import Tensor
 from liveselect.arguments import check_plain
 from liveselect.cost import CostMeter
 from liveselect.distributed import gather_shards, shard, sum_over_ranks
-from liveselect.functional.ngram_ratio import BUCKETS, SMOOTHING, count_ngrams, log_ratio, mean_log_ratio
+from liveselect.functional.ngram_ratio import (
+    BUCKETS,
+    SMOOTHING,
+    count_ngrams,
+    log_ratio,
+    mean_log_ratio,
+    token_log_ratios,
+)
 from liveselect.functional.sampling import uniform_subset
 from liveselect.grammar import Batch, CandidateSource, text_tokens
 from liveselect.scores import Scores, read_scores
@@ -53,6 +60,7 @@ class NGramPrior:
         self.smoothing = smoothing
         self.buckets = buckets
         self._scores: Scores | None = None
+        self._ratios = torch.zeros(2, buckets)
         self._made_for: tuple[str, str | None] = ("", None)  # pool and reference set
         self._counted: str | None = None  # hash of the counts of the reference set
         self.strength = 1.0
@@ -109,6 +117,13 @@ class NGramPrior:
         self._scores, self._made_for, self._counted, self._expected = scores, data, counted, None
         return True
 
+    def token_scores(self, batch: Batch) -> Tensor:
+        """Return what each token adds to the score of its row, ``(B, T)`` nats, its pair with the one before included.
+
+        Zero before :meth:`prepare`.
+        """
+        return token_log_ratios(batch["input_ids"].cpu(), text_tokens(batch), self._ratios)
+
     def _score(self, source: CandidateSource, reference: Tensor, meter: CostMeter) -> Scores:
         size = source.pool.size
         drawn = uniform_subset(size, min(size, _COUNTED_CANDIDATES), generator_for(0, 0, "n-gram prior"))
@@ -121,6 +136,7 @@ class NGramPrior:
             for batch in source.in_bulk(mine) if len(mine) else ():
                 parts.append(mean_log_ratio(batch["input_ids"].cpu(), text_tokens(batch), table).float())
                 advance(len(parts[-1]))
+            self._ratios = table.float()
             values = gather_shards(torch.cat(parts), size)
         scores = read_scores(values)
         return Scores(scores.values, scores.digest, source.pool.fingerprint, name="the n-gram prior")

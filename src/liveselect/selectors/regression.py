@@ -16,6 +16,7 @@ from liveselect.functional.sampling import capped_topk, gumbel_topk, released_bo
 from liveselect.grammar import (
     MIN_MEASUREMENTS,
     NO_IDS,
+    Batch,
     InfluenceRegressor,
     Round,
     Selection,
@@ -257,6 +258,10 @@ class RegressionSelector(Selector):
             reason = f"the regressor's held-out Spearman {spearman:.3f}{of} is not above {self.min_spearman}"
             return uniform_selection(round, budget, metrics, (), reason)
         return self._select_by_prediction(round, budget, metrics)
+
+    def token_scores(self, round: Round, batch: Batch) -> Tensor | None:
+        """Return what the regressor says of tokens."""
+        return self.regressor.predict_tokens(round, batch)
 
     def state_dict(self) -> State:
         """Return the measurements of the current round, those captured from steps, and the regressor's state."""

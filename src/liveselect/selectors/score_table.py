@@ -10,7 +10,7 @@ from torch import Tensor
 
 from liveselect.cost import CostMeter
 from liveselect.functional.sampling import gumbel_topk
-from liveselect.grammar import CandidateSource, Round, SelectionWarning
+from liveselect.grammar import Batch, CandidateSource, Round, SelectionWarning
 from liveselect.pool import CandidatePool
 from liveselect.scores import Scores, read_scores
 from liveselect.selectors.ngram_prior import TEMPERATURE, NGramPrior
@@ -73,6 +73,10 @@ class ScoreTable:
         """Make the scores that depend on the run's own data."""
         if self._prior is not None and self._prior.prepare(source, meter):
             self._values = None
+
+    def token_scores(self, batch: Batch) -> Tensor | None:
+        """Return what each token adds to the score of its row, ``(B, T)``; None where scores are of whole rows."""
+        return None if self._prior is None else self._prior.token_scores(batch)
 
     def temperature(self, given: float | None, otherwise: float) -> float:
         """Return the strength of the noise: what is ``given``, or the default of a prior or of scores."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from liveselect.arguments import check_plain
 from liveselect.cost import CostMeter, added
 from liveselect.functional.sampling import Noise, gumbel_topk, uniform_subset
-from liveselect.grammar import Around, CandidateSource, CostByPhase, Round, Selection, Selector, State
+from liveselect.grammar import Around, Batch, CandidateSource, CostByPhase, Round, Selection, Selector, State
 from liveselect.parts import check_part, restore_part, save_part
 from liveselect.pool import CandidatePool
 from liveselect.selectors.score_table import BetterPart, ScoreTable
@@ -170,6 +170,10 @@ class ScoredSelector(Selector):
             scores_id=self._table.scores.digest,
         )
 
+    def token_scores(self, round: Round, batch: Batch) -> Tensor | None:
+        """Return what an n-gram prior says of tokens; other scores are of whole candidates."""
+        return self._table.token_scores(batch)
+
     def temperature_in(self, round_index: int) -> float:
         """Return the temperature of a round."""
         if self.final_temperature is None or self.anneal_rounds is None:
@@ -327,6 +331,11 @@ class PriorSelector(Around):
         reasons = {"kept general: drawn uniformly from the whole pool": others, **selection.reasons}
         ids = torch.cat([selection.ids, others])
         return replace(selection, ids=ids, metrics=metrics, notes=notes, reasons=reasons)
+
+    def token_scores(self, round: Round, batch: Batch) -> Tensor | None:
+        """Return what the selector says of tokens, or else the prior."""
+        inner = super().token_scores(round, batch)
+        return self._table.token_scores(batch) if inner is None else inner
 
     def state_dict(self) -> State:
         """Return which scores are the prior, and the selector's state."""
