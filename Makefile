@@ -9,7 +9,7 @@ NAME ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-slow lint typecheck public-names bench build clean
+.PHONY: help demo test test-quick test-slow lint typecheck docs pictures public-names bench build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,15 +26,24 @@ test-quick: $(VENV)/ready ## run the tests of mathematics, selectors and estimat
 test-slow: $(VENV)/ready ## run the long tests, which `make test` leaves out
 	$(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/ready ## check style, layout and types
+lint: $(VENV)/ready ## check style, layout, types, spelling and prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/python tests/prose.py
 
 typecheck: $(VENV)/ready ## check types only
 	$(BIN)/mypy
 
-public-names: $(VENV)/ready ## write tests/public_names.txt anew, after a deliberate change of public names
+docs: $(VENV)/ready ## build the documentation into build/site; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "Open build/site/index.html"
+
+pictures: $(VENV)/ready ## draw the pictures of the README again, from two real runs; needs Chromium
+	$(BIN)/python tests/pictures.py
+
+public-names: $(VENV)/ready ## write tests/public_names.txt again, after a deliberate change of public names
 	$(BIN)/python tests/public_names.py
 
 bench: ## list the benchmarks; make bench NAME=gumbel ARGS=... runs one
@@ -56,7 +65,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "Installing liveselect and what it needs into $(VENV) (a few minutes the first time)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	@# without what they name: their torchvision, which nothing here uses, does not load beside a CPU build of torch
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
 		kronfluence curvlinops-for-pytorch backpack-for-pytorch
