@@ -62,6 +62,7 @@ def train(folder: Path, name: str, configs: Sequence[str], steps: int) -> Path:
         "fit",
         *(f"--config={each}" for each in files),
         "--select.init_args.every_n_steps=20",
+        "--select.init_args.mixture_sample=64",
         f"--data.init_args.pool={folder / 'pool'}",
         f"--data.init_args.reference.source={texts / 'held_out_reference.jsonl'}",
         f"--data.init_args.validation.source={texts / 'held_out_validation.jsonl'}",
@@ -94,6 +95,7 @@ def draw(runs: Mapping[str, OfflineRun], picture: Path) -> None:
     from matplotlib import pyplot as plt
 
     *_, last = runs
+    colours = {name: f"C{i}" for i, name in enumerate(runs)}
     figure, axes = plt.subplots(-(-len(PANELS) // 2), 2, figsize=(11, 9), dpi=90)
     for axis, (title, wanted, x) in zip(axes.flat, PANELS, strict=True):
         keys = sorted({key for row in runs[last].history for key in row if fnmatch(key, wanted)})
@@ -101,7 +103,9 @@ def draw(runs: Mapping[str, OfflineRun], picture: Path) -> None:
             shown = {key.rpartition("/")[2]: runs[last]} if len(keys) > 1 else runs
             for label, run in shown.items():
                 if found := points(run, key, x):
-                    axis.plot(*zip(*found, strict=True), marker="o", markersize=3, label=label)
+                    axis.plot(
+                        *zip(*found, strict=True), marker="o", markersize=3, label=label, color=colours.get(label)
+                    )
         if not axis.lines:
             raise ValueError(f"the run logged nothing that fits {wanted!r}: found {keys}")
         axis.set_title(title, fontsize=11, loc="left")
