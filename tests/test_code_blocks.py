@@ -93,16 +93,15 @@ def reader(tmp_path, monkeypatch) -> dict:
     monkeypatch.setattr(pl.Trainer, "__init__", lambda self, **given: init(self, **{**quiet, **given}))
     Path("checkpoints").mkdir()
     proxy = CausalLM(NETWORK)
-    pl.Trainer(max_steps=0).strategy.connect(proxy)
     state = {"state_dict": proxy.state_dict(), "global_step": 10, "hyper_parameters": {"config": NETWORK}}
     torch.save({**state, "pytorch-lightning_version": pl.__version__}, "checkpoints/last.ckpt")
     torch.save(state, "proxy.ckpt")
-    ids = torch.arange(24).reshape(2, 12)
+    row = {"input_ids": torch.arange(12), "labels": torch.arange(12)}
     return {
         "model": Model(),
         "data": SelectionDataModule(pool=rows(80, seed=0), reference=rows(6, seed=3), batch_size=2),
         "selection": MATES(every_n_steps=2, probes=8, regressor=HashedRidgeRegressor()),
-        "validation_loader": [{"input_ids": ids, "labels": ids}],
+        "validation_loader": torch.utils.data.DataLoader([row, row], batch_size=2),
     }
 
 
