@@ -40,7 +40,6 @@ def log_settings(trainer: pl.Trainer, about: Mapping[str, object]) -> None:
 
 def log_round(trainer: pl.Trainer, ledger: Ledger) -> None:
     """Send the numbers of the last round to every logger and say what it did; a failing logger costs a warning."""
-    record = ledger.rounds[-1]
     with only_looking("the numbers of a round could not be logged"):
         if not any(isinstance(each, LogsRounds) for each in trainer.callbacks):  # type: ignore[attr-defined]
             log_scalars(trainer, round_numbers(ledger))

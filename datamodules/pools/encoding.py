@@ -75,10 +75,10 @@ def encode_chats(tokenizer: "PreTrainedTokenizerBase", chats: Sequence[tuple[Seq
             "the reference set holds chats, and the tokenizer has no chat template: set tokenizer.chat_template, or "
             "give them as prompt and answer"
         )
-    return [_encode_chat(tokenizer, list(messages), first) for messages, first in chats]
+    return [_encode_chat(tokenizer, [dict(message) for message in messages], first) for messages, first in chats]
 
 
-def _encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[Mapping], first: int) -> Encoded:
+def _encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], first: int) -> Encoded:
     def written(count: int, asks: bool = False) -> str:
         return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=asks))
 

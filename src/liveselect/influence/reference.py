@@ -112,7 +112,8 @@ class ReferencePass:
         training does. Ranks that hold parts of the parameters share out the batches, and all get the same loss.
         """
         torch.clear_autocast_cache()  # casts of the weights made before the last step would be used again
-        shares = model.view.share(list(zip(self.batches, self.counts, self.sets or self.counts, strict=True)))
+        sets = self.sets or [0] * len(self.batches)
+        shares = model.view.share(list(zip(self.batches, self.counts, sets, strict=True)))
         losses = []
         with model.full_precision() if precision == "float32" else model.autocast():
             for (batch, _, _), _ in shares:
@@ -124,7 +125,7 @@ class ReferencePass:
         share = sum(float(weight.sum()) for weight in weights) / total
         mine = torch.tensor(reference_loss(losses, weights) * share, dtype=torch.float64)
         if self.names:
-            sums = self._sums_by_set(losses, weights, [int(number) for (_, _, number), _ in shares])
+            sums = self._sums_by_set(losses, weights, [number for (_, _, number), _ in shares])
             self._note_parts(model.view.sum(sums))
         return float(model.view.sum(mine))
 

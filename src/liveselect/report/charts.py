@@ -127,8 +127,8 @@ class Chart:
             return {
                 **shown,
                 "type": "bar",
-                "x": _short((edges[1:] + edges[:-1]) / 2),
-                "width": _short(np.diff(edges)),
+                "x": _short(((edges[1:] + edges[:-1]) / 2).tolist()),
+                "width": _short(np.diff(edges).tolist()),
                 "y": _short(trace.y),
                 "marker": {"color": colour, "line": {"width": 0}},
                 "customdata": texts,
