@@ -298,7 +298,7 @@ def text_tokens(batch: Batch) -> Tensor | None:
 
 # ---- parts -------------------------------------------------------------------------------------------------------
 
-_GIVEN = "_given"
+_GIVEN = "_given_to_constructor"  # no attribute that a part of one's own would have
 LONGEST_SETTING = 32
 """Items of a list that is noted as a setting; longer ones are data."""
 
