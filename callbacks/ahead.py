@@ -23,21 +23,27 @@ FIXED_SHARE = 0.5
 MOST_REPAID_SHARE = 0.5
 """Of a round's share: what is saved in it of what earlier rounds have spent too much."""
 
+LEAST_LAST_STEPS = 2
+"""Steps over which a round is spread where it is over the last ones: one for a fit, one for candidates."""
+
 PAUSE_SHARE = 0.01
 """Of a round's time: what a training step may be held up by measuring, unless a single candidate takes longer."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Either a number of candidates after every step, or a share of the time; neither means all between rounds.
+    """A number of candidates after each step, or a share of the time, or the last steps; none is all between rounds.
 
     Attributes:
         probes_between_steps: candidates that all ranks together measure after every optimizer step.
         max_overhead: share of the training time that measuring may take.
+        last_share: share of a round's steps, the last ones, over which all is spread: what is measured is then a few
+            steps old, and no step is held up for long.
     """
 
     probes_between_steps: int | None = None
     max_overhead: float | None = None
+    last_share: float | None = None
 
     def __post_init__(self) -> None:
         probes, share = self.probes_between_steps, self.max_overhead
@@ -49,7 +55,11 @@ class Pace:
             raise ValueError("expected probes_between_steps or max_overhead, got both: each says how much is measured")
 
     def __bool__(self) -> bool:
-        return self.probes_between_steps is not None or self.max_overhead is not None
+        return any(each is not None for each in (self.probes_between_steps, self.max_overhead, self.last_share))
+
+    def is_early(self, steps: int, left: int) -> bool:
+        """Return whether nothing is measured yet where ``left`` of the ``steps`` of a round are still to come."""
+        return self.last_share is not None and left > max(LEAST_LAST_STEPS, math.ceil(self.last_share * steps))
 
     def affordable(self, ahead: Measurement, left: float, longest_pause: float = math.inf) -> int:
         """Return how many candidates all ranks may measure now, when ``left`` seconds may be spent; a collective.
@@ -172,18 +182,31 @@ class Ahead:
             return
         if begins >= steps.estimated_stepping_batches or (run.ahead is not None and run.ahead.complete):
             return
+        batch = session.model.global_batch
+        if self.pace.is_early(-(-len(session.plan.ids) // batch), begins - steps.global_step):
+            return
         session.stop_training()
         if run.ahead is None:
             run.ahead = run.measurement()
         if self._round is None:
             self._round = session.open_round(steps, session.budget(steps, begins))
-        left, longest = self._left(session)
-        if limit := self.pace.affordable(run.ahead, left, longest):
+        limit, part = self._limit(session, begins - steps.global_step)
+        if limit:
             with session.measuring():
-                _advance(run.ahead, session, session.at_step(self._round, steps), limit)
+                _advance(run.ahead, session, session.at_step(self._round, steps), limit, part)
             run.ledger.ahead_seconds = sum(run.ahead.meter.seconds.values())
             run.ledger.ahead_flops = sum(run.ahead.meter.flops.values()) * steps.world_size
         session.clock.start()
+
+    def _limit(self, session: Session, steps: int) -> tuple[int, int | None]:
+        """Return how many candidates are measured now, and examples of a part of a fit, ``steps`` before the round."""
+        ahead = session.run.ahead
+        if ahead is None or self.pace.last_share is None:
+            return (0 if ahead is None else self.pace.affordable(ahead, *self._left(session))), None
+        todo = len(ahead.questions[-1].todo) if ahead.questions else 0
+        # all that is left of the fit is done after the last step but one, and nothing of it in the pause at the end
+        part = max(1, session.model.global_batch // 2) if steps > 1 else None
+        return max(1, -(-todo // max(1, steps))), part
 
     def _left(self, session: Session) -> tuple[float, float]:
         """Return the seconds that may be spent on measuring now, and those that a step may be held up."""
@@ -232,9 +255,11 @@ def _spent_in_run(ledger: Ledger) -> float:
     return ledger.selection_seconds - sum(ledger.before_seconds.values())
 
 
-def _advance(ahead: Measurement, session: Session, round: Round, limit: int | None = None) -> None:
+def _advance(
+    ahead: Measurement, session: Session, round: Round, limit: int | None = None, fit_examples: int | None = None
+) -> None:
     try:
-        ahead.advance(session.model, round, limit)
+        ahead.advance(session.model, round, limit, fit_examples)
     except RoundInterruptedError as stopped:
         log.info("%s: the run ends now, and continues from its last checkpoint", stopped)
         raise SIGTERMException from stopped

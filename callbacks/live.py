@@ -38,6 +38,9 @@ class LiveSelection(DataSelection):
     **What to set.** The width, ``ratio``: nothing that is known before a run tells the best one. Where the reference
     set is the pool's own mixture there is nothing to select, and selection only costs.
 
+    All this is spread over the last steps of a round, half a step's work after each, so that none is held up for long:
+    what is measured is a few steps old. Other paces can be set, see :class:`~liveselect.callbacks.DataSelection`.
+
     The first rounds, in which nothing is measured, are drawn by the prior alone.
 
     Args:
@@ -113,6 +116,7 @@ class LiveSelection(DataSelection):
                 reference_rows=_REFERENCE_ROWS,
                 reference_share=cost / 2,
             )
+        self.own_last_share = min(1.0, 2 * cost)  # half a step's work after each of them
         super().__init__(
             selector=selector,
             estimator=estimator,

@@ -106,6 +106,7 @@ class DataSelection(Callback):
             judges it. Not by default, because of that half.
     """
 
+    own_last_share: float | None = None  # of a round's steps, over which a preset spreads what it measures
     own_mixture_sample = 0  # of a preset; an argument's default would be lost where YAML passes those of every run
 
     def __init__(
@@ -133,7 +134,7 @@ class DataSelection(Callback):
             raise TypeError(f"expected seed to be a whole number, got {seed!r}")
         if not isinstance(mixture_sample, int) or mixture_sample < 0:
             raise ValueError(f"expected mixture_sample, a number of candidates, of at least 0, got {mixture_sample}")
-        pace = Pace(probes_between_steps, max_overhead)
+        pace = Pace(probes_between_steps, max_overhead) or self._own_pace(estimator, every_n_steps)
         check_arguments(selector, estimator, every_n_steps, warmup_rounds, loss_fn, most_rejected)
         check_spread(estimator, pace, every_n_steps)
         check_overhear(overhear, estimator, is_spread=bool(pace))
@@ -157,6 +158,13 @@ class DataSelection(Callback):
         check_contests(selector, self.verdict, is_spread=bool(pace))
         self._judging = Judging(verdict, seed, warmup_rounds, every_n_steps, self._random_states)
         self._session: Session | None = None  # made in setup, when the data are known
+
+    def _own_pace(self, estimator: InfluenceEstimator | None, every_n_steps: int) -> Pace:
+        """Return when rounds are measured where no argument says it."""
+        share = self.own_last_share
+        if share is None or every_n_steps == 1 or estimator is None or not estimator.spreadable:
+            return Pace()
+        return Pace(last_share=share)
 
     # ---- state -------------------------------------------------------------------------------------------------
 

@@ -415,6 +415,19 @@ class InfluenceEstimator(Part):
         """
         return {}
 
+    def fit_ahead(self, model: LiveModel, round: Round, examples: int) -> bool:
+        """Do a part of the coming :meth:`fit`, and return whether there was one left to do.
+
+        Called after some of the training steps before, so that the fit holds up none of them for long. What is kept of
+        it belongs to :meth:`state_dict`.
+
+        Args:
+            model: as it is at that step.
+            round: the round that will be measured.
+            examples: whose gradients the part should take at most, over all ranks.
+        """
+        return False
+
     def score_ids(self, model: LiveModel, round: Round, ids: Tensor) -> Tensor:
         """Return the influence of the candidates ``ids (m,)``, ``(m,)``; called instead of ``score`` if ``at_once``."""
         scores = [self.score(model, batch).float().cpu() for batch in round.batches(ids)]

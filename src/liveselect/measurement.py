@@ -150,10 +150,13 @@ class Measurement:
         """How many candidates were measured, or tried to be."""
         return int((self.steps >= 0).sum())
 
-    def advance(self, model: LiveModel, round: Round, limit: int | None = None) -> None:
+    def advance(
+        self, model: LiveModel, round: Round, limit: int | None = None, fit_examples: int | None = None
+    ) -> None:
         """Measure up to ``limit`` candidates over all ranks, at least one on each; all that is proposed when None.
 
-        The model is as it was afterwards. All ranks must call it alike.
+        The model is as it was afterwards. All ranks must call it alike. With ``fit_examples`` a fit that is due is made
+        in parts of about so many examples, one at each call, and candidates are measured when it is complete.
 
         Raises:
             ValueError: the selector proposes candidates, and there is no estimator, or they are none of the pool's.
@@ -169,6 +172,8 @@ class Measurement:
             if bits is None:  # where nothing is measured there is nothing to restore
                 bits = self._bits(model)
                 before = self._response(model, round, question)
+            if fit_examples is not None and self._fit_ahead(model, round, fit_examples):
+                break
             done = self._measure(model, round, question, self._fitted(model, round), left)
             if left is not None:
                 left -= min(left, done)
@@ -264,6 +269,16 @@ class Measurement:
                 self._selector.observe_tokens(question.ids[finite], question.tokens[finite])
             self._selector.observe(question.ids[finite], question.influence[finite])
         self._observed = len(self.questions)
+
+    def _fit_ahead(self, model: LiveModel, round: Round, examples: int) -> bool:
+        """Let the estimator do a part of its first fit; returns whether it had one to do."""
+        if self._fit is not None or self._estimator is None or self._disabled() is not None:
+            return False
+        try:
+            with self.meter.phase("fit estimator"), measuring(model.module, model.optimizer):
+                return self._estimator.fit_ahead(model, round, examples)
+        except NotMeasurableError:  # the fit says why
+            return False
 
     def _fitted(self, model: LiveModel, round: Round) -> Fit:
         """Return the estimator's fit, fitted again where it is due; the same on all ranks."""

@@ -10,9 +10,10 @@ from small_run import BATCH, POOL, SIMPLE, SmallLM, Trace, rows, small_trainer, 
 from two_ranks import batches, trained
 
 from liveselect.callbacks import MATES, PDS, DataSelection, LivePDS, LiveSelection, Quad
+from liveselect.callbacks.ahead import Pace
 from liveselect.datamodules import SelectionDataModule
 from liveselect.grammar import SelectionWarning
-from liveselect.influence import FirstOrderInfluence
+from liveselect.influence import FirstOrderInfluence, PMPInfluence
 from liveselect.regressors import HashedRidgeRegressor, TokenTableRegressor
 from liveselect.selectors import PriorSelector, RegressionSelector, UniformSelector
 
@@ -54,7 +55,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     selection = live(folder)
     settings = {"limit_val_batches": 1.0, "val_check_interval": 10, "check_val_every_n_epoch": None}
-    half = ModelCheckpoint(folder, "half", every_n_train_steps=12, save_top_k=-1)
+    half = ModelCheckpoint(folder, "half", every_n_train_steps=13, save_top_k=-1)
     _, module, trained_on = fit(folder, selection, half, **settings)
     return selection, module, trained_on
 
@@ -114,9 +115,24 @@ def test_measuring_leaves_training_bit_identical(tmp_path, whole):
 def test_a_run_that_is_resumed_goes_on_bit_for_bit(tmp_path, whole):
     selection, module, trained_on = whole
     half = selection.dirpath.parent / "half.ckpt"
+    saved = torch.load(half, weights_only=True)["callbacks"]["DataSelection"]["run"]["estimator"]["state"]
+    assert 0 < saved["rows"] < 8  # in the middle of a fit
     _, resumed, rest = fit(tmp_path, live(tmp_path), ckpt_path=half)
-    assert rest == trained_on[12 * BATCH :]
+    assert rest == trained_on[13 * BATCH :]
     assert weights_hash(resumed) == weights_hash(module)
+
+
+def test_measuring_is_spread_over_the_last_steps_of_a_round(whole):
+    for record in whole[0].run.ledger.rounds[1:]:
+        assert record.metrics["staleness/max"] == 1.0  # the step before took a part of the fit
+        assert record.metrics["reference_examples"] == 8.0
+
+
+def test_where_nothing_can_be_spread_all_is_measured_between_rounds():
+    assert not LiveSelection(every_n_steps=1).ahead.pace
+    assert not LiveSelection(estimator=PMPInfluence()).ahead.pace
+    assert LiveSelection(max_overhead=0.05).ahead.pace == Pace(max_overhead=0.05)
+    assert LiveSelection(cost=0.01).ahead.pace == Pace(last_share=0.02)
 
 
 def two_ranks_parts():

@@ -25,7 +25,7 @@ from liveselect.grammar import NotMeasurableError
 from liveselect.influence import FirstOrderInfluence
 from liveselect.influence.step_sizes import typical_gradient
 from liveselect.losses import causal_lm_loss
-from liveselect.preserve import checksum
+from liveselect.preserve import checksum, measuring
 
 CLIPS = {
     "inactive": lambda parameters: nn.utils.clip_grad_norm_(parameters, 1e6) and None,
@@ -357,6 +357,30 @@ def test_a_fit_lasts_and_has_a_direction_but_for_the_engine_that_takes_steps(eng
     takes_steps = engine == "optimizer_step"
     assert estimator.fit_lasts is estimator.has_direction is not takes_steps
     assert (estimator.direction() is None) is (estimator.fitted_state() is None) is takes_steps
+
+
+@pytest.mark.parametrize("gradient_at", ["zero_step", "current"])
+def test_a_fit_in_parts_is_the_fit_at_once_where_the_model_stands_still(gradient_at):
+    def estimator():
+        return FirstOrderInfluence("central_difference", gradient_at, slope_over="reference", reference_rows=3)
+
+    def ahead(context, part):
+        with measuring(context.model, context.optimizer):
+            return part.fit_ahead(context.live, context.round, 2)
+
+    context, whole, parts, resumed = warm_context(), estimator(), estimator(), estimator()
+    metrics = context.fit(whole)
+    assert ahead(context, parts)
+    resumed.load_state_dict(parts.state_dict())
+    assert [ahead(context, parts) for _ in range(2)] == [True, False]  # the fit of the other takes the third row
+    for each in (parts, resumed):
+        assert context.fit(each) == pytest.approx(metrics)
+        assert not each.state_dict()
+        for name, value in whole.direction().items():
+            torch.testing.assert_close(each.direction()[name], value)
+    ahead(context, parts)
+    later = context.but(index=context.round.index + 1)
+    assert later.fit(parts)["reference_examples"] == 3.0  # what was taken for another round does not count
 
 
 # ---- the slope of a step ---------------------------------------------------------------------------------------------

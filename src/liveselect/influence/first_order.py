@@ -1,7 +1,7 @@
 """Influence to first order: the product of every candidate's gradient with one direction."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
@@ -44,6 +44,9 @@ Engine = Literal["hooks", "central_difference", "forward_mode", "optimizer_step"
 GradientAt = Literal["zero_step", "current"]
 SlopeOver = Literal["candidates", "zero", "reference"]
 
+_Saw = Callable[[Tensor, Tensor], None]
+"""Called with the losses and the weights ``(B,)`` of a batch."""
+
 _AMPLITUDE_SHARE_AT_ZERO = 1e-5  # of the reference gradient: small enough for a derivative, large enough for float64
 _LOSS_CHANGE_NATS = {torch.float64: 1e-5, torch.float32: 1e-2}  # of the reference loss, between rounding and curvature
 _LOSS_CHANGE_NATS_16_BIT = 0.2  # rounding swallows shorter moves of a parameter in 16 bits
@@ -81,24 +84,50 @@ class _Fitted:
 
 
 @dataclass
-class _Seen:
-    """The losses of the reference rows, for their spread."""
+class _Gathered:
+    """The gradient of the reference rows of a round that were looked at so far, and their losses.
 
-    losses: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
+    Attributes:
+        round: index of the round; -1 for none.
+        rows: that were looked at.
+        tokens: of them that carry loss.
+        weight: of these tokens, their number unless sets of a mixture have weights of their own.
+        loss: sum of the losses of these tokens, each with its weight.
+        moments: ``(3,)`` float64, sums over rows of ``w^2``, ``w^2 l`` and ``w^2 l^2`` for a loss l of w tokens.
+        gradient: sum of the gradients of the losses of these tokens, by parameter.
+        sets: for each set of a mixture, by the name of its metric: loss and weight, as above.
+    """
 
-    def add(self, losses: Tensor, weights: Tensor) -> None:
-        """Take the losses and weights ``(B,)`` of a batch."""
-        self.losses.append(losses)
-        self.weights.append(weights)
+    round: int = -1
+    rows: int = 0
+    tokens: int = 0
+    weight: float = 0.0
+    loss: float = 0.0
+    moments: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    gradient: dict[str, Tensor] = field(default_factory=dict)
+    sets: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def error(self, mean: float) -> float:
-        """Return the standard error of the weighted ``mean`` loss, over the rows of all ranks; a collective."""
-        sums = torch.zeros(2, dtype=torch.float64)
-        for losses, weights in zip(self.losses, self.weights, strict=True):
-            sums += torch.stack([(weights * (losses - mean)).square().sum(), weights.sum()])
-        squares, weight = sum_over_ranks(sums).tolist()
-        return math.sqrt(squares) / weight
+    def add(self, reference: ReferencePass, loss: float, moments: Tensor, gradient: Mapping[str, Tensor]) -> None:
+        """Take the mean loss and gradient of more rows, and the ``moments (3,)`` of all ranks."""
+        self.rows += reference.examples
+        self.tokens += reference.targets
+        self.weight += reference.weight
+        self.loss += reference.weight * loss
+        self.moments = self.moments + moments
+        for name, (mean, weight) in reference.by_set().items():
+            before = self.sets.get(name, (0.0, 0.0))
+            self.sets[name] = (before[0] + weight * mean, before[1] + weight)
+        if not self.gradient:
+            self.gradient = {name: value * reference.weight for name, value in gradient.items()}
+            return
+        for name, value in gradient.items():
+            self.gradient[name] = self.gradient[name].to(value.device).add_(value, alpha=reference.weight)
+
+    def error(self) -> float:
+        """Return the standard error of the mean loss, weighted by tokens, over the rows."""
+        mean = self.loss / self.weight
+        weights, losses, squares = self.moments.tolist()
+        return math.sqrt(max(0.0, squares - 2 * mean * losses + mean**2 * weights)) / self.weight
 
 
 class FirstOrderInfluence(InfluenceEstimator):
@@ -201,6 +230,7 @@ class FirstOrderInfluence(InfluenceEstimator):
             raise ValueError(f"expected a positive difference, got {difference}")
         self.fit_lasts = self.has_direction = engine != "optimizer_step"
         self._fitted: _Fitted | None = None
+        self._gathered = _Gathered()  # of the coming round, before its fit
 
     def direction(self) -> Mapping[str, Tensor] | None:
         """Return the preconditioned reference gradient D by parameter name, None before a fit or where steps are taken.
@@ -249,18 +279,21 @@ class FirstOrderInfluence(InfluenceEstimator):
             )
         rate = live_learning_rate(model.optimizer)
         parameters = self._parameters(model)
-        reference = ReferencePass.load(model, round, self._rows(round))
-        with model.meter.phase("reference gradient"):
-            seen = _Seen()
-            loss, gradient, origin = self._reference_gradient(model, reference, parameters, seen)
+        origin = self._gather(model, round, parameters, None)
+        gathered, self._gathered = self._gathered, _Gathered()
         metrics = {
-            "reference_loss" if self.gradient_at == "current" else "reference_loss_zero_step": loss,
-            "reference_loss_error": seen.error(loss),
-            **reference.parts,
-            "reference_examples": float(reference.examples),
-            "reference_tokens": float(reference.targets),
+            "reference_loss" if self.gradient_at == "current" else "reference_loss_zero_step": (
+                gathered.loss / gathered.weight
+            ),
+            "reference_loss_error": gathered.error(),
+            **{name: total / max(weight, 1e-30) for name, (total, weight) in gathered.sets.items()},
+            "reference_examples": float(gathered.rows),
+            "reference_tokens": float(gathered.tokens),
             "probe_learning_rate": rate,
         }
+        device = model.device
+        parts = {name: value.to(device).div_(gathered.weight) for name, value in gathered.gradient.items()}
+        gradient = model.view.spread(parts, parameters)
         if self.engine == "optimizer_step":
             tangent = _Tangent(list(parameters.values()), origin, list(gradient.values()))
             self._fitted = _Fitted(tangent, rate)
@@ -276,6 +309,29 @@ class FirstOrderInfluence(InfluenceEstimator):
             "direction_norm": model.view.norm(list(direction.values())),
             "measured_share": sum(parameter.numel() for parameter in parameters.values()) / total,
         }
+
+    def fit_ahead(self, model: LiveModel, round: Round, examples: int) -> bool:
+        """Take the gradient of ``examples`` more reference rows, at the weights of this step; see the grammar."""
+        if self.engine == "optimizer_step" or model.view.in_parts:
+            return False
+        refuse_unfit(model)
+        live_learning_rate(model.optimizer)
+        before = self._gathered.rows if self._gathered.round == round.index else 0
+        self._gather(model, round, self._parameters(model), examples)
+        return self._gathered.rows > before
+
+    def state_dict(self) -> State:
+        """Return what was taken of the coming round's reference gradient; nothing where that is none."""
+        gathered = self._gathered
+        if not gathered.gradient:
+            return {}
+        kept = {name: value.detach().cpu().clone() for name, value in gathered.gradient.items()}
+        return {**vars(gathered), "moments": gathered.moments.clone(), "gradient": kept}
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._gathered = _Gathered(**state)
+        self._gathered.gradient = {name: value.clone() for name, value in self._gathered.gradient.items()}
 
     def fitted_state(self) -> State | None:
         """Return the last fit, for a measurement that goes on at later steps; None when it holds at one only.
@@ -363,12 +419,37 @@ class FirstOrderInfluence(InfluenceEstimator):
         affordable = max(_LEAST_REFERENCE_ROWS, int(self.reference_share * round.budget))
         return affordable if self.reference_rows is None else min(self.reference_rows, affordable)
 
+    def _gather(
+        self, model: LiveModel, round: Round, parameters: Mapping[str, nn.Parameter], examples: int | None
+    ) -> list[Tensor]:
+        """Take the gradient of the round's other reference rows, of ``examples`` at most where that is given.
+
+        Returns the parameters after the zero step, where the engine needs them.
+        """
+        if self._gathered.round != round.index:
+            self._gathered = _Gathered(round.index)
+        reference = ReferencePass.load(model, round, self._rows(round))
+        if examples is not None or self._gathered.rows:
+            reference = reference.part(self._gathered.rows, examples)
+        if not reference.batches:
+            return []
+        moments = torch.zeros(3, dtype=torch.float64)
+
+        def seen(losses: Tensor, weights: Tensor) -> None:
+            moments.add_(torch.stack([(weights.square() * losses**power).sum() for power in range(3)]))
+
+        with model.meter.phase("reference gradient"):
+            loss, gradient, origin = self._reference_gradient(model, reference, parameters, seen)
+            self._gathered.add(reference, loss, sum_over_ranks(moments), gradient)
+        return origin
+
     def _reference_gradient(
-        self, model: LiveModel, reference: ReferencePass, parameters: Mapping[str, nn.Parameter], seen: "_Seen"
+        self, model: LiveModel, reference: ReferencePass, parameters: Mapping[str, nn.Parameter], seen: _Saw
     ) -> tuple[float, dict[str, Tensor], list[Tensor]]:
         """Return the mean reference loss at ``gradient_at``, its gradient, and the parameters after the zero step.
 
-        Loss in nats per token, the token-weighted mean over the whole set, equal on all ranks.
+        Loss in nats per token, the token-weighted mean over all rows, equal on all ranks; of parameters that ranks hold
+        in parts, this rank's part of the gradient.
         """
         everything = trainable_parameters(model.optimizer)
         snapshot = Snapshot(model.module, model.optimizer)
@@ -391,13 +472,13 @@ class FirstOrderInfluence(InfluenceEstimator):
             snapshot.restore()
 
     def _mean_gradient(
-        self, model: LiveModel, reference: ReferencePass, parameters: Mapping[str, nn.Parameter], seen: "_Seen"
+        self, model: LiveModel, reference: ReferencePass, parameters: Mapping[str, nn.Parameter], seen: _Saw
     ) -> tuple[float, dict[str, Tensor]]:
         with model.full_precision() if self.reference_precision == "float32" else model.autocast():
-            loss, parts = reference.gradient(model, parameters, seen=seen.add)
+            loss, gradient = reference.gradient(model, parameters, seen=seen)
         when = "after a step on zero gradients" if self.gradient_at == "zero_step" else ""
         require_finite(loss, "lower the learning rate, or look at the training loss: the model may have diverged", when)
-        return loss, model.view.spread(parts, parameters)
+        return loss, gradient
 
     def _precondition(
         self,
@@ -424,12 +505,12 @@ class FirstOrderInfluence(InfluenceEstimator):
             share = 1.0 if self.slope_over == "reference" else _AMPLITUDE_SHARE_AT_ZERO
             amplitudes = {id(p): share * wanted[name].abs() for name, p in parameters.items()}
         parts = {}
-        for name, parameter in parameters.items():
-            amplitude = amplitudes.pop(id(parameter))
-            least = torch.finfo(amplitude.dtype).tiny ** 0.5  # its square is still above zero in float64
-            with model.meter.counting(model.module, "slope", name):
+        with model.meter.counting(model.module, "slopes", tuple(parameters)):
+            for name, parameter in parameters.items():
+                amplitude = amplitudes.pop(id(parameter))
+                least = torch.finfo(amplitude.dtype).tiny ** 0.5  # its square is still above zero in float64
                 slope = step_slope(model.optimizer, parameter, amplitude.clamp(min=least))
-            parts[name] = (-kept / rate * slope * wanted[name]).to(parameter.dtype)
+                parts[name] = (-kept / rate * slope * wanted[name]).to(parameter.dtype)
         reached = view.sum(torch.stack([(view.local(gradient[name]) != 0).any() for name in parts]).double())
         moves = view.sum(torch.stack([(part != 0).any() for part in parts.values()]).double()).tolist()
         spread = view.spread(parts, parameters)

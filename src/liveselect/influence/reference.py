@@ -94,6 +94,21 @@ class ReferencePass:
         sets = [_set_of(batch) for batch in batches] if names else []
         return cls([model.to_device(batch) for batch in batches], counts, tokens, names, sets)
 
+    def part(self, begin: int, rows: int | None = None) -> "ReferencePass":
+        """Return the rows from ``begin`` on; ``rows`` of them, where that is given, so that ranks share them out."""
+        end = math.inf if rows is None else begin + rows
+        most = None if rows is None else -(-rows // distributed.world_size())
+        batches, place = list[Batch](), 0
+        for batch, counts in zip(self.batches, self.counts, strict=True):
+            first, last = max(0, begin - place), int(min(len(counts), end - place))
+            place += len(counts)
+            if first < last:
+                inside = {key: _rows_of(value, len(counts), first, last) for key, value in batch.items()}
+                batches += split_rows(inside, most)
+        counted = [token_weights(batch).cpu() for batch in batches]
+        sets = [_set_of(batch) for batch in batches] if self.names else []
+        return ReferencePass(batches, counted, sum(batch["input_ids"].numel() for batch in batches), self.names, sets)
+
     @property
     def examples(self) -> int:
         """Number of reference examples."""
@@ -102,7 +117,19 @@ class ReferencePass:
     @property
     def targets(self) -> int:
         """Number of tokens that carry loss."""
-        return round(sum(float(count.sum()) for count in self.counts))
+        return round(self.weight)
+
+    @property
+    def weight(self) -> float:
+        """Their weights added up, which are 1 each unless sets have weights of their own."""
+        return sum(float(count.sum()) for count in self.counts)
+
+    def by_set(self) -> dict[str, tuple[float, float]]:
+        """Return the mean loss of each set in the last pass, and the weight of its tokens, by name of the metric."""
+        weights = dict.fromkeys(self.parts, 0.0)
+        for number, count in zip(self.sets, self.counts, strict=False):
+            weights[_metric_of(self.names[number])] += float(count.sum())
+        return {name: (mean, weights[name]) for name, mean in self.parts.items()}
 
     @torch.no_grad()  # not inference_mode: tensors that a model caches in it cannot be used in training
     def loss(self, model: LiveModel, precision: Precision = "float32") -> float:
@@ -138,7 +165,7 @@ class ReferencePass:
 
     def _note_parts(self, sums: Tensor) -> None:
         means = [total / max(weight, 1e-30) for total, weight in sums.tolist()]
-        self.parts.update({f"reference_loss/{name}": mean for name, mean in zip(self.names, means, strict=True)})
+        self.parts.update({_metric_of(name): mean for name, mean in zip(self.names, means, strict=True)})
 
     def gradient(
         self,
@@ -305,6 +332,10 @@ def _grouped(batches: list[Batch]) -> list[Batch]:
     return [{**batch, **{key: one.expand(count_rows(batch)) for key, one in kept.items()}} for batch in grouped]
 
 
+def _metric_of(name: str) -> str:
+    return f"reference_loss/{name}"
+
+
 def _in_turn(batches: list[Batch], rows: int, round: Round) -> list[Batch]:
     """Return ``rows`` rows of all batches, those whose turn it is in a round."""
     counts = [count_rows(batch) for batch in batches]
@@ -328,11 +359,16 @@ def split_rows(batch: Batch, rows: int | None) -> list[dict[str, Tensor]]:
     if rows is None or rows >= count:
         return [dict(batch)]
 
-    def part(value: Tensor, begin: int) -> Tensor:
-        per_example = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
-        return value[begin : begin + rows] if per_example else value
+    return [
+        {key: _rows_of(value, count, begin, begin + rows) for key, value in batch.items()}
+        for begin in range(0, count, rows)
+    ]
 
-    return [{key: part(value, begin) for key, value in batch.items()} for begin in range(0, count, rows)]
+
+def _rows_of(value: Tensor, count: int, begin: int, end: int) -> Tensor:
+    """Return some rows of a tensor of a batch of ``count`` examples; all of one that has none for each."""
+    per_example = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+    return value[begin:end] if per_example else value
 
 
 def require_finite(loss: float, cure: str, when: str = "") -> None:
