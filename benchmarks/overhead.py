@@ -1,14 +1,19 @@
 """What selection does to the steps of a training, and what watching it costs.
 
-1. Step times and peak memory with selection off, in one pause between rounds, spread over the steps, and within a share
+1. What the recommended default, LiveSelection as it comes, takes of a run, beside the same run without selection, just
+   before it, for rounds of several lengths. Seconds are processor time, of which other work on the machine takes
+   nothing; on a GPU they are those of the clock. Each run is one process. That of the default has a round that the
+   prior draws and two that are measured. What is done once, before the first step, is printed apart.
+2. Step times and peak memory with selection off, in one pause between rounds, spread over the steps, and within a share
    of the time. Each way trains in a process of its own, one after the other.
-2. Decisions, alarms and SelectionMonitor (W&B offline, TensorBoard, CSV), each as a share of the training time of one
+3. Decisions, alarms and SelectionMonitor (W&B offline, TensorBoard, CSV), each as a share of the training time of one
    run. A round every few steps is the worst case for watching: rounds are as short as Quad's, and steps far shorter
    than those of a model worth watching.
-3. The governor: selection's share of the time over a long run of each method, beside what max_overhead was set to, and
+4. The governor: selection's share of the time over a long run of each method, beside what max_overhead was set to, and
    the longest step beside the median one.
 
-    python benchmarks/overhead.py [--steps 200] [--every 20]
+    OMP_NUM_THREADS=1 python benchmarks/overhead.py --tables default [--short]
+    python benchmarks/overhead.py --tables steps watching [--steps 200] [--every 20]
     python benchmarks/overhead.py --size 160m --accelerator gpu --precision bf16-mixed --tables steps
 """
 
@@ -39,7 +44,17 @@ from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import RegressionSelector, UniformSelector
 
 # hidden size, layers, vocabulary, tokens of an example: the larger ones are Pythia's
-SIZES = {"5m": (256, 4, 4096, 128), "160m": (768, 12, 50304, 1024), "410m": (1024, 24, 50304, 1024)}
+SIZES = {
+    "1m": (128, 2, 4096, 128),
+    "5m": (256, 4, 4096, 128),
+    "160m": (768, 12, 50304, 1024),
+    "410m": (1024, 24, 50304, 1024),
+}
+LENGTHS, SHORT_LENGTHS = (50, 100, 200), (20, 40)
+"""Steps of a round of the default."""
+KINDS = 8
+"""Of text in the pool, each with tokens of its own; the reference set is of one."""
+
 WAYS: dict[str, dict[str, Any]] = {
     "off": {},
     "one pause": {},
@@ -69,13 +84,25 @@ class TimedMonitor(SelectionMonitor):
 class Clock(pl.Callback):
     """Notes when each optimizer step begins; the time to the next one is what a step takes, selection included."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_process: bool = False, stops_after: int | None = None) -> None:
         self.begun: list[float] = []
+        self.started = 0.0
+        self._stops_after = stops_after
+        self._now = time.process_time if of_process else time.perf_counter
+
+    def on_fit_start(self, *rest: Any) -> None:
+        self.started = self._now()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *rest: Any) -> None:
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()
-        self.begun.append(time.perf_counter())
+        self.begun.append(self._now())
+        trainer.should_stop = trainer.should_stop or len(self.begun) == self._stops_after
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each step."""
+        return [later - earlier for earlier, later in itertools.pairwise(self.begun)]
 
 
 def rows(arguments: argparse.Namespace, count: int, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -141,7 +168,6 @@ def train_one_way(arguments: argparse.Namespace, way: str) -> None:
         trainer = trainer_of(arguments, Path(name), [clock, selection], logger=False)
         module = CausalLM(network(arguments))
         trainer.fit(module, datamodule=data_of(arguments))
-    begun = clock.begun[arguments.every :]  # the warm-up round measures nothing
     if arguments.accelerator == "gpu":
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -149,7 +175,7 @@ def train_one_way(arguments: argparse.Namespace, way: str) -> None:
     rounds = selection.run.ledger.rounds[1:]
     found = {
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
-        "seconds": [later - earlier for earlier, later in itertools.pairwise(begun)],
+        "seconds": clock.seconds[arguments.every :],  # the warm-up round measures nothing
         "peak": peak,
         "measured": sum(record.metrics.get("measured", 0.0) for record in rounds) / max(1, len(rounds)),
         "age": max((record.metrics.get("staleness/max", 0.0) for record in rounds), default=0.0),
@@ -165,9 +191,7 @@ def compare_ways(arguments: argparse.Namespace) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     off = None
     for way in WAYS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = json.loads(answer.splitlines()[-1])
+        found = run_again("--way", way, "--tables", "steps")
         seconds = found["seconds"]
         mean = statistics.fmean(seconds)
         off = off or mean
@@ -178,24 +202,93 @@ def compare_ways(arguments: argparse.Namespace) -> None:
     print(f"\n{size}, batches of {arguments.batch} x {arguments.tokens} tokens, {arguments.precision}, {steps}")
 
 
+def rows_of_kinds(arguments: argparse.Namespace, count: int, seed: int, kinds: int) -> list[dict[str, torch.Tensor]]:
+    """Return rows of which each ``kinds``-th has the same range of tokens, so that influence can be predicted."""
+    span = SIZES[arguments.size][2] // KINDS
+    made = rows(arguments, count, seed)
+    return [{"input_ids": row["input_ids"] % span + span * (i % kinds)} for i, row in enumerate(made)]
+
+
+def train_with_default(arguments: argparse.Namespace) -> None:
+    """Train with the default, or without selection, and print what it took as a line of JSON."""
+    steps = 2 + (
+        min(50, arguments.every) if arguments.way == "off" else 2 * arguments.every
+    )  # the first and last are not timed
+    clock = Clock(arguments.accelerator == "cpu", steps)
+    arguments.steps = 3 * arguments.every  # a shorter last round would measure less
+    data = SelectionDataModule(
+        pool=rows_of_kinds(arguments, 5 * arguments.steps * arguments.batch, 1, KINDS),
+        reference=rows_of_kinds(arguments, 256, 2, 1),
+        batch_size=arguments.batch,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        selection: DataSelection
+        if arguments.way == "off":
+            selection = DataSelection(UniformSelector(), every_n_steps=10**6, dirpath=name)
+        else:
+            selection = LiveSelection(every_n_steps=arguments.every, dirpath=name)
+        trainer_of(arguments, Path(name), [clock, selection], logger=False).fit(CausalLM(network(arguments)), data)
+    ledger = selection.run.ledger
+    flops = [sum(record.flops.values()) for record in ledger.rounds]
+    training = ledger.training_flops / len(clock.begun)
+    found = {
+        "seconds": clock.seconds[1:],  # the first step allocates memory
+        "flops": sum(flops) / (sum(flops) + training * 2 * arguments.every),
+        "before": clock.begun[0] - clock.started,
+        "measured": [len(record.measured) for record in ledger.rounds],
+        "references": [record.metrics.get("reference_examples", 0.0) for record in ledger.rounds],
+    }
+    print(json.dumps(found))
+
+
+def run_again(*more: str) -> Any:
+    """Run this script with some more arguments, and return what it found."""
+    command = [sys.executable, __file__, *sys.argv[1:], *more]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def price_the_default(arguments: argparse.Namespace) -> None:
+    """Print the share of the default in FLOPs and seconds, and its longest step, by the length of rounds."""
+    columns = ("steps of a round", "probes", "reference rows", "FLOPs", "seconds", "longest step / median")
+    print("|", " | ".join([*columns, "without selection"]), "|")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for every in SHORT_LENGTHS if arguments.short else LENGTHS:
+        off, on = (run_again("--tables", "default", "--way", way, "--every", str(every)) for way in ("off", "default"))
+        median, longest = statistics.median(on["seconds"]), max(on["seconds"])
+        plain, without = statistics.median(off["seconds"]), statistics.fmean(off["seconds"])
+        share = 1 - without / statistics.fmean(on["seconds"])
+        ratios = longest / median, max(off["seconds"]) / plain
+        cells = [every, on["measured"][1], f"{on['references'][1]:.0f}", f"{on['flops']:.1%}", f"{share:.1%}"]
+        print("|", " | ".join(map(str, [*cells, *(f"{ratio:.2f}" for ratio in ratios)])), "|", flush=True)
+        before = (on["before"] - off["before"]) / plain
+    size, tokens = arguments.size, f"{arguments.batch} x {arguments.tokens} tokens"
+    print(f"\n{size}, batches of {tokens}, {arguments.precision}, a step of {1000 * plain:.0f} ms; LiveSelection()")
+    print(f"before the first step, once (prior, rehearsal): as long as {before:.1f} steps")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=20, help="steps of a round")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--probes", type=int, default=64)
-    parser.add_argument("--size", choices=SIZES, default="5m", help="of the model (default: %(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="1m", help="of the model (default: %(default)s)")
     parser.add_argument("--tokens", type=int, help="of an example (default: as suits the size)")
     parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--precision", default="32-true")
-    parser.add_argument(
-        "--tables", nargs="+", choices=["steps", "watching", "governor"], default=["steps", "watching", "governor"]
-    )
+    tables = ["default", "steps", "watching", "governor"]
+    parser.add_argument("--tables", nargs="+", choices=tables, default=["default"])
+    parser.add_argument("--short", action="store_true", help="shorter rounds of the default: two minutes")
     parser.add_argument("--governed", choices=GOVERNED, help=argparse.SUPPRESS)
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=[*WAYS, "default"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.tokens = arguments.tokens or SIZES[arguments.size][3]
     warnings.filterwarnings("ignore")
+    if arguments.way and "default" in arguments.tables:
+        train_with_default(arguments)
+        return
+    if "default" in arguments.tables:
+        price_the_default(arguments)
     if arguments.way:
         train_one_way(arguments, arguments.way)
         return
