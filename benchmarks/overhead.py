@@ -287,14 +287,14 @@ def main() -> None:
     if arguments.way and "default" in arguments.tables:
         train_with_default(arguments)
         return
-    if "default" in arguments.tables:
-        price_the_default(arguments)
     if arguments.way:
         train_one_way(arguments, arguments.way)
         return
     if arguments.governed:
         train_governed(arguments, arguments.governed)
         return
+    if "default" in arguments.tables:
+        price_the_default(arguments)
     if "steps" in arguments.tables:
         compare_ways(arguments)
     if "governor" in arguments.tables:
