@@ -19,6 +19,8 @@ LOGGER = "liveselect"
 MOST_SHARE = 0.5
 """Share of measuring in the time of a run above which a warning is due."""
 
+_REPEATED = 1.05  # effective epochs from which on a line says them
+
 log = logging.getLogger(LOGGER)
 
 
@@ -58,10 +60,12 @@ def round_line(record: RoundRecord, share: float | None) -> str:
         guess += f" of {held_out:.0f} held out"
     if spearman is not None and top is not None:
         guess += f" (best fifth {top:+.2f} sd)"
+    epochs = record.metrics.get("effective_epochs", 1.0)
+    again = f", {epochs:.1f} times each by now" if epochs >= _REPEATED else ""
     taken = "" if share is None else f"; selection took {share:.1%} of the time"
     return (
         f"round {record.round}, step {record.step}: {record.selector} {measured}chose {record.chosen} of "
-        f"{record.candidates}{guess}, in {record.total_seconds:.1f} s{taken}"
+        f"{record.candidates}{again}{guess}, in {record.total_seconds:.1f} s{taken}"
     )
 
 

@@ -5,10 +5,10 @@ from typing import Any, Unpack
 from liveselect.arguments import check_plain
 from liveselect.callbacks.arguments import SpreadRunArguments, only
 from liveselect.callbacks.selection import DataSelection
-from liveselect.grammar import InfluenceEstimator, InfluenceRegressor
+from liveselect.grammar import InfluenceEstimator, InfluenceRegressor, Selector
 from liveselect.influence import FirstOrderInfluence
 from liveselect.regressors import TokenTableRegressor
-from liveselect.selectors import PriorSelector, RegressionSelector
+from liveselect.selectors import CappedSelector, PriorSelector, RegressionSelector
 
 _REFERENCE_ROWS = 64
 
@@ -57,6 +57,7 @@ class LiveSelection(DataSelection):
         regressor: predicts influence; by default :class:`~liveselect.regressors.TokenTableRegressor`.
         max_uses: how often a candidate is trained on before those below the prior's part come in.
         max_group_share: most that one group may fill of what is chosen by influence.
+        max_per_document: most candidates of one document in a round, where the pool was prepared; None for any.
         warmup_rounds: rounds at the beginning that are drawn by the prior alone.
         run: arguments of every run, see :class:`~liveselect.callbacks.DataSelection`; ``mixture_sample`` is 64.
     """
@@ -77,6 +78,7 @@ class LiveSelection(DataSelection):
         regressor: InfluenceRegressor | None = None,
         max_uses: int | None = 4,
         max_group_share: float = 1.0,
+        max_per_document: int | None = None,
         warmup_rounds: int = 1,
         **run: Unpack[SpreadRunArguments],
     ) -> None:
@@ -90,7 +92,7 @@ class LiveSelection(DataSelection):
         if not 0.0 < cost < 1.0:
             raise ValueError(f"expected cost, a share of the cost of training, between 0 and 1, got {cost}")
         kept = min(1.0, gate * ratio)
-        selector: RegressionSelector | PriorSelector = RegressionSelector(
+        selector: Selector = RegressionSelector(
             regressor=TokenTableRegressor() if regressor is None else regressor,
             # a probe is two forwards where a trained example is three
             probes=0.75 * cost if probes is None else probes,
@@ -109,6 +111,8 @@ class LiveSelection(DataSelection):
                 max_uses=max_uses,
                 warmup_ratio=ratio,
             )
+        if max_per_document is not None:
+            selector = CappedSelector(selector, max_per_document)
         if estimator is None:
             estimator = FirstOrderInfluence(
                 engine="central_difference",

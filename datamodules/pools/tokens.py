@@ -136,6 +136,11 @@ class TokenStore:
         codes = pc.index_in(self._column("source"), value_set=pa.array(self.group_names)).to_numpy()
         return torch.from_numpy(_majority(self._starts, codes.astype(np.int64), self.rows, self.block_size))
 
+    def documents_of_rows(self) -> Tensor:
+        """Return the place of the document that most tokens of each block come from, ``(rows,)`` int64."""
+        starts = self._starts
+        return torch.from_numpy(_majority(starts, np.arange(len(starts)), self.rows, self.block_size)).long()
+
     def read(self, ids: Tensor | Sequence[int]) -> Tensor:
         """Return the blocks ``ids (n,)`` as ``(n, T)`` int64."""
         rows = np.asarray(ids, dtype=np.int64)

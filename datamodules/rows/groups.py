@@ -41,7 +41,7 @@ class Clusters:
     """
 
     def __init__(self, store: TokenStore, name: str = "clusters") -> None:
-        self.path = store.path / name
+        self.path, self._store = store.path / name, store
         if not (self.path / MANIFEST).is_file():
             raise FileNotFoundError(
                 f"expected the clusters of the pool at {self.path}, found none: run `liveselect cluster {store.path}"
@@ -103,7 +103,7 @@ class Clusters:
             reach=self.manifest["settings"]["reach"],
         )
 
-    def pool(self, fingerprint: str, sources: Grouping | None = None) -> CandidatePool:
+    def pool(self, fingerprint: str) -> CandidatePool:
         """Return the candidates of the pool, with the clusters as their groups, and the sources beside them.
 
         Raises:
@@ -122,7 +122,17 @@ class Clusters:
         for array in (groups, *(value.numpy() for value in vars(geometry).values() if isinstance(value, Tensor))):
             digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         codes = torch.from_numpy(groups)
-        return CandidatePool(len(groups), fingerprint, codes, self.names, geometry, digest.hexdigest(), sources)
+        store = self._store
+        return CandidatePool(
+            len(groups),
+            fingerprint,
+            codes,
+            self.names,
+            geometry,
+            digest.hexdigest(),
+            lambda: Grouping(store.groups, store.group_names),
+            store.documents_of_rows,
+        )
 
 
 def _read_manifest(file: Path) -> JsonObject:
@@ -164,10 +174,9 @@ def open_pool(rows: Rows, groups: str | None) -> CandidatePool:
     if rows.store is not None:
         names = rows.store.group_names
         if groups is not None:
-            sources = Grouping(rows.store.groups, names) if len(names) > 1 else None
-            return Clusters(rows.store, groups).pool(rows.fingerprint, sources)
+            return Clusters(rows.store, groups).pool(rows.fingerprint)
         codes = rows.store.groups if len(names) > 1 else None
-        return CandidatePool(len(rows), rows.fingerprint, codes, names)
+        return CandidatePool(len(rows), rows.fingerprint, codes, names, documents_of=rows.store.documents_of_rows)
     if groups is None:
         return CandidatePool(len(rows), rows.fingerprint)
     values = np.asarray([str(value) for value in _column(rows.source, groups)])

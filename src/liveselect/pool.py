@@ -1,7 +1,8 @@
 """The pool: the candidates, their groups, and their uses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,7 +53,10 @@ class CandidatePool:
         group_names: a name for each group code.
         geometry: which groups are near each other, where that is known.
         groups_fingerprint: identifies the groups where ``fingerprint`` does not; a resumed run refuses others.
-        sources: where candidates come from, where the groups are something else and that is known.
+        sources_of: returns where candidates come from, when it is first needed; None where the groups say it, or it is
+            not known.
+        documents_of: returns the document of every candidate, ``(size,)`` int64, when it is first needed; None where
+            documents are not known.
 
     Attributes:
         uses: ``(size,)`` int32, the number of plans that held each candidate.
@@ -66,7 +70,8 @@ class CandidatePool:
         group_names: Sequence[str] | None = None,
         geometry: GroupGeometry | None = None,
         groups_fingerprint: str | None = None,
-        sources: Grouping | None = None,
+        sources_of: Callable[[], Grouping] | None = None,
+        documents_of: Callable[[], Tensor] | None = None,
     ) -> None:
         if size < 1:
             raise ValueError(f"expected a pool of at least one candidate, got {size}")
@@ -85,8 +90,19 @@ class CandidatePool:
         self.group_names = tuple(group_names or ())
         self.geometry = geometry
         self.groups_fingerprint = groups_fingerprint
-        self.sources = sources
+        self._sources_of = sources_of
+        self._documents_of = documents_of
         self.uses = torch.zeros(size, dtype=torch.int32)
+
+    @cached_property
+    def sources(self) -> Grouping | None:
+        """Where candidates come from, where the groups are something else; None where that is not known."""
+        return None if self._sources_of is None else self._sources_of()
+
+    @cached_property
+    def documents(self) -> Tensor | None:
+        """The document that most tokens of each candidate are of, ``(size,)`` int64; None where that is not known."""
+        return None if self._documents_of is None else self._documents_of()
 
     @property
     def identity(self) -> tuple[str, str | None]:

@@ -355,7 +355,7 @@ def test_a_cell_that_runs_out_gives_all_and_the_pool_is_used_up_once():
     for _ in range(5):
         played(run)
     assert source.pool.uses.tolist() == [1] * 400
-    assert any(record.metrics["mixture/short"] > 0 for record in run.ledger.rounds)
+    assert any(record.metrics["weights/short"] > 0 for record in run.ledger.rounds)
 
 
 def test_the_offset_of_a_prior_beneath_is_added_to_what_a_cell_is_worth():

@@ -51,6 +51,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     "What is chosen": (
         Panel("Mixture", ("mixture/*",), "round", "stacked"),
         Panel("Candidates", ("candidates", "measured", "chosen"), "round"),
+        Panel("Times that what is trained on was trained on", ("effective_epochs",), "round"),
         Panel("Chosen and rejected text", ("examples",), kind="table"),
         Panel("Sources and arms", ("groups",), kind="table"),
     ),

@@ -1,5 +1,6 @@
 """What to measure, and what to train on."""
 
+from liveselect.selectors.capped import CappedSelector
 from liveselect.selectors.mixture import MixtureSelector
 from liveselect.selectors.ngram_prior import NGramPrior
 from liveselect.selectors.portfolio import PortfolioSelector
@@ -11,6 +12,7 @@ from liveselect.selectors.ucb import UCBSelector
 from liveselect.selectors.uniform import UniformSelector
 
 __all__ = [
+    "CappedSelector",
     "MixtureSelector",
     "NGramPrior",
     "PortfolioSelector",

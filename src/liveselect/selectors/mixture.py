@@ -43,7 +43,7 @@ class MixtureSelector(Selector):
 
     and the nearest weights (in relative entropy) are taken that are at least ``floor`` and at most ``cap`` times the
     share of the cell in the pool. These bounds are of the weights; a cell that holds too few in a round gives all of
-    them, and the others fill it in proportion, which ``mixture/short`` among the metrics counts.
+    them, and the others fill it in proportion, which ``weights/short`` among the metrics counts.
 
     **Tables.** ``weights`` begins with those of a table, and goes back to them in place of the pool's mixture where
     nothing is known; with ``probes=0`` and no captured steps they stay. The folder of a run holds the last ones as
@@ -117,7 +117,7 @@ class MixtureSelector(Selector):
         self.forgetting = forgetting
         self.needs_estimator = probes > 0
         self._table = None if prior is None else ScoreTable(prior, column)
-        self._given = None if weights is None else read_table(weights)
+        self._start = None if weights is None else read_table(weights)
         self._cells: Cells | None = None
         self._arms: Arms | None = None
         self._values: Tensor | None = None  # scores that the cells are made of
@@ -154,7 +154,7 @@ class MixtureSelector(Selector):
     def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
         """Return which candidates may be drawn, ``(size,)`` bool: of cells with a weight, with a score above -inf."""
         mine = None if self._table is None else self._table.eligible(pool)
-        if self._given is None or self.floor > 0:
+        if self._start is None or self.floor > 0:
             return mine
         cells = self._divide(pool)
         drawn = (self._base > 0)[cells.codes.long()]
@@ -203,11 +203,11 @@ class MixtureSelector(Selector):
             ids,
             metrics={
                 "measured": float(measured),
-                "mixture/change": float((weights - before).abs().sum() / 2),
-                "mixture/most_over_pool": float(times.max()),
-                "mixture/least_over_pool": float(times.min()),
-                "mixture/worth": float(self._weights @ worth),
-                "mixture/short": float(short),
+                "weights/change": float((weights - before).abs().sum() / 2),
+                "weights/most_over_pool": float(times.max()),
+                "weights/least_over_pool": float(times.min()),
+                "weights/worth": float(self._weights @ worth),
+                "weights/short": float(short),
             },
             group_metrics={"weight": torch.bincount(groups, weights, names)},
             reasons={"drawn uniformly from its cell of the mixture": ids},
@@ -307,7 +307,7 @@ class MixtureSelector(Selector):
 
     def _base_of(self, cells: Cells) -> Tensor:
         """Return the mixture where nothing is known, ``(K,)``."""
-        return self._share if self._given is None else cells.weights(self._given, self._share)
+        return self._share if self._start is None else cells.weights(self._start, self._share)
 
     def _bounded(self, weights: Tensor) -> Tensor:
         return within_bounds(weights, self.floor * self._share, self.cap * self._share)
