@@ -18,6 +18,8 @@ from liveselect.pool import CandidatePool
 from liveselect.regressors import EncoderRegressor, HashedRidgeRegressor, TokenTableRegressor
 from liveselect.rounds import SelectionRun
 from liveselect.selectors import (
+    CappedSelector,
+    MixtureSelector,
     PortfolioSelector,
     PriorSelector,
     RegressionSelector,
@@ -87,6 +89,8 @@ LIBRARY = [
     (Selector, ReplaySelector("a run")),
     (Selector, UCBSelector()),
     (Selector, StratifiedSelector()),
+    (Selector, MixtureSelector()),
+    (Selector, CappedSelector(UCBSelector())),
     (Selector, regression()),
     (Selector, PriorSelector(UCBSelector(), np.zeros(9))),
     (Selector, PortfolioSelector({"one": UniformSelector(), "other": UCBSelector()})),
@@ -228,6 +232,7 @@ MISSPELT = {
         "observes": "observe",
         "observed": "observe",
         "observe_steps": "observe_step",
+        "filed": "files",
         "checks": "check",
         "cost_before_train": "cost_before_training",
         "state_dicts": "state_dict",
