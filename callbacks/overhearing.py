@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -15,7 +16,13 @@ from liveselect.callbacks.silence import silent_logging
 from liveselect.cost import CostMeter
 from liveselect.functional.sharding import is_sharded
 from liveselect.grammar import Batch, InfluenceEstimator, LossFn, SelectionWarning, State
-from liveselect.influence.training_step import LossMean, TrainingStepScores, find_loss_mean, mean_weights
+from liveselect.influence.training_step import (
+    LossMean,
+    TrainingStepScores,
+    find_loss_mean,
+    mean_weights,
+    tokens_of_positions,
+)
 from liveselect.losses import target_counts, targets_shape
 from liveselect.parts import checked_direction
 from liveselect.preserve import measuring
@@ -72,6 +79,7 @@ class Overhearing:
         """Capture a micro-batch, if it belongs to one of the steps."""
         direction = self.direction(run, global_batch)
         if direction is not None:
+            self.capture.by_token = run.selector.learns_tokens
             self.capture.begin(trainer, pl_module, batch, direction)
 
     def end(self, trainer: pl.Trainer, run: SelectionRun, examples: int, global_batch: int) -> None:
@@ -88,12 +96,14 @@ class Overhearing:
         if self.direction(run, global_batch) is None:
             return
         record = run.ledger.rounds[-1]
-        ids, influence, flops = self.capture.collect()
+        ids, influence, tokens, flops = self.capture.collect()
         if flops:
             record.flops[PHASE] = record.flops.get(PHASE, 0.0) + flops
         finite = influence.isfinite()
         if finite.any():
             record_captured(trainer, record, ids[finite], influence[finite])
+            if tokens is not None:
+                run.selector.observe_step_tokens(ids[finite], tokens[finite])
             run.selector.observe_step(ids[finite], influence[finite])
 
     def take_seconds(self) -> float:
@@ -129,6 +139,7 @@ class StepCapture:
     Attributes:
         disabled: whether it has given up.
         meter: seconds and FLOPs of this rank that were not reported yet.
+        by_token: whether what single tokens were worth is kept as well.
     """
 
     def __init__(self, loss_fn: LossFn, examples: int | None = None) -> None:
@@ -136,6 +147,7 @@ class StepCapture:
         self.meter = CostMeter()
         self.loss_fn = loss_fn
         self.examples = examples
+        self.by_token = False
         self._scores: TrainingStepScores | None = None
         self._batch: Mapping[str, Tensor] = {}
         self._wanted = 0
@@ -143,7 +155,7 @@ class StepCapture:
         self._mean: LossMean | None = None
         self._same = False  # whether both means are one, because all examples are equally long
         self._compared = False  # whether the training loss was found to be one of them
-        self._captured: list[tuple[Tensor, Tensor]] = []
+        self._captured: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def loss_findings(self) -> tuple[LossMean | None, bool]:
         """Return what was found out about the training loss, so that a resumed run does not pay for it again."""
@@ -185,7 +197,7 @@ class StepCapture:
                 return
             self._batch = batch
             there = {name: value.to(pl_module.device) for name, value in direction.items()}  # a checkpoint's is on CPU
-            self._scores = TrainingStepScores(pl_module, there, mine)
+            self._scores = TrainingStepScores(pl_module, there, mine, self.by_token)
             self._scores.attach(batch)
 
     def before_backward(self, trainer: pl.Trainer, loss: Tensor) -> None:
@@ -215,31 +227,37 @@ class StepCapture:
             influence = scores.collect(weights)
             influence[self._wanted :] = math.nan
             if self._mean is not None or self._same:  # else the weights of the examples are not known yet
-                self._captured.append((self._batch["id"].cpu(), influence))
+                tokens = None if scores.positions is None else tokens_of_positions(scores.positions, self._batch)
+                self._captured.append((self._batch["id"].cpu(), influence, tokens))
         self.meter.seconds[PHASE] += scores.watch.read()  # spent in the forward and backward of training
         self.meter.flops[PHASE] += sum(scores.meter.flops.values())
         for name, times in scores.meter.uncounted.items():
             self.meter.uncounted[name] += times
         self._stop()
 
-    def collect(self) -> tuple[Tensor, Tensor, float]:
+    def collect(self) -> tuple[Tensor, Tensor, Tensor | None, float]:
         """Return what all ranks have captured since the last call, and the FLOPs it took; a collective.
 
         Returns:
-            ids and influence, ``(m,)`` each, and the FLOPs of all ranks.
+            ids and influence, ``(m,)`` each, that of tokens ``(m, T)`` where it is kept, and the FLOPs of all ranks.
         """
         with self.meter.phase(PHASE):
             return self._collect()
 
-    def _collect(self) -> tuple[Tensor, Tensor, float]:
+    def _collect(self) -> tuple[Tensor, Tensor, Tensor | None, float]:
         self._stop()
         ranks = distributed.gather_objects((self._captured, self.meter.flops.pop(PHASE, 0.0)))
         captured, flops = [pair for pairs, _ in ranks for pair in pairs], sum(amount for _, amount in ranks)
         self._captured = []
         if not captured:
-            return torch.empty(0, dtype=torch.int64), torch.empty(0), flops
-        ids, influence = (torch.cat(parts) for parts in zip(*captured, strict=True))
-        return ids, influence, flops
+            return torch.empty(0, dtype=torch.int64), torch.empty(0), None, flops
+        ids, influence = (torch.cat(parts) for parts in zip(*(each[:2] for each in captured), strict=True))
+        of_tokens = [tokens for _, _, tokens in captured if tokens is not None]
+        width = max((tokens.shape[1] for tokens in of_tokens), default=0)
+        if len(of_tokens) < len(captured):
+            return ids, influence, None, flops
+        padded = [F.pad(tokens, (0, width - tokens.shape[1]), value=math.nan) for tokens in of_tokens]
+        return ids, influence, torch.cat(padded), flops
 
     def _agree(self, model: nn.Module) -> None:
         """Give up when another rank has: with a sharded model, capturing is a collective."""

@@ -232,6 +232,7 @@ MISSPELT = {
         "observes": "observe",
         "observed": "observe",
         "observe_steps": "observe_step",
+        "observe_step_token": "observe_step_tokens",
         "filed": "files",
         "checks": "check",
         "cost_before_train": "cost_before_training",

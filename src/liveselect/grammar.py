@@ -640,6 +640,13 @@ class Selector(Part):
         """
         return None
 
+    def observe_step_tokens(self, ids: Tensor, tokens: Tensor) -> None:
+        """Take what training steps have shown of single tokens, ``(m, T)``, of ``ids (m,)``; before observe_step.
+
+        Called where ``learns_tokens`` is True. A step shows what the parameters did at each position, which is what its
+        next token is worth, but for what positions take from each other; each row's mean is the candidate's influence.
+        """
+
     def cost_before_training(self) -> CostByPhase:
         """Return what making the scores that are drawn from cost; asked once, when a run begins."""
         return {}
@@ -720,6 +727,10 @@ class Around(Selector):
     def token_scores(self, round: Round, batch: Batch) -> Tensor | None:
         """Return what the inner selector says of tokens."""
         return self.selector.token_scores(round, batch)
+
+    def observe_step_tokens(self, ids: Tensor, tokens: Tensor) -> None:
+        """Pass on what training steps have shown of single tokens."""
+        self.selector.observe_step_tokens(ids, tokens)
 
     def cost_before_training(self) -> CostByPhase:
         """Return the inner selector's cost."""

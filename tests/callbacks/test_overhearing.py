@@ -17,7 +17,7 @@ from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfl
 from liveselect.influence.training_step import TrainingStepScores
 from liveselect.ledger import Ledger
 from liveselect.preserve import measuring
-from liveselect.regressors import HashedRidgeRegressor
+from liveselect.regressors import HashedRidgeRegressor, TokenTableRegressor
 from liveselect.selectors import PriorSelector, RegressionSelector
 
 torch.set_num_threads(1)
@@ -137,6 +137,30 @@ def test_a_regressor_learns_from_what_was_heard_also_behind_a_prior(tmp_path):
         ledger = fit(folder, selection(folder, selector))
         assert "overheard" not in ledger.rounds[1].metrics  # the warm-up tells nothing
         assert ledger.rounds[2].metrics["overheard"] == BATCH * ROUND
+
+
+class Taught(TokenTableRegressor):
+    """Notes what it learned from."""
+
+    def __init__(self):
+        super().__init__(2**8)
+        self.lessons = []
+
+    def fit_tokens(self, round, ids, influence, tokens):
+        self.lessons.append((ids, influence, tokens))
+        return super().fit_tokens(round, ids, influence, tokens)
+
+
+def test_a_regressor_of_tokens_learns_the_tokens_that_steps_have_shown(tmp_path):
+    regressor = Taught()
+    selector = RegressionSelector(regressor, probes=8, ratio=0.5, min_spearman=None)
+    fit(tmp_path, selection(tmp_path, selector))
+    assert len(regressor.lessons) == 2
+    ids, influence, tokens = regressor.lessons[-1]
+    assert len(ids) == len(influence) == len(tokens) == 8 + BATCH * ROUND
+    known = tokens.isfinite()
+    assert known.any(dim=1).all()  # of what was measured and of what was captured
+    torch.testing.assert_close(tokens.nanmean(dim=1), influence, rtol=1e-3, atol=1e-4)
 
 
 def test_listening_to_every_step_does_not_change_the_training(tmp_path):

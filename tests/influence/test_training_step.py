@@ -3,15 +3,22 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import Bigrams
 from probing import VOCAB, tiny_model
 from ranks import on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from liveselect.functional.gradients import example_dot
-from liveselect.influence.training_step import TrainingStepScores, find_loss_mean, mean_weights
-from liveselect.losses import causal_lm_loss, target_counts
+from liveselect.functional.differences import central_difference_dot
+from liveselect.functional.gradients import example_dot, token_dots
+from liveselect.influence.training_step import (
+    TrainingStepScores,
+    find_loss_mean,
+    mean_weights,
+    tokens_of_positions,
+)
+from liveselect.losses import causal_lm_loss, causal_lm_token_losses, target_counts
 
 MODELS = {
     "neox": lambda: tiny_model(torch.float32, hidden_dropout=0.1, attention_dropout=0.1),
@@ -92,6 +99,60 @@ def test_only_the_first_examples_are_scored_on_request():
         found = scores.collect(mean_weights(batch))
         torch.testing.assert_close(found[:wanted], expected[:wanted], rtol=1e-5, atol=1e-6)
         assert found[wanted:].isnan().all()
+
+
+def positions_of(model, batch, direction, mean="tokens", examples=None):
+    scores = TrainingStepScores(model, direction, examples, by_position=True)
+    scores.attach(batch)
+    loss = training_loss(model, batch, mean)
+    scores.check(loss)
+    (loss * 128).backward()
+    return scores.collect(mean_weights(batch, mean, divisor=1 / 128)), scores.positions
+
+
+@pytest.mark.parametrize("mean", ["tokens", "examples"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_positions_show_sums_to_the_example_and_so_do_the_tokens_made_of_it(name, mean):
+    model, batch = build(name).eval(), batch_of()
+    direction = direction_of(model)
+    expected = example_dot(model, causal_lm_loss, batch, direction)
+    influence, positions = positions_of(model, batch, direction, mean)
+    torch.testing.assert_close(influence, expected.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(positions.sum(dim=1), influence, rtol=1e-5, atol=1e-5)
+    tokens = tokens_of_positions(positions, batch)
+    counts = target_counts(batch)
+    assert torch.equal((~tokens.isnan()).sum(dim=1), counts)
+    assert tokens[:, 0].isnan().all()
+    torch.testing.assert_close(tokens.nansum(dim=1), counts * influence, rtol=1e-4, atol=1e-4)
+    few, first = positions_of(model, batch, direction, mean, examples=2)
+    torch.testing.assert_close(first[:2], positions[:2], rtol=1e-5, atol=1e-6)
+    assert first[2:].isnan().all()
+    assert few[2:].isnan().all()
+
+
+def test_where_positions_do_not_look_at_each_other_a_step_shows_what_each_token_is_worth():
+    model, batch = Bigrams().double(), batch_of()
+    direction = direction_of(model)
+    _, positions = positions_of(model, batch, direction)
+    exact = token_dots(model, causal_lm_token_losses, batch, direction)
+    differences = central_difference_dot(model, causal_lm_token_losses, batch, direction, 1e-5)
+    tokens = tokens_of_positions(positions, batch)
+    torch.testing.assert_close(tokens, exact.float(), rtol=1e-4, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(tokens, differences.float(), rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def test_where_positions_look_at_each_other_a_step_still_shows_most_of_what_tokens_are_worth():
+    model, batch = build("neox").eval(), equally_long(24)
+    direction = gradients_as_direction(model, batch_of(6, seed=5))
+    tokens = tokens_of_positions(positions_of(model, batch, direction)[1], batch)[:, 1:]
+    exact = token_dots(model, causal_lm_token_losses, batch, direction)[:, 1:]
+    assert torch.corrcoef(torch.stack([tokens.flatten().double(), exact.flatten()]))[0, 1] > 0.7
+
+
+def gradients_as_direction(model, batch):
+    loss = training_loss(model, batch)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 def train(name, scored, rows=5, accumulate=1, autocast=False, checkpointing=False, steps=4):

@@ -7,9 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from liveselect.functional.layer_pass import LayerPlan, LossFn, T, backward_through_layers
-from liveselect.functional.layers import Rule, any_dot, rule_for
-from liveselect.functional.taps import Observer
+from liveselect.functional.layer_pass import (
+    LayerPlan,
+    LossFn,
+    T,
+    backward_through_layers,
+    check_coverage,
+    count_rows,
+    make_anchor,
+)
+from liveselect.functional.layers import Dot, Rule, any_dot, row_dot, rule_for
+from liveselect.functional.taps import Observer, tapped
 
 Gather = Callable[[Tensor], Tensor]
 
@@ -52,13 +60,65 @@ def example_dot(
     return backward_through_layers(model, loss_fn, batch, plan_products(model, direction, whole), check=check)
 
 
-def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None], whole: Gather = _as_it_is) -> LayerPlan:
-    """Find for every parameter of the direction the layers that hold it, and their rules; ``whole`` as above.
+def token_dots(
+    model: nn.Module,
+    loss_fn: LossFn[T],
+    batch: T,
+    direction: Mapping[str, Tensor | None],
+    check: bool = True,
+    whole: Gather = _as_it_is,
+) -> Tensor:
+    r"""Return the exact inner product of the gradient of every token's loss with one direction, ``(B, T)``.
+
+    The product of a weighted sum of losses is linear in the weights, and its derivative in them are the products of
+    the single ones. So after :func:`example_dot` one more backward is taken, through the first: some five forwards in
+    all. Attention runs in plain operations, since fused kernels have no second derivative.
+
+    Args:
+        model: as above.
+        loss_fn: losses of all tokens, ``(B, T)``, NaN where none is taken.
+        batch: as above.
+        direction: as above.
+        check: as above.
+        whole: as above.
+
+    Raises:
+        ValueError: as above.
+        RuntimeError: an operation has no second derivative.
+    """
+    plan, rows = plan_products(model, direction, whole), count_rows(batch)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        anchor = make_anchor(plan.parameters.values(), rows)
+        with tapped(model, plan.observers, anchor, rows) as log:
+            losses = loss_fn(model, batch)
+            missing = losses.detach().isnan()
+            weights = torch.ones_like(losses, requires_grad=True)
+            total = (losses.masked_fill(missing, 0.0) * weights).sum()
+            if check:
+                check_coverage(plan, total, log)
+            seen = _gradient(total, anchor, create_graph=True)
+            found = torch.zeros_like(losses) if seen is None else _gradient(seen.sum(), weights)
+    found = torch.zeros_like(losses) if found is None else found
+    return found.detach().masked_fill(missing, torch.nan)
+
+
+def _gradient(value: Tensor, of: Tensor, create_graph: bool = False) -> Tensor | None:
+    if not value.requires_grad:
+        return None
+    return torch.autograd.grad(value, [of], create_graph=create_graph, allow_unused=True)[0]
+
+
+def plan_products(
+    model: nn.Module, direction: Mapping[str, Tensor | None], whole: Gather = _as_it_is, dot: Dot = row_dot
+) -> LayerPlan:
+    """Find for every parameter of the direction the layers that hold it, and their rules, which sum as ``dot`` does.
+
+    ``whole`` as above.
 
     Raises:
         ValueError: unknown names, shapes that do not fit, or parameters that no rule covers.
     """
-    plan, uncovered = sort_layers(model, direction, whole)
+    plan, uncovered = sort_layers(model, direction, whole, dot)
     if uncovered:
         names = sorted({name for _, own in uncovered for name in own})
         raise ValueError(
@@ -70,7 +130,7 @@ def plan_products(model: nn.Module, direction: Mapping[str, Tensor | None], whol
 
 
 def sort_layers(
-    model: nn.Module, direction: Mapping[str, Tensor | None], whole: Gather = _as_it_is
+    model: nn.Module, direction: Mapping[str, Tensor | None], whole: Gather = _as_it_is, dot: Dot = row_dot
 ) -> tuple[LayerPlan, list[tuple[str, list[str]]]]:
     """Return the layers that have rules as a plan, and the others with their parameters."""
     parameters, values = match_direction(model, direction)
@@ -84,7 +144,7 @@ def sort_layers(
             uncovered.append((module_name, list(own.values())))
             continue
         moves = {its_name: values[name] for its_name, name in own.items()}
-        observers[module_name] = _bind(rule, module, moves, whole)
+        observers[module_name] = _bind(rule, module, moves, whole, dot)
         for name in own.values():
             holders[name].append(module_name)
         if rule is any_dot:
@@ -218,8 +278,11 @@ def _owners(
             yield module_name, module, own
 
 
-def _bind(rule: Rule, module: nn.Module, direction: Mapping[str, Tensor], whole: Gather) -> Observer:
-    return lambda inputs, delta: rule(module, inputs, delta, {name: whole(value) for name, value in direction.items()})
+def _bind(rule: Rule, module: nn.Module, direction: Mapping[str, Tensor], whole: Gather, dot: Dot) -> Observer:
+    def observe(inputs: Tensor, delta: Tensor) -> Tensor:
+        return rule(module, inputs, delta, {name: whole(value) for name, value in direction.items()}, dot)
+
+    return observe
 
 
 class _LossOf(nn.Module, Generic[T]):

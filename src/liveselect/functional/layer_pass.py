@@ -117,8 +117,12 @@ def count_rows(batch: object) -> int:
     raise ValueError(f"expected a batch that holds tensors with one row per example, got a {type(batch).__name__}")
 
 
-def make_anchor(parameters: Iterable[Tensor], rows: int) -> Tensor:
-    """Return the zeros ``(B,)`` whose gradient observers add to; float32 or finer, where the parameters live."""
+def make_anchor(parameters: Iterable[Tensor], rows: int, positions: int | None = None) -> Tensor:
+    """Return the zeros ``(B,)`` whose gradient observers add to; float32 or finer, where the parameters live.
+
+    With ``positions`` they are ``(B, positions)``, for observers that return as many numbers for each example.
+    """
     first = next(iter(parameters))
     dtype = torch.promote_types(first.dtype, torch.float32)
-    return torch.zeros(rows, dtype=dtype, device=first.device, requires_grad=True)
+    shape = (rows,) if positions is None else (rows, positions)
+    return torch.zeros(shape, dtype=dtype, device=first.device, requires_grad=True)

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from liveselect.functional.gradients import example_dot
+from liveselect.functional.gradients import example_dot, token_dots
 from liveselect.grammar import Batch, LiveModel, LossFn
+from liveselect.influence.reference import counting
+from liveselect.losses import causal_lm_loss, causal_lm_token_losses
 from liveselect.parameters import ParameterView
 
 
@@ -21,6 +24,7 @@ class Direction:
         self.values = values
         self._is_whole = is_whole
         self._coverage_checked = False
+        self._second_order = True  # as long as nothing is known to have no second derivative
 
     def on(self, model: LiveModel) -> Mapping[str, Tensor]:
         """Return the tensors, on the devices and in the parts of the model's parameters."""
@@ -38,6 +42,36 @@ class Direction:
         products = example_dot(model.module, loss_fn, batch, values, check, whole=model.view.whole)
         self._coverage_checked = True
         return products
+
+    def tokens(self, model: LiveModel, batch: Batch) -> Tensor | None:
+        """Return the inner product of the gradient of every token's loss with the direction, ``(B, T)``.
+
+        None where the losses of tokens are not known, ranks hold parameters in parts, or an operation of the model has
+        no second derivative, which is tried once.
+
+        Raises:
+            ValueError: as :meth:`products`.
+        """
+        if model.view.in_parts or not self._second_order:
+            return None
+        if model.view.inner_loss(model.loss_fn) is not causal_lm_loss:
+            return None
+        losses, values = model.view.with_loss(model.loss_fn, causal_lm_token_losses), self.on(model)
+
+        def dots() -> Tensor:
+            return token_dots(model.module, losses, batch, values, not self._coverage_checked, model.view.whole)
+
+        work = f"tokens of {len(values)}"
+        try:
+            with model.autocast(), counting(model, work, batch, trial=dots):
+                found = dots()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            self._second_order = False
+            return None
+        self._coverage_checked = True
+        return found
 
     def on_cpu(self) -> dict[str, Tensor]:
         """Return the tensors whole and on CPU, for a checkpoint; a collective where ranks hold parts."""

@@ -369,14 +369,21 @@ class FirstOrderInfluence(InfluenceEstimator):
     def score_tokens(self, model: LiveModel, batch: Batch) -> Tensor | None:
         """Return the influence of each token, ``(B, T)``; None where steps are taken, or with a loss of the user's.
 
-        From the same direction as :meth:`score`, by differences where the engine is ``hooks``: one pass forth and one
-        back along it give the slope of every token's loss at once.
+        From the same direction as :meth:`score`, and by the same engine: ``hooks`` are exact and take some five
+        forwards, differences two: one pass forth and one back along the direction give the slope of every token's loss
+        at once. They also stand in for ``hooks`` where ranks hold parameters in parts, or an operation of the model has
+        no second derivative.
         """
         fitted = self._fitted
         if fitted is None:
             raise RuntimeError("score_tokens was called before fit: call fit(model, round) in each round")
         if not isinstance(fitted.toward, Direction) or model.view.inner_loss(model.loss_fn) is not causal_lm_loss:
             return None
+        if self.engine == "hooks":
+            with model.meter.phase("example gradients"):
+                found = fitted.toward.tokens(model, batch)
+            if found is not None:
+                return found
         values = fitted.toward.on(model)
         losses = model.view.with_loss(model.loss_fn, causal_lm_token_losses)
         work = f"{'forward_mode' if self.engine == 'forward_mode' else 'central_difference'} of tokens"

@@ -204,6 +204,13 @@ class KFACInfluence(InfluenceEstimator):
             influence = products()
         return influence.where(influence.isfinite(), math.nan)
 
+    def score_tokens(self, model: LiveModel, batch: Batch) -> Tensor | None:
+        """Return the influence of each token, ``(B, T)``, from the same direction; None where it is not known."""
+        if self._direction is None:
+            raise RuntimeError("score_tokens was called before fit: call fit(model, round) in each round")
+        with model.meter.phase("example gradients"):
+            return self._direction.tokens(model, batch)
+
     def state_dict(self) -> State:
         """Return factors, direction and clocks as tensors and builtins; every rank must call it."""
         return {

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from liveselect.cost import CostMeter, Stopwatch
 from liveselect.functional.gradients import plan_products
 from liveselect.functional.layer_pass import LayerPlan, check_coverage, count_rows, make_anchor
-from liveselect.functional.layers import whole_dot
+from liveselect.functional.layers import position_dot, row_dot, whole_dot
 from liveselect.functional.taps import Observer, TapLog, tapped
-from liveselect.grammar import Batch
-from liveselect.losses import target_counts
+from liveselect.grammar import IGNORE_INDEX, Batch
+from liveselect.losses import shifted_targets, target_counts
 from liveselect.parameters import ParameterView
 
 LossMean = Literal["tokens", "examples"]
@@ -63,8 +63,11 @@ class TrainingStepScores:
         model: the module that holds the parameters; under data parallel wrappers, the one inside.
         direction: for each parameter that takes part a tensor of its shape; those missing or None are left out.
         examples: number of examples of each micro-batch that are scored, the first ones; None is all.
+        by_position: whether the scores of single positions are kept as well, :attr:`positions`.
 
     Attributes:
+        positions: ``(B, T)`` what the use of the parameters at each position of the last micro-batch was worth; the sum
+            over a row is its influence. None where it is not asked for.
         watch: the time spent in backwards for scores.
         meter: of the FLOPs for scores.
 
@@ -74,12 +77,21 @@ class TrainingStepScores:
     Source: Wang et al. 2024, "Data Shapley in One Training Run", arXiv 2406.11011.
     """
 
-    def __init__(self, model: nn.Module, direction: Mapping[str, Tensor | None], examples: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        direction: Mapping[str, Tensor | None],
+        examples: int | None = None,
+        by_position: bool = False,
+    ) -> None:
         if examples is not None and examples < 1:
             raise ValueError(f"expected examples of at least 1, or None for all of a batch, got {examples}")
         self._model = model
         view = ParameterView(model)
-        self._plan: LayerPlan = plan_products(model, direction, view.whole)
+        dot = self._dot_by_position if by_position else row_dot
+        self._plan: LayerPlan = plan_products(model, direction, view.whole, dot)
+        self._by_position = by_position
+        self.positions: Tensor | None = None
         self._in_parts = view.in_parts
         self._direction = direction
         self._examples = examples
@@ -102,9 +114,12 @@ class TrainingStepScores:
         wanted = rows if self._examples is None else min(rows, self._examples)
         # where ranks hold parts, backward only leaves the mean of all ranks' gradients
         trained = all(parameter.requires_grad for parameter in self._plan.parameters.values())
-        from_total = wanted == rows <= _MAX_EXAMPLES_FROM_TOTAL and trained and not self._in_parts
+        can_total = trained and not self._in_parts and not self._by_position
+        from_total = wanted == rows <= _MAX_EXAMPLES_FROM_TOTAL and can_total
         products = wanted - from_total
-        self._open = _Open(make_anchor(self._plan.parameters.values(), products), rows, wanted, from_total)
+        positions = batch["input_ids"].shape[1] if self._by_position else None
+        anchor = make_anchor(self._plan.parameters.values(), products, positions)
+        self._open = _Open(anchor, rows, wanted, from_total, positions)
         if products:
             observers = {
                 name: partial(self._show_first, name, observe, products)
@@ -154,8 +169,8 @@ class TrainingStepScores:
                 "must run between attach and collect"
             )
         weights = weights.to(products)
-        # an example without targets has no gradient; its rounding error must not be divided by zero
-        return torch.where((weights == 0) & products.isfinite(), 0.0, products / weights).float().cpu()
+        self.positions = None if seen.positions is None else _per_unit(seen.by_position(), weights[:, None])
+        return _per_unit(products, weights)
 
     def detach(self) -> None:
         """Remove the hooks, if there are any, and drop their results."""
@@ -169,6 +184,9 @@ class TrainingStepScores:
         look = partial(observe, own, delta[:rows])
         with self.watch.lap(delta.device), self.meter.counting(self._layers[name], *work, trial=look):
             return look()
+
+    def _dot_by_position(self, a: Tensor, b: Tensor) -> Tensor:
+        return position_dot(a, b, 1 if self._open is None or self._open.positions is None else self._open.positions)
 
     def _note_total(self, name: str, gradient: Tensor) -> None:
         direction = self._direction[name]
@@ -189,6 +207,7 @@ class _Open:
     rows: int
     wanted: int
     from_total: bool
+    positions: int | None = None  # of a row, where their products are kept
     log: TapLog | None = None
     totals: list[Tensor] = field(default_factory=list)  # products of whole gradients with the direction
     errors: list[Exception] = field(default_factory=list)  # of the hooks
@@ -203,11 +222,37 @@ class _Open:
         missed = len(self.anchor) and self.anchor.grad is None
         if missed or (self.from_total and not self.totals):
             return None
-        parts = [] if self.anchor.grad is None else [self.anchor.grad]
+        own = self.anchor.grad
+        parts = [] if own is None else [own if self.positions is None else own.sum(dim=1)]
         if self.from_total:
             parts.append((torch.stack(self.totals).sum() - sum(part.sum() for part in parts)).reshape(1))
         products = torch.cat([part.to(parts[0]) for part in parts])
         return F.pad(products, (0, self.rows - self.wanted), value=math.nan)
+
+    def by_position(self) -> Tensor:
+        """Return the products ``(B, T)`` of single positions."""
+        own = self.anchor if self.anchor.grad is None else self.anchor.grad
+        return F.pad(own.detach(), (0, 0, 0, self.rows - self.wanted), value=math.nan)
+
+
+def _per_unit(products: Tensor, weights: Tensor) -> Tensor:
+    # an example without targets has no gradient; its rounding error must not be divided by zero
+    return torch.where((weights == 0) & products.isfinite(), 0.0, products / weights).float().cpu()
+
+
+def tokens_of_positions(positions: Tensor, batch: Batch) -> Tensor:
+    """Return the influence of tokens, ``(B, T)``, of which each row's mean is the sum over its ``positions (B, T)``.
+
+    A token counts what the parameters did at the position before it, where it is predicted. That includes what later
+    tokens take from there by attention, and leaves out what the token takes from earlier ones; where positions do not
+    look at each other it is exactly the influence of the token. What was done at positions whose next token carries no
+    loss is shared out among the tokens that do. NaN where no loss is taken.
+    """
+    carries = shifted_targets(batch).cpu() != IGNORE_INDEX
+    counts = carries.sum(dim=1, keepdim=True)
+    before = positions[:, :-1]
+    rest = positions[:, -1:] + before.masked_fill(carries, 0.0).sum(dim=1, keepdim=True)
+    return F.pad((counts * before + rest).masked_fill(~carries, math.nan), (1, 0), value=math.nan)
 
 
 def mean_weights(batch: Batch, mean: LossMean = "tokens", divisor: float = 1.0) -> Tensor:

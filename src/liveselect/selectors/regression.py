@@ -211,6 +211,10 @@ class RegressionSelector(Selector):
         """
         self._captured.add(ids, influence)
 
+    def observe_step_tokens(self, ids: Tensor, tokens: Tensor) -> None:
+        """Keep what training steps have shown of single tokens, ``(m, T)``, for the fit."""
+        self._captured.add_tokens(tokens)
+
     def select(self, round: Round, budget: int) -> Selection:
         """Fit, predict and draw ``budget`` of the round's candidates.
 
@@ -241,8 +245,10 @@ class RegressionSelector(Selector):
             metrics["overheard"] = float(others.sum())
         ids = torch.cat([ids, captured.ids[others]])
         influence = torch.cat([influence, captured.influence[others]])
+        shown = captured.tokens[others]
+        tokens = torch.cat([_columns(tokens, shown.shape[1]), _columns(shown, tokens.shape[1])])
         if tokens.shape[1]:
-            learned = self.regressor.fit_tokens(round, ids, influence, _rows(tokens, len(ids)))
+            learned = self.regressor.fit_tokens(round, ids, influence, tokens)
         else:
             learned = self.regressor.fit(round, ids, influence)
         # what the ranks report may differ in the last bits; the decision below must not
