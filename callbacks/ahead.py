@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from dataclasses import dataclass
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -9,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from liveselect import distributed
 from liveselect.callbacks.session import Session, Steps
 from liveselect.cost import Progress
-from liveselect.grammar import InfluenceEstimator, Round, RoundInterruptedError
+from liveselect.grammar import InfluenceEstimator, Round, RoundInterruptedError, SelectionWarning
 from liveselect.ledger import Ledger
 from liveselect.measurement import Measurement
 from liveselect.plan import Plan
@@ -51,6 +52,13 @@ class Pace:
             raise ValueError(f"expected probes_between_steps of at least 1, or None, got {probes}")
         if share is not None and not 0 < share < math.inf:
             raise ValueError(f"expected max_overhead, a share of the training time, above 0, got {share}")
+        if share is not None and share > 1:
+            warnings.warn(
+                f"max_overhead={share:g} lets selection take {share:g} times as long as training: it is a share, and "
+                "0.1 is a tenth",
+                SelectionWarning,
+                stacklevel=2,
+            )
         if probes is not None and share is not None:
             raise ValueError("expected probes_between_steps or max_overhead, got both: each says how much is measured")
 

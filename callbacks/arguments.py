@@ -40,6 +40,8 @@ def published_regressor(regressor: InfluenceRegressor | None) -> InfluenceRegres
 
 def with_prior(selector: Selector, prior: Any, ratio: float) -> Selector:
     """Return a selector that sees the share ``ratio`` of the pool that a prior keeps; all of it where that is None."""
+    if not 0 < ratio <= 1:
+        raise ValueError(f"expected prior_ratio, the share that the prior keeps, above 0 and up to 1, got {ratio}")
     return selector if prior is None else PriorSelector(selector, prior, ratio)
 
 

@@ -53,6 +53,11 @@ def check_setup(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             "DataSelection does not work with precision='16-mixed': single-example gradients underflow without the "
             "loss scale. Use 'bf16-mixed' or '32-true'"
         )
+    if trainer.precision == "16-true":
+        raise MisconfigurationException(
+            "DataSelection does not work with precision='16-true': gradients and moments of half precision underflow, "
+            "and nothing can be measured. Use 'bf16-true', 'bf16-mixed' or '32-true'"
+        )
     if trainer.overfit_batches:  # type: ignore[attr-defined]
         raise MisconfigurationException("overfit_batches replaces the training data, so nothing could be selected")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

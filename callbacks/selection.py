@@ -130,9 +130,7 @@ class DataSelection(Callback):
         every_n_steps, warmup_rounds, seed = map(of_python, (every_n_steps, warmup_rounds, seed))
         mixture_sample = self.own_mixture_sample if mixture_sample is None else mixture_sample
         overhear, most_rejected, mixture_sample = map(of_python, (overhear, most_rejected, mixture_sample))
-        if not isinstance(seed, int):
-            raise TypeError(f"expected seed to be a whole number, got {seed!r}")
-        if not isinstance(mixture_sample, int) or mixture_sample < 0:
+        if mixture_sample < 0:
             raise ValueError(f"expected mixture_sample, a number of candidates, of at least 0, got {mixture_sample}")
         pace = Pace(probes_between_steps, max_overhead) or self._own_pace(estimator, every_n_steps)
         check_arguments(selector, estimator, every_n_steps, warmup_rounds, loss_fn, most_rejected)

@@ -87,8 +87,17 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         """End the workers."""
         self._close()
 
-    def on_exception(self, exception: BaseException) -> None:
-        """End the workers."""
+    def on_exception(self, exception: BaseException | None = None) -> None:
+        """End the workers.
+
+        Raises:
+            TypeError: the Trainer got the class, on which Lightning calls this with nothing but the exception.
+        """
+        if not isinstance(self, ServedDataModule):
+            raise TypeError(
+                "expected the datamodule of the Trainer to be an object, got the class: write "
+                "datamodule=SelectionDataModule(...)"
+            )
         self._close()
 
     # ---- CandidateSource ---------------------------------------------------------------------------------------

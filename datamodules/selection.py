@@ -48,6 +48,8 @@ class SelectionDataModule(ServedDataModule):
         collate_fn: Collate | None = None,
         **settings: Any,
     ) -> None:
+        if batch_size is None:
+            raise ValueError("expected batch_size, the rows in the training batch of one rank")
         check_plain(SelectionDataModule, locals())
         if isinstance(pool, pl.LightningDataModule):
             name = type(pool).__name__
@@ -56,13 +58,15 @@ class SelectionDataModule(ServedDataModule):
                 f"SelectionDataModule.wrap({name}(...), reference=...), which is in YAML class_path: "
                 f"liveselect.datamodules.SelectionDataModule.wrap, with {name} as `existing` in place of `pool`"
             )
-        if batch_size is None:
-            raise ValueError("expected batch_size, the rows in the training batch of one rank")
         for name, value in {"pool": pool, "reference": reference}.items():
+            if value is None:
+                raise ValueError(f"expected a {name}, got None")
             if isinstance(value, type):
                 raise TypeError(
                     f"expected {name} to be an object, got the class {value.__name__}: pass {value.__name__}(...)"
                 )
+        if num_workers < 0:
+            raise ValueError(f"expected num_workers of 0 or more, got {num_workers}")
         super().__init__(ServingSettings(reference, batch_size, **settings))
         self._source = pool
         self._num_workers = num_workers

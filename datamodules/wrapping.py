@@ -70,6 +70,11 @@ class WrappingDataModule(ServedDataModule):
         collate_fn: Collate | None = None,
         **settings: Any,
     ) -> None:
+        if isinstance(existing, type):
+            raise TypeError(
+                f"expected the datamodule to wrap to be an object, got the class {existing.__name__}: pass "
+                f"{existing.__name__}(...)"
+            )
         if num_workers is not None and num_workers < 0:
             raise ValueError(f"expected num_workers of 0 or more, got {num_workers}")
         super().__init__(ServingSettings(reference, **settings))
@@ -109,10 +114,11 @@ class WrappingDataModule(ServedDataModule):
         super().teardown(stage)
         self.wrapped.teardown(stage)
 
-    def on_exception(self, exception: BaseException) -> None:
+    def on_exception(self, exception: BaseException | None = None) -> None:
         """End the workers, and call the wrapped module's hook."""
         super().on_exception(exception)
-        self.wrapped.on_exception(exception)
+        if exception is not None:
+            self.wrapped.on_exception(exception)
 
     def open_rows(self) -> OpenedRows:
         """Open the rows of the wrapped module's training dataset, read as its ``DataLoader`` reads them."""

@@ -1,6 +1,7 @@
 """Flags and numbers that are passed in each other's place are refused, in every preset and every part."""
 
 import inspect
+from types import UnionType
 from typing import get_args
 
 import numpy as np
@@ -37,7 +38,8 @@ def plain_arguments(kind):
     if "run" in taken and taken["run"].kind == inspect.Parameter.VAR_KEYWORD:
         taken["seed"] = inspect.signature(callbacks.DataSelection).parameters["seed"]
     for name, parameter in taken.items():
-        kinds = set(get_args(parameter.annotation) or (parameter.annotation,))
+        annotation = parameter.annotation
+        kinds = set(get_args(annotation)) if isinstance(annotation, UnionType) else {annotation}
         if kinds <= {bool, int, float, type(None)}:
             yield name, kinds
 
@@ -75,6 +77,17 @@ def test_what_is_no_flag_is_refused_where_one_is_expected(kind, name, value):
 def test_what_is_no_number_is_refused_where_one_is_expected(kind, name, value):
     with pytest.raises(TypeError, match=rf"expected {name} of \w+ to be a number, got {value!r}$"):
         build(kind, **{name: value})
+
+
+@pytest.mark.parametrize(("kind", "name"), NUMBERS)
+def test_nothing_and_fractions_are_refused_where_they_mean_nothing(kind, name):
+    kinds = dict(plain_arguments(kind))[name]
+    if type(None) not in kinds:
+        with pytest.raises((TypeError, ValueError), match=rf"expected {name}.*(got None$|the rows in the training)"):
+            build(kind, **{name: None})
+    if float not in kinds:
+        with pytest.raises(ValueError, match=rf"expected {name} of \w+ to be a whole number, got 2\.5$"):
+            build(kind, **{name: 2.5})
 
 
 def test_numbers_and_flags_of_numpy_are_taken_for_what_they_are():

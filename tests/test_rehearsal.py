@@ -11,6 +11,7 @@ from tiny_encoder import TINY, tiny_regressor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from liveselect.grammar import SelectionWarning
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence, PMPInfluence
 from liveselect.losses import causal_lm_loss
 from liveselect.preserve import checksum
@@ -56,6 +57,21 @@ def per_token(model, batch):
     return causal_lm_loss(model, batch)[:, None].expand(-1, 11)
 
 
+class Toggling(Bigrams):
+    """Trains its head in training mode only."""
+
+    def forward(self, *arguments, **named):
+        self.head.weight.requires_grad_(self.training)
+        return super().forward(*arguments, **named)
+
+
+def test_losses_in_sixteen_bits_are_warned_of():
+    rounded = lambda model, batch: causal_lm_loss(model, batch).bfloat16()  # noqa: E731
+    selector, estimator, context = a_rehearsal(loss_fn=rounded)
+    with pytest.warns(SelectionWarning, match=r"losses in torch.bfloat16, which differ by 0\.03\d? nats or not at all"):
+        rehearse_in(context, selector, estimator)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -63,6 +79,7 @@ def per_token(model, batch):
         ({"loss_fn": per_token}, r"got \(2, 11\)"),
         ({"loss_fn": lambda model, batch: 1.0}, "got float"),
         ({"loss_fn": lambda model, batch: causal_lm_loss(model, batch).detach()}, "does not depend on any parameter"),
+        ({"model": Toggling()}, "the forward of Toggling switches requires_grad off for head.weight"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS.step needs a closure"),
         ({"model": Bigrams(sparse=True), "optimizer": lambda p: torch.optim.SGD(p, 0.1)}, "make sparse gradients"),
         ({"model": Checkpointed()}, "use_reentrant"),

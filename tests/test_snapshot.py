@@ -514,3 +514,30 @@ def test_objects_of_libraries_are_not_touched():
     with measuring(model, optimizer):
         model.progress.seen = 3
     assert model.progress.seen == 3
+
+
+LAYOUTS = {"COO": Tensor.to_sparse, "CSR": Tensor.to_sparse_csr, "CSC": Tensor.to_sparse_csc}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sparse_buffers_are_put_back_and_seen(layout):
+    model = nn.Linear(3, 3)
+    model.register_buffer("graph", LAYOUTS[layout](torch.eye(3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = checksum(model, optimizer), bit_sum(model, optimizer)
+    with measuring(model, optimizer):
+        snapshot = Snapshot(model, optimizer)
+        model.graph.values().mul_(2) if layout != "COO" else model.graph._values().mul_(2)
+        assert checksum(model, optimizer) != before[0]
+        assert bit_sum(model, optimizer) != before[1]
+        snapshot.restore()
+    assert (checksum(model, optimizer), bit_sum(model, optimizer)) == before
+
+
+def test_which_parameters_are_trained_is_put_back():
+    model = nn.Linear(3, 3)
+    model.bias.requires_grad_(False)
+    with measuring(model, torch.optim.SGD([model.weight], lr=0.1)):
+        for parameter in model.parameters():
+            parameter.requires_grad_(not parameter.requires_grad)
+    assert (model.weight.requires_grad, model.bias.requires_grad) == (True, False)

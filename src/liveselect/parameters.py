@@ -100,10 +100,27 @@ class ParameterView:
 
         Where ranks hold parts it is the mean over the losses of all ranks: give all of them that of the same example.
         """
+        self.refuse_switched(parameters)
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss does not depend on any parameter that is trained: expected loss_fn to compute with gradients "
+                "(no torch.no_grad, no detach) from the model that the optimizer trains"
+            )
         if self.in_parts:
             return sharding.backward(loss, parameters)
         # not backward(): it would run hooks on the accumulation of gradients, which may communicate or step
         return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+
+    def refuse_switched(self, trained: Sequence[nn.Parameter]) -> None:
+        """Raise TypeError where a forward has switched ``requires_grad`` off for parameters that were trained."""
+        switched = {id(parameter) for parameter in trained if not parameter.requires_grad}
+        if switched:
+            names = [name for name, parameter in self._module.named_parameters() if id(parameter) in switched]
+            raise TypeError(
+                f"the forward of {type(self._module).__name__} switches requires_grad off for {', '.join(names[:3])}"
+                f"{' and others' if len(names) > 3 else ''}: which parameters are trained must not depend on the mode "
+                "or the number of forwards. Switch it between training steps, in a hook of the module or a callback"
+            )
 
     def summed_gradient(self, losses: Iterable[Tensor], parameters: Mapping[str, nn.Parameter]) -> Vector:
         """Return the gradient of the sum of all ranks' losses, as this rank's parts of the named ``parameters``.

@@ -138,14 +138,24 @@ def _measure(estimator: InfluenceEstimator, model: LiveModel, round: Round, toke
 
 
 def _check_losses(model: LiveModel, batch: Batch, what: str, differentiated: bool = False) -> None:
+    trained = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
     with model.autocast(), torch.set_grad_enabled(differentiated):
         losses: object = model.losses(batch)
+    model.view.refuse_switched(trained)
     rows = len(batch["input_ids"])
     if not isinstance(losses, Tensor) or losses.shape != (rows,) or not losses.is_floating_point():
         got = f"{tuple(losses.shape)} {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
             f"expected loss_fn(module, batch) to return ({rows},) losses for a batch of {rows} {what}, one mean over "
             f"the tokens of each example, got {got}: compute it with reduction='none', and average over tokens only"
+        )
+    if differentiated and torch.finfo(losses.dtype).bits < 32 and distributed.rank() == 0:
+        step = torch.finfo(losses.dtype).eps * float(losses.detach().float().mean())
+        warnings.warn(
+            f"loss_fn returns losses in {losses.dtype}, which differ by {step:.2g} nats or not at all: what an example "
+            "changes in them is mostly less, and is lost. Compute the loss from logits.float()",
+            SelectionWarning,
+            stacklevel=2,
         )
 
 

@@ -36,6 +36,7 @@ def fit(tmp_path, module=None, callbacks=(), data=None, **settings):
             {"plugins": [MixedPrecision("16-mixed", "cpu")], "precision": None},
             "does not work with precision='16-mixed'.*bf16-mixed",
         ),
+        ({"precision": "16-true"}, "does not work with precision='16-true'.*bf16-true"),
         ({"overfit_batches": 1, **SIMPLE}, "overfit_batches replaces the training data"),
         ({"callbacks": [GradientAccumulationScheduler({0: 1})], "accumulate_grad_batches": 1}, "fixed numbers"),
         (

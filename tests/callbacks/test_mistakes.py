@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from small_run import SIMPLE, SmallLM, small_data, small_trainer
 
 from liveselect import cli
 from liveselect.callbacks import MATES, DataSelection, Quad, SelectionMonitor
+from liveselect.datamodules import SelectionDataModule
 from liveselect.grammar import CandidateSource
 from liveselect.influence import KFACInfluence, OneStepInfluence
 from liveselect.regressors import HashedRidgeRegressor
@@ -52,6 +54,21 @@ data: {class_path: liveselect.datamodules.SelectionDataModule, init_args: {pool:
 """)
     assert cli.main(["fit", f"--config={config}"]) == 1
     assert TWO.format("PDS", "Quad") in capsys.readouterr().err
+
+
+def test_a_datamodule_that_is_passed_as_a_class_is_answered_with_what_to_write(tmp_path):
+    written = refusal(tmp_path, [mates()], TypeError, data=SelectionDataModule)
+    assert "expected the datamodule of the Trainer to be an object, got the class: write datamodule=" in written
+    with pytest.raises(TypeError, match=r"the datamodule to wrap to be an object, got the class Any: pass Any\(...\)"):
+        SelectionDataModule.wrap(type("Any", (LightningDataModule,), {}), [])
+    for name in ("pool", "reference"):
+        with pytest.raises(ValueError, match=f"expected a {name}, got None"):
+            SelectionDataModule(**{"pool": [], "reference": [], "batch_size": 2, name: None})
+
+
+def test_a_prior_ratio_is_checked_whether_there_is_a_prior_or_not():
+    with pytest.raises(ValueError, match=r"expected prior_ratio, the share that the prior keeps, .* got 50"):
+        Quad(prior_ratio=50)
 
 
 def test_a_single_selection_is_saved_under_the_one_key_as_before(tmp_path):

@@ -10,6 +10,7 @@ from two_ranks import trained as trained_on
 from liveselect.callbacks import MATES, DataSelection
 from liveselect.callbacks.ahead import PAUSE_SHARE, Governor, Pace
 from liveselect.datamodules import SelectionDataModule
+from liveselect.grammar import SelectionWarning
 from liveselect.influence import OneStepInfluence, PMPInfluence
 from liveselect.ledger import Ledger
 from liveselect.measurement import Measurement, Question
@@ -155,7 +156,7 @@ def test_what_was_not_measured_in_time_is_said(tmp_path):
     ("arguments", "message"),
     [
         ({"probes_between_steps": 0}, "probes_between_steps of at least 1"),
-        ({"probes_between_steps": 1.5}, "probes_between_steps of at least 1"),
+        ({"probes_between_steps": 1.5}, "probes_between_steps of DataSelection to be a whole number"),
         ({"max_overhead": 0.0}, "max_overhead, a share of the training time, above 0"),
         ({"max_overhead": 0.1, "probes_between_steps": 2}, "got both"),
         ({"max_overhead": 0.1, "estimator": PMPInfluence()}, "PMPInfluence measures from one state of the model"),
@@ -165,6 +166,11 @@ def test_what_was_not_measured_in_time_is_said(tmp_path):
 def test_a_pace_that_means_nothing_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         DataSelection(UniformSelector(), **arguments)
+
+
+def test_a_share_above_one_is_warned_of():
+    with pytest.warns(SelectionWarning, match="max_overhead=10 lets selection take 10 times as long as training"):
+        DataSelection(UniformSelector(), max_overhead=10)
 
 
 def test_presets_take_a_pace():

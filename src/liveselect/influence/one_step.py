@@ -158,11 +158,6 @@ class Probe:
             with model.autocast():
                 charge_gradient(model, row, self.parameters)
                 loss = model.losses(row).sum()
-            if not loss.requires_grad:
-                raise ValueError(
-                    "the loss of a candidate does not depend on any parameter that is trained: expected loss_fn to "
-                    "compute with gradients (no torch.no_grad, no detach) from the model that the optimizer trains"
-                )
             gradients = model.view.gradients(loss, self.parameters)
             if model.view.any(not self._all_finite(loss, gradients)):
                 return math.nan

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from liveselect.functional.sharding import is_sharded
+from liveselect.functional.sharding import is_sharded, local
 from liveselect.preserve.attributes import Attributes
+from liveselect.preserve.places import strided_parts
 
 _INTEGER_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -23,13 +24,15 @@ def bit_sum(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     seen: set[int] = set()
     held = [*attributes.tensors, *attributes.frozen.values()] if attributes else []
     for tensor in [*_tensors(model, optimizer), *held]:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        if id(tensor) in seen or not local.numel() or local.element_size() not in _INTEGER_TYPES or local.is_complex():
+        if id(tensor) in seen:
             continue
-        seen.add(id(tensor))
-        # weighted, so that exchanging two tensors is seen; by an odd number, which loses no bit of 64
-        part = sum_of_words(local.detach().contiguous().flatten()) * (2 * len(seen) + 1)
-        sums[local.device] = sums.get(local.device, part.new_zeros(())) + part
+        for words in strided_parts(local(tensor).detach()):
+            if not words.numel() or words.element_size() not in _INTEGER_TYPES or words.is_complex():
+                continue
+            seen.add(id(tensor))
+            # weighted, so that exchanging two tensors is seen; by an odd number, which loses no bit of 64
+            part = sum_of_words(words.contiguous().flatten()) * (2 * len(seen) + 1)
+            sums[words.device] = sums.get(words.device, part.new_zeros(())) + part
     return sum(int(part) for part in sums.values()) + (attributes.fingerprint() if attributes else 0)
 
 

@@ -24,7 +24,8 @@ def measuring(model: nn.Module, optimizer: torch.optim.Optimizer, training_mode:
     the optimizer's step are silent (averages of the weights, loggers) and torch.compile is bypassed, because unusual
     shapes would recompile the training graph. On exit, also after an exception, these are as before: the very
     ``.grad`` tensors (backward adds into them in place, so copies would not do), buffers, each module's training
-    flag, and the random states of torch (CPU, CUDA), numpy and Python, and the settings of the optimizer. So are
+    flag, the ``requires_grad`` of parameters, the random states of torch (CPU, CUDA), numpy and Python, and the
+    settings of the optimizer. So are
     frozen parameters and the plain attributes of modules, which forwards and hooks may change (a history of
     gradient norms), within the limits of :class:`~liveselect.preserve.attributes.Attributes`, unless the parameters
     are sharded. Trained parameters and the optimizer's state belong to :class:`~liveselect.preserve.Snapshot`; a
@@ -46,6 +47,7 @@ def measuring(model: nn.Module, optimizer: torch.optim.Optimizer, training_mode:
             stack.enter_context(_eval_mode(modules))
         optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         held = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+        stack.enter_context(_flags_kept(held))
         stack.enter_context(_gradients_set_aside([*held, *optimized]))
         stack.enter_context(_step_hooks_silenced(optimizer))
         stack.enter_context(_settings_kept(optimizer))
@@ -106,6 +108,17 @@ def _eval_mode(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def _flags_kept(parameters: list[nn.Parameter]) -> Iterator[None]:
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:  # not of every one: a flat view of FSDP1 cannot be set
+                parameter.requires_grad_(flag)
 
 
 @contextmanager

@@ -207,7 +207,8 @@ class Memory:
     def restore(self) -> None:
         """Put the tensor back to where it was."""
         now, was = self._live.data, self._memory
-        if (now.shape, now.dtype, _address(now)) != (was.shape, was.dtype, _address(was)):
+        has_moved = (now.shape, now.dtype, _address(now)) != (was.shape, was.dtype, _address(was))
+        if has_moved or now.layout is not torch.strided:  # a sparse one has no one address
             self._live.data = was
 
     def values(self) -> tuple[object, ...]:
@@ -220,7 +221,7 @@ class Values:
 
     def __init__(self, live: Tensor) -> None:
         self._live, self._memory = live, Memory(live)
-        self._was = without_overlap(local(live.detach())).clone()
+        self._was = [without_overlap(part).clone() for part in strided_parts(local(live.detach()))]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -228,7 +229,8 @@ class Values:
         # .data, because a later backward would refuse tensors that it saved and that were written to since
         with torch.inference_mode(self._live.is_inference()):
             self._memory.restore()
-            without_overlap(local(self._live.data)).copy_(self._was)
+            for part, was in zip(strided_parts(local(self._live.data)), self._was, strict=True):
+                without_overlap(part).copy_(was)
 
     def values(self) -> tuple[object, ...]:
         """Return nothing: checksums read tensors themselves."""
@@ -269,6 +271,17 @@ def without_overlap(tensor: Tensor) -> Tensor:
         if stride == 0 and size > 1:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor
+
+
+def strided_parts(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors that a sparse one consists of; of any other, itself."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
 
 
 def refill(container: Container, entries: dict | list) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from liveselect.functional.sharding import local, reshard
-from liveselect.preserve.places import Container, refill, without_overlap
+from liveselect.preserve.places import Container, refill, strided_parts, without_overlap
 
 _OPTIMIZER_ATTRIBUTES = set(vars(torch.optim.SGD([torch.zeros(1)], lr=0.1)))
 _IMMUTABLE_TYPES = (Number, str, bytes, type(None), torch.dtype, torch.device)
@@ -101,7 +101,8 @@ class Inventory:
         """Copy the values of all tensors."""
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in self.tensors.values():
-            groups.setdefault((tensor.device, tensor.dtype), []).append(without_overlap(local(tensor)))
+            for part in strided_parts(local(tensor)):
+                groups.setdefault((part.device, part.dtype), []).append(without_overlap(part))
         self._saved = [(live, [tensor.clone() for tensor in live]) for live in groups.values()]
 
     @torch.no_grad()
@@ -117,7 +118,8 @@ class Inventory:
         digest = hashlib.blake2b(digest_size=16)
         for tensor in self.tensors.values():
             digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-            digest.update(local(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            for part in strided_parts(local(tensor)):
+                digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         for _, entries in self.containers.values():
             items = entries.items() if isinstance(entries, dict) else enumerate(entries)
             plain = [(str(key), repr(item)) for key, item in items if isinstance(item, _IMMUTABLE_TYPES)]
