@@ -178,6 +178,14 @@ def test_copies_leave_training_as_it_was(whole, tmp_path, monkeypatch):
     assert memory(other)["results"] == []
 
 
+def test_a_run_that_holds_no_contest_soon_stops_to_pay_for_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(PortfolioSelector, "contestants", lambda self: {})
+    _, selection = trained(tmp_path)
+    entered = [record.metrics.get("portfolio/contestants", 0.0) for record in selection.run.ledger.rounds]
+    assert sum(entered) == 2
+    assert selection.selector.following == "random"
+
+
 def on_ranks(folder, strategy, ranks):
     selection = DataSelection(
         competing(),

@@ -158,6 +158,7 @@ def test_the_run_is_the_sum_of_its_parts():
     assert replace(TRIAL, max_overhead=0.05).overhead == 0.05
     assert replace(TRIAL, max_overhead=0.001).overhead == 0.01  # the end of a round cannot be left out
     assert TRIAL.epochs == 1.0
+    assert replace(TRIAL, copies_share=0.1).seconds == TRIAL.seconds + 0.1 * 10_000
 
 
 def test_the_gain_that_is_needed_breaks_even_at_the_end_of_the_run():
@@ -213,6 +214,11 @@ def test_a_proxy_that_is_too_small_to_rank_is_refused(folder, capsys):
     check_proxy(1e6, 1e6)
     with pytest.raises(ValueError, match="proxy of at least 15000000 parameters"):
         check_proxy(1e6, 1e9)
+    small = {"model": {"init_args": {"config": {**NETWORK, "hidden_size": 8, "intermediate_size": 16}}}}
+    (folder / "proxy.yaml").write_text(yaml.safe_dump(small))
+    options = ["--config", str(folder / "run.yaml"), "--proxy", str(folder / "proxy.yaml")]
+    assert cli.main(["plan", *options]) == 1
+    assert "expected a proxy of at least 15000000 parameters, or as large as the model" in capsys.readouterr().err
 
 
 def test_a_configuration_without_selection_is_refused(folder, capsys):

@@ -56,6 +56,7 @@ class Trial:
         asked: candidates that a round measures.
         measured: of them in the trial.
         max_overhead: that was set.
+        copies_share: of the training steps that copies take: look-aheads of a verdict, contests of policies.
         training_memory: bytes at the peak of training.
         memory: bytes at the peak of all.
         device: what the bytes are of.
@@ -86,6 +87,7 @@ class Trial:
     asked: int = 0
     measured: int = 0
     max_overhead: float | None = None
+    copies_share: float = 0.0
 
     @property
     def training_seconds(self) -> float:
@@ -105,7 +107,7 @@ class Trial:
     @property
     def overhead(self) -> float:
         """Selection that recurs, for each second of training."""
-        return self.round_seconds / max(1e-9, self.training_seconds)
+        return self.round_seconds / max(1e-9, self.training_seconds) + self.copies_share
 
     @property
     def rounds(self) -> float:
@@ -116,7 +118,8 @@ class Trial:
     def selection_seconds(self) -> float:
         """Seconds of selection in the run, what is done once included."""
         warm = min(self.rounds, self.warmup_rounds)
-        return self.once_seconds + warm * self.plain_seconds + (self.rounds - warm) * self.round_seconds
+        choosing = warm * self.plain_seconds + (self.rounds - warm) * self.round_seconds
+        return self.once_seconds + choosing + self.copies_share * self.total_steps * self.step_seconds
 
     @property
     def seconds(self) -> float:
@@ -127,7 +130,7 @@ class Trial:
     def flops(self) -> float:
         """FLOPs of the whole run."""
         measuring = max(0.0, self.rounds - self.warmup_rounds) * self.round_flops
-        return self.total_steps * self.step_flops + self.once_flops + measuring
+        return self.total_steps * (1 + self.copies_share) * self.step_flops + self.once_flops + measuring
 
     @property
     def once_share(self) -> float:

@@ -68,12 +68,18 @@ class PlanCLI(SelectionCLI):
         args: of ``fit``.
         folder: where the run may write.
         seconds: of the trial.
+        proxy: number of parameters, or a file whose model is a proxy; None for none.
+
+    Attributes:
+        trial: times the run.
+        proxy_parameters: None without a proxy.
     """
 
     trial: PlanTrial
+    proxy_parameters: float | None = None
 
-    def __init__(self, args: Sequence[str], folder: Path, seconds: float) -> None:
-        self._place, self._seconds = folder, seconds
+    def __init__(self, args: Sequence[str], folder: Path, seconds: float, proxy: str | None = None) -> None:
+        self._given, self._place, self._seconds, self._proxy = args, folder, seconds, proxy
         super().__init__(["fit", *args])
 
     def instantiate_trainer(self, **kwargs: object) -> pl.Trainer:
@@ -91,8 +97,11 @@ class PlanCLI(SelectionCLI):
         return super().instantiate_trainer(callbacks=kept, **off, **settings, **kwargs)
 
     def before_fit(self) -> None:
-        """Put the trial behind the selection."""
+        """Put the trial behind the selection, and refuse a proxy that is too small."""
         super().before_fit()
+        if self._proxy is not None:
+            self.proxy_parameters = _parameters_of(self._proxy, self._given)
+            check_proxy(self.proxy_parameters, _count(self.model))
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         selection = next((each for each in callbacks if isinstance(each, DataSelection)), None)
         if selection is None:
@@ -117,14 +126,10 @@ def make_plan(args: Sequence[str], folder: Path, seconds: float, proxy: str | No
     Raises:
         ValueError: there is no selection, the run is too short to be timed, or the proxy is too small.
     """
-    cli = PlanCLI(args, folder, seconds)
+    cli = PlanCLI(args, folder, seconds, proxy)
     found, selection = cli.trial.found, cli.trial.selection
     if found is None:
         raise ValueError("expected a run of at least 2 steps to time, got a shorter one: raise trainer.max_steps")
-    parameters = None
-    if proxy is not None:
-        parameters = _parameters_of(proxy, args)
-        check_proxy(parameters, found.parameters)
     if not cli.trainer.is_global_zero:
         return None
     return Plan(
@@ -133,7 +138,7 @@ def make_plan(args: Sequence[str], folder: Path, seconds: float, proxy: str | No
         answer=answer_expected(found, selection.verdict or Verdict(), cli.trial.judged_rows),
         has_verdict=selection.verdict is not None,
         recommendation=recommend(found, cli.trial.methods),
-        proxy=parameters,
+        proxy=cli.proxy_parameters,
     )
 
 
@@ -146,5 +151,8 @@ def _parameters_of(proxy: str, args: Sequence[str]) -> float:
             raise FileNotFoundError(
                 f"expected --proxy as a number of parameters (160e6) or a file, found no file {proxy}"
             ) from None
-    model = SelectionCLI([*args, f"--config={proxy}"], run=False).model
-    return float(sum(parameter.numel() for parameter in model.parameters()))
+    return _count(SelectionCLI([*args, f"--config={proxy}"], run=False).model)
+
+
+def _count(module: pl.LightningModule) -> float:
+    return float(sum(parameter.numel() for parameter in module.parameters()))

@@ -19,7 +19,7 @@ from liveselect.measurement import Measurement
 from liveselect.price import asked_for, price_of_round
 from liveselect.regressors import TokenTableRegressor
 from liveselect.rounds import SelectionRun, finish_round
-from liveselect.selectors import NGramPrior, ScoredSelector, UniformSelector
+from liveselect.selectors import NGramPrior, PortfolioSelector, ScoredSelector, UniformSelector
 
 _FIRST_STEPS = 2
 """Steps that are not timed: memory is allocated in them."""
@@ -130,6 +130,7 @@ class PlanTrial(Callback):
             asked=cost.asked,
             measured=cost.measured,
             max_overhead=self.selection.ahead.pace.max_overhead,
+            copies_share=_share_of_copies(self.selection),
             training_memory=self._training_memory,
             memory=peak_memory(model.device),
             device=model.device.type,
@@ -241,6 +242,12 @@ def _seconds_of_choosing(run: SelectionRun, selector: Selector, budget: int) -> 
     began = time.perf_counter()
     selector.select(round, budget - len(round.leftovers))
     return time.perf_counter() - began
+
+
+def _share_of_copies(selection: DataSelection) -> float:
+    """Return the share of training steps that the run lets copies take."""
+    share = 0.0 if selection.verdict is None else selection.verdict.share
+    return share + (selection.selector.share if isinstance(selection.selector, PortfolioSelector) else 0.0)
 
 
 def _name(selection: DataSelection) -> str:

@@ -25,6 +25,8 @@ from liveselect.grammar import (
 from liveselect.parts import check_part, restore_part, save_part
 from liveselect.pool import CandidatePool, split_by_use
 
+_MOST_UNANSWERED = 2
+
 _NOTHING = torch.empty(0, dtype=torch.int64)
 
 
@@ -95,6 +97,7 @@ class PortfolioSelector(Selector):
         self._lengths: list[int] = []
         self._costs: dict[str, list[float]] = {name: [0.0, 0.0] for name in self.policies}  # sum, rounds
         self._spent = 0.0  # optimizer steps of contests
+        self._unanswered = 0  # contests in a row of which nothing was observed
         self._round = -1  # for which it was decided who takes part
         self._entered: list[str] = []
         self._asking: list[str] = []
@@ -174,6 +177,7 @@ class PortfolioSelector(Selector):
         for name in (self.following, *self._entered):
             self._costs[name][1] += 1
         self._spent += len(self._entered) * round.steps
+        self._unanswered += bool(self._entered)
         selection = Selection(chosen) if isinstance(chosen, Tensor) else chosen
         news, self._news = self._news, []
         if not self._results and self._entered:
@@ -187,6 +191,7 @@ class PortfolioSelector(Selector):
 
     def observe_contest(self, contest: Contest) -> None:
         """Compare the policies, drop what is behind for certain, and follow the best."""
+        self._unanswered = 0
         self._results.append({**contest.losses, self.following: contest.own})
         self._ends.append(contest.step + contest.steps)
         self._lengths.append(contest.steps)
@@ -221,6 +226,7 @@ class PortfolioSelector(Selector):
             "prices": list(self._prices),
             "costs": {name: list(cost) for name, cost in self._costs.items()},
             "spent": self._spent,
+            "unanswered": self._unanswered,
             "round": self._round,
             "entered": list(self._entered),
             "asking": list(self._asking),
@@ -241,7 +247,7 @@ class PortfolioSelector(Selector):
         self._results, self._ends = [dict(each) for each in state["results"]], list(state["ends"])
         self._lengths, self._prices = list(state["lengths"]), list(state["prices"])
         self._costs = {name: list(cost) for name, cost in state["costs"].items()}
-        self._spent, self._round = state["spent"], state["round"]
+        self._spent, self._round, self._unanswered = state["spent"], state["round"], state["unanswered"]
         self._entered, self._asking = list(state["entered"]), list(state["asking"])
         self._contestants, self._news = dict(state["contestants"]), list(state["news"])
 
@@ -260,6 +266,8 @@ class PortfolioSelector(Selector):
     def _contest(self, round: Round) -> list[str]:
         """Return the policies that compete with the one that is followed, the most promising first."""
         # leftovers are trained on whoever is followed, so that training would not follow the policy
+        if self._unanswered >= _MOST_UNANSWERED:
+            return []  # this run cannot hold any, or they fail
         if not round.steps or len(round.leftovers) or round.step + round.steps > round.total_steps:
             return []
         allowed = self.share * (round.step if math.isinf(round.total_steps) else round.total_steps) - self._spent
