@@ -158,7 +158,7 @@ class Knowing(Selector):
         return round.candidates[worth.topk(budget).indices]
 
 
-def planted_run(folder, wanted, **verdict):
+def planted_run(folder, wanted, steps=200, **verdict):
     """Half of the pool repeats two tokens, as the reference does."""
     generator = torch.Generator().manual_seed(0)
     planted = torch.arange(2400) % 2 == 0
@@ -179,7 +179,7 @@ def planted_run(folder, wanted, **verdict):
         folder,
         [selection],
         accumulate_grad_batches=1,
-        max_steps=200,
+        max_steps=steps,
         val_check_interval=1.0,
         precision="32-true",
         check_val_every_n_epoch=1,
@@ -190,7 +190,7 @@ def planted_run(folder, wanted, **verdict):
 
 
 def test_a_planted_pool_pays(tmp_path):
-    _, ledger = planted_run(tmp_path, True)
+    _, ledger = planted_run(tmp_path, True, steps=296, share=0.4)  # look-aheads are a part of what it must pay for
     verdict = ledger.verdict
     assert verdict["said"] == "paying"
     assert verdict["low"] > verdict["price"]

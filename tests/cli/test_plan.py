@@ -107,8 +107,11 @@ def test_every_method_is_timed_or_says_why_not(planned):
     said, found = planned
     methods = {each["name"]: each for each in found["methods"]}
     assert list(methods) == ["random", "prior", "LiveSelection", "MATES", "LivePDS", "Quad"]
-    assert methods["MATES"]["candidates"] == 8 * EVERY
-    assert methods["MATES"]["seconds"] > methods["random"]["seconds"]
+    if methods["MATES"]["seconds"] is None:  # a machine that is too busy
+        assert "seconds of the plan were over" in methods["MATES"]["note"]
+    else:
+        assert methods["MATES"]["candidates"] == 8 * EVERY
+        assert methods["MATES"]["seconds"] > methods["random"]["seconds"]
     assert "no groups" in methods["Quad"]["note"]
     assert "| MATES |" in said
     assert "recommended: " in said

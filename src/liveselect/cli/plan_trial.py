@@ -182,11 +182,11 @@ class PlanTrial(Callback):
         self, name: str, method: DataSelection, session: Session, trainer: pl.Trainer, budget: int, choosing: float
     ) -> MethodCost:
         run, estimator = session.run, method.estimator
+        if method.selector.uses_groups and run.pool.groups is None:
+            return MethodCost(name, None, note="not timed: the pool has no groups (`liveselect cluster`)")
         late = distributed.gather_objects(time.perf_counter() - self._began > self.seconds)[0]
         if late or estimator is None:
             return MethodCost(name, None, note="not timed: the seconds of the plan were over")
-        if method.selector.uses_groups and run.pool.groups is None:
-            return MethodCost(name, None, note="not timed: the pool has no groups (`liveselect cluster`)")
         try:
             method.selector.prepare(run.source, CostMeter())
             round = replace(session.open_round(trainer, budget, run.warmup), index=run.next_round)
