@@ -12,6 +12,7 @@ from torch import nn
 
 from liveselect import distributed
 from liveselect.datamodules.overlap import visible_rows
+from liveselect.datamodules.pools.foreign_tokenizers import ForeignTokenizer, is_hugging_face
 from liveselect.datamodules.pools.pool_files import TOKENIZER
 from liveselect.datamodules.pools.tokenizers import load_tokenizer
 from liveselect.datamodules.pools.tokens import TokenStore
@@ -64,16 +65,18 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: Rows, what: str,
         TypeError: it is no Hugging Face tokenizer.
         ValueError: the pool was prepared with another one.
     """
-    if not callable(tokenizer) or not hasattr(tokenizer, "all_special_ids"):
+    if not is_hugging_face(tokenizer):
         raise TypeError(
-            f"expected {what} as a Hugging Face tokenizer, or the name or path of one, got {type(tokenizer).__name__}"
+            f"expected {what} as a Hugging Face tokenizer, the name or path of one, or one that encodes and decodes "
+            f"(tiktoken, SentencePiece, litgpt), got {type(tokenizer).__name__}"
         )
     if other == "allow":
         return
     folder = rows.store.tokenizer_path if rows.store is not None else None
     if folder is not None:
         own = load_tokenizer(folder)
-        if own.get_vocab() != tokenizer.get_vocab() or _same_token_share(own, tokenizer, rows) < MIN_ROUND_TRIP_SHARE:
+        other_vocabulary = not isinstance(tokenizer, ForeignTokenizer) and own.get_vocab() != tokenizer.get_vocab()
+        if other_vocabulary or _same_token_share(own, tokenizer, rows) < MIN_ROUND_TRIP_SHARE:
             raise ValueError(
                 f"{what} is not the tokenizer that {folder.parent} was prepared with, so the same ids mean different "
                 "texts: leave it out, the pool holds its own (or pass other_tokenizer='allow' if that is meant)"

@@ -16,6 +16,7 @@ from liveselect.datamodules import checks
 from liveselect.datamodules.batching import Item, bucket, pack
 from liveselect.datamodules.disjoint import set_apart
 from liveselect.datamodules.loader import LoaderOptions
+from liveselect.datamodules.pools.foreign_tokenizers import adapted, is_hugging_face
 from liveselect.datamodules.pools.pool_files import hash_tokens
 from liveselect.datamodules.pools.sources import HUB, is_dataset_folder, open_dataset_folder, open_hub, open_parquet
 from liveselect.datamodules.pools.token_files import TokenFiles, holds_token_files
@@ -124,7 +125,7 @@ def open_tokenizer(
     """Return the tokenizer that made the ids of a pool: ``spec``, else the pool's, else None.
 
     Args:
-        spec: a Hugging Face tokenizer, its name or path, or None.
+        spec: a Hugging Face tokenizer, its name or path, one that encodes and decodes, or None.
         rows: the pool.
         what: origin of ``spec``, for messages.
         other: whether a tokenizer that is not the pool's is refused or allowed.
@@ -135,9 +136,29 @@ def open_tokenizer(
     if spec is None:
         kept = rows.store.tokenizer_path if rows.store is not None else None
         return None if kept is None else load_tokenizer(kept)
-    tokenizer = load_tokenizer(spec) if isinstance(spec, (str, Path)) else spec
+    tokenizer = load_tokenizer(spec) if isinstance(spec, (str, Path)) else adapted(spec) or spec
     checks.check_tokenizer(tokenizer, rows, what, other)
     return tokenizer
+
+
+def adopt_tokenizer(own: object, rows: Rows, name: str, other: OnOther) -> "PreTrainedTokenizerBase | None":
+    """Return the tokenizer of a wrapped module; a foreign one that did not make the pool is left alone, with a note.
+
+    Nobody passed it to be used here, and ready ids need none. One of Hugging Face's is refused then.
+    """
+    what = f"the tokenizer of {name}"
+    if own is None or isinstance(own, (str, Path)) or is_hugging_face(own):
+        return open_tokenizer(own, rows, what, other)  # type: ignore[arg-type]
+    try:
+        return open_tokenizer(own, rows, what, other)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        warnings.warn(
+            f"{what} ({type(own).__name__}) is left alone, so a reference set needs input_ids, and rows are shown as "
+            f"ids: {error}. For text, pass the one that made the ids as tokenizer=",
+            SelectionWarning,
+            stacklevel=2,
+        )
+        return None
 
 
 def fingerprint_of(batches: Iterable[Batch]) -> str:

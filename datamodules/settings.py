@@ -37,7 +37,8 @@ class ServingSettings:
             the tokens before them, as nanoGPT's y does. Bare tensors and pairs (x, y) of tokens need no columns.
         groups: column of the dataset that names each row's group. For a prepared pool ``clusters``, or the ``--name``
             passed to `liveselect cluster`; by default its sources. For ``TokenFiles``, ``file``.
-        tokenizer: name, path or Hugging Face tokenizer; by default the one inside the prepared pool, or the
+        tokenizer: name, path or Hugging Face tokenizer, or one with ``encode`` and ``decode``, as tiktoken,
+            SentencePiece and litgpt have them; by default the one inside the prepared pool, or the
             ``tokenizer`` of the wrapped module.
         other_tokenizer: what to do with a tokenizer that is not the one that made the pool, as far as can be seen:
             ``refuse`` it, or ``allow`` it, for a model that reads the ids of both.

@@ -15,7 +15,7 @@ from torch.utils.data import (
 )
 
 from liveselect.datamodules.datamodule import ServedDataModule
-from liveselect.datamodules.opening import OpenedRows, open_tokenizer
+from liveselect.datamodules.opening import OpenedRows, adopt_tokenizer, open_tokenizer
 from liveselect.datamodules.reference import ReferenceSet
 from liveselect.datamodules.rows.by_position import is_readable_by_position
 from liveselect.datamodules.rows.draws import Collate
@@ -140,7 +140,7 @@ class WrappingDataModule(ServedDataModule):
         tokenizer = open_tokenizer(self.settings.tokenizer, rows, other=self.settings.other_tokenizer)
         if tokenizer is None:
             own = getattr(self.wrapped, "tokenizer", None)
-            tokenizer = open_tokenizer(own, rows, f"the tokenizer of {name}", self.settings.other_tokenizer)
+            tokenizer = adopt_tokenizer(own, rows, name, self.settings.other_tokenizer)
         return OpenedRows(rows, size, tokenizer, options)
 
 
