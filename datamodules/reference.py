@@ -21,6 +21,7 @@ from liveselect.datamodules.pools.pool_files import MANIFEST, hash_tokens
 from liveselect.datamodules.pools.readers import whole_characters
 from liveselect.datamodules.pools.sources import read_records
 from liveselect.datamodules.pools.tokens import TokenStore
+from liveselect.datamodules.rows.columns import by_role, is_array
 from liveselect.datamodules.rows.draws import candidate_seeds, fetch, private_draws
 from liveselect.datamodules.rows.token_rows import WEIGHTS, check_map_style, token_row
 from liveselect.grammar import IGNORE_INDEX
@@ -373,6 +374,9 @@ def _contents(record: object, reference: ReferenceSet, position: int, seen: _See
     where = f"record {position} of the reference set ({_name(reference.source)})"
     if isinstance(record, str) or record is None:
         record = {reference.columns.get("text", "text"): record}
+    if is_array(record) or (isinstance(record, tuple) and record and all(map(is_array, record))):
+        row = by_role(record, None, where)
+        record = {reference.columns.get("input_ids", "input_ids"): row.pop("input_ids"), **row}
     if not isinstance(record, Mapping):
         raise TypeError(f"expected {where} as a string or a dict, got {type(record).__name__}")
     names = {role: reference.columns.get(role, role) for role in ROLES}

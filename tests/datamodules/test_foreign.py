@@ -122,7 +122,7 @@ def opened(data):
 
 
 def test_the_foreign_tokenizer_of_a_wrapped_module_is_used_or_left_alone(own):
-    texts = [own(text)["input_ids"][:12] for text in TEXTS]
+    texts = [(own(text)["input_ids"] * 2)[:12] for text in TEXTS]
     module = Module([{"input_ids": torch.tensor(ids)} for ids in texts], LikeLitgpt(own))
     reference = [{"text": "a text that nobody has seen by the river"}]
     assert opened(SelectionDataModule.wrap(module, reference)).tokenizer.name == "LikeLitgpt"
