@@ -10,6 +10,8 @@ ratios of neighbouring turns, which other work on the machine disturbs least.
 - ``row by row``: a ``DataLoader(TokenStore, shuffle=True)`` with the default collate function, as one writes it by
   hand; its batches have no labels.
 
+Before them stand the rows per second of every format that a pool may have, read by position (``formats.py``).
+
     python benchmarks/dataplane.py
 """
 
@@ -25,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from formats import measure_formats
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from liveselect.datamodules.batching import Item
@@ -189,10 +192,15 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--swaps", type=int, default=40, help="plans to change (default: %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="default: %(default)s")
+    parser.add_argument("--formats-only", action="store_true", help="only rows per second of each format")
+    parser.add_argument("--format-rows", type=int, default=20_000, help="rows of each format (default: %(default)s)")
     parser.add_argument("--skip-gumbel", action="store_true", help="leave out Gumbel-top-k")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
+        measure_formats(Path(folder), options.format_rows, 512, seconds=2.0)
+        if options.formats_only:
+            return
         stores = {size: make_store(Path(folder), options.tokens, size) for size in {block for block, _ in SHAPES}}
         print("million tokens per second; ratio: PlanLoader over the other loader, larger is better")
         print(
