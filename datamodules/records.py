@@ -23,7 +23,9 @@ Message = Mapping[str, Any]
 
 def is_choice(record: Mapping, names: Mapping[str, str]) -> bool:
     """Return whether a record is a question with several answers of which one is right."""
-    return choices_column(record, names) is not None and _first(record, names, "answer", ANSWERS) is not None
+    has_both = choices_column(record, names) is not None and _first(record, names, "answer", ANSWERS) is not None
+    # choices beside a text only describe it
+    return has_both and (names["text"] not in record or _first(record, names, "prompt", QUESTIONS) is not None)
 
 
 def choices_column(record: Mapping, names: Mapping[str, str]) -> str | None:

@@ -469,9 +469,9 @@ UNWRAPPABLE = {
         r"to return input_ids, got the keys \['tokens'\]",
     ),
     "tuples": (
-        Existing(TensorDataset(torch.arange(20).view(10, 2)), collate_fn=None),
+        Existing(TensorDataset(*[torch.arange(20).view(10, 2)] * 3), collate_fn=None),
         TypeError,
-        "to return a mapping with input_ids, got list",
+        "a batch of the collate function of the training data as a dict .* got list of 3: .*columns=",
     ),
     "default collate over lists": (
         Existing(KINDS["list"]([[1, 2]] * 9), collate_fn=None),
@@ -521,7 +521,7 @@ RAGGED_POOL = pool_of(RAGGED)
 REFUSED = {
     "no pool there": ("no/such/pool", REFERENCE, {}, FileNotFoundError, "expected a pool .*`liveselect prepare` first"),
     "text": ([{"text": "a"}] * 9, REFERENCE, {}, ValueError, r"row 0 of the pool to have input_ids, got .*\['text'\]"),
-    "no dicts": ([[1, 2]] * 9, REFERENCE, {}, TypeError, "row 0 of the pool as a dict with input_ids, got list"),
+    "no dicts": ([(1, 2)] * 9, REFERENCE, {}, TypeError, "row 0 of the pool as a dict .* got tuple of 2: .*columns="),
     "a stream": (Stream(), REFERENCE, {}, TypeError, "the pool as a map-style dataset .* got Stream"),
     "nothing": ([], REFERENCE, {}, ValueError, "the pool is empty: list has no rows"),
     "too small": (RAGGED_POOL, SMALL_REFERENCE, {"batch_size": 21}, ValueError, "20 candidates, less than the 21"),
