@@ -179,7 +179,7 @@ class Ahead:
         wanted = governor.begin_round(ledger.training_seconds, spent, finishing)
         self._before_finish = None
         if finishing and len(ledger.rounds) > 1:
-            steps = ledger.rounds[-1].step - ledger.rounds[-2].step  # of the round that has ended
+            steps = ledger.rounds[-2].chosen / session.model.global_batch  # of the round that has ended
             wanted = float(distributed.gather_objects(wanted)[0]) * steps
             session.stretch_rounds(wanted, f"its end takes {finishing:.2f} s, and max_overhead={governor.share:g}")
 

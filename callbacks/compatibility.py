@@ -28,6 +28,9 @@ from liveselect.grammar import CandidateSource, LossFn, SelectionWarning, State
 from liveselect.parts import check_source
 from liveselect.plan import Plan
 
+BATCHES_PER_STEP = "batches_per_step"
+"""The attribute by which a module with manual optimization declares how many batches a step of its optimizers takes."""
+
 
 def find_source(trainer: pl.Trainer) -> CandidateSource:
     """Return the trainer's datamodule as a candidate source."""
@@ -43,11 +46,7 @@ def find_source(trainer: pl.Trainer) -> CandidateSource:
 def check_setup(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Raise MisconfigurationException for settings that can be judged before the data are loaded."""
     _check_strategy(trainer.strategy)
-    if not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            "DataSelection needs automatic optimization: with manual optimization it cannot know where an optimizer "
-            "step ends"
-        )
+    steps_per_batch(pl_module)
     if trainer.precision == "16-mixed":
         raise MisconfigurationException(
             "DataSelection does not work with precision='16-mixed': single-example gradients underflow without the "
@@ -71,6 +70,32 @@ def check_setup(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
                 "StochasticWeightAveraging begins its schedule and adds to its average when an epoch starts, and loses "
                 "them when a run is resumed inside of one: use EMAWeightAveraging or WeightAveraging"
             )
+
+
+def steps_per_batch(pl_module: pl.LightningModule) -> int:
+    """Return the optimizer steps of Lightning's count that one batch of a module with manual optimization takes.
+
+    0 with automatic optimization, where the Trainer counts.
+
+    Raises:
+        MisconfigurationException: the module does not declare where a step ends, or in a way that cannot be followed.
+    """
+    if pl_module.automatic_optimization:
+        return 0
+    declared = getattr(pl_module, BATCHES_PER_STEP, None)
+    if declared is None:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} optimizes manually, so that only it knows where an optimizer step ends: if "
+            f"each batch ends a step of every optimizer, declare it with `{BATCHES_PER_STEP} = 1` in the class; else "
+            "use automatic optimization"
+        )
+    if declared != 1:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} declares {BATCHES_PER_STEP} = {declared!r}, and with manual optimization only "
+            "1 can be followed: make batches larger, or use automatic optimization with accumulate_grad_batches"
+        )
+    optimizers = pl_module.optimizers(use_pl_optimizer=False) if pl_module._trainer is not None else []
+    return len(optimizers) if isinstance(optimizers, list) else 1
 
 
 def _check_strategy(strategy: Strategy) -> None:

@@ -14,6 +14,7 @@ from liveselect import distributed
 from liveselect.callbacks.records import record_captured
 from liveselect.callbacks.silence import silent_logging
 from liveselect.cost import CostMeter
+from liveselect.functional.several_optimizers import as_one
 from liveselect.functional.sharding import is_sharded
 from liveselect.grammar import Batch, InfluenceEstimator, LossFn, SelectionWarning, State
 from liveselect.influence.training_step import (
@@ -181,7 +182,7 @@ class StepCapture:
                 forward = trainer.precision_plugin.forward_context()
                 with (
                     silent_logging(),
-                    measuring(pl_module, trainer.optimizers[0]),
+                    measuring(pl_module, as_one(trainer.optimizers)),
                     torch.no_grad(),
                     forward,
                     self.meter.counting(pl_module, "loss", batch["input_ids"].shape, targets_shape(batch)),

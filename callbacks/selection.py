@@ -70,8 +70,9 @@ class DataSelection(Callback):
     all ranks included, is one entry of the checkpoint; a run that was killed continues with the same batches.
 
     Works with a single device, DDP and FSDP, gradient accumulation, ``bf16-mixed`` and ``torch.compile``. Needs the
-    trainer's datamodule to be a :class:`~liveselect.datamodules.SelectionDataModule` and automatic optimization;
-    settings under which it could not be exact are refused at the start.
+    trainer's datamodule to be a :class:`~liveselect.datamodules.SelectionDataModule`. A module with manual
+    optimization, of several optimizers for example, declares ``batches_per_step = 1`` where each batch ends a step of
+    all of them; settings under which it could not be exact are refused at the start.
 
     Args:
         selector: decides what to measure and what to train on.
@@ -261,6 +262,11 @@ class DataSelection(Callback):
         check_alone(trainer)
         source = find_source(trainer)
         check_setup(trainer, pl_module)
+        if not pl_module.automatic_optimization and self.verdict is not None:
+            raise MisconfigurationException(
+                "a verdict trains a copy with the steps of the Trainer, and a module with manual optimization steps by "
+                "itself: leave out verdict, or use automatic optimization"
+            )
         install_whole_files(trainer)
         if self._session is None:
             self._session = Session(self.selector, self.estimator, self.about(), source)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from liveselect import distributed
 from liveselect.callbacks.clipping import clip_gradients
 from liveselect.callbacks.clock import TrainingClock
-from liveselect.callbacks.compatibility import callable_model, requeue_signals
+from liveselect.callbacks.compatibility import callable_model, requeue_signals, steps_per_batch
 from liveselect.callbacks.folder import LEDGER_FILE, RunFolder
 from liveselect.callbacks.preemption import SignalGate
 from liveselect.callbacks.records import carry_earlier_decisions, report_uncounted, write_files, write_ledger
@@ -25,6 +25,7 @@ from liveselect.callbacks.silence import silent_logging
 from liveselect.callbacks.training_flops import TrainingFlops, peak_flops
 from liveselect.decisions import MOST_REJECTED, DecisionLedger
 from liveselect.functional.sampling import uniform_subset
+from liveselect.functional.several_optimizers import as_one
 from liveselect.grammar import (
     Batch,
     CandidateSource,
@@ -121,6 +122,7 @@ class Session:
         self.in_batch = False
         self._in_step = False
         self._every_n_steps = int(about["every_n_steps"])
+        self._ticks = 1  # by how much one step moves the loop's count; Lightning counts that of each optimizer
         self.stretch = 1
         self._about = about
         self._first_states = [copy.deepcopy(part.state_dict()) for part in self._parts()]
@@ -210,6 +212,7 @@ class Session:
         Raises:
             TypeError: a part's state cannot be saved, which would come up at the first checkpoint otherwise.
         """
+        self._ticks = steps_per_batch(pl_module) or 1
         self._begin(trainer)
         self.run.ledger.peak_flops = peak_flops(trainer)
         self.gate.install(trainer, *requeue_signals(trainer))
@@ -217,7 +220,7 @@ class Session:
         self._use_model(
             LiveModel(
                 module=module,
-                optimizer=trainer.optimizers[0],
+                optimizer=as_one(trainer.optimizers),
                 loss_fn=loss_fn,
                 global_batch=self.global_batch(trainer),
                 clip_gradients=lambda parameters: clip_gradients(trainer, pl_module, parameters),
@@ -299,7 +302,7 @@ class Session:
         """Return the step at which the next round begins."""
         plan = self.run.plan
         left = 0 if plan is None else len(plan.ids) - plan.cursor
-        return steps.global_step + left // self.global_batch(steps)
+        return steps.global_step + left // self.global_batch(steps) * self._ticks
 
     def budget(self, steps: Steps, begins: int) -> int:
         """Return how many candidates are chosen for a round that begins at step ``begins``.
@@ -307,7 +310,7 @@ class Session:
         Those of a whole round; if training and the pass over the pool end before, as many as are trained on.
         """
         batch, every = self.global_batch(steps), self._every_n_steps * self.stretch
-        rest = int(min(every, steps.estimated_stepping_batches - begins))
+        rest = int(min(every, (steps.estimated_stepping_batches - begins) // self._ticks))
         whole, left = every * batch, max(1, rest) * batch
         # whole also where training ends inside: a run that goes on later then trains what one long run would have
         return whole if left == whole or self.run.can_plan(whole) else left
@@ -344,7 +347,7 @@ class Session:
     def rehearse(self, steps: Steps) -> Price | None:
         """Try, small, the first round that measures, and return what such a round costs if that is known."""
         run = self.run
-        begins = max(self.next_begins(steps), run.warmup_rounds * self._every_n_steps)
+        begins = max(self.next_begins(steps), run.warmup_rounds * self._every_n_steps * self._ticks)
         needed = self.budget(steps, begins) if begins < steps.estimated_stepping_batches else 1
         round = self.open_round(steps, needed, run.selector)
         changed, meter = rehearse(run.selector, run.estimator, self.model, round, needed)
@@ -391,7 +394,13 @@ class Session:
         ledger.training_flops += flops.total * steps.world_size
         ledger.training_repeated_flops += flops.repeated * steps.world_size
         ledger.training_tokens += tokens_in(batch) * steps.world_size
-        stepped = steps.global_step != self.counted_step
+        moved = steps.global_step - self.counted_step
+        if moved not in (0, self._ticks):
+            raise RuntimeError(
+                f"a batch moved the count of optimizer steps by {moved}, where {self._ticks} was expected, one for "
+                "each optimizer: with manual optimization each of them has to step once in every batch"
+            )
+        stepped = moved != 0
         self.counted_step, self.in_batch = steps.global_step, False
         return stepped
 
@@ -412,7 +421,7 @@ class Session:
         if batch != self.saved_batch:
             self._mixed_round = plan.round
             return
-        trained = (steps.global_step - self.run.ledger.rounds[-1].step) * batch
+        trained = (steps.global_step - self.run.ledger.rounds[-1].step) // self._ticks * batch
         # inside an accumulation window some batches of the step are counted already; check_rest refuses that
         if not trained <= plan.cursor < trained + batch:
             raise ValueError(

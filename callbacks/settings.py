@@ -136,7 +136,7 @@ def facts_of(trainer: pl.Trainer, module: pl.LightningModule, source: CandidateS
         "max_steps": trainer.max_steps,
         "model": type(module).__qualname__,
         "model.parameters": sum(parameter.numel() for parameter in module.parameters()),
-        "optimizer": type(trainer.optimizers[0]).__qualname__,
+        "optimizer": " and ".join(type(each).__qualname__ for each in trainer.optimizers),
         "precision": str(trainer.precision),
         "strategy": type(trainer.strategy).__qualname__,
         "device": str(trainer.strategy.root_device.type),

@@ -408,3 +408,36 @@ def test_a_forward_that_takes_something_else_is_named():
     with pytest.raises((TypeError, IndexError)) as caught:
         causal_lm_loss(TakesBatch(None), {"input_ids": draw_tokens()})
     assert "TakesBatch.forward(input_ids), called with token ids (4, 12)" in caught.value.__notes__[0]
+
+
+class Sampler(nn.Module):
+    """Like nanoGPT: without targets only the logits of the last position are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(60, 60)
+
+    def forward(self, idx, targets=None):
+        logits = self.table(idx)
+        if targets is None:
+            return logits[:, [-1], :], None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("answers", [1, 2, 11])
+def test_a_forward_that_wants_targets_for_all_logits_is_given_them(answers):
+    model, batch = Sampler(), with_answers_of(draw_tokens(), answers)
+    per_token = F.cross_entropy(
+        model.table(batch["input_ids"])[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none"
+    )
+    for _ in range(2):  # the second time it is known
+        assert torch.allclose(causal_lm_loss(model, batch), per_token.sum(1) / answers)
+
+
+def test_an_encoder_decoder_is_refused_with_a_sentence():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 60}
+    model = T5ForConditionalGeneration(T5Config(**sizes))
+    with pytest.raises(TypeError, match=r"T5ForConditionalGeneration is an encoder-decoder.*pass loss_fn|Pass loss_fn"):
+        causal_lm_loss(model, {"input_ids": draw_tokens()})

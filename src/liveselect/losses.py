@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeGuard
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ Rows with fewer than K of them are filled up with their last column, which has n
 """
 
 _MAX_SOFTMAX_ENTRIES = {"cpu": 2**19, "accelerator": 2**26}  # at once: a cache holds the first, the second fills a GPU
+_TARGET_INPUTS = ("targets", "labels")
+_NEEDS_TARGETS: "WeakSet[nn.Module]" = WeakSet()  # networks that return the logits of all positions to targets only
 _OPTIONAL_MODEL_INPUTS = ("attention_mask", "position_ids")
 
 
@@ -208,6 +211,12 @@ def _logits_at(network: nn.Module, batch: Batch, rows: Tensor, columns: Tensor) 
 
     Where only the last of all positions is not among them, it follows them.
     """
+    if getattr(getattr(network, "config", None), "is_encoder_decoder", False):
+        raise TypeError(
+            f"{type(network).__name__} is an encoder-decoder: it predicts labels from an input beside them, and a row "
+            "of input_ids does not say which is which. Pass loss_fn=(model, batch) -> (B,) losses that calls it as "
+            "training does, or train a decoder"
+        )
     accepted = inspect.signature(network.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     options: dict[str, Tensor | bool] = {
@@ -217,8 +226,17 @@ def _logits_at(network: nn.Module, batch: Batch, rows: Tensor, columns: Tensor) 
         options["use_cache"] = False
     width, wanted = batch["input_ids"].shape[1], columns.shape[1]
     with _head_narrowed(network, rows, columns, width) as was_narrowed:
+        takes = next((name for name in _TARGET_INPUTS if name in accepted), None)
+        takes = None if _is_language_model(network) else takes
+        if takes is not None and network in _NEEDS_TARGETS:
+            options[takes] = _next_tokens(batch)
         try:
             output = network(batch["input_ids"], **options)
+            logits = _logits(output, network)
+            if takes is not None and takes not in options and logits.shape[:2] == (len(rows), 1) != (1, width):
+                # as in nanoGPT: without targets only what a sampler needs is computed
+                _NEEDS_TARGETS.add(network)
+                output = network(batch["input_ids"], **options, **{takes: _next_tokens(batch)})
         except (TypeError, IndexError, KeyError, AttributeError) as error:
             error.add_note(
                 f"this came from {type(network).__name__}.forward(input_ids), called with token ids "
@@ -229,6 +247,11 @@ def _logits_at(network: nn.Module, batch: Batch, rows: Tensor, columns: Tensor) 
         logits = _logits(output, network)
     _check_positions(logits, (len(rows), wanted if was_narrowed() else width), network)
     return logits if was_narrowed() or wanted == width - 1 else logits[rows, columns]
+
+
+def _next_tokens(batch: Batch) -> Tensor:
+    """Return a token for each position, ``(B, T)``; the loss that a model takes of them is not used."""
+    return batch["input_ids"].roll(-1, dims=1)
 
 
 def _check_positions(logits: Tensor, expected: tuple[int, int], network: nn.Module) -> None:

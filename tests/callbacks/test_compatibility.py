@@ -21,6 +21,10 @@ class Manual(SmallLM):
     automatic_optimization = False
 
 
+class Windowed(Manual):
+    batches_per_step = 2
+
+
 def fit(tmp_path, module=None, callbacks=(), data=None, **settings):
     selection = DataSelection(UniformSelector(), every_n_steps=2, dirpath=tmp_path)
     trainer = small_trainer(tmp_path, [selection, *callbacks], **settings)
@@ -47,7 +51,8 @@ def fit(tmp_path, module=None, callbacks=(), data=None, **settings):
             {"callbacks": [ModelCheckpoint(train_time_interval=timedelta(hours=1))]},
             "every_n_train",
         ),
-        ({"module": Manual(), **SIMPLE, "gradient_clip_val": None}, "needs automatic optimization"),
+        ({"module": Manual(), **SIMPLE, "gradient_clip_val": None}, "Manual optimizes manually.*batches_per_step = 1"),
+        ({"module": Windowed(), **SIMPLE, "gradient_clip_val": None}, "Windowed declares batches_per_step = 2"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )

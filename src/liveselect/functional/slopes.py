@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liveselect.functional.several_optimizers import owner_of
 from liveselect.functional.sharding import local
 
 # the single-tensor code of torch.optim takes float64 tensors of any device; the fast ones do not
@@ -43,6 +44,7 @@ def step_slope(optimizer: torch.optim.Optimizer, parameter: Tensor, amplitude: T
     if slope is not None:
         return slope
     amplitude = amplitude.double()
+    owner = owner_of(optimizer, parameter)
     forth, back = (_stepped(optimizer, parameter, sign * amplitude) for sign in (1, -1))
     if amplitude.numel() > 1:
         half = torch.arange(amplitude.numel(), device=amplitude.device).view(amplitude.shape) % 2
@@ -50,7 +52,7 @@ def step_slope(optimizer: torch.optim.Optimizer, parameter: Tensor, amplitude: T
         apart = torch.where(half == 1, forth, back)
         if float((alone - apart).abs().max()) > _COUPLING_TOLERANCE * float((forth - back).abs().max()):
             raise TypeError(
-                f"the step that {type(optimizer).__name__} takes in one coordinate depends on the gradients of others, "
+                f"the step that {type(owner).__name__} takes in one coordinate depends on the gradients of others, "
                 'so it has no slope for each of them: take the steps themselves with engine="optimizer_step"'
             )
     return (forth - back) / (2 * amplitude)
@@ -66,6 +68,7 @@ def first_moment(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor 
     Raises:
         TypeError: the optimizer keeps no such moment.
     """
+    optimizer = owner_of(optimizer, parameter)
     state = optimizer.state.get(parameter, {})
     if not state:
         return None
@@ -110,6 +113,7 @@ def _group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, 
 
 def _stepped(optimizer: torch.optim.Optimizer, parameter: Tensor, gradient: Tensor) -> Tensor:
     """Return the parameter after one step on a gradient, float64, from a twin of the optimizer that holds it alone."""
+    optimizer = owner_of(optimizer, parameter)
     value = local(parameter).to(torch.float64, copy=True)
     value.grad = gradient
     group = _group_of(optimizer, parameter)

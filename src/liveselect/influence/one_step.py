@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from liveselect.arguments import check_plain
+from liveselect.functional.several_optimizers import each_of
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, on_device
 from liveselect.influence.reference import (
     Precision,
@@ -240,7 +241,8 @@ def _learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
 
 def refuse_unfit(model: LiveModel) -> None:
     """Raise TypeError or ValueError when no step on a given gradient can be taken."""
-    refuse_closure(model.optimizer)
+    for each in each_of(model.optimizer):
+        refuse_closure(each)
     if not trainable_parameters(model.optimizer):
         raise ValueError("expected an optimizer with parameters that require a gradient, got none: unfreeze some")
     if not _learning_rates(model.optimizer):

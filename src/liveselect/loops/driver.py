@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from liveselect.callbacks.random_state import RandomState, random_state, set_ran
 from liveselect.callbacks.records import round_numbers, say_round
 from liveselect.callbacks.session import Session
 from liveselect.callbacks.settings import DIGEST, as_text, check_digest, check_saved, damage_reported
+from liveselect.functional.several_optimizers import as_one
 from liveselect.functional.sharding import ThroughRoot, is_flat
 from liveselect.grammar import CandidateSource, LiveModel, State
 from liveselect.looking import only_looking
@@ -51,7 +52,7 @@ class Driver:
             :class:`~liveselect.callbacks.LiveSelection`, or a :class:`~liveselect.callbacks.DataSelection`.
         source: the data, a :class:`~liveselect.datamodules.SelectionDataModule` for example. It is set up here.
         model: the model; wrappers of DDP and Fabric are looked through.
-        optimizer: its optimizer.
+        optimizer: its optimizer, or several that step together.
         max_steps: optimizer steps of the training; None where they are not known.
         accumulate: batches of an optimizer step of each rank, over which gradients are accumulated.
         clip_gradients: clips the ``.grad`` of the given parameters in place, as the loop does before a step.
@@ -72,7 +73,7 @@ class Driver:
         selection: DataSelection,
         source: CandidateSource,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         max_steps: int | None = None,
         accumulate: int = 1,
@@ -100,7 +101,9 @@ class Driver:
         module, loss_fn = _unwrapped(model), selection.loss_fn
         self._model = LiveModel(
             module=module,
-            optimizer=optimizer.optimizer if isinstance(optimizer, _FabricOptimizer) else optimizer,
+            optimizer=as_one(
+                [_inner(each) for each in ([optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
+            ),
             loss_fn=ThroughRoot(loss_fn) if is_flat(module) else loss_fn,
             global_batch=self.session.global_batch(self),
             clip_gradients=lambda parameters: _call(clip_gradients, parameters),
@@ -307,6 +310,11 @@ def _check(selection: object, source: object, max_steps: int | None, accumulate:
                 f"{type(selection).__name__} has {name}={asked}, which needs the hooks of a Lightning Trainer: leave "
                 f"it out ({name}={'None' if name == 'verdict' else 'False or 0'})"
             )
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    inner: object = optimizer.optimizer if isinstance(optimizer, _FabricOptimizer) else optimizer
+    return inner if isinstance(inner, Optimizer) else optimizer
 
 
 def _call(function: Callable[[list[nn.Parameter]], object] | None, parameters: list[nn.Parameter]) -> None:

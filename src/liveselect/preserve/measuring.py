@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
+from liveselect.functional.several_optimizers import each_of
 from liveselect.functional.sharding import reshard
 from liveselect.preserve.attributes import attributes_kept
 from liveselect.preserve.places import Entries, Memory
@@ -137,16 +138,16 @@ def _gradients_set_aside(parameters: list[Tensor]) -> Iterator[None]:
 def _step_hooks_silenced(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     own = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
     everywhere: list[dict] = [torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks]
-    kept = {name: getattr(optimizer, name) for name in own}
+    kept = [(each, name, getattr(each, name)) for each in each_of(optimizer) for name in own]
     kept_everywhere = [dict(hooks) for hooks in everywhere]
     try:
-        for name in own:
-            setattr(optimizer, name, OrderedDict())
+        for each, name, _ in kept:
+            setattr(each, name, OrderedDict())
         for hooks in everywhere:
             hooks.clear()
         yield
     finally:
-        for name, own_hooks in kept.items():
-            setattr(optimizer, name, own_hooks)
+        for each, name, own_hooks in kept:
+            setattr(each, name, own_hooks)
         for hooks, entries in zip(everywhere, kept_everywhere, strict=True):
             hooks.update(entries)

@@ -8,11 +8,17 @@ from numbers import Number
 import torch
 from torch import Tensor, nn
 
+from liveselect.functional.several_optimizers import SeveralOptimizers, each_of
 from liveselect.functional.sharding import local, reshard
 from liveselect.preserve.places import Container, refill, strided_parts, without_overlap
 
 _OPTIMIZER_ATTRIBUTES = set(vars(torch.optim.SGD([torch.zeros(1)], lr=0.1)))
 _IMMUTABLE_TYPES = (Number, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether a value cannot change in place."""
+    return isinstance(value, _IMMUTABLE_TYPES)
 
 
 class Snapshot:
@@ -28,12 +34,14 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        refuse_closure(optimizer)
+        for each in each_of(optimizer):
+            refuse_closure(each)
         reshard(model)  # else the model would show whole parameters that are not the optimizer's
         self._model = model
-        self._optimizer = optimizer
-        self._names = set(vars(optimizer))
-        self._plain = {name: value for name, value in vars(optimizer).items() if isinstance(value, _IMMUTABLE_TYPES)}
+        self._attributes = [
+            (vars(each), {*vars(each)}, {name: item for name, item in vars(each).items() if _is_plain(item)})
+            for each in each_of(optimizer)
+        ]
         self._inventory = _take_inventory(model, optimizer)
         self._inventory.save()
 
@@ -41,10 +49,10 @@ class Snapshot:
         """Put all values back into the same storage; entries of the optimizer's state that are new are deleted."""
         reshard(self._model)  # else the next forward would not read the restored parts
         self._inventory.restore()
-        attributes = vars(self._optimizer)  # some optimizers keep counters here, and schedulers set flags
-        for name in set(attributes) - self._names:
-            del attributes[name]
-        attributes.update(self._plain)
+        for attributes, names, plain in self._attributes:  # some keep counters here, and schedulers set flags
+            for name in set(attributes) - names:
+                del attributes[name]
+            attributes.update(plain)
 
 
 def checksum(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -140,6 +148,10 @@ def _take_inventory(model: nn.Module, optimizer: torch.optim.Optimizer) -> Inven
 
 def _add_optimizer(inventory: Inventory, optimizer: torch.optim.Optimizer) -> None:
     """Note an optimizer's state and the attributes of its class, other optimizers among them."""
+    if isinstance(optimizer, SeveralOptimizers):
+        for each in optimizer.inner:
+            _add_optimizer(inventory, each)
+        return
     inventory.add(optimizer.param_groups)
     inventory.add(optimizer.state)
     for name, value in vars(optimizer).items():

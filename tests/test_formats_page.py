@@ -1,4 +1,4 @@
-"""The lines of docs/data.md, with those of the README, select from a nanoGPT file."""
+"""The lines of docs/formats.md, with those of the README, select from a nanoGPT file."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from liveselect.datamodules import SelectionDataModule
 from liveselect.datamodules.pools.tokenizers import train_bpe
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "formats.md").read_text(), re.DOTALL)
 README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "rain", "fell", "and", "old", "men", "told", "long", "tales"]
 
