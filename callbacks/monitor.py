@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from liveselect.arguments import check_plain
@@ -17,6 +17,7 @@ from liveselect.decisions import rounds_in
 from liveselect.grammar import SelectionWarning, State
 from liveselect.ledger import Evaluation, RoundRecord
 from liveselect.looking import only_looking
+from liveselect.monitoring.artifact_sink import ArtifactSink, CometStore, MLflowStore
 from liveselect.monitoring.tensorboard_sink import TensorBoardSink
 from liveselect.monitoring.view import RoundView, evaluation_scalars, names_to_show, round_scalars, shortened
 from liveselect.monitoring.wandb_sink import WandbSink
@@ -33,7 +34,8 @@ class SelectionMonitor(Callback, LogsRounds):
 
     Scalars go to every logger of the Trainer as ``selection/*``: the round's cost, the regressor's rank correlation,
     the mixture of what is chosen, the pulls and bonuses of arms, and how far preferences moved since the round before.
-    Weights & Biases also gets histograms, tables with texts, charts and artifacts, TensorBoard histograms and texts.
+    Weights & Biases also gets histograms, tables with texts, charts and artifacts, TensorBoard histograms and texts,
+    MLflow and Comet the examples and decisions of rounds as files.
 
     What the watch finds wrong with a round becomes an alert there, a text in TensorBoard, and stands in the log and the
     ledger anyway.
@@ -74,7 +76,7 @@ class SelectionMonitor(Callback, LogsRounds):
         self.watch = watch
         self.workspace = workspace
         self._selection: DataSelection | None = None
-        self._sinks: dict[int, WandbSink | TensorBoardSink] = {}
+        self._sinks: dict[int, WandbSink | TensorBoardSink | ArtifactSink] = {}
         self._failures: dict[int, int] = {}
         self._opened = False
         self._names: list[str] = []
@@ -158,6 +160,10 @@ class SelectionMonitor(Callback, LogsRounds):
             self._sinks[id(logger)] = sink
         elif isinstance(logger, TensorBoardLogger):
             self._sinks[id(logger)] = TensorBoardSink(logger.experiment)
+        elif isinstance(logger, MLFlowLogger) and logger.run_id is not None:
+            self._sinks[id(logger)] = ArtifactSink(MLflowStore(logger.experiment, logger.run_id))
+        elif isinstance(logger, CometLogger):
+            self._sinks[id(logger)] = ArtifactSink(CometStore(logger.experiment))
 
     def _show(self, trainer: pl.Trainer) -> None:
         """Show rounds and evaluations that were not shown yet, and count the time to selection."""
@@ -200,7 +206,7 @@ class SelectionMonitor(Callback, LogsRounds):
 
     def _show_verdict(self, logger: Logger, said: str, sentence: str, is_new: bool) -> None:
         sink = self._sinks.get(id(logger))
-        if isinstance(sink, WandbSink):
+        if isinstance(sink, WandbSink | ArtifactSink):
             sink.verdict(said, sentence)
         if sink is not None and is_new and said != "cannot tell yet":
             sink.alert(f"Selection: {said}", sentence)

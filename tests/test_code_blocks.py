@@ -28,6 +28,7 @@ ELSEWHERE = {
     "README.md": "test_readme.py",
     "docs/scoring.md": "scoring/test_engines.py",
     "docs/tutorials/hugging-face.md": "test_example_scripts.py",
+    "docs/formats.md": "test_formats_page.py",
     **{f"docs/how-to/{name}.md": "test_how_to.py" for name in ("selector", "estimator", "regressor", "preset")},
 }
 """Pages whose blocks another file runs."""
