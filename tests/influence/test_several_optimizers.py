@@ -86,3 +86,11 @@ def test_a_snapshot_puts_the_state_of_each_back(context):
     snapshot.restore()
     assert checksum(context.model, context.optimizer) == before
     assert not any(hasattr(each, "added") for each in context.optimizer.inner)
+
+
+def test_groups_are_those_of_the_optimizers_after_a_state_was_loaded_too(context):
+    matrices, rest = context.optimizer.inner
+    rest.load_state_dict(copy.deepcopy(rest.state_dict()))
+    rest.param_groups[0]["lr"] = 7.0
+    assert [group["lr"] for group in context.optimizer.param_groups] == [RATE, 7.0]
+    assert context.optimizer.param_groups[0] is matrices.param_groups[0]

@@ -18,15 +18,20 @@ class SeveralOptimizers(Optimizer):
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        super().__init__([{**group} for each in optimizers for group in each.param_groups], {})
         self.inner = [*optimizers]
-        self.param_groups = [group for each in optimizers for group in each.param_groups]  # the same objects
-        self.state.clear()
+        super().__init__([group for each in optimizers for group in each.param_groups], {})
 
     @property
-    def class_names(self) -> str:
-        """The names of the optimizers' classes."""
-        return " and ".join(type(each).__name__ for each in self.inner)
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of all of them, as they are now: loading a state replaces them."""
+        return [group for each in self.inner for group in each.param_groups]
+
+    @param_groups.setter
+    def param_groups(self, groups: object) -> None:
+        pass  # the constructor of torch begins with none
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Do nothing: groups are added to the optimizers themselves."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Step with each."""
