@@ -259,6 +259,7 @@ def test_the_story_is_told_in_order(opened):
 def test_pictures_can_be_taken(opened, tmp_path):
     browser, page = opened
     browser.open(page, width=360, scheme="dark")
+    browser.run(f"{CHART}.scrollIntoView()")
     browser.wait(READY)
     browser.picture(tmp_path / "dark.png")
     assert (tmp_path / "dark.png").read_bytes().startswith(b"\x89PNG")

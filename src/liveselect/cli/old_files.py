@@ -1,12 +1,13 @@
 """YAML files and options of liveselect 0.1, refused with the change that they need."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
 from liveselect.callbacks import PDS, LivePDS
+from liveselect.cli.typos import options_of
 
 LIVE_ARGUMENTS = inspect.signature(LivePDS).parameters.keys() - inspect.signature(PDS).parameters.keys()
 """Arguments that PDS had in 0.1 to solve on the live model, beside ``live``."""
@@ -23,7 +24,7 @@ def refuse_old_files(arguments: Sequence[str]) -> None:
     jsonargparse would only say that an option is not accepted. Files that cannot be read are left to it.
     """
     classes: dict[str, object] = dict.fromkeys(_SECTIONS)  # a later file or option may only change some arguments
-    for name, value in _options(arguments):
+    for name, value in options_of(arguments):
         if name in ("-c", "--config"):
             classes["--select"] = _check_file(value, classes["--select"])
         for section in _SECTIONS:
@@ -35,19 +36,6 @@ def refuse_old_files(arguments: Sequence[str]) -> None:
                     classes[section] = value
                 else:
                     _check_option(section, name, argument, value, classes[section])
-
-
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the options of a command line with their values, in order."""
-    for index, word in enumerate(arguments):
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-        elif word.startswith("-c"):
-            name, equals, value = "-c", word[2:3], word[2:].removeprefix("=")
-        else:
-            continue
-        following = arguments[index + 1] if index + 1 < len(arguments) else ""
-        yield name, value if equals else "" if following.startswith("--") else following
 
 
 def _loaded(text: str) -> object:

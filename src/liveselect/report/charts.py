@@ -114,6 +114,7 @@ class Chart:
             "xaxis": x,
             "yaxis": y,
             "hovermode": "x unified" if unified else "closest",
+            "hoverdistance": -1 if unified else 20,  # the nearest point, however far the pointer is from it
             "barmode": "overlay",
             "showlegend": self.large,
         }

@@ -44,7 +44,11 @@ const charts = (() => {
 
   const places = [...document.querySelectorAll(".plot")].filter(place => !place.parentElement.hidden);
   const seen = new IntersectionObserver(entries => {
-    for (const {isIntersecting, target} of entries) if (isIntersecting) { seen.unobserve(target); draw(target); }
+    for (const {isIntersecting, target} of entries) if (isIntersecting && !drawn.has(target)) {
+      // those beside it too: on a phone they are swiped into view
+      const beside = target.closest(".charts")?.querySelectorAll(".plot") ?? [target];
+      beside.forEach(each => { seen.unobserve(each); draw(each); });
+    }
   }, {rootMargin: "400px"});
   places.forEach(place => seen.observe(place));
 
