@@ -89,10 +89,10 @@ def lines_of(module: ModuleType) -> Iterator[str]:
 
 
 def options(command: str) -> list[str]:
-    """Return the options that a command shows in its help."""
+    """Return the options that a command shows in its help, or in the long one."""
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        cli.main([command, "--help"])
+        cli.main([command, "--help-all" if command in ("fit", "validate", "score") else "--help"])
     found = re.findall(r"^ +(?:-\w(?: \w+)?, )?(--[\w.-]+)", shown.getvalue(), re.MULTILINE)
     return sorted({option for option in found if not re.match(NOT_OURS, option)})
 

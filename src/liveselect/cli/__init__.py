@@ -14,6 +14,7 @@ COMMANDS = {
     "cluster": "sort the sequences of a pool into clusters of similar text",
     "plan": "say what a run will take and whether its selection can pay, from a minute of it",
     "fit": "train a model while its data is selected, from a YAML file (LightningCLI)",
+    "validate": "evaluate a checkpoint of `liveselect fit` on the validation set",
     "compare": "train with several methods, and say what each is worth at equal total cost",
     "score": "score every sequence of a pool on a proxy model, for training to draw from",
     "report": "write one HTML page about one or several runs",
@@ -22,6 +23,16 @@ COMMANDS = {
     "replay": "train on the plans that a run recorded",
     "workspace": "save a view of selection in a W&B project",
 }
+
+
+TROUBLE = {"diff": 2}
+"""Exit statuses of commands that have something wrong, where it is not 1: that of diff(1) says that two differ."""
+
+HELP = {"-h", "--help"}
+
+SCORE_SETTINGS = ("out", "estimator", "regressor", "probes", "loss_fn", "shard_size", "device", "seed", "method")
+SCORE_SETTINGS += ("settings", "filter", "pool", "parts", "column")
+"""What a file of ``liveselect score`` may hold beside the sections of ``liveselect fit``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +71,15 @@ def usage() -> str:
 def _run(command: str, arguments: Sequence[str]) -> int:
     name = f"liveselect {command}"
     try:
+        if command in ("fit", "validate", "score"):
+            from liveselect.cli.overviews import OVERVIEWS
+            from liveselect.cli.typos import refuse_typos
+
+            if HELP & set(arguments):
+                sys.stdout.write(OVERVIEWS[command])
+                return 0
+            refuse_typos(arguments, SCORE_SETTINGS if command == "score" else ())
+            arguments = ["--help" if word == "--help-all" else word for word in arguments]
         status: int = importlib.import_module(f"liveselect.cli.{command}").main(arguments)
     except KeyboardInterrupt:
         return _complain(name, "stopped.", 130)
@@ -69,7 +89,9 @@ def _run(command: str, arguments: Sequence[str]) -> int:
     except Exception as error:
         if os.environ.get(TRACEBACK_FLAG, "0") not in ("", "0") or not _is_expected(error):
             raise
-        return _complain(name, f"{error}\n(set {TRACEBACK_FLAG}=1 to see where this was raised)", 1)
+        return _complain(
+            name, f"{error}\n(set {TRACEBACK_FLAG}=1 to see where this was raised)", TROUBLE.get(command, 1)
+        )
     return status
 
 

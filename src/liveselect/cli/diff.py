@@ -14,7 +14,7 @@ distance of their mixtures of groups (0 alike, 1 disjoint), and the rank correla
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; the status is 0 when all plans are the same, and 1 when they are not, as that of diff."""
+    """Run the command; the status is 0 when all plans are the same, 1 when they are not, and 2 for trouble."""
     parser = argparse.ArgumentParser(prog="liveselect diff", description=DESCRIPTION)
     for name in ("run_a", "run_b"):
         parser.add_argument(name, type=Path, metavar=name.upper(), help=RUN)
@@ -52,4 +52,6 @@ def main(argv: Sequence[str]) -> int:
     for folder in folders:
         if (missing := lacking_rounds(folder)).rounds:
             say(f"{folder} lacks {missing}")
+    if not found:
+        return 2
     return 0 if same else 1

@@ -66,8 +66,8 @@ class SelectionCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return the only method of the Trainer that this command offers."""
-        return {"fit": LightningCLI.subcommands()["fit"]}
+        """Return the methods of the Trainer that are commands."""
+        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the section of the selection callback."""
@@ -91,6 +91,9 @@ class SelectionCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: object) -> pl.Trainer:
         """Build the Trainer, with the selection callback and a monitor for it if there is one."""
         settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        if self.subcommand == "validate":  # nothing is selected, and the settings of the run stay as they are
+            self.save_config_callback = None
+            return self._instantiate_trainer({**settings, "callbacks": None, "logger": False}, [])
         select = self._get(self.config_init, "select")
         given = settings.get("callbacks") or []
         callbacks = [] if select is None else [select]
@@ -101,7 +104,12 @@ class SelectionCLI(LightningCLI):
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
+    return run("fit", argv)
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Run a method of the Trainer with the settings of a command line."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about Lightning's calls, not the user's
     show_lines(always=True)
-    SelectionCLI(["fit", *argv])
+    SelectionCLI([command, *argv])
     return 0

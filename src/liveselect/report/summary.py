@@ -49,7 +49,8 @@ def summary_of(runs: Sequence[Run], metric: str | None, differing: Sequence[Sequ
         "saved": [] if baseline is None or metric is None else _savings(baseline, others, metric),
         "facts": facts_of(runs),
         "runs": [run.name for run in runs],
-        "differing": differing[:SETTINGS_AT_TOP],
+        # what all runs have comes first: a part that only one of them has brings many settings
+        "differing": sorted(differing, key=lambda row: "–" in row)[:SETTINGS_AT_TOP],
         "differing_left": len(differing[SETTINGS_AT_TOP:]),
     }
 
