@@ -1,5 +1,6 @@
 """``liveselect validate``: a checkpoint on the validation set."""
 
+import warnings
 from collections.abc import Sequence
 
 
@@ -9,4 +10,6 @@ def main(argv: Sequence[str]) -> int:
 
     if not any(word.startswith("--ckpt_path") for word in argv) and not {"-h", "--help", "--print_config"} & {*argv}:
         raise ValueError("expected --ckpt_path, the checkpoint to evaluate, such as RUN/checkpoints/last.ckpt")
-    return run("validate", argv)
+    with warnings.catch_warnings():  # what the callbacks of the run remember is not needed
+        warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
+        return run("validate", argv)
