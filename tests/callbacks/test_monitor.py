@@ -20,8 +20,7 @@ from liveselect.datamodules import SelectionDataModule
 from liveselect.decisions import read_plan, rounds_in
 from liveselect.grammar import SelectionWarning
 from liveselect.ledger import Ledger
-from liveselect.monitoring.view import BY_FLOPS
-from liveselect.monitoring.workspace import SECTIONS
+from liveselect.monitoring.workspace import SECTIONS, _full
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import UniformSelector
 from liveselect.watch import Watch
@@ -73,7 +72,7 @@ def test_wandb_has_every_scalar_of_every_round_with_its_value(shown):
     assert run.series("selection/round") == [0, 1, 2]
     assert run.series("selection/step") == [record.step for record in ledger.rounds] == [0, 4, 8]
     spearman = [record.metrics["regressor/spearman"] for record in ledger.rounds[1:]]
-    assert run.series("selection/regressor/spearman") == pytest.approx(spearman)
+    assert run.series("selection_regressor/spearman") == pytest.approx(spearman)
     assert run.series("selection/measured") == [0, 12, 12]
     shares = run.series("selection/time_share")
     assert all(0 < share < 1 for share in shares[1:])
@@ -83,15 +82,15 @@ def test_wandb_has_every_scalar_of_every_round_with_its_value(shown):
     assert set(spent) <= set(flops)
     for name in SOURCES:
         shares = [record.groups.get(name, {}).get("chosen", 0) / record.chosen for record in ledger.rounds]
-        assert run.series(f"selection/mixture/{name}") == pytest.approx(shares)
+        assert run.series(f"selection_mixture/{name}") == pytest.approx(shares)
     for phase, seconds in ledger.rounds[1].seconds.items():
-        assert seconds in run.series(f"selection/cost/{phase}")
+        assert seconds in run.series(f"selection_cost/{phase}")
 
 
 def test_the_axes_of_wandb_are_those_of_selection(shown):
     metrics = shown.run.metrics
     assert metrics["selection/*"] == "selection/step"
-    assert metrics["selection/mixture/*"] == "selection/round"
+    assert metrics["selection_mixture/*"] == "selection/round"
     assert metrics["selection_by_flops/*"] == "selection/total_flops"
 
 
@@ -109,20 +108,20 @@ def test_the_loss_stands_against_the_total_flops(shown):
 def test_drift_is_that_of_consecutive_plans(shown):
     plans = [set(read_plan(path).ids.tolist()) for path in rounds_in(shown.folder / "selection/decisions").values()]
     overlap = [len(a & b) / len(a) for a, b in pairwise(plans)]
-    assert shown.run.series("selection/drift/overlap") == overlap
-    assert len(shown.run.series("selection/drift/rank_correlation")) == 1  # the first round compared nothing
+    assert shown.run.series("selection_drift/overlap") == overlap
+    assert len(shown.run.series("selection_drift/rank_correlation")) == 1  # the first round compared nothing
 
 
 def test_histograms_are_those_of_the_ledger(shown):
     records = shown.selection.run.ledger.rounds[1:]
-    for key, kind in (("selection/scores", "counts"), ("selection/scores_of_chosen", "chosen")):
+    for key, kind in (("selection_histograms/scores", "counts"), ("selection_histograms/scores_of_chosen", "chosen")):
         found = [row["values"] for row in shown.run.series(key)]
         assert found == [getattr(record.histogram, kind) for record in records]
-    assert [sum(row["values"]) for row in shown.run.series("selection/influence")] == [12, 12]
+    assert [sum(row["values"]) for row in shown.run.series("selection_histograms/influence")] == [12, 12]
 
 
 def test_tables_hold_chosen_and_rejected_texts(shown):
-    tables = shown.run.tables("selection/examples")
+    tables = shown.run.tables("liveselect/examples")
     records = shown.selection.run.ledger.rounds
     assert len(tables) == len(records)
     for table, record in zip(tables, records, strict=True):
@@ -130,14 +129,14 @@ def test_tables_hold_chosen_and_rejected_texts(shown):
         assert [row[5] for row in table["data"]] == [example.id for example in record.examples]
         assert [row[6] for row in table["data"]] == [example.text for example in record.examples]
     assert {row[2] for row in tables[1]["data"]} == {True, False}
-    for table, record in zip(shown.run.tables("selection/groups"), records, strict=True):
+    for table, record in zip(shown.run.tables("liveselect/groups"), records, strict=True):
         known = {row[1]: dict(zip(table["columns"][2:], row[2:], strict=True)) for row in table["data"]}
         assert known == record.groups
         assert {row[0] for row in table["data"]} == {record.round}
 
 
 def test_charts_stand_there_without_a_click(shown):
-    assert {f"selection/charts/{name}" for name in ("loss", "cost", "mixture")} <= shown.run.charts
+    assert {f"liveselect/{name}" for name in ("loss", "cost", "mixture", "rank correlation")} <= shown.run.charts
 
 
 def test_the_configuration_of_wandb_tells_the_settings_of_selection_and_where_its_records_lie(shown):
@@ -153,14 +152,14 @@ def test_every_panel_of_the_saved_view_finds_its_numbers_in_a_run(shown):
         key
         for panels in SECTIONS.values()
         for panel in panels
-        for key in (key if key.startswith(BY_FLOPS) else f"selection/{key}" for key in panel.keys)
+        for key in map(_full, panel.keys)
         if not any(each == key or (key.endswith("*") and each.startswith(key[:-1])) for each in logged)
     ]
     # too small a pool to hold a sample out, no bandit, too few probes for canaries, and a CPU
     assert missing == [
         "selection/mixture_loss",
-        "selection/canary/*",
-        *(f"selection/arms/{what}/*" for what in ("reward", "pulls", "bonus")),
+        "selection_canary/*",
+        *(f"selection_arms/{what}/*" for what in ("reward", "pulls", "bonus")),
         *(f"selection/mfu_{what}" for what in ("training", "whole")),
     ]
 

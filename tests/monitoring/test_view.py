@@ -4,7 +4,7 @@ import pytest
 from report.ledgers import ledger_of
 
 from liveselect.monitoring import round_scalars
-from liveselect.monitoring.view import MAX_KEY_CHARACTERS, key_of
+from liveselect.monitoring.view import CORE, MAX_KEY_CHARACTERS, evaluation_scalars, key_of, sectioned
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,23 @@ def test_a_pool_without_groups_has_no_mixture():
     assert {f"selection/mixture/{name}" for name in names} <= round_scalars(record, ledger, names).keys()
     del record.groups["code"]
     assert not any("mixture" in key for key in round_scalars(record, ledger, ["prose"]))
+
+
+def test_w_and_b_has_few_numbers_in_the_section_of_selection_and_the_others_by_name():
+    ledger = ledger_of("RegressionSelector", [6.0, 5.0], round_seconds=2.0)
+    record = ledger.rounds[1]
+    keys = {sectioned(name) for name in round_scalars(record, ledger, list(record.groups))}
+    inside = {key for key in keys if key.startswith("selection/")}
+    assert inside <= {f"selection/{name}" for name in CORE}
+    assert {"selection_regressor/spearman", "selection_mixture/code", "selection_cost/choose"} <= keys
+    assert "selection_round/round_seconds" in keys
+    assert sectioned("val_loss") == "val_loss"
+
+
+def test_against_flops_there_are_metrics_of_validations_only():
+    ledger = ledger_of("RegressionSelector", [6.0])
+    names = ("train/loss", "train_loss_step", "lr-AdamW", "loss_step", "epoch")
+    kept = ("val/loss", "perplexity", "mixture_loss", "valid_acc_epoch")
+    ledger.evaluate(20, dict.fromkeys((*names, *kept), 1.0))
+    shown = evaluation_scalars(ledger.evaluations[-1])
+    assert shown.keys() == {"selection/total_flops", *(f"selection_by_flops/{name}" for name in kept)}

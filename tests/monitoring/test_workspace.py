@@ -12,7 +12,7 @@ from liveselect.monitoring import evaluation_scalars, round_scalars, workspace
 from liveselect.monitoring.wandb_sink import WandbSink
 from liveselect.monitoring.workspace import NAME, SECTIONS, build_workspace, save_in_background, save_workspace
 
-TABLES = {"selection/examples", "selection/groups"}  # written by the W&B sink, see tests/callbacks/test_monitor.py
+TABLES = {"liveselect/examples", "liveselect/groups"}  # written by the W&B sink, see tests/callbacks/test_monitor.py
 
 
 def logged() -> set[str]:

@@ -9,6 +9,11 @@ from liveselect.ledger import Evaluation, Example, Ledger, RoundRecord
 
 PREFIX = "selection/"
 BY_FLOPS = "selection_by_flops/"
+SCREEN = "liveselect/"
+"""The section of charts and texts in W&B, one screen of them."""
+CORE = ("step", "round", "total_flops", "total_seconds", "time_share", "flops_share", "mfu_training", "mfu_whole")
+CORE += ("candidates", "measured", "chosen", "alarms", "notes", "reference_loss", "mixture_loss")
+"""Numbers that stay below ``selection/`` in W&B, which makes a page of panels of each section."""
 OTHER_GROUPS = "(others)"
 MAX_KEY_CHARACTERS = 80
 """Of a group's name in a key: loggers cut long keys or refuse them."""
@@ -56,10 +61,32 @@ def round_scalars(record: RoundRecord, ledger: Ledger, names: Sequence[str]) -> 
     return {PREFIX + name: value for name, value in found.items() if not math.isnan(value)}
 
 
+def sectioned(name: str) -> str:
+    """Return the key of a number in W&B, which makes a section of what stands before the first slash.
+
+    A few stay in ``selection/``; ``selection/cost/choose`` becomes ``selection_cost/choose``, and what has no part of
+    its own, such as ``selection/ratio``, stands in ``selection_round/``.
+    """
+    inside = name.removeprefix(PREFIX)
+    if inside == name or inside in CORE:
+        return name
+    part, slash, rest = inside.partition("/")
+    return f"selection_{part}/{rest}" if slash else f"selection_round/{part}"
+
+
 def evaluation_scalars(entry: Evaluation) -> dict[str, float]:
     """Return the metrics of a validation, and the total cost by then."""
     total = entry.training_flops + entry.selection_flops
-    return {f"{PREFIX}total_flops": total, **{BY_FLOPS + name: value for name, value in entry.metrics.items()}}
+    shown = {BY_FLOPS + name: value for name, value in entry.metrics.items() if is_of_validation(name)}
+    return {f"{PREFIX}total_flops": total, **shown}
+
+
+def is_of_validation(name: str) -> bool:
+    """Return whether a metric that was known at a validation is one of it, and not of training or of a schedule."""
+    plain = name.lower().removesuffix("_epoch")
+    return not (
+        plain.startswith(("train", "lr-", "lr/")) or plain.endswith("_step") or plain in ("lr", "epoch", "step")
+    )
 
 
 def names_to_show(known: Sequence[str], record: RoundRecord, most: int) -> list[str]:

@@ -8,7 +8,17 @@ import numpy as np
 
 from liveselect.decisions import read_plan
 from liveselect.ledger import Evaluation, RoundRecord, spread
-from liveselect.monitoring.view import BY_FLOPS, EXAMPLE_COLUMNS, PREFIX, RoundView, evaluation_scalars, example_rows
+from liveselect.monitoring.view import (
+    BY_FLOPS,
+    EXAMPLE_COLUMNS,
+    PREFIX,
+    SCREEN,
+    RoundView,
+    evaluation_scalars,
+    example_rows,
+    is_of_validation,
+    sectioned,
+)
 from liveselect.monitoring.workspace import save_in_background
 
 if TYPE_CHECKING:
@@ -16,6 +26,8 @@ if TYPE_CHECKING:
 
 POINTS_DRAWN, LINES_DRAWN = 200, 8
 """Limits of a chart, which the browser draws."""
+BY_ROUND = ("mixture", "arms", "drift")
+"""Sections whose numbers are shown against rounds; the others are against steps."""
 MAX_UPLOAD_BYTES = 256 * 2**20
 """A larger file of decisions stays on the disk, and the artifact says where."""
 
@@ -33,6 +45,7 @@ class WandbSink:
         self._wandb = wandb
         self._run = run
         self._pool: str | None = None
+        self._defined = {PREFIX.rstrip("/")}
 
     def begin(self, about: Mapping[str, object]) -> None:
         """Define the axes of the numbers of selection, and add ``about`` to the run's configuration."""
@@ -40,8 +53,8 @@ class WandbSink:
         for axis in ("step", "round", "total_flops"):
             self._run.define_metric(f"{PREFIX}{axis}")
         self._run.define_metric(f"{PREFIX}*", step_metric=f"{PREFIX}step")
-        for part in ("mixture", "arms", "drift"):
-            self._run.define_metric(f"{PREFIX}{part}/*", step_metric=f"{PREFIX}round")
+        for part in BY_ROUND:
+            self._define(f"selection_{part}")
         self._run.define_metric(f"{BY_FLOPS}*", step_metric=f"{PREFIX}total_flops")
 
     def save_view(self) -> None:
@@ -51,13 +64,16 @@ class WandbSink:
 
     def round(self, view: RoundView, rich: bool) -> None:
         """Show a round; ``rich`` adds tables, charts and artifacts."""
-        found: dict[str, object] = {**view.scalars, **self._histograms(view.record)}
+        found: dict[str, object] = {sectioned(name): value for name, value in view.scalars.items()}
+        for section in {name.partition("/")[0] for name in found}:
+            self._define(section)
+        found |= self._histograms(view.record)
         found["trainer/global_step"] = view.record.step
         if rich:
             if view.examples:
-                found[f"{PREFIX}examples"] = self._wandb.Table(columns=[*EXAMPLE_COLUMNS], data=example_rows(view))
+                found[f"{SCREEN}examples"] = self._wandb.Table(columns=[*EXAMPLE_COLUMNS], data=example_rows(view))
             if view.record.groups:
-                found[f"{PREFIX}groups"] = self._groups(view.record)
+                found[f"{SCREEN}groups"] = self._groups(view.record)
             found |= self._charts(view)
         self._run.log(found)
         if rich:
@@ -84,17 +100,24 @@ class WandbSink:
 
     # ---- parts -------------------------------------------------------------------------------------------------
 
+    def _define(self, section: str) -> None:
+        """Set the axis of a section's numbers, once."""
+        if section not in self._defined:
+            self._defined.add(section)
+            axis = "round" if section.removeprefix("selection_") in BY_ROUND else "step"
+            self._run.define_metric(f"{section}/*", step_metric=f"{PREFIX}{axis}")
+
     def _histograms(self, record: RoundRecord) -> dict[str, object]:
         found: dict[str, object] = {}
         if record.histogram is not None:
             edges = record.histogram.edges
             for name, counts in (("scores", record.histogram.counts), ("scores_of_chosen", record.histogram.chosen)):
                 binned = np.asarray(counts), np.asarray(edges)
-                found[f"{PREFIX}{name}"] = self._wandb.Histogram(np_histogram=binned)
+                found[f"selection_histograms/{name}"] = self._wandb.Histogram(np_histogram=binned)
         influence = np.asarray(record.influence, dtype=np.float64)
         if np.isfinite(influence).any():
             binned = np.histogram(influence[np.isfinite(influence)], bins=64)
-            found[f"{PREFIX}influence"] = self._wandb.Histogram(np_histogram=binned)
+            found["selection_histograms/influence"] = self._wandb.Histogram(np_histogram=binned)
         return found
 
     def _groups(self, record: RoundRecord) -> "wandb.Table":
@@ -119,13 +142,22 @@ class WandbSink:
             xs, ys = [xs for xs, _ in curves.values()], [ys for _, ys in curves.values()]
             title = "Loss against total FLOPs, selection included"
             charts["loss"] = plot.line_series(xs, ys, keys=list(curves), title=title, xname="FLOPs")
+        known = [record for record in rounds if "regressor/spearman" in record.metrics]
+        if known:
+            held_out = known[-1].metrics.get("regressor/held_out", 0.0)
+            title = (
+                f"Rank correlation of predicted and measured influence, on {held_out:.0f} held out in the last round"
+            )
+            ys = [[record.metrics["regressor/spearman"] for record in known]]
+            xs = [record.round for record in known]
+            charts["rank correlation"] = plot.line_series(xs, ys, keys=["rank correlation"], title=title, xname="round")
         costs = {"training": ledger.training_seconds}
         for record in ledger.rounds:
             for phase, seconds in record.seconds.items():
                 costs[phase] = costs.get(phase, 0.0) + seconds
         table = self._wandb.Table(columns=["phase", "seconds"], data=[list(item) for item in costs.items()])
         charts["cost"] = plot.bar(table, "phase", "seconds", title="Where the time went")
-        return {f"{PREFIX}charts/{name}": chart for name, chart in charts.items()}
+        return {f"{SCREEN}{name}": chart for name, chart in charts.items()}
 
     def _artifacts(self, view: RoundView) -> None:
         """Store pool (once), scores and plan, each with the names of its sources."""
@@ -171,7 +203,8 @@ def _largest_groups(rounds: Sequence[RoundRecord]) -> list[str]:
 
 
 def _loss_curves(entries: Sequence[Evaluation]) -> dict[str, tuple[list[float], list[float]]]:
-    names = [name for name in (entries[-1].metrics if entries else {}) if "loss" in name]
+    last = entries[-1].metrics if entries else {}
+    names = [name for name in last if "loss" in name and is_of_validation(name)]
     curves = {}
     for name in names[:LINES_DRAWN]:
         points = [(e.training_flops + e.selection_flops, e.metrics[name]) for e in entries if name in e.metrics]

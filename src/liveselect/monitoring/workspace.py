@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from liveselect.monitoring.view import BY_FLOPS, PREFIX
+from liveselect.monitoring.view import BY_FLOPS, PREFIX, SCREEN, sectioned
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2.interface import PanelTypes
@@ -155,4 +155,6 @@ def _panel(panel: Panel) -> "PanelTypes":
 
 
 def _full(key: str) -> str:
-    return key if key.startswith(BY_FLOPS) else PREFIX + key
+    if key in ("examples", "groups"):
+        return SCREEN + key
+    return key if key.startswith(BY_FLOPS) else sectioned(PREFIX + key)
