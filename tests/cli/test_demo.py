@@ -6,16 +6,18 @@ import json
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from report.ledgers import ledger_of
 
 from liveselect import cli
 from liveselect.callbacks import DataSelection
 from liveselect.cli import corpus, demo_runs, score_job
 from liveselect.cli.compare_runs import config_path
 from liveselect.cli.demo import METHODS
-from liveselect.cli.demo_runs import Demo
+from liveselect.cli.demo_runs import Demo, WritesPage, use_one_thread_on_busy_cores
 from liveselect.datamodules.clusters.cluster import Clusters
 from liveselect.datamodules.pools.tokens import TokenStore
 from liveselect.ledger import Ledger
@@ -206,3 +208,35 @@ def test_fewer_steps_keep_the_proportions_of_the_config():
     assert half["select"]["init_args"]["every_n_steps"] == select["every_n_steps"] // 2
     assert half["select"]["init_args"]["probes"] == select["probes"] // 2
     assert half["trainer"]["val_check_interval"] == common["trainer"]["val_check_interval"] // 2
+
+
+def test_the_page_is_written_while_runs_go_on_and_leaves_out_what_has_not_begun(tmp_path):
+    ledger_of("UniformSelector", [6.0]).write(tmp_path / "random/selection/ledger.jsonl")
+    look = WritesPage([tmp_path / "random", tmp_path / "live"], tmp_path)
+    trainer = SimpleNamespace(is_global_zero=True, sanity_checking=False)
+    look.on_validation_start(trainer, None)
+    assert "<title>random: liveselect report</title>" in (tmp_path / "report.html").read_text()
+    begun = ledger_of("RegressionSelector", [5.0])
+    begun.evaluations.clear()
+    begun.finished = False
+    begun.write(tmp_path / "live/selection/ledger.jsonl")
+    look.on_train_end(trainer, None)
+    assert "live is at step 0: there is nothing to compare yet." in (tmp_path / "report.html").read_text()
+
+
+def test_busy_cores_get_one_thread_and_idle_ones_or_set_ones_are_left_alone(monkeypatch):
+    import torch
+
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.2, 0.0, 0.0))
+    use_one_thread_on_busy_cores()
+    assert threads == []
+    monkeypatch.setattr("os.getloadavg", lambda: (9.0, 0.0, 0.0))
+    use_one_thread_on_busy_cores()
+    assert threads == [1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    use_one_thread_on_busy_cores()
+    assert threads == [1]

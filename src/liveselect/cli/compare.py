@@ -100,8 +100,11 @@ def run_comparison(comparison: "Comparison", processes: int = 1) -> int:
     return 1 if failed else 0
 
 
-def show_results(comparison: "Comparison") -> "list[Row]":
-    """Print the table of what is finished, and write it with its figure into the folder of the comparison."""
+def show_results(comparison: "Comparison", beside: Sequence[str] = ()) -> "list[Row]":
+    """Print the table of what is finished, and write it with its figure into the folder of the comparison.
+
+    Methods named ``beside`` are compared with in a sentence, as the baseline is.
+    """
     from liveselect.cli.compare_runs import LEDGER, save_results
     from liveselect.cli.output import say
     from liveselect.ledger import Ledger
@@ -120,6 +123,9 @@ def show_results(comparison: "Comparison") -> "list[Row]":
     rows = rows_of(trials, baseline, list(LABELS))
     cells = table(rows, baseline, LABELS)
     said = sentences(rows, baseline, METRIC)
+    for other in beside:
+        against = rows_of([trial for trial in trials if trial.method != baseline], other, list(LABELS))
+        said += sentences(against, other, METRIC)
     notes = (
         "Nats per token, at equal total FLOPs and averaged weights unless stated otherwise. What follows the "
         f"held-out loss is less that of {baseline} with the same seed, so below zero is better. Intervals are 95%, "

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,6 +20,9 @@ from liveselect.callbacks.arguments import RunArguments
 from liveselect.cli.output import say
 from liveselect.json_lines import whole_file
 from liveselect.ledger import Ledger
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
 
 CONFIG, LEDGER = "run.yaml", Path("selection") / "ledger.jsonl"
 MIXTURE_SAMPLE = 64
@@ -144,8 +147,8 @@ class Planned:
                 "--out, or delete that one to run it again"
             )
 
-    def train(self, quietly: bool = False) -> None:
-        """Train it, from its last checkpoint if there is one."""
+    def train(self, quietly: bool = False, look: "Callback | None" = None) -> None:
+        """Train it, from its last checkpoint if there is one; ``look`` comes last among its callbacks."""
         from liveselect.cli.fit import SelectionCLI  # after a worker process has set its threads
 
         with whole_file(self.folder / CONFIG) as file:
@@ -153,6 +156,7 @@ class Planned:
         last = self.last_checkpoint
         with quiet_logs(*(["liveselect"] if quietly else [])):
             cli = SelectionCLI([f"--config={self.folder / CONFIG}"], run=False)
+            cli.trainer.callbacks.extend([] if look is None else [look])  # type: ignore[attr-defined]
             try:
                 cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
             except SystemExit as end:  # Lightning raises it after Ctrl-C, once it has cleaned up
@@ -242,8 +246,10 @@ class Comparison:
         """The method that the others are compared with: the first one that draws at random, or else the first."""
         return next((each.name for each in self.methods if each.preset == "random"), self.methods[0].name)
 
-    def train(self, processes: int = 1, quietly: bool = True) -> dict[str, str]:
+    def train(self, processes: int = 1, quietly: bool = True, look: "Callback | None" = None) -> dict[str, str]:
         """Train what is not finished; return why runs have failed.
+
+        ``look`` is a callback that sees all runs, where they are trained in this process.
 
         Raises:
             ValueError: the folder holds runs of other settings.
@@ -254,7 +260,7 @@ class Comparison:
         left = [run for run in runs if not run.finished]
         if len(left) < len(runs):
             say(f"{len(runs) - len(left)} of {len(runs)} runs are finished already")
-        return _in_this_process(left, quietly) if processes == 1 else _in_processes(left, processes)
+        return _in_this_process(left, quietly, look) if processes == 1 else _in_processes(left, processes)
 
 
 def load_comparison(path: Path) -> dict[str, Any]:
@@ -325,12 +331,12 @@ def quiet_logs(*others: str) -> Iterator[None]:
 # ---- processes -------------------------------------------------------------------------------------------------
 
 
-def _in_this_process(runs: Sequence[Planned], quietly: bool) -> dict[str, str]:
+def _in_this_process(runs: Sequence[Planned], quietly: bool, look: "Callback | None") -> dict[str, str]:
     failed = {}
     for number, run in enumerate(runs, 1):
         say(f"[{number}/{len(runs)}] {run}")
         try:
-            run.train(quietly)
+            run.train(quietly, look)
         except Exception as error:
             failed[str(run)] = _say_failure(run, error)
     return failed

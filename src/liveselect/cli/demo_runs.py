@@ -1,22 +1,28 @@
 """The steps of the demo: texts, pool, a comparison of runs, verdict."""
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import lightning.pytorch as pl
+import torch
 import yaml
 
 from liveselect.callbacks.lines import show_lines
 from liveselect.cli import corpus, score
 from liveselect.cli.compare import show_results
-from liveselect.cli.compare_runs import Comparison, Method, Planned, Settings, Task, config_path, quiet_logs
+from liveselect.cli.compare_runs import LEDGER, Comparison, Method, Planned, Settings, Task, config_path, quiet_logs
 from liveselect.cli.output import say
 from liveselect.datamodules.clusters.cluster import Clustering, cluster_pool
 from liveselect.datamodules.pools.pool_files import MANIFEST
 from liveselect.datamodules.pools.prepare import prepare
+from liveselect.ledger import Ledger
+from liveselect.looking import only_looking
 from liveselect.report import words, write_report
 from liveselect.scores import MANIFEST as SCORES_MANIFEST
 
@@ -28,7 +34,52 @@ LIVE = "live"
 """The recommended default, which is compared with the prior alone too."""
 
 PROXY, SCORING = "demo_pds_proxy.yaml", "demo_pds_score.yaml"
-METRIC = "val_loss"
+METRIC, PAGE = "val_loss", "report.html"
+BUSY = 0.75
+"""Load of each core from which on a second thread mostly waits for a core."""
+
+
+class WritesPage(pl.Callback):
+    """Writes the page about all runs of a demo before each validation, which follows each round, and after each run.
+
+    It comes after DataSelection, whose clock of training stands still in both places.
+
+    Args:
+        runs: folders of the runs, those to come among them.
+        folder: of the page.
+    """
+
+    def __init__(self, runs: Sequence[Path], folder: Path) -> None:
+        self._runs, self._folder = runs, folder
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the page with the last round."""
+        self._write(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the page with the last validation."""
+        self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            with only_looking("the page could not be written"):
+                write_page(self._runs, self._folder)
+
+
+def write_page(runs: Sequence[Path], folder: Path) -> None:
+    """Write the page about those of the runs that have a record; none for none."""
+    begun = [run for run in runs if (run / LEDGER).is_file()]
+    if begun:
+        evaluated = any(METRIC in entry.metrics for run in begun for entry in Ledger.read(run / LEDGER).evaluations)
+        write_report(begun, folder / PAGE, METRIC if evaluated else None)
+
+
+def use_one_thread_on_busy_cores() -> None:
+    """Let torch use one thread where others keep the cores busy; where threads are set, they stay."""
+    with suppress(AttributeError, OSError):  # not every system says how busy it is
+        if "OMP_NUM_THREADS" not in os.environ and os.getloadavg()[0] >= BUSY * (os.cpu_count() or 1):
+            torch.set_num_threads(1)
+            say("The cores are busy with something else, so this uses one thread.")
 
 
 @dataclass(frozen=True)
@@ -71,7 +122,7 @@ class Demo:
             say(f"[{number}/{len(stages)}] {title}")
             stage()
         took = words.duration(time.monotonic() - started)
-        say(f"This took {took}. Open {(self.folder / 'report.html').resolve().as_uri()}")
+        say(f"This took {took}. Open {(self.folder / PAGE).resolve().as_uri()}")
 
     def comparison(self) -> Comparison:
         """Return the runs of this demo."""
@@ -144,15 +195,20 @@ class Demo:
                 score.main(self.scoring_arguments())
 
     def _train(self) -> None:
-        failed = self.comparison().train(quietly=False)
+        use_one_thread_on_busy_cores()
+        comparison = self.comparison()
+        say(f"The page is written as the runs go on: {(self.folder / PAGE).resolve().as_uri()}")
+        failed = comparison.train(
+            quietly=False, look=WritesPage([run.folder for run in comparison.runs()], self.folder)
+        )
         if failed:
             raise ValueError("; ".join(f"{name} has failed: {reason}" for name, reason in failed.items()))
 
     def _report(self) -> None:
         comparison = self.comparison()
-        write_report([run.folder for run in comparison.runs()], self.folder / "report.html", METRIC)
+        write_page([run.folder for run in comparison.runs()], self.folder)
         say("Held-out prose of the language reference:")
-        show_results(comparison)
+        show_results(comparison, beside=["prior"] if self.method == LIVE else [])
 
     def _compared(self, folder: Path, configs: tuple[str, ...], methods: list[Method], steps: int | None) -> Comparison:
         texts = self.folder / "texts"
