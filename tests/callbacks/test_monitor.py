@@ -377,6 +377,25 @@ def test_a_resumed_run_shows_each_round_once(tmp_path):
     assert [float(value) for value in shown] == [2]  # the second one goes on where the first run ended inside it
 
 
+def test_a_resumed_run_goes_on_in_the_w_and_b_run_of_the_same_id(tmp_path):
+    def logger(part):
+        return WandbLogger(
+            project="liveselect", save_dir=tmp_path / part, offline=True, id="brisk-river-7", resume="allow"
+        )
+
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=6, save_last=True)
+    monitored(tmp_path, logger("first"), callbacks=[keep], max_steps=6)
+    close_wandb()
+    trainer = small_trainer(
+        tmp_path, [mates(tmp_path), SelectionMonitor()], max_steps=STEPS, logger=logger("second"), **SIMPLE
+    )
+    trainer.fit(SmallLM(), datamodule=small_data(), ckpt_path=tmp_path / "last.ckpt")
+    close_wandb()
+    parts = [OfflineRun(tmp_path / part) for part in ("first", "second")]
+    assert all(part.folder.name.endswith("-brisk-river-7") for part in parts)
+    assert [part.series("selection/round") for part in parts] == [[0, 1], [2]]
+
+
 def test_a_monitor_without_selection_says_so(tmp_path):
     trainer = pl.Trainer(
         max_steps=1,
