@@ -30,7 +30,17 @@ TROUBLE = {"diff": 2}
 
 HELP = {"-h", "--help"}
 
-SCORE_SETTINGS = ("out", "estimator", "regressor", "probes", "loss_fn", "shard_size", "device", "seed", "method")
+SCORE_SETTINGS: tuple[str, ...] = (
+    "out",
+    "estimator",
+    "regressor",
+    "probes",
+    "loss_fn",
+    "shard_size",
+    "device",
+    "seed",
+    "method",
+)
 SCORE_SETTINGS += ("settings", "filter", "pool", "parts", "column")
 """What a file of ``liveselect score`` may hold beside the sections of ``liveselect fit``."""
 

@@ -11,7 +11,16 @@ PREFIX = "selection/"
 BY_FLOPS = "selection_by_flops/"
 SCREEN = "liveselect/"
 """The section of charts and texts in W&B, one screen of them."""
-CORE = ("step", "round", "total_flops", "total_seconds", "time_share", "flops_share", "mfu_training", "mfu_whole")
+CORE: tuple[str, ...] = (
+    "step",
+    "round",
+    "total_flops",
+    "total_seconds",
+    "time_share",
+    "flops_share",
+    "mfu_training",
+    "mfu_whole",
+)
 CORE += ("candidates", "measured", "chosen", "alarms", "notes", "reference_loss", "mixture_loss")
 """Numbers that stay below ``selection/`` in W&B, which makes a page of panels of each section."""
 OTHER_GROUPS = "(others)"
