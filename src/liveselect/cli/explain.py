@@ -129,7 +129,9 @@ def _store(run: Path, pool: Path | None) -> "TokenStore | None":
     import yaml
 
     config = own_config(find_decisions(run), run)
-    settings = None if config is None else yaml.safe_load(config.read_text(encoding="utf-8"))
+    if config is None:
+        return None
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     try:
         return TokenStore(Path(settings["data"]["init_args"]["pool"]))
     except (OSError, ValueError, KeyError, TypeError):

@@ -22,7 +22,7 @@ class SeveralOptimizers(Optimizer):
         super().__init__([group for each in optimizers for group in each.param_groups], {})
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The groups of all of them, as they are now: loading a state replaces them."""
         return [group for each in self.inner for group in each.param_groups]
 

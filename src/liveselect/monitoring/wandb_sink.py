@@ -149,8 +149,10 @@ class WandbSink:
                 f"Rank correlation of predicted and measured influence, on {held_out:.0f} held out in the last round"
             )
             ys = [[record.metrics["regressor/spearman"] for record in known]]
-            xs = [record.round for record in known]
-            charts["rank correlation"] = plot.line_series(xs, ys, keys=["rank correlation"], title=title, xname="round")
+            indices = [record.round for record in known]
+            charts["rank correlation"] = plot.line_series(
+                indices, ys, keys=["rank correlation"], title=title, xname="round"
+            )
         costs = {"training": ledger.training_seconds}
         for record in ledger.rounds:
             for phase, seconds in record.seconds.items():
