@@ -40,22 +40,23 @@ class Model(SmallLM):
 
 
 def selected(folder, data, lines):
-    """Run the README's lines with the datamodule of the page, for two rounds."""
+    """Run the README's callbacks and Trainer with the datamodule of the page, for two rounds."""
     names = {"data": data, "model": Model()}
-    wrapped = re.sub(r"data = SelectionDataModule\.wrap\(.*\)", "", lines)
-    wrapped = wrapped.replace("every_n_steps=1000, probes=500", "every_n_steps=1, probes=8")
-    options = "max_steps=2, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, "
-    exec(wrapped.replace("max_steps=20_000, ", options + f"default_root_dir={str(folder)!r}, "), names)
-    return names["trainer"], names["mates"]
+    kept = [line for line in lines.splitlines() if line.startswith(("import", "from liveselect", "callbacks", "trainer"))]
+    options = "accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, "
+    text = "\n".join(kept).replace("every_n_steps=20", "every_n_steps=1")
+    text = text.replace("max_steps=100, val_check_interval=20, check_val_every_n_epoch=None, ", f"max_steps=2, {options}")
+    exec(text.replace("max_steps=2, ", f"max_steps=2, default_root_dir={str(folder)!r}, "), names)
+    return names["trainer"], names["callbacks"][0]
 
 
 def test_the_lines_of_the_page_select_from_a_nanogpt_file(tokenizer, tmp_path):
     names = {"tokenizer": tokenizer}
     exec(BLOCKS[0].replace("block_size=1024", "block_size=64").replace("batch_size=16", "batch_size=4"), names)
-    trainer, mates = selected(tmp_path, names["data"], README)
+    trainer, live = selected(tmp_path, names["data"], README)
     assert trainer.global_step == 2
-    assert [record.round for record in mates.run.ledger.rounds] == [0, 1]
-    assert mates.run.pool.size == len(names["pool"]) > 100
+    assert [record.round for record in live.run.ledger.rounds] == [0, 1]
+    assert live.run.pool.size == len(names["pool"]) > 100
 
 
 def test_a_mixture_of_the_page_records_the_loss_of_each_set(tokenizer, tmp_path):
@@ -63,8 +64,8 @@ def test_a_mixture_of_the_page_records_the_loss_of_each_set(tokenizer, tmp_path)
     exec(BLOCKS[0].replace("block_size=1024", "block_size=64"), names)
     exec(BLOCKS[1], names)
     data = SelectionDataModule(names["pool"], names["reference"], 4, tokenizer=tokenizer)
-    _, mates = selected(tmp_path, data, README)
-    metrics = mates.run.ledger.rounds[1].metrics
+    _, live = selected(tmp_path, data, README)
+    metrics = live.run.ledger.rounds[1].metrics
     arc, lambada = metrics["reference_loss/arc"], metrics["reference_loss/lambada"]
     assert metrics["reference_loss"] == pytest.approx((2 * arc + lambada) / 3, rel=1e-5)
     assert torch.isfinite(torch.tensor([arc, lambada])).all()

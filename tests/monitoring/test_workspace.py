@@ -29,6 +29,7 @@ def logged() -> set[str]:
                 "regressor/top_fifth",
                 "regressor/held_out",
                 "mixture_loss",
+                "effective_epochs",
                 "mfu_training",
                 "mfu_whole",
             ),

@@ -149,7 +149,7 @@ class WandbSink:
                 f"Rank correlation of predicted and measured influence, on {held_out:.0f} held out in the last round"
             )
             ys = [[record.metrics["regressor/spearman"] for record in known]]
-            at = [record.round for record in known]
+            indices = [record.round for record in known]
             charts["rank correlation"] = plot.line_series(
                 indices, ys, keys=["rank correlation"], title=title, xname="round"
             )
