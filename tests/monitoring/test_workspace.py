@@ -9,6 +9,7 @@ from report.ledgers import ledger_of
 
 from liveselect.cli import main
 from liveselect.monitoring import evaluation_scalars, round_scalars, workspace
+from liveselect.monitoring.view import SCREEN, sectioned
 from liveselect.monitoring.wandb_sink import WandbSink
 from liveselect.monitoring.workspace import NAME, SECTIONS, build_workspace, save_in_background, save_workspace
 
@@ -37,7 +38,8 @@ def logged() -> set[str]:
         )
     )
     record.metrics.update({"canary/reference": 1.0, "canary/random": 0.0})
-    return {*round_scalars(record, ledger, ["prose", "code"]), *evaluation_scalars(ledger.evaluations[0])}
+    numbers = {*round_scalars(record, ledger, ["prose", "code"]), *evaluation_scalars(ledger.evaluations[0])}
+    return {sectioned(name) for name in numbers}
 
 
 @pytest.fixture
@@ -57,8 +59,8 @@ def test_every_panel_is_about_something_that_is_logged(spec):
         assert len(section["panels"]) == len(panels)
         for drawn, panel in zip(section["panels"], panels, strict=True):
             if panel.kind == "table":
-                assert f"selection/{panel.keys[0]}" in json.dumps(drawn)
-                seen.add(f"selection/{panel.keys[0]}")
+                assert f"{SCREEN}{panel.keys[0]}" in json.dumps(drawn)
+                seen.add(f"{SCREEN}{panel.keys[0]}")
                 continue
             config = drawn["config"]
             assert config["chartTitle"] == panel.title

@@ -60,6 +60,10 @@ def example_dot(
     return backward_through_layers(model, loss_fn, batch, plan_products(model, direction, whole), check=check)
 
 
+_LOST = 0.02
+"""Of a row's products, beyond rounding in 16 bits."""
+
+
 def token_dots(
     model: nn.Module,
     loss_fn: LossFn[T],
@@ -99,7 +103,19 @@ def token_dots(
             seen = _gradient(total, anchor, create_graph=True)
             found = torch.zeros_like(losses) if seen is None else _gradient(seen.sum(), weights)
     found = torch.zeros_like(losses) if found is None else found
+    if check and seen is not None:
+        _check_sums(found.detach(), seen.detach())
     return found.detach().masked_fill(missing, torch.nan)
+
+
+def _check_sums(tokens: Tensor, rows: Tensor) -> None:
+    """Raise RuntimeError unless the products of tokens ``(B, T)`` add up to those of their rows ``(B,)``.
+
+    Autograd does not say so when an operation can be differentiated once only: what passes through it is left out.
+    """
+    error, size = (tokens.sum(dim=1) - rows).abs(), tokens.abs().sum(dim=1) + rows.abs()
+    if not bool((error <= _LOST * size).all()):
+        raise RuntimeError("products of tokens do not add up to those of their rows: a second derivative is missing")
 
 
 def _gradient(value: Tensor, of: Tensor, create_graph: bool = False) -> Tensor | None:
