@@ -35,8 +35,10 @@ class LiveSelection(DataSelection):
     reference rows, others in each round, and half for probes; at least 8 of each are taken, so that very short rounds
     cost more. Prediction is three microseconds a candidate.
 
-    **What to set.** The width, ``ratio``: nothing that is known before a run tells the best one. Where the reference
-    set is the pool's own mixture there is nothing to select, and selection only costs.
+    **The width.** Nothing that is known before a run shows which ``ratio`` is best, and it is worth more than any
+    ranking inside the gate. So the run finds it: as long as the measured candidates with better scores are worth more,
+    less of the pool is kept; once the model has learned what they hold, more. Where the reference set is the pool's own
+    mixture there is nothing to select, and selection only costs.
 
     All this is spread over the last steps of a round, half a step's work after each, so that none is held up for long:
     what is measured is a few steps old. Other paces can be set, see :class:`~liveselect.callbacks.DataSelection`.
@@ -47,9 +49,10 @@ class LiveSelection(DataSelection):
         every_n_steps: optimizer steps of one round.
         prior: True for that of n-grams; or a file or array of scores, see
             :class:`~liveselect.selectors.PriorSelector`; None for none, with which the choice is soft.
-        ratio: share of the pool that the prior alone would choose.
+        ratio: share of the pool that the prior alone would choose, at first.
         gate: how many times as much the prior keeps, for live influence to choose from.
-        prior_weight: of the prior inside of the gate, beside live influence of weight 1.
+        prior_weight: of the prior inside of the gate, beside live influence of weight up to 1.
+        find_width: find ``ratio`` in the run, from what the live model says of better and worse scores in the gate.
         keep_general: share of every round that is drawn uniformly from the whole pool.
         cost: share of a round's training that measuring may take, 0..1.
         probes: candidates measured in a round; by default what the cost allows.
@@ -70,7 +73,8 @@ class LiveSelection(DataSelection):
         prior: Any = True,
         ratio: float = 0.2,
         gate: float = 2.0,
-        prior_weight: float = 1.0,
+        prior_weight: float = 2.0,
+        find_width: bool = True,
         keep_general: float = 0.1,
         cost: float = 0.02,
         probes: int | None = None,
@@ -110,6 +114,7 @@ class LiveSelection(DataSelection):
                 keep_general=keep_general,
                 max_uses=max_uses,
                 warmup_ratio=ratio,
+                find_width=find_width,
             )
         if max_per_document is not None:
             selector = CappedSelector(selector, max_per_document)

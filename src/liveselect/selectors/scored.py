@@ -15,6 +15,7 @@ from liveselect.grammar import Around, Batch, CandidateSource, CostByPhase, Roun
 from liveselect.parts import check_part, restore_part, save_part
 from liveselect.pool import CandidatePool
 from liveselect.selectors.score_table import BetterPart, ScoreTable
+from liveselect.selectors.width import Width
 
 NOISE_REACH = 5.0
 """Temperatures below the threshold at which a candidate is still drawn once in 150 times."""
@@ -214,6 +215,9 @@ class PriorSelector(Around):
         max_uses: how often the kept share is trained on before what is below it comes in; None for as often as need be.
         warmup_ratio: share of the pool that rounds before anything is measured are drawn from; by default half of the
             ratio.
+        find_width: find the ratio in the run, from ``ratio`` on: where better scores among what was measured are worth
+            more, less of the pool is kept, where they are worth less, more, see
+            :class:`~liveselect.selectors.width.Width`. For a selector that measures.
     """
 
     has_share = True
@@ -232,6 +236,7 @@ class PriorSelector(Around):
         keep_general: float = 0.0,
         max_uses: int | None = None,
         warmup_ratio: float | None = None,
+        find_width: bool = False,
     ) -> None:
         check_plain(PriorSelector, locals())
         super().__init__(check_part(selector, Selector, "selector"))
@@ -252,6 +257,12 @@ class PriorSelector(Around):
         self.max_uses = max_uses
         self.uses_groups |= groups is not None
         self._warmup = ScoredSelector.over(self._table, warmup_ratio or ratio / 2, temperature, keep_general)
+        if find_width and not self.needs_estimator:
+            raise ValueError(
+                f"find_width finds the ratio from what is measured, and {type(selector).__name__} measures nothing: "
+                "pass a selector that does, such as RegressionSelector, or find_width=False"
+            )
+        self._width = Width(ratio) if find_width else None
 
     def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
         """Make the scores, where they are those of the run's own data, and let the selector prepare."""
@@ -290,7 +301,11 @@ class PriorSelector(Around):
 
     def _share_used(self) -> float:
         """Return which share of the pool is trained on when the kept share is."""
-        return self.ratio / (1 - self.keep_general + self.keep_general * self.ratio)
+        ratio = self._kept_share()
+        return ratio / (1 - self.keep_general + self.keep_general * ratio)
+
+    def _kept_share(self) -> float:
+        return self.ratio if self._width is None else self._width.share
 
     def distinct_share(self) -> float:
         """Return the share of the pool that is trained on before any of it comes again."""
@@ -308,6 +323,12 @@ class PriorSelector(Around):
         """Return what the selector wants measured among the kept candidates."""
         return super().propose(self._narrowed(round, 1)[0])
 
+    def observe(self, ids: Tensor, influence: Tensor) -> None:
+        """Pass the measurements on, and keep them for the width."""
+        super().observe(ids, influence)
+        if self._width is not None:
+            self._width.observe(ids, influence)
+
     def select(self, round: Round, budget: int) -> Selection:
         """Let the selector choose ``budget`` of the kept candidates.
 
@@ -315,6 +336,8 @@ class PriorSelector(Around):
             ValueError: the scores are not of this pool, or too few candidates may be chosen.
         """
         general = _part_of(self.keep_general, budget)
+        if self._width is not None:
+            self._width.move(round.candidates, self._table.values(round.pool))
         narrowed, beyond, again = self._narrowed(round, budget - general)
         chosen = super().select(narrowed, budget - general)
         selection = Selection(chosen) if isinstance(chosen, Tensor) else chosen
@@ -323,7 +346,9 @@ class PriorSelector(Around):
             "prior/candidates": float(len(narrowed.candidates)),
             "prior/strength": self._table.strength,
         }
-        notes = selection.notes + _notes(round, self.ratio, beyond, again)
+        if self._width is not None:
+            metrics |= {"prior/ratio": self._width.share, "prior/evidence": self._width.evidence}
+        notes = selection.notes + _notes(round, self._kept_share(), beyond, again)
         if not general:
             return replace(selection, metrics=metrics, notes=notes)
         rest = round.candidates[~round.pool.mask(selection.ids)[round.candidates]]
@@ -339,7 +364,8 @@ class PriorSelector(Around):
 
     def state_dict(self) -> State:
         """Return which scores are the prior, and the selector's state."""
-        return {"scores": self._table.digest, "selector": save_part(self.selector)}
+        state = {"scores": self._table.digest, "selector": save_part(self.selector)}
+        return state if self._width is None else {**state, "width": self._width.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         """Restore the selector's state.
@@ -349,12 +375,14 @@ class PriorSelector(Around):
         """
         self._table.expect(state["scores"])
         restore_part(self.selector, state["selector"], "selector inside the prior")
+        if self._width is not None and "width" in state:
+            self._width.load_state_dict(state["width"])
 
     def _narrowed(self, round: Round, at_least: int) -> tuple[Round, int, bool]:
         """Return the round with the kept candidates, how many of them are from below, and whether all come again."""
         if _all_in(round, self._used(round.pool, self._let_through(round.pool, at_least), at_least)):
             return replace(round, offset=self._offset(round, round.candidates)), 0, True
-        better = self._table.better_part(round, self.ratio, self.temperature, at_least)
+        better = self._table.better_part(round, self._kept_share(), self.temperature, at_least)
         narrowed = replace(round, candidates=better.ids, offset=self._offset(round, better.ids))
         return narrowed, better.beyond, False
 
