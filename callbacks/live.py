@@ -71,7 +71,7 @@ class LiveSelection(DataSelection):
         self,
         every_n_steps: int = 1000,
         prior: Any = True,
-        ratio: float = 0.2,
+        ratio: float = 0.1,
         gate: float = 2.0,
         prior_weight: float = 2.0,
         find_width: bool = True,
