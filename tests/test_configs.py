@@ -142,7 +142,7 @@ def test_the_demo_in_python_is_the_demo_in_yaml():
         reference=ReferenceSet("liveselect-demo/texts/held_out_reference.jsonl", max_examples=256),
         validation=ReferenceSet("liveselect-demo/texts/held_out_validation.jsonl", max_examples=96),
     )
-    select = LiveSelection(every_n_steps=40, ratio=0.2, seed=0)
+    select = LiveSelection(every_n_steps=40, seed=0)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
