@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import cast
 
 import lightning.pytorch as pl
 import torch
@@ -69,6 +70,7 @@ class TrainingFlops:
 
         Every rank must call it.
         """
+        batch = _by_name(batch)
         width = _width(batch)
         try:
             points = [(width, _step_flops(model, _row(batch, width)))]
@@ -114,6 +116,12 @@ def peak_flops(trainer: pl.Trainer) -> float | None:
             warnings.simplefilter("ignore")  # that a device is not in the table is no news to a user
             peak = get_available_flops(device, dtype)
     return None if peak is None else float(peak) * trainer.world_size
+
+
+def _by_name(batch: object) -> Batch:
+    """Return a batch as a mapping: a bare tensor, or the first of a pair (x, y), holds its token ids."""
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    return {"input_ids": first} if isinstance(first, Tensor) else cast("Batch", batch)
 
 
 def _width(batch: object) -> int:

@@ -26,7 +26,7 @@ def adapted(tokenizer: object) -> "PreTrainedTokenizerBase | None":
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    if not callable(getattr(tokenizer, "encode", None)) or not callable(getattr(tokenizer, "decode", None)):
+    if not all(callable(getattr(tokenizer, name, None)) for name in ("encode", "decode")):
         return None
     return cast("PreTrainedTokenizerBase", ForeignTokenizer(tokenizer))
 
