@@ -22,6 +22,8 @@ NEEDED = {
     "DataSelection": {"selector": UniformSelector()},
     "RegressionSelector": {"regressor": HashedRidgeRegressor()},
     "ScoredSelector": {"scores": np.zeros(9)},
+    "CappedSelector": {"selector": UniformSelector()},
+    "PortfolioSelector": {"policies": {"one": UniformSelector(), "other": UniformSelector()}},
     "PriorSelector": {"selector": UniformSelector(), "scores": np.zeros(9)},
     "ServingSettings": {"reference": [], "batch_size": 1},
     "SelectionDataModule": {"pool": [], "reference": [], "batch_size": 1},

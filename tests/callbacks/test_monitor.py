@@ -213,8 +213,10 @@ def test_monitoring_changes_nothing_in_the_training(tmp_path, shown):
     assert [record.plan for record in selection.run.ledger.rounds] == plans
 
 
-def test_an_alarm_is_an_alert_a_text_a_log_line_and_a_line_of_the_ledger(tmp_path, caplog):
+def test_an_alarm_is_an_alert_a_text_a_log_line_and_a_line_of_the_ledger(tmp_path, caplog, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr("liveselect.watch.watching.FEWEST_HELD_OUT", 1)  # rounds are tiny here
 
     loggers = [WandbLogger(project="x", save_dir=tmp_path, offline=True), TensorBoardLogger(tmp_path, "tb")]
     with caplog.at_level(logging.WARNING, "liveselect"):

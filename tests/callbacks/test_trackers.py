@@ -95,7 +95,7 @@ def test_a_comet_experiment_gets_settings_numbers_and_assets(tmp_path):
 def test_alarms_are_a_growing_file_and_a_verdict_is_a_fact():
     fake = FakeComet()
     sink = ArtifactSink(CometStore(fake))
-    alarms = [Alarm("drift", 1, 10, "one"), Alarm("cost", 2, 20, "two")]
+    alarms = [Alarm(1, 10, "drift", "one"), Alarm(2, 20, "cost", "two")]
     for alarm in alarms:
         sink.alert(f"Selection: {alarm.kind}", alarm.text)
     assert fake.data["selection/alarms.txt"].splitlines() == ["Selection: drift. one", "Selection: cost. two"]

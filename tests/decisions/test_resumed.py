@@ -102,7 +102,7 @@ def test_replay_names_the_folder_of_what_it_lacks(split):
 
 def test_diff_of_runs_without_a_common_round_says_so(split, capsys):
     second, away, first = split
-    assert main(["diff", str(away), str(second)]) == 1
+    assert main(["diff", str(away), str(second)]) == 2
     said = capsys.readouterr().out
     assert "No round is recorded of both: one has rounds 0-2, the other rounds 3-4." in said
     assert "the same" not in said

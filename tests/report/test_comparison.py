@@ -118,4 +118,4 @@ def test_a_report_of_several_seeds_says_what_they_say_together():
     assert "has a lower loss by 0.300 nats per token" in said
     assert "3 seeds" in said
     assert over_seeds([runs[0], live[0]], "val_loss") == []
-    assert said in summary_of([*runs, *live], "val_loss")["verdicts"]
+    assert said in summary_of([*runs, *live], "val_loss", [])["verdicts"]

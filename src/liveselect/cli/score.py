@@ -268,8 +268,8 @@ def _live(made: Namespace, config: Namespace, round_: Round, optimizer: torch.op
         module=made.model,
         optimizer=optimizer,
         loss_fn=made.loss_fn or causal_lm_loss,
-        global_batch=made.data.batch_size * int(config.trainer.accumulate_grad_batches),
-        clip_gradients=clipping_of(config.trainer),
+        global_batch=made.data.batch_size * int(_trainer(config).accumulate_grad_batches),
+        clip_gradients=clipping_of(_trainer(config)),
         meter=round_.meter,
     )
 
@@ -314,12 +314,18 @@ def instantiated(command: ArgumentParser, config: Namespace) -> Namespace:
     return made
 
 
+def _trainer(config: Namespace) -> Namespace:
+    """Return what is read of the Trainer's section, which a file need not have."""
+    defaults = {"accumulate_grad_batches": 1, **dict.fromkeys(CLIPPING)}
+    return Namespace({**defaults, **vars(config.get("trainer") or Namespace())})
+
+
 def _settings(config: Namespace) -> dict[str, Any]:
     """Return the settings that the scores depend on, as builtins."""
     left_out = {"config", "out", "device", "trainer", "select", "seed_everything", "pool", "column"}
     left_out |= {"method", "settings", "filter", "parts"}  # kept as what they stand for
     settings = {name: value for name, value in config.clone().as_dict().items() if name not in left_out}
-    settings["clipping"] = {name: config.trainer[name] for name in CLIPPING}
+    settings["clipping"] = {name: _trainer(config)[name] for name in CLIPPING}
     return dict(json.loads(json.dumps(settings, default=str)))
 
 
