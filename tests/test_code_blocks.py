@@ -128,7 +128,7 @@ def test_the_blocks_of_a_page_run_one_after_another(page, reader):
     if page == "docs/monitoring.md":  # replays a run
         own = MATES(every_n_steps=2, probes=8, regressor=HashedRidgeRegressor(), dirpath="runs/a")
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        pl.Trainer(max_steps=2, accelerator="cpu", callbacks=[own], **quiet).fit(Model(), datamodule=reader["data"])
+        pl.Trainer(max_steps=4, accelerator="cpu", callbacks=[own], **quiet).fit(Model(), datamodule=reader["data"])
     for block in blocks(page, "python"):
         exec(shrink(block) if page != "docs/resume.md" else block.split("trainer.fit")[0], reader)
 
