@@ -124,8 +124,8 @@ def _one_by_one(tokenizer: "PreTrainedTokenizerBase", prompt: str, answer: str) 
     context = prompt.rstrip()
     answer = prompt[len(context) :] + answer  # tokenizers join white space to the word that follows
     if not tokenizer.is_fast:  # where the text begins with the tokens of its prompt, those after them are the answer's
-        whole, *befores = _call(tokenizer, [context + answer, prompt, context])["input_ids"]
-        for before in befores:
+        whole, *earlier = _call(tokenizer, [context + answer, prompt, context])["input_ids"]
+        for before in earlier:
             if 0 < len(before) < len(whole) and list(whole[: len(before)]) == list(before):
                 return Encoded(np.asarray(whole, dtype=np.int64), np.arange(len(whole)) >= len(before))
     before, after = _call(tokenizer, [context, answer])["input_ids"]
