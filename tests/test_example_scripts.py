@@ -62,6 +62,7 @@ def test_a_script_with_selection_measures_and_chooses(name, selector, folder, mo
     assert ledger.rounds[1].measured
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_go_on(folder):
     arguments = ["--text", "texts", "--tokenizer", "texts/tokenizer"]
     command = [sys.executable, str(EXAMPLES / "several_gpus.py"), *arguments]
