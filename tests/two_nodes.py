@@ -16,7 +16,7 @@ from liveselect.influence import OneStepInfluence
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import RegressionSelector
 
-SAVED = ROUND + 2  # inside of the second round, which measures
+SAVED = ROUND + 1  # inside of the second round, which measures
 
 
 class Dies(Callback):
