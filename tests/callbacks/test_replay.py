@@ -16,6 +16,7 @@ from liveselect.datamodules import SelectionDataModule
 from liveselect.decisions import read_plan, read_round, rounds_in
 from liveselect.decisions.explain import explain, lines_about
 from liveselect.influence import OneStepInfluence
+from liveselect.ledger import Ledger
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import RegressionSelector, ReplaySelector, UniformSelector
 
@@ -119,6 +120,28 @@ def test_explain_names_the_true_numbers_of_a_chosen_and_of_a_rejected_candidate(
         assert f"threshold {table['threshold'][row]:.6g}" in text
         assert main(["explain", str(folder), str(candidate)]) == 0
         assert capsys.readouterr().out.startswith(text + "\n")
+
+
+def test_explain_lists_the_highest_scores_that_the_last_round_chose(recorded, capsys):
+    folder, _ = recorded
+    table = read_round(list(rounds_in(folder / "selection" / "decisions").values())[-1])
+    chosen = table["chosen"].astype(bool) & ~np.isnan(table["score"])
+    best = table["id"][chosen][np.argsort(-table["score"][chosen], kind="stable")][:3]
+    assert main(["explain", str(folder), "--top", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = [int(line.split()[0]) for line in lines if line.split() and line.split()[0].isdigit()]
+    assert sorted(listed) == sorted(best.tolist())
+
+
+def test_explain_finds_a_candidate_by_a_part_of_its_text_and_says_when_there_is_none(recorded, capsys):
+    folder, _ = recorded
+    (example, *_) = [
+        each for each in Ledger.read(folder / "selection" / "ledger.jsonl").rounds[-1].examples if each.text
+    ]
+    assert main(["explain", str(folder), "--text", example.text[:40]]) == 0
+    assert "candidate " in capsys.readouterr().out
+    assert main(["explain", str(folder), "--text", "words that no text has"]) == 1
+    assert "no text with" in "".join(capsys.readouterr())
 
 
 def test_explain_of_a_candidate_that_was_measured_but_not_compared_says_so_and_names_what_it_missed(recorded):
