@@ -15,7 +15,7 @@ COMPLETION, MESSAGES, CONVERSATIONS = "completion", "messages", "conversations"
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 """Roles of ShareGPT's conversations, under the names that chat templates know."""
 
-LETTER = re.compile(r"\(?[A-Z1-9]\)?\.?")
+LETTER = re.compile(r"\(?[A-Z]\)?\.?")  # a digit may be the answer itself
 LISTED = re.compile(r"(?m)(^|\s)\(?[AB1][.):]")  # a prompt that lists its choices by letters or numbers
 
 Message = Mapping[str, Any]

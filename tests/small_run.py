@@ -15,7 +15,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from cases import VOCABULARY, tiny_neox
+from cases import VOCABULARY, Bigrams, tiny_neox
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from liveselect.callbacks import PDS, DataSelection, Quad
 from liveselect.datamodules import SelectionDataModule
 from liveselect.grammar import NO_IDS, Batch, InfluenceEstimator, LiveModel, Round
 from liveselect.influence import KFACInfluence, OneStepInfluence
+from liveselect.losses import causal_lm_loss
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import RegressionSelector, UniformSelector
 
@@ -53,6 +54,17 @@ class SmallLM(pl.LightningModule):
         optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3, weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class BigramLM(SmallLM):
+    """Quick to train: the next token depends on the last one only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Bigrams()
+
+    def training_step(self, batch, batch_index):
+        return causal_lm_loss(self.model, batch).mean()
 
 
 def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:

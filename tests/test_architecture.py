@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ENGINE = ROOT / "src" / "liveselect"
 LINKED = ("callbacks", "datamodules", "configs")
-MATHEMATICS = {"torch", "numpy", "torchmetrics", "math"}
+MATHEMATICS = {"torch", "numpy", "scipy", "torchmetrics", "math"}
 MATHEMATICS |= {"collections", "typing", "dataclasses", "functools", "inspect", "contextlib", "sys"}
 DATA_LIBRARIES = {"datasets", "pyarrow"}
 

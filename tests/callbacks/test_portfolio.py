@@ -5,10 +5,9 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import Bigrams
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_ranks import fit, on_lightning_ranks
-from small_run import SIMPLE, Place, SmallLM, Trace, rows, small_data, small_trainer
+from small_run import SIMPLE, BigramLM, Place, SmallLM, Trace, rows, small_data, small_trainer
 
 from liveselect.callbacks import DataSelection, Portfolio
 from liveselect.datamodules import SelectionDataModule
@@ -29,14 +28,7 @@ JUNK, PLANTED = 0.1, 0.3
 """Shares of the pool: the best scores are junk, below them is what the reference looks like."""
 
 
-class BigramLM(SmallLM):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = Bigrams()
-
-    def training_step(self, batch, batch_index):
-        return causal_lm_loss(self.model, batch).mean()
-
+class QuickLM(BigramLM):
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
@@ -81,7 +73,7 @@ def planted_run(folder, selector):
     selection = DataSelection(selector, every_n_steps=EVERY, warmup_rounds=0, dirpath=folder, verdict=Verdict(rows=16))
     judge = Judge(judged)
     settings = {**SIMPLE, "max_steps": STEPS, "precision": "32-true"}
-    small_trainer(folder, [selection, judge], **settings).fit(BigramLM(), datamodule=data)
+    small_trainer(folder, [selection, judge], **settings).fit(QuickLM(), datamodule=data)
     return judge.losses, Ledger.read(folder / "ledger.jsonl"), selection.selector
 
 
@@ -252,7 +244,7 @@ def test_what_gains_less_than_it_costs_is_not_followed(tmp_path):
         selector, every_n_steps=EVERY, warmup_rounds=0, dirpath=tmp_path, verdict=Verdict(rows=16)
     )
     settings = {**SIMPLE, "max_steps": 64, "precision": "32-true"}
-    small_trainer(tmp_path, [selection], **settings).fit(BigramLM(), datamodule=data)
+    small_trainer(tmp_path, [selection], **settings).fit(QuickLM(), datamodule=data)
     assert selector.following == "random"
     assert selector._share_of_cost("dear") > 10
     assert math.isfinite(selector._price("dear"))

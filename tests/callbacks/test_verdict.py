@@ -9,17 +9,15 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import Bigrams
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_ranks import fit, on_lightning_ranks
-from small_run import Place, SmallLM, Trace, rows, small_data, small_trainer
+from small_run import BigramLM, Place, SmallLM, Trace, rows, small_data, small_trainer
 
 from liveselect.callbacks import MATES, DataSelection, SelectionMonitor
 from liveselect.datamodules import SelectionDataModule
 from liveselect.grammar import SelectionWarning, Selector
 from liveselect.influence import OneStepInfluence
 from liveselect.ledger import Ledger
-from liveselect.losses import causal_lm_loss
 from liveselect.monitoring.wandb_sink import WandbSink
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import RegressionSelector, UniformSelector
@@ -133,17 +131,6 @@ def test_only_one_half_of_the_reference_set_is_shown_to_estimators(tmp_path):
     ]
     assert sorted(Looking.shown + held_out) == list(range(6))
     assert len(held_out) == 3
-
-
-class BigramLM(SmallLM):
-    """Quick to train."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = Bigrams()
-
-    def training_step(self, batch, batch_index):
-        return causal_lm_loss(self.model, batch).mean()
 
 
 class Knowing(Selector):

@@ -2,13 +2,13 @@
 
 import json
 import multiprocessing
-import random
 import signal
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
+from two_vocabularies import COMMON, NETWORK, RARE, config_of, write_texts
 
 from liveselect import cli
 from liveselect.callbacks import DataSelection
@@ -16,58 +16,21 @@ from liveselect.cli import compare_runs
 from liveselect.cli.compare_runs import CONFIG, LEDGER, Comparison, Method, Planned, Task, shorten
 from liveselect.cli.fit import SelectionCLI
 from liveselect.cli.judges import Judges
-from liveselect.datamodules.pools.prepare import prepare
 from liveselect.ledger import Ledger
 
 STEPS = 6
-NETWORK = {"model_type": "gpt_neox", "vocab_size": 300, "hidden_size": 8, "num_hidden_layers": 1}
-NETWORK |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 16}
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """A pool, held-out texts, and a configuration of `liveselect fit`; returns their folder."""
     folder = tmp_path_factory.mktemp("texts")
-    draw = random.Random(0)
-    common = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta"]
-    rare = ["uno", "dos", "tres", "cuatro", "cinco", "seis", "siete"]
-    kinds = {"pool": [common] * 150 + [rare] * 30, "reference": [rare] * 12, "validation": [rare] * 8}
-    for name, words in {**kinds, "elsewhere": [common + rare] * 8}.items():
-        lines = [json.dumps({"text": " ".join(draw.choices(each, k=50))}) for each in words]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    prepare([f"all={folder / 'pool.jsonl'}"], folder / "pool", tokenizer="bpe:300", block_size=16, workers=1)
-    config = {
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_steps": STEPS,
-            "max_epochs": -1,
-            "val_check_interval": 2,
-            "check_val_every_n_epoch": None,
-            "num_sanity_val_steps": 0,
-            "enable_model_summary": False,
-            "enable_progress_bar": False,
-            "logger": False,
-        },
-        "model": {
-            "class_path": "liveselect.cli.model.CausalLM",
-            "init_args": {"config": NETWORK, "lr": 0.01, "seed": 7},
-        },
-        "data": {
-            "class_path": "liveselect.datamodules.SelectionDataModule",
-            "init_args": {
-                "pool": str(folder / "pool"),
-                "batch_size": 4,
-                "overlap": "allow",
-                "reference": {"source": str(folder / "reference.jsonl"), "max_examples": 32},
-                "validation": str(folder / "validation.jsonl"),
-            },
-        },
-        "select": {
-            "class_path": "liveselect.callbacks.LiveSelection",
-            "init_args": {"every_n_steps": 2, "ratio": 0.5, "probes": 9},
-        },
-    }
+    kinds = {"pool": [COMMON] * 150 + [RARE] * 30, "reference": [RARE] * 12, "validation": [RARE] * 8}
+    write_texts(folder, {**kinds, "elsewhere": [COMMON + RARE] * 8})
+    off = dict.fromkeys(("enable_model_summary", "enable_progress_bar", "logger"), False)
+    trainer = {"max_steps": STEPS, "num_sanity_val_steps": 0, **off}
+    data = {"validation": str(folder / "validation.jsonl")}
+    config = config_of(folder, NETWORK, trainer, data, {"every_n_steps": 2, "ratio": 0.5, "probes": 9})
     (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     yield folder
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it once it was interrupted

@@ -2,13 +2,14 @@
 
 import json
 import math
-import random
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
 
 import pytest
+import two_vocabularies
 import yaml
+from two_vocabularies import COMMON, RARE, config_of, write_texts
 
 from liveselect import cli
 from liveselect.cli.fit import SelectionCLI
@@ -20,12 +21,10 @@ from liveselect.cli.plan_forecast import (
     recommend,
     scoring_gain_needed,
 )
-from liveselect.datamodules.pools.prepare import prepare
 from liveselect.functional.curves import Curve, break_even
 from liveselect.verdict import Verdict
 
-NETWORK = {"model_type": "gpt_neox", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
-NETWORK |= {"num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 16}
+NETWORK = {**two_vocabularies.NETWORK, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
 STEPS, EVERY = 80, 20
 
 
@@ -33,46 +32,18 @@ STEPS, EVERY = 80, 20
 def folder(tmp_path_factory):
     """A pool, a reference set, and a configuration of `liveselect fit`."""
     folder = tmp_path_factory.mktemp("plan")
-    draw = random.Random(0)
-    common = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta"]
-    rare = ["uno", "dos", "tres", "cuatro", "cinco", "seis", "siete"]
-    for name, words in {"pool": [common] * 150 + [rare] * 60, "reference": [rare] * 12}.items():
-        lines = [json.dumps({"text": " ".join(draw.choices(each, k=50))}) for each in words]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    prepare([f"all={folder / 'pool.jsonl'}"], folder / "pool", tokenizer="bpe:300", block_size=16, workers=1)
-    config = {
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_steps": STEPS,
-            "max_epochs": -1,
-            "val_check_interval": 2,
-            "check_val_every_n_epoch": None,
-            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "logs"}},
-            "callbacks": [
-                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}},
-                {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
-            ],
-            "default_root_dir": str(folder / "runs"),
-        },
-        "model": {
-            "class_path": "liveselect.cli.model.CausalLM",
-            "init_args": {"config": NETWORK, "lr": 0.01, "seed": 7},
-        },
-        "data": {
-            "class_path": "liveselect.datamodules.SelectionDataModule",
-            "init_args": {
-                "pool": str(folder / "pool"),
-                "batch_size": 4,
-                "overlap": "allow",
-                "reference": {"source": str(folder / "reference.jsonl"), "max_examples": 32},
-            },
-        },
-        "select": {
-            "class_path": "liveselect.callbacks.LiveSelection",
-            "init_args": {"every_n_steps": EVERY, "ratio": 0.25, "keep_general": 0.0, "probes": 24},
-        },
+    write_texts(folder, {"pool": [COMMON] * 150 + [RARE] * 60, "reference": [RARE] * 12})
+    trainer = {
+        "max_steps": STEPS,
+        "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "logs"}},
+        "callbacks": [
+            {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}},
+            {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
+        ],
+        "default_root_dir": str(folder / "runs"),
     }
+    select = {"every_n_steps": EVERY, "ratio": 0.25, "keep_general": 0.0, "probes": 24}
+    config = config_of(folder, NETWORK, trainer, {}, select)
     (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return folder
 
@@ -199,7 +170,7 @@ def test_what_is_recommended_follows_from_the_numbers(changed, live, method):
 
 
 def test_what_cannot_pay_is_said():
-    dear = recommend(replace(TRIAL, candidate_seconds=3.0), [])
+    dear = recommend(replace(TRIAL, candidate_seconds=30.0), [])
     assert any("cannot be expected to pay" in text for text in dear.warnings)
     narrow = recommend(replace(TRIAL, ratio=0.05), [])
     assert any("10.0 times" in text and "at least 0.13" in text for text in narrow.warnings)

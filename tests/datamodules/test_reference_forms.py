@@ -64,6 +64,7 @@ def test_a_letter_or_a_position_without_choices_is_refused_with_the_column_to_na
             examples(tokenizer, [{"prompt": QUESTION, "answer": answer}])
     listed = f"{QUESTION}\nA. {RIGHT}\nB. {WRONG}\nthe answer is"
     assert examples(tokenizer, [{"prompt": listed, "answer": " A"}])[0][1] == " A"
+    assert examples(tokenizer, [{"prompt": "2 + 3 =", "answer": " 5"}])[0][1] == " 5"  # no choice, but an answer
     with pytest.raises(ValueError, match="one of its 2 choices, got 'C'"):
         examples(tokenizer, [{"question": QUESTION, "choices": [RIGHT, WRONG], "answer": "C"}])
 

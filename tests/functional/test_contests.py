@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import t as student_t
 
-from liveselect.functional.contests import fall_per_step, standing, student_quantile
+from liveselect.functional.contests import fall_per_step, standing
 
 NAN = math.nan
 
@@ -28,7 +28,7 @@ def test_in_whole_contests_worths_are_differences_of_means():
     assert found.noise == pytest.approx(math.sqrt(float(left.square().sum()) / (4 * 2)))
     assert found.freedom == 8
     # of a difference of two means of five
-    assert found.width(0, 1) == pytest.approx(student_quantile(8) * found.noise * math.sqrt(2 / 5))
+    assert found.width(0, 1) == pytest.approx(student_t.ppf(0.95, 8) * found.noise * math.sqrt(2 / 5))
 
 
 def test_the_level_of_a_contest_does_not_matter():
@@ -60,11 +60,6 @@ def test_the_width_holds_in_nineteen_of_twenty_simulations():
         found = standing(contests([0.0, 0.1, 0.2], 3, 0.2, seed))
         missed += float(found.worth[2] - found.worth[0]) - found.width(0, 2) > 0.2
     assert missed <= 0.05 * 400 + 2 * math.sqrt(400 * 0.05 * 0.95)
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 8, 30])
-def test_the_quantile_is_that_of_student(freedom):
-    assert student_quantile(freedom) == pytest.approx(student_t.ppf(0.95, freedom), rel=0.01)
 
 
 def test_the_fall_is_the_slope_of_a_logarithm():

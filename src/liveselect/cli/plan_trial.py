@@ -106,6 +106,7 @@ class PlanTrial(Callback):
         steps = min(self.selection.every_n_steps, trainer.estimated_stepping_batches)
         budget = int(steps) * model.global_batch
         round = session.open_round(trainer, budget, run.selector)
+        ratio = run.selector.distinct_share()  # as it is set: what a round measures may move it
         cost = self._measured_round(session, round, budget)
         self.judged_rows = 64 + min(64, (source.reference_examples or 128) // 2)
         return Trial(
@@ -116,7 +117,7 @@ class PlanTrial(Callback):
             warmup_rounds=self.warmup_rounds if run.estimator is not None else 0,
             global_batch=model.global_batch,
             pool=run.pool.size,
-            ratio=run.selector.distinct_share(),
+            ratio=ratio,
             step_seconds=step_seconds,
             step_flops=ledger.training_flops / max(1, trainer.global_step),
             once_seconds=once,

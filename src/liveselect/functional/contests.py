@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_QUANTILE = 1.645
-"""Of the normal distribution: nineteen of twenty differences lie below it."""
+_CONFIDENCE = 0.95
+"""Share of differences that lie below the width, one-sided."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Standing:
             return math.inf
         cov = self.covariance
         spread = float(cov[one, one] + cov[other, other] - 2 * cov[one, other])
-        return student_quantile(self.freedom) * self.noise * math.sqrt(max(0.0, spread))
+        from scipy.stats import t as student_t
+
+        return float(student_t.ppf(_CONFIDENCE, self.freedom)) * self.noise * math.sqrt(max(0.0, spread))
 
 
 def standing(losses: Tensor) -> Standing:
@@ -66,23 +68,6 @@ def standing(losses: Tensor) -> Standing:
     noise = math.sqrt(float(left @ left) / freedom) if freedom > 0 else math.nan
     worth = torch.where(seen, found[count:], torch.nan)
     return Standing(worth, noise, freedom, inverse[count:, count:])
-
-
-def student_quantile(freedom: int, normal: float = _QUANTILE) -> float:
-    """Return the quantile of Student's distribution that belongs to one of the normal; an expansion in 1 / freedom.
-
-    One and two degrees of freedom have no expansion worth having: their quantiles are exact.
-    """
-    if freedom <= 2:
-        share = 0.5 * (1 + math.erf(normal / math.sqrt(2)))
-        if freedom == 1:
-            return math.tan(math.pi * (share - 0.5))
-        return (2 * share - 1) / math.sqrt(2 * share * (1 - share))
-    z = normal
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def fall_per_step(steps: Tensor, losses: Tensor, at: float) -> float:

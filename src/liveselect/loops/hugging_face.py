@@ -35,7 +35,7 @@ class HuggingFaceSelection(TrainerCallback):
     is one file in the folder of the checkpoint, and ``trainer.train(resume_from_checkpoint=...)`` goes on from it with
     the same batches. Epochs are passes over the pool, and begin anew where a run is resumed.
 
-    Works on a single device and with DDP (``torchrun``), with accumulation and ``bf16``.
+    Tested on a single device, with accumulation. DDP (``torchrun``) and ``bf16`` are provided for and not tested.
 
     Args:
         selection: who measures, who chooses and how often: a preset, or a ``DataSelection``.

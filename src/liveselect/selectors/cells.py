@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liveselect.cost import CostMeter
+from liveselect.grammar import CandidateSource, CostByPhase
 from liveselect.pool import CandidatePool
+from liveselect.selectors.score_table import ScoreTable
 
 WEIGHT = "weight"
 """The column of a table that holds weights."""
@@ -138,6 +141,63 @@ class Cells:
         if not weights.sum() > 0:
             raise ValueError("expected a table in which some cell that holds candidates has a weight above 0")
         return weights / weights.sum()
+
+
+class Division:
+    """Divides pools into cells, with or without a prior, and keeps the cells as long as the prior's scores hold.
+
+    Args:
+        prior: what :class:`~liveselect.selectors.ScoredSelector` takes as scores; None for none.
+        parts: of the pool by the prior's score, of equal size, at least 2.
+        column: name of the column of a Parquet file with scores.
+    """
+
+    def __init__(self, prior: Any, parts: int, column: str = "score") -> None:
+        if parts < 2 and prior is not None:
+            raise ValueError(f"expected at least 2 parts of the pool by the prior, got {parts}: leave the prior out")
+        self.parts = parts
+        self._table = None if prior is None else ScoreTable(prior, column)
+        self._made: tuple[Tensor | None, Cells] | None = None  # the scores that the cells are made of
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether a prior divides the pool too."""
+        return self._table is not None
+
+    @property
+    def cost(self) -> CostByPhase:
+        """What making the prior's scores cost."""
+        return {} if self._table is None else self._table.cost
+
+    @property
+    def digest(self) -> list[str] | None:
+        """What names the prior's scores; None without a prior."""
+        return None if self._table is None else self._table.digest
+
+    def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
+        """Make the scores of the prior, where they are those of the run's own data."""
+        if self._table is not None:
+            self._table.prepare(source, meter)
+
+    def expect(self, digest: list[str] | None) -> None:
+        """Raise ValueError unless a checkpoint's scores are the prior's."""
+        if self._table is not None and digest is not None:
+            self._table.expect(digest)
+
+    def scores(self, pool: CandidatePool) -> Tensor | None:
+        """Return the prior's score of every candidate, ``(size,)``; None without a prior."""
+        return None if self._table is None else self._table.values(pool)
+
+    def eligible(self, pool: CandidatePool) -> Tensor | None:
+        """Return which candidates have a score above -inf, ``(size,)`` bool; None for all."""
+        return None if self._table is None else self._table.eligible(pool)
+
+    def cells(self, pool: CandidatePool) -> Cells:
+        """Return the cells of the pool: the same object until the prior's scores are others."""
+        scores = self.scores(pool)
+        if self._made is None or self._made[0] is not scores:
+            self._made = scores, Cells.of(pool, scores, self.parts)
+        return self._made[1]
 
 
 def read_table(source: "str | Path | Mapping[str, float]") -> list[Row]:

@@ -14,8 +14,7 @@ from liveselect.functional.mixture import mirror_step, shrunken_means, within_bo
 from liveselect.grammar import NO_IDS, CandidateSource, CostByPhase, Round, Selection, Selector, State
 from liveselect.pool import CandidatePool
 from liveselect.selectors.arms import Arms, OpenArms
-from liveselect.selectors.cells import Cells, Row, as_csv, read_table, write_table
-from liveselect.selectors.score_table import ScoreTable
+from liveselect.selectors.cells import Cells, Division, Row, as_csv, read_table, write_table
 from liveselect.selectors.stratified import apportioned
 from liveselect.selectors.trial import warn_of_few
 
@@ -90,8 +89,6 @@ class MixtureSelector(Selector):
         column: str = "score",
     ) -> None:
         check_plain(MixtureSelector, locals())
-        if parts < 2 and prior is not None:
-            raise ValueError(f"expected at least 2 parts of the pool by the prior, got {parts}: leave the prior out")
         if not 0.0 <= strength < float("inf"):
             raise ValueError(f"expected a finite strength of at least 0, got {strength}")
         if not 0.0 < rate <= 1.0:
@@ -107,7 +104,6 @@ class MixtureSelector(Selector):
             raise ValueError(f"expected a positive shrinkage, got {shrinkage}")
         if not 0.0 <= forgetting <= 1.0:
             raise ValueError(f"expected forgetting, the share that is kept, in 0..1, got {forgetting}")
-        self.parts = parts
         self.strength = strength
         self.rate = rate
         self.floor = floor
@@ -116,11 +112,10 @@ class MixtureSelector(Selector):
         self.shrinkage = shrinkage
         self.forgetting = forgetting
         self.needs_estimator = probes > 0
-        self._table = None if prior is None else ScoreTable(prior, column)
+        self._division = Division(prior, parts, column)
         self._start = None if weights is None else read_table(weights)
         self._cells: Cells | None = None
         self._arms: Arms | None = None
-        self._values: Tensor | None = None  # scores that the cells are made of
         self._fingerprint: str | None = None
         nothing = torch.zeros(0, dtype=torch.float64)
         self._share, self._base = nothing, nothing  # of each cell in the pool, and where nothing is known
@@ -134,12 +129,11 @@ class MixtureSelector(Selector):
 
     def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
         """Make the scores of the prior, where they are those of the run's own data."""
-        if self._table is not None:
-            self._table.prepare(source, meter)
+        self._division.prepare(source, meter)
 
     def cost_before_training(self) -> CostByPhase:
         """Return what making the scores of the prior cost."""
-        return {} if self._table is None else self._table.cost
+        return self._division.cost
 
     def check(self, round: Round, budget: int) -> None:
         """See that prior and weights are of this pool, and the cells those of a checkpoint.
@@ -153,7 +147,7 @@ class MixtureSelector(Selector):
 
     def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
         """Return which candidates may be drawn, ``(size,)`` bool: of cells with a weight, with a score above -inf."""
-        mine = None if self._table is None else self._table.eligible(pool)
+        mine = self._division.eligible(pool)
         if self._start is None or self.floor > 0:
             return mine
         cells = self._divide(pool)
@@ -243,7 +237,7 @@ class MixtureSelector(Selector):
         """Return weights, what they follow from, and where probing goes on; orders follow from the seed."""
         return {
             "fingerprint": self._fingerprint,
-            "scores": None if self._table is None or self._fingerprint is None else self._table.digest,
+            "scores": None if self._fingerprint is None else self._division.digest,
             "weights": self._weights.clone(),
             "sums": self._sums.clone(),
             "counts": self._counts.clone(),
@@ -253,9 +247,8 @@ class MixtureSelector(Selector):
 
     def load_state_dict(self, state: State) -> None:
         """Restore what :meth:`state_dict` returned; :meth:`check` refuses cells that are not those of the state."""
-        if self._table is not None and state["scores"] is not None:
-            self._table.expect(state["scores"])
-        self._cells = self._arms = self._values = None
+        self._division.expect(state["scores"])
+        self._cells = self._arms = None
         self._entered, self._measured = -1, []
         self._fingerprint = state["fingerprint"]
         self._weights, self._sums = state["weights"].clone(), state["sums"].clone()
@@ -278,10 +271,9 @@ class MixtureSelector(Selector):
 
     def _divide(self, pool: CandidatePool) -> Cells:
         """Return the cells of the pool, made when they are first needed and when the prior is another."""
-        values = None if self._table is None else self._table.values(pool)
-        if self._cells is not None and self._values is values:
-            return self._cells
-        cells = Cells.of(pool, values, self.parts)
+        cells = self._division.cells(pool)
+        if cells is self._cells:
+            return cells
         if len(cells) < 2:
             raise ValueError(
                 "a mixture needs several cells, and this pool has a single source and group: name several sources, "
@@ -294,8 +286,9 @@ class MixtureSelector(Selector):
                 "weights would mean other texts. Pass the groups and the parts that the run began with, or start a new "
                 "run with its mixture.csv as weights"
             )
-        self._cells, self._values, self._arms = cells, values, None
-        sizes = cells.sizes(None if values is None else (values > -torch.inf).nonzero().flatten()).double()
+        self._cells, self._arms = cells, None
+        drawn = self._division.eligible(pool)
+        sizes = cells.sizes(None if drawn is None else drawn.nonzero().flatten()).double()
         self._share = sizes / sizes.sum()
         self._base = self._base_of(cells)
         if self._fingerprint is None:

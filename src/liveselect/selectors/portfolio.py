@@ -14,6 +14,7 @@ from liveselect.arguments import check_plain
 from liveselect.cost import CostMeter, added
 from liveselect.functional.contests import Standing, fall_per_step, standing
 from liveselect.grammar import (
+    NO_IDS,
     CandidateSource,
     Contest,
     CostByPhase,
@@ -26,8 +27,6 @@ from liveselect.parts import check_part, restore_part, save_part
 from liveselect.pool import CandidatePool, split_by_use
 
 _MOST_UNANSWERED = 2
-
-_NOTHING = torch.empty(0, dtype=torch.int64)
 
 
 class PortfolioSelector(Selector):
@@ -147,7 +146,7 @@ class PortfolioSelector(Selector):
             if len(ids):
                 return ids
             self._charge(self._asking.pop(0), round)
-        return _NOTHING
+        return NO_IDS
 
     def observe(self, ids: Tensor, influence: Tensor) -> None:
         """Pass the measurements on to the policy that asked for them."""

@@ -15,9 +15,8 @@ from liveselect.functional.sampling import uniform_subset
 from liveselect.grammar import NO_IDS, CandidateSource, CostByPhase, Round, Selection, Selector, State
 from liveselect.pool import CandidatePool, GroupGeometry
 from liveselect.selectors.arms import Arms, OpenArms
-from liveselect.selectors.cells import Cells
+from liveselect.selectors.cells import Cells, Division
 from liveselect.selectors.rewards import CONTROL, Rewards
-from liveselect.selectors.score_table import ScoreTable
 from liveselect.selectors.trial import warn_of_few
 from liveselect.selectors.uniform import uniform_selection
 
@@ -139,12 +138,8 @@ class UCBSelector(Selector):
         self.discount = discount
         self.cutoff = cutoff
         self.released = released
-        if parts < 2 and prior is not None:
-            raise ValueError(f"expected at least 2 parts of the pool by the prior, got {parts}: leave the prior out")
-        self.parts = parts
-        self._table = None if prior is None else ScoreTable(prior)
-        self._cells: Cells | None = None
-        self._values: Tensor | None = None  # scores that the cells are made of
+        self._division = Division(prior, parts)
+        self._cells: Cells | None = None  # where a prior divides the groups
         self._arms: Arms | None = None
         self._round: _Round | None = None
         self._fingerprint: str | None = None
@@ -156,16 +151,15 @@ class UCBSelector(Selector):
 
     def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
         """Make the scores of the prior, where they are those of the run's own data."""
-        if self._table is not None:
-            self._table.prepare(source, meter)
+        self._division.prepare(source, meter)
 
     def cost_before_training(self) -> CostByPhase:
         """Return what making the scores of the prior cost."""
-        return {} if self._table is None else self._table.cost
+        return self._division.cost
 
     def eligible(self, pool: CandidatePool, budget: int) -> Tensor | None:
         """Return which candidates have a score above -inf, ``(size,)`` bool; None for all."""
-        return None if self._table is None else self._table.eligible(pool)
+        return self._division.eligible(pool)
 
     def check(self, round: Round, budget: int) -> None:
         """Raise what the first round would of the arms, and of the state of a checkpoint; warn as of few candidates."""
@@ -254,7 +248,7 @@ class UCBSelector(Selector):
         """Return rewards, pulls, units, cursors and what steps have shown; orders follow from the seed."""
         return {
             "fingerprint": self._fingerprint,
-            "scores": None if self._table is None or self._fingerprint is None else self._table.digest,
+            "scores": None if self._fingerprint is None else self._division.digest,
             "unit": self._unit,
             "rewards": self._rewards.state_dict(),
             "cursors": self._cursors.clone(),
@@ -272,8 +266,7 @@ class UCBSelector(Selector):
                 f"the checkpoint holds rewards {state['unit']}, this run counts them {self._unit}, and the two cannot "
                 "be added up: resume with the probes and controls that the run began with, or start a new run"
             )
-        if self._table is not None and state.get("scores") is not None:
-            self._table.expect(state["scores"])
+        self._division.expect(state.get("scores"))
         self._arms = self._round = None
         self._captured = [(ids.clone(), influence.clone()) for ids, influence in state["captured"]]
         self._fingerprint = state["fingerprint"]
@@ -288,7 +281,7 @@ class UCBSelector(Selector):
 
     def _enter(self, round: Round) -> _Round:
         """Return the round in the making, begun when it is new."""
-        if self._table is not None and self._table.values(round.pool) is not self._values:
+        if self._cells is not None and self._division.cells(round.pool) is not self._cells:
             self._arms = None  # the reference set has changed, and with it the prior
         if self._arms is None:
             self._arms = self._open_arms(round)
@@ -324,10 +317,9 @@ class UCBSelector(Selector):
         return arms
 
     def _arms_of(self, round: Round) -> Arms:
-        if self._table is None:
+        if not self._division.has_prior:
             return Arms.of(round.pool, round.seed)
-        self._values = self._table.values(round.pool)
-        self._cells = Cells.of(round.pool, self._values, self.parts)
+        self._cells = self._division.cells(round.pool)
         return Arms.of_cells(self._cells, round.seed)
 
     def _by_group(self, pool: CandidatePool) -> dict[str, Tensor]:
@@ -351,7 +343,7 @@ class UCBSelector(Selector):
     def _weigh_neighbours(self, pool: CandidatePool) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return who learns from whom, see :func:`~liveselect.functional.bandit.credit_pulls`."""
         geometry = pool.geometry
-        if geometry is None or self.cutoff is None or self._table is not None:
+        if geometry is None or self.cutoff is None or self._division.has_prior:
             return None
         if self.cutoff > geometry.reach:
             raise ValueError(
