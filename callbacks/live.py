@@ -40,7 +40,7 @@ class LiveSelection(DataSelection):
     less of the pool is kept; once the model has learned what they hold, more. Where the reference set is the pool's own
     mixture there is nothing to select, and selection only costs.
 
-    All this is spread over the last steps of a round, half a step's work after each, so that none is held up for long:
+    All this is spread over the last steps of a round, half a step's work after each, which holds none of them up for long:
     what is measured is a few steps old. Other paces can be set, see :class:`~liveselect.callbacks.DataSelection`.
 
     The first rounds, in which nothing is measured, are drawn by the prior alone.

@@ -156,7 +156,7 @@ class Measurement:
         """Measure up to ``limit`` candidates over all ranks, at least one on each; all that is proposed when None.
 
         The model is as it was afterwards. All ranks must call it alike. With ``fit_examples`` a fit that is due is made
-        in parts of about so many examples, one at each call, and candidates are measured when it is complete.
+        in parts of about that number of examples, one at each call, and candidates are measured when it is complete.
 
         Raises:
             ValueError: the selector proposes candidates, and there is no estimator, or they are none of the pool's.
