@@ -104,10 +104,10 @@ CONFIG = {
 }
 
 
-def prior_over_uniform(ratio: float, **settings: object) -> dict[str, object]:
-    """Return a gate, and nothing that chooses inside it."""
+def prior_over_uniform(ratio: float | None, **settings: object) -> dict[str, object]:
+    """Return a gate that keeps what is chosen, and nothing that chooses inside it."""
     inside = {"class_path": "liveselect.selectors.UniformSelector"}
-    gate = {"selector": inside, "scores": True, "ratio": ratio, **settings}
+    gate = {"selector": inside, "scores": True, "ratio": ratio, "gate": 1.0, **settings}
     return {
         "warmup_rounds": 0,
         "selector": {"class_path": "liveselect.selectors.PriorSelector", "init_args": gate},
@@ -131,18 +131,20 @@ ARMS = [
     Method("prior 0.05", "prior", {"ratio": 0.05}),
     Method("prior 0.2", "prior", {"ratio": 0.2}),
     Method("prior 0.5", "prior", {"ratio": 0.5}),
+    Method("prior", "prior"),
     Method("prior 0.2, a tenth more steps", "prior", {"ratio": 0.2}, steps=1.1),
     Method("random half of the gate", "DataSelection", prior_over_uniform(0.4)),
     Method("old live default", "DataSelection", OLD),
     Method(DEFAULT, "LiveSelection"),
     Method("default with a fixed width", "LiveSelection", {"find_width": False}),
-    Method("default without live influence", "DataSelection", prior_over_uniform(0.1, keep_general=0.1, max_uses=4)),
+    Method("default with a width of 0.1", "LiveSelection", {"ratio": 0.1}),
+    Method("default without live influence", "DataSelection", prior_over_uniform(None, keep_general=0.1, max_uses=4)),
     Method("default without the prior", "LiveSelection", {"prior": None}),
     Method("default without the prior's weight", "LiveSelection", {"prior_weight": 0.0}),
     Method("default without a general share", "LiveSelection", {"keep_general": 0.0}),
     Method("default without token scores", "LiveSelection", {"regressor": {**RIDGE, "init_args": {}}}),
 ]
-SHORT = ("random", "prior 0.2", "random half of the gate", DEFAULT)
+SHORT = ("random", "prior", "random half of the gate", DEFAULT)
 
 
 def main(argv: list[str] | None = None) -> int:

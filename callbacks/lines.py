@@ -62,10 +62,12 @@ def round_line(record: RoundRecord, share: float | None) -> str:
         guess += f" (best fifth {top:+.2f} sd)"
     epochs = record.metrics.get("effective_epochs", 1.0)
     again = f", {epochs:.1f} times each by now" if epochs >= _REPEATED else ""
+    kept = record.metrics.get("prior/ratio")
+    among = "" if kept is None else f", from the best {kept:.2g} of the pool"
     taken = "" if share is None else f"; selection took {share:.1%} of the time"
     return (
         f"round {record.round}, step {record.step}: {record.selector} {measured}chose {record.chosen} of "
-        f"{record.candidates}{again}{guess}, in {record.total_seconds:.1f} s{taken}"
+        f"{record.candidates}{among}{again}{guess}, in {record.total_seconds:.1f} s{taken}"
     )
 
 

@@ -8,9 +8,10 @@ from liveselect.callbacks.selection import DataSelection
 from liveselect.grammar import InfluenceEstimator, InfluenceRegressor, Selector
 from liveselect.influence import FirstOrderInfluence
 from liveselect.regressors import TokenTableRegressor
-from liveselect.selectors import CappedSelector, PriorSelector, RegressionSelector
+from liveselect.selectors import CappedSelector, NGramPrior, PriorSelector, RegressionSelector
 
 _REFERENCE_ROWS = 64
+_USUAL_RATIO = 0.1
 
 
 class LiveSelection(DataSelection):
@@ -35,13 +36,14 @@ class LiveSelection(DataSelection):
     reference rows, others in each round, and half for probes; at least 8 of each are taken, so that very short rounds
     cost more. Prediction is three microseconds a candidate.
 
-    **The width.** Nothing that is known before a run shows which ``ratio`` is best, and it is worth more than any
-    ranking inside the gate. So the run finds it: as long as the measured candidates with better scores are worth more,
-    less of the pool is kept; once the model has learned what they hold, more. Where the reference set is the pool's own
-    mixture there is nothing to select, and selection only costs.
+    **The width.** How much of the pool the prior keeps is worth more than any ranking inside the gate. It begins with
+    what the prior says of reference text that it has not seen: narrow where few candidates score as high, the whole
+    pool where reference and pool are alike. From there the run finds it: as long as the measured candidates with better
+    scores are worth more, less of the pool is kept; once the model has learned what they hold, more. Where the
+    reference set is the pool's own mixture there is nothing to select, and selection only costs.
 
-    All this is spread over the last steps of a round, half a step's work after each, which holds none of them up for long:
-    what is measured is a few steps old. Other paces can be set, see :class:`~liveselect.callbacks.DataSelection`.
+    All this is spread over the last steps of a round, half a step's work after each, which holds none of them up for
+    long: what is measured is a few steps old. Other paces can be set, see :class:`~liveselect.callbacks.DataSelection`.
 
     The first rounds, in which nothing is measured, are drawn by the prior alone.
 
@@ -49,7 +51,8 @@ class LiveSelection(DataSelection):
         every_n_steps: optimizer steps of one round.
         prior: True for that of n-grams; or a file or array of scores, see
             :class:`~liveselect.selectors.PriorSelector`; None for none, with which the choice is soft.
-        ratio: share of the pool that the prior alone would choose, at first.
+        ratio: share of the pool that the prior alone would choose, at first; by default the width that the n-gram prior
+            finds, see :class:`~liveselect.selectors.NGramPrior`, and 0.1 with other scores or none.
         gate: how many times as much the prior keeps, for live influence to choose from.
         prior_weight: of the prior inside of the gate, beside live influence of weight up to 1.
         find_width: find ``ratio`` in the run, from what the live model says of better and worse scores in the gate.
@@ -71,7 +74,7 @@ class LiveSelection(DataSelection):
         self,
         every_n_steps: int = 1000,
         prior: Any = True,
-        ratio: float = 0.1,
+        ratio: float | None = None,
         gate: float = 2.0,
         prior_weight: float = 2.0,
         find_width: bool = True,
@@ -87,7 +90,9 @@ class LiveSelection(DataSelection):
         **run: Unpack[SpreadRunArguments],
     ) -> None:
         check_plain(LiveSelection, locals())
-        if not 0.0 < ratio <= 1.0:
+        if ratio is None and not (prior is True or isinstance(prior, NGramPrior)):
+            ratio = _USUAL_RATIO
+        if ratio is not None and not 0.0 < ratio <= 1.0:
             raise ValueError(f"expected ratio, the share that is chosen, above 0 and up to 1, got {ratio}")
         if not gate >= 1.0:
             raise ValueError(
@@ -95,12 +100,13 @@ class LiveSelection(DataSelection):
             )
         if not 0.0 < cost < 1.0:
             raise ValueError(f"expected cost, a share of the cost of training, between 0 and 1, got {cost}")
-        kept = min(1.0, gate * ratio)
+        if ratio is not None:
+            gate = min(gate, 1.0 / ratio)
         selector: Selector = RegressionSelector(
             regressor=TokenTableRegressor() if regressor is None else regressor,
             # a probe is two forwards where a trained example is three
             probes=0.75 * cost if probes is None else probes,
-            ratio=ratio if prior is None else ratio / kept,
+            ratio=ratio if prior is None and ratio is not None else 1.0 / gate,
             temperature=0.5 if prior is None else 0.0,
             trained_share=0.25,
             max_group_share=max_group_share,
@@ -109,11 +115,11 @@ class LiveSelection(DataSelection):
             selector = PriorSelector(
                 selector,
                 prior,
-                ratio=kept,
+                ratio=None if ratio is None else gate * ratio,
                 offset=prior_weight,
                 keep_general=keep_general,
                 max_uses=max_uses,
-                warmup_ratio=ratio,
+                gate=gate,
                 find_width=find_width,
             )
         if max_per_document is not None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fakes import FakeSource, fake_context, planted_source, play, random_source
 from ranks import on_ranks
 
 from liveselect.cost import CostMeter
-from liveselect.grammar import InfluenceEstimator, Selection, Selector
+from liveselect.grammar import REFERENCE_SET, InfluenceEstimator, Selection, Selector
 from liveselect.rounds import SelectionRun
 from liveselect.selectors import NGramPrior, PriorSelector, ScoredSelector, UCBSelector, UniformSelector
 
@@ -78,9 +79,106 @@ def test_padding_counts_neither_behind_a_mask_nor_behind_the_last_target():
         assert torch.allclose(made(source).scores.values, expected, atol=1e-6)
 
 
+def kinds(share, references, seed=0, candidates=3000, length=24):
+    """A source whose rows are of two kinds; a ``share`` is of the reference set's kind."""
+    generator = torch.Generator().manual_seed(seed)
+    planted = torch.rand(candidates, generator=generator) < share
+
+    def of_kind(rows, first):
+        return first + torch.randint(0, 30, (rows, length), generator=generator)
+
+    tokens = torch.where(planted[:, None], of_kind(candidates, 0), of_kind(candidates, 15))
+    return FakeSource(tokens, of_kind(references, 0))
+
+
+def documents(count, seed, rows=16, length=24, words=1000):
+    """Documents of rows in a row, each with words of its own beside those of all."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.randint(100, 100 + words, (count, 1, 1, 4), generator=generator).expand(-1, rows, length, -1)
+    drawn = own.gather(3, torch.randint(0, 4, (count, rows, length, 1), generator=generator)).squeeze(3)
+    common = torch.randint(0, 100, (count, rows, length), generator=generator)
+    return torch.where(torch.rand(count, rows, length, generator=generator) < 0.5, drawn, common).flatten(0, 1)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+def test_the_width_is_the_share_of_the_pool_that_is_of_the_reference_sets_kind(share):
+    prior = made(kinds(share, references=200))
+    assert prior.width == pytest.approx(share, abs=0.04)
+    assert prior.strength == 1.0
+
+
+def test_a_pool_that_is_like_the_reference_set_is_kept_whole():
+    prior = made(kinds(1.0, references=400))
+    assert prior.width > 0.9
+    assert prior.strength < 0.1
+
+
+def test_no_share_narrower_than_a_twentieth_is_found():
+    assert made(kinds(0.01, references=200)).width == 0.05
+
+
+def test_documents_of_the_pools_own_kind_are_no_evidence_though_their_rows_share_words():
+    priors = [made(FakeSource(documents(2000, seed), documents(24, seed + 1))) for seed in range(0, 8, 2)]
+    assert sum(prior.strength for prior in priors) < 0.5 * len(priors)  # chance, and not each time the whole of it
+    assert min(prior.width for prior in priors) > 0.8
+
+
+class Recorded(FakeSource):
+    """A source whose reference rows say of which record they are, and of which set."""
+
+    def __init__(self, tokens, references, records, sets=None):
+        super().__init__(tokens, references)
+        self.records, self.sets = records, sets
+
+    def reference(self):
+        for batch in super().reference():
+            marks = {"record": self.records[batch["id"]]}
+            yield {**batch, **marks} if self.sets is None else {**batch, **marks, REFERENCE_SET: self.sets[batch["id"]]}
+
+
+def test_rows_of_one_record_do_not_vouch_for_each_other_in_whatever_order_they_come():
+    rows, order = documents(24, 1), torch.randperm(24 * 16, generator=torch.Generator().manual_seed(0))
+    pool, records = documents(2000, 0), torch.arange(24).repeat_interleave(16)
+    known, unknown = made(Recorded(pool, rows[order], records[order])), made(FakeSource(pool, rows[order]))
+    assert known.strength < 0.5 < unknown.strength
+    assert known.width > 0.8
+
+
+@pytest.mark.parametrize("records", [torch.arange(192), torch.arange(192) // 8, torch.arange(192) % 96])
+def test_a_reference_set_in_the_order_of_its_kinds_is_told_apart(records):
+    """Rows of their own, documents, and two sets that count their records each: one kind after the other."""
+    source = kinds(0.5, references=0)
+    generator = torch.Generator().manual_seed(3)
+    of_kinds = [first + torch.randint(0, 15, (96, 24), generator=generator) for first in (0, 60)]
+    tokens = torch.cat([source.tokens, 45 + torch.randint(0, 30, (3000, 24), generator=generator)])
+    sets = torch.arange(192) // 96 if records[-1] == 95 else None
+    assert made(Recorded(tokens, torch.cat(of_kinds), records, sets)).strength == 1.0
+
+
+def test_a_few_rows_of_reference_text_find_no_width():
+    assert made(kinds(0.5, references=15)).width == 0.1
+
+
+def test_a_selector_keeps_the_width_that_was_found_and_a_gate_its_multiple():
+    source = kinds(0.3, references=200, candidates=1000)
+    width = made(source).width
+    plain, gated = ScoredSelector(True, ratio=None), PriorSelector(UniformSelector(), True, ratio=None, gate=2.5)
+    for selector in (plain, gated):
+        record = SelectionRun(selector, None, UniformSelector(), 0, source)
+        play(record, 50)
+        share = record.ledger.rounds[0].metrics["prior/ratio"]
+        assert share == pytest.approx(width if selector is plain else 2.5 * width)
+        assert selector.distinct_share() == pytest.approx(share)
+    assert gated.warmup().distinct_share() == pytest.approx(width)
+    for make in (ScoredSelector, partial(PriorSelector, UniformSelector())):
+        with pytest.raises(ValueError, match="only an n-gram prior"):
+            make([0.0], ratio=None)
+
+
 def _scores(_: int) -> list[float]:
     source, _ = planted_source(candidates=101)
-    return made(source).scores.values.tolist()
+    prior = made(source)
+    return [*prior.scores.values.tolist(), prior.strength, prior.width]
 
 
 def test_two_ranks_make_the_same_prior_as_one_to_the_bit():

@@ -1,7 +1,7 @@
 """A prior without a model: how much likelier the words of a candidate are in the reference set than in the pool."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from liveselect.functional.ngram_ratio import (
     token_log_ratios,
 )
 from liveselect.functional.sampling import uniform_subset
-from liveselect.grammar import Batch, CandidateSource, text_tokens
+from liveselect.grammar import REFERENCE_SET, Batch, CandidateSource, text_tokens
 from liveselect.scores import Scores, read_scores
 from liveselect.seeding import generator_for
 
@@ -28,6 +28,11 @@ TEMPERATURE = 0.3
 _COUNTED_CANDIDATES = 32_768  # of the pool, for the frequencies of its words: more would hardly change them
 _COMPARED_CANDIDATES = 2048  # of the pool, against halves of the reference set
 _FULL_STRENGTH = 0.5  # standard deviations by which unseen reference text scores above the pool
+_HELD = 0.75  # of unseen reference text that the width must hold
+_PARTS = 16  # of the reference set, between which the standard error is seen
+_FEWEST_ROWS = 16  # of the reference set, from which its quarters are known
+_NARROWEST = 0.05  # what is chosen repeats soon, and narrower was not seen to be better
+_USUAL_WIDTH = 0.1
 _GRID = 2.0**20  # steps of a table to one nat: sums of such numbers are exact, in whatever batches rows are read
 
 
@@ -39,10 +44,18 @@ class NGramPrior:
     and no model: pass it, or ``True``, wherever scores are taken. It is made of the run's own data when the first round
     is opened, by all ranks together, is charged to selection, and is made again when the reference set has changed.
 
-    It knows words only. Where words do not distinguish the reference set from the pool it is blind, and what is left of
-    it is chance: by a prior of one half of the reference set, the other half must score higher than the pool. It has
-    its full :attr:`strength` where that is by half a standard deviation of the pool or more, beyond the standard error,
-    and none where it is by nothing.
+    It knows words only. What it is worth is seen by halves: a prior of one half of the reference set scores the other,
+    which it has not seen, beside the pool, and the other way round. It has its full :attr:`strength` where unseen
+    reference text scores higher by half a standard deviation of the pool or more, beyond the standard error, and none
+    where it does not: words do not distinguish reference and pool, and what is left of the prior is chance. Its
+    :attr:`width` is the share of the pool that scores as high as three quarters of unseen reference text do, over these
+    three quarters: all of the pool where both are alike. Records that were cut into several rows are in one half as a
+    whole: what a document repeats of itself is no evidence.
+
+    Attributes:
+        strength: how much it is worth, 0..1.
+        width: share of the pool that it should keep, 0.05..1; 0.1 before it is made, and for less than 16 rows of
+            reference text.
 
     Args:
         smoothing: strength of the smoothing, in n-grams.
@@ -63,7 +76,7 @@ class NGramPrior:
         self._ratios = torch.zeros(2, buckets)
         self._made_for: tuple[str, str | None] = ("", None)  # pool and reference set
         self._counted: str | None = None  # hash of the counts of the reference set
-        self.strength = 1.0
+        self.strength, self.width = 1.0, _USUAL_WIDTH
         self._expected: tuple[str, str] | None = None  # that hash, and the scores, of a checkpoint
 
     @property
@@ -108,7 +121,7 @@ class NGramPrior:
             return False  # a source that does not say which reference set it has
         scores = self._score(source, reference, meter)
         with meter.phase("prior"):
-            self.strength = self._told_apart(source)
+            self.strength, self.width = self._by_halves(source)
         if self._expected is not None and self._expected[0] == counted and self._expected[1] != scores.digest:
             raise ValueError(
                 "the n-gram prior of this pool and reference set is not the one that the checkpoint was made with: "
@@ -141,25 +154,33 @@ class NGramPrior:
         scores = read_scores(values)
         return Scores(scores.values, scores.digest, source.pool.fingerprint, name="the n-gram prior")
 
-    def _told_apart(self, source: CandidateSource) -> float:
-        """Return how much the prior is worth, 0..1, by halves of the reference set that do not know each other.
+    def _by_halves(self, source: CandidateSource) -> tuple[float, float]:
+        """Return strength and width, by halves of the reference set that do not know each other.
 
         All ranks do the same: it takes a small part of the pool.
         """
         size = source.pool.size
-        few = uniform_subset(size, min(size, _COMPARED_CANDIDATES), generator_for(0, 0, "n-gram prior, compared"))
-        pool = self._count(source.in_bulk(few))
-        halves = [[_part(batch, half) for batch in source.reference()] for half in range(2)]
+        few = uniform_subset(size, min(size, 2 * _COMPARED_CANDIDATES), generator_for(0, 0, "n-gram prior, compared"))
+        pool, few = self._count(source.in_bulk(few[::2])), few[1::2] if size > 1 else few  # the counted score lower
+        halves = _halves(list(source.reference()))
         counts = [self._count(half) for half in halves]
-        apart, rows = 0.0, 0
+        higher, above = [], []  # of each unseen row: standard deviations above the pool, and the share above it
         for mine, other in ((0, 1), (1, 0)):
             table = log_ratio(counts[mine], pool, self.smoothing)
-            of_pool, of_other = (self._rows(batches, table) for batches in (source.in_bulk(few), halves[other]))
-            spread = float(of_pool.std(correction=0)) if len(of_pool) else 0.0
-            if spread and len(of_other):
-                apart += len(of_other) * float(of_other.mean() - of_pool.mean()) / spread
-            rows += len(of_other)
-        return min(1.0, max(0.0, (apart / rows - rows**-0.5) / _FULL_STRENGTH)) if rows > 1 else 1.0
+            of_pool, unseen = (self._rows(batches, table) for batches in (source.in_bulk(few), halves[other]))
+            spread = float(of_pool.std(correction=0))
+            higher.append((unseen - of_pool.mean()) / spread if spread else torch.zeros_like(unseen))
+            below = torch.searchsorted(of_pool.sort().values, unseen)
+            above.append(1 - below.double() / len(of_pool))
+        apart, shares = torch.cat(higher), torch.cat(above)
+        if len(apart) < 2:
+            return 1.0, _USUAL_WIDTH
+        parts = torch.stack([part.mean() for part in apart.chunk(_PARTS)])  # rows of a document are alike
+        error = float(parts.std()) * len(parts) ** -0.5
+        strength = min(1.0, max(0.0, (float(apart.mean()) - error) / _FULL_STRENGTH))
+        if len(apart) < _FEWEST_ROWS:
+            return strength, _USUAL_WIDTH
+        return strength, min(1.0, max(_NARROWEST, float(shares.quantile(_HELD)) / _HELD))
 
     @staticmethod
     def _rows(batches: Iterable[Batch], table: Tensor) -> Tensor:
@@ -173,7 +194,32 @@ class NGramPrior:
         return counts
 
 
-def _part(batch: Batch, half: int) -> Batch:
-    """Return every second row of a batch."""
+def _halves(batches: Sequence[Batch]) -> list[list[Batch]]:
+    """Return two halves of the rows, of each reference set, that share no document as far as that is known.
+
+    Both must know all that the set is of: records may come in the order of their kinds. So records that were cut into
+    several rows go to the halves by turns. Rows that are all of their own, or all of one record, may be pieces of
+    documents that follow each other: of these, eighths do.
+    """
+    lengths = [len(batch["input_ids"]) for batch in batches]
+    place = torch.arange(sum(lengths))
+    sets, records = (_column(batches, key, place) for key in (REFERENCE_SET, "record"))
+    is_second = torch.zeros(len(place), dtype=torch.bool)
+    for each in sets.unique() if REFERENCE_SET in batches[0] else [None]:
+        rows = place if each is None else (sets == each).nonzero().flatten()
+        found, numbers = records[rows].unique(return_inverse=True)
+        if not 1 < len(found) < len(rows):
+            numbers = (numbers if len(found) > 1 else place[: len(rows)]) * min(8, len(rows)) // len(rows)
+        is_second[rows] = numbers % 2 == 1
+    both = list(zip(batches, is_second.split(lengths), strict=True))
+    return [[_part(batch, ~second) for batch, second in both], [_part(batch, second) for batch, second in both]]
+
+
+def _column(batches: Sequence[Batch], key: str, otherwise: Tensor) -> Tensor:
+    return torch.cat([batch[key].cpu() for batch in batches]) if all(key in batch for batch in batches) else otherwise
+
+
+def _part(batch: Batch, kept: Tensor) -> Batch:
+    """Return the rows of a batch that are ``kept (B,)``."""
     keys = ("input_ids", "labels", "attention_mask")
-    return {key: batch[key][half::2] for key in keys if key in batch}
+    return {key: batch[key][kept.to(batch[key].device)] for key in keys if key in batch}

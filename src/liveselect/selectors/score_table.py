@@ -87,6 +87,21 @@ class ScoreTable:
         """How much the scores are worth, 0..1; below 1 where an n-gram prior does not tell the reference set apart."""
         return 1.0 if self._prior is None else self._prior.strength
 
+    def share(self, ratio: float | None) -> float:
+        """Return the share of the pool to keep: ``ratio``, or where that is None the width of the n-gram prior.
+
+        Raises:
+            ValueError: None, and other scores.
+        """
+        if ratio is not None:
+            return ratio
+        if self._prior is None:
+            raise ValueError(
+                "expected ratio, the share that is kept, above 0 and up to 1, got None: only an n-gram prior "
+                "(scores=True) finds it"
+            )
+        return self._prior.width
+
     @property
     def digest(self) -> Any:
         """What identifies the scores, for a checkpoint."""
@@ -111,9 +126,9 @@ class ScoreTable:
         cost: Mapping[str, Mapping[str, float]] = self.scores.about.get("cost", {})
         return cost
 
-    def check(self, ratio: float, temperature: float) -> None:
+    def check(self, ratio: float | None, temperature: float) -> None:
         """Raise ValueError when these cannot be the arguments of a draw."""
-        if not 0.0 < ratio <= 1.0:
+        if not 0.0 < self.share(ratio) <= 1.0:
             raise ValueError(f"expected ratio, the share that is kept, above 0 and up to 1, got {ratio}")
         if not 0.0 <= temperature < float("inf"):
             raise ValueError(f"expected a finite temperature of at least 0, got {temperature}")

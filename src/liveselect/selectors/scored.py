@@ -35,7 +35,7 @@ class ScoredSelector(Selector):
         scores: a folder made by ``liveselect score``; a ``.npy`` or ``.parquet`` file with one number for each
             candidate; or an array. Larger is better, -inf is never drawn. See :mod:`liveselect.scores`. Or True, or a
             :class:`NGramPrior`: scores that are made of the run's own pool and reference set, and need no file.
-        ratio: share of the pool that is drawn, above 0 and up to 1.
+        ratio: share of the pool that is drawn, above 0 and up to 1; None for the width that the n-gram prior finds.
         temperature: strength of the noise, in units of the scores; 0 draws the best. By default 0.1, and with the
             n-gram prior 0.3 of its standard deviation.
         final_temperature: where the temperature arrives after ``anneal_rounds``, changing by equal steps; by default it
@@ -58,7 +58,7 @@ class ScoredSelector(Selector):
     def __init__(
         self,
         scores: Any,
-        ratio: float = 0.4,
+        ratio: float | None = 0.4,
         temperature: float | None = None,
         final_temperature: float | None = None,
         anneal_rounds: int | None = None,
@@ -124,11 +124,12 @@ class ScoredSelector(Selector):
         if self.random_share:  # what was drawn uniformly belongs to it
             return _used_up(pool, eligible, self.distinct_share(), budget)
         noise = max(self.temperature, self.final_temperature or 0.0)
-        return _used_up(pool, eligible, self.ratio, budget, self._table.values(pool), noise)
+        return _used_up(pool, eligible, self._table.share(self.ratio), budget, self._table.values(pool), noise)
 
     def distinct_share(self) -> float:
         """Return the share of the pool that is trained on before any of it comes again, what is drawn uniformly too."""
-        return self.ratio / (1 - self.random_share + self.random_share * self.ratio) if self.repeat else 1.0
+        share = self._table.share(self.ratio)
+        return share / (1 - self.random_share + self.random_share * share) if self.repeat else 1.0
 
     def cost_before_training(self) -> CostByPhase:
         """Return what making the scores cost, ``seconds`` and ``flops`` by phase; empty where they do not say."""
@@ -143,7 +144,8 @@ class ScoredSelector(Selector):
         temperature = self.temperature_in(round.index)
         by_score = budget - _part_of(self.random_share, budget)
         again = _all_in(round, self._used(round.pool, self._table.eligible(round.pool)))
-        better = _all_of(round) if again else self._table.better_part(round, self.ratio, temperature, by_score)
+        share = self._table.share(self.ratio)
+        better = _all_of(round) if again else self._table.better_part(round, share, temperature, by_score)
         values = self._table.values(round.pool)
         if round.offset is None:
             drawn = better.ids[uniform_subset(len(better.ids), by_score, round.generator("select"))]
@@ -154,6 +156,7 @@ class ScoredSelector(Selector):
         others = rest[uniform_subset(len(rest), budget - by_score, round.generator("random share"))]
         metrics = {
             "temperature": temperature,
+            "prior/ratio": share,
             "scores/std": float(values[scored].double().std(correction=0)),
             "left_in_ratio": float(len(better.ids) - better.beyond),
             "beyond_ratio": float(better.beyond),
@@ -164,7 +167,7 @@ class ScoredSelector(Selector):
             scored,
             values[scored].float(),
             metrics,
-            _notes(round, self.ratio, better.beyond, again),
+            _notes(round, share, better.beyond, again),
             noise=lambda start, stop: _at(noise, scored[start:stop]),
             eligible=better.ids,
             reasons={"drawn uniformly": others, "the share that is drawn from is used up": better.from_below},
@@ -201,7 +204,8 @@ class PriorSelector(Around):
     Args:
         selector: sees only the candidates that the prior kept.
         scores: as in :class:`ScoredSelector`; True is the n-gram prior.
-        ratio: share of the pool that is kept, above 0 and up to 1; 1 is no gate.
+        ratio: share of the pool that is kept, above 0 and up to 1; 1 is no gate. None for ``gate`` times the width that
+            the n-gram prior finds.
         temperature: strength of the noise, in units of the scores; 0 keeps the best. By default 0, and with the n-gram
             prior 0.3 of its standard deviation.
         groups: names of the groups that may be chosen; all by default.
@@ -213,8 +217,8 @@ class PriorSelector(Around):
         keep_general: share of the budget that is drawn uniformly from the whole pool, 0..1. A narrow choice ruins what
             the model knows of the rest.
         max_uses: how often the kept share is trained on before what is below it comes in; None for as often as need be.
-        warmup_ratio: share of the pool that rounds before anything is measured are drawn from; by default half of the
-            ratio.
+        gate: how many times as much is kept as the prior alone would choose, at least 1. Rounds before anything is
+            measured are drawn from the ratio over this.
         find_width: find the ratio in the run, from ``ratio`` on: where better scores among what was measured are worth
             more, less of the pool is kept, where they are worth less, more, see
             :class:`~liveselect.selectors.width.Width`. For a selector that measures.
@@ -226,7 +230,7 @@ class PriorSelector(Around):
         self,
         selector: Selector,
         scores: Any,
-        ratio: float = 0.5,
+        ratio: float | None = 0.5,
         temperature: float | None = None,
         groups: Sequence[str] | None = None,
         standardize: bool = False,
@@ -235,7 +239,7 @@ class PriorSelector(Around):
         offset: float = 0.0,
         keep_general: float = 0.0,
         max_uses: int | None = None,
-        warmup_ratio: float | None = None,
+        gate: float = 2.0,
         find_width: bool = False,
     ) -> None:
         check_plain(PriorSelector, locals())
@@ -249,24 +253,32 @@ class PriorSelector(Around):
             raise ValueError(f"expected offset, the weight of the scores, of at least 0, got {offset}")
         if max_uses is not None and max_uses < 1:
             raise ValueError(f"expected max_uses of at least 1, or None, got {max_uses}")
+        if not 1.0 <= gate < math.inf:
+            raise ValueError(
+                f"expected gate, how much is kept of what the prior would choose, of at least 1, got {gate}"
+            )
         self.ratio = ratio
+        self.gate = gate
         self.temperature = temperature
         self.repeat = repeat
         self.offset = offset
         self.keep_general = keep_general
         self.max_uses = max_uses
         self.uses_groups |= groups is not None
-        self._warmup = ScoredSelector.over(self._table, warmup_ratio or ratio / 2, temperature, keep_general)
+        self._warmup = ScoredSelector.over(self._table, self._first_share() / gate, temperature, keep_general)
         if find_width and not self.needs_estimator:
             raise ValueError(
                 f"find_width finds the ratio from what is measured, and {type(selector).__name__} measures nothing: "
                 "pass a selector that does, such as RegressionSelector, or find_width=False"
             )
-        self._width = Width(ratio) if find_width else None
+        self._width = Width(self._first_share()) if find_width else None
 
     def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
         """Make the scores, where they are those of the run's own data, and let the selector prepare."""
         self._table.prepare(source, meter)
+        self._warmup.ratio = self._first_share() / self.gate
+        if self._width is not None:
+            self._width.first = self._first_share()
         super().prepare(source, meter)
 
     def warmup(self) -> Selector:
@@ -305,7 +317,10 @@ class PriorSelector(Around):
         return ratio / (1 - self.keep_general + self.keep_general * ratio)
 
     def _kept_share(self) -> float:
-        return self.ratio if self._width is None else self._width.share
+        return self._first_share() if self._width is None else self._width.share
+
+    def _first_share(self) -> float:
+        return min(1.0, self.gate * self._table.share(None)) if self.ratio is None else self.ratio
 
     def distinct_share(self) -> float:
         """Return the share of the pool that is trained on before any of it comes again."""
@@ -344,10 +359,11 @@ class PriorSelector(Around):
         metrics = {
             **selection.metrics,
             "prior/candidates": float(len(narrowed.candidates)),
+            "prior/ratio": self._kept_share(),
             "prior/strength": self._table.strength,
         }
         if self._width is not None:
-            metrics |= {"prior/ratio": self._width.share, "prior/evidence": self._width.evidence}
+            metrics["prior/evidence"] = self._width.evidence
         notes = selection.notes + _notes(round, self._kept_share(), beyond, again)
         if not general:
             return replace(selection, metrics=metrics, notes=notes)
