@@ -29,7 +29,7 @@ _COUNTED_CANDIDATES = 32_768  # of the pool, for the frequencies of its words: m
 _COMPARED_CANDIDATES = 2048  # of the pool, against halves of the reference set
 _FULL_STRENGTH = 0.5  # standard deviations by which unseen reference text scores above the pool
 _HELD = 0.75  # of unseen reference text that the width must hold
-_PARTS = 16  # of the reference set, between which the standard error is seen
+_PARTS = 8  # of the reference set, each of which is left out once
 _FEWEST_ROWS = 16  # of the reference set, from which its quarters are known
 _NARROWEST = 0.05  # what is chosen repeats soon, and narrower was not seen to be better
 _USUAL_WIDTH = 0.1
@@ -44,12 +44,12 @@ class NGramPrior:
     and no model: pass it, or ``True``, wherever scores are taken. It is made of the run's own data when the first round
     is opened, by all ranks together, is charged to selection, and is made again when the reference set has changed.
 
-    It knows words only. What it is worth is seen by halves: a prior of one half of the reference set scores the other,
-    which it has not seen, beside the pool, and the other way round. It has its full :attr:`strength` where unseen
+    It knows words only. What it is worth is seen on reference text that is left out: a prior of seven eighths of the
+    reference set scores the last one beside the pool, eight times. It has its full :attr:`strength` where unseen
     reference text scores higher by half a standard deviation of the pool or more, beyond the standard error, and none
     where it does not: words do not distinguish reference and pool, and what is left of the prior is chance. Its
     :attr:`width` is the share of the pool that scores as high as three quarters of unseen reference text do, over these
-    three quarters: all of the pool where both are alike. Records that were cut into several rows are in one half as a
+    three quarters: all of the pool where both are alike. Records that were cut into several rows are left out as a
     whole: what a document repeats of itself is no evidence.
 
     Attributes:
@@ -121,7 +121,7 @@ class NGramPrior:
             return False  # a source that does not say which reference set it has
         scores = self._score(source, reference, meter)
         with meter.phase("prior"):
-            self.strength, self.width = self._by_halves(source)
+            self.strength, self.width = self._unseen(source)
         if self._expected is not None and self._expected[0] == counted and self._expected[1] != scores.digest:
             raise ValueError(
                 "the n-gram prior of this pool and reference set is not the one that the checkpoint was made with: "
@@ -154,31 +154,31 @@ class NGramPrior:
         scores = read_scores(values)
         return Scores(scores.values, scores.digest, source.pool.fingerprint, name="the n-gram prior")
 
-    def _by_halves(self, source: CandidateSource) -> tuple[float, float]:
-        """Return strength and width, by halves of the reference set that do not know each other.
+    def _unseen(self, source: CandidateSource) -> tuple[float, float]:
+        """Return strength and width, by parts of the reference set that are left out of its words one after the other.
 
         All ranks do the same: it takes a small part of the pool.
         """
         size = source.pool.size
         few = uniform_subset(size, min(size, 2 * _COMPARED_CANDIDATES), generator_for(0, 0, "n-gram prior, compared"))
-        pool, few = self._count(source.in_bulk(few[::2])), few[1::2] if size > 1 else few  # the counted score lower
-        halves = _halves(list(source.reference()))
-        counts = [self._count(half) for half in halves]
+        counted, compared = few[::2], few[1::2] if size > 1 else few  # what is counted would score lower
+        pool, candidates = self._count(source.in_bulk(counted)), list(source.in_bulk(compared))
+        parts = _parts(list(source.reference()))
+        counts = torch.stack([self._count(part) for part in parts])
         higher, above = [], []  # of each unseen row: standard deviations above the pool, and the share above it
-        for mine, other in ((0, 1), (1, 0)):
-            table = log_ratio(counts[mine], pool, self.smoothing)
-            of_pool, unseen = (self._rows(batches, table) for batches in (source.in_bulk(few), halves[other]))
+        for part, known in zip(parts, counts.sum(dim=0) - counts, strict=True):
+            table = log_ratio(known, pool, self.smoothing)
+            of_pool, unseen = self._rows(candidates, table), self._rows(part, table)
             spread = float(of_pool.std(correction=0))
             higher.append((unseen - of_pool.mean()) / spread if spread else torch.zeros_like(unseen))
-            below = torch.searchsorted(of_pool.sort().values, unseen)
-            above.append(1 - below.double() / len(of_pool))
-        apart, shares = torch.cat(higher), torch.cat(above)
-        if len(apart) < 2:
+            above.append(1 - torch.searchsorted(of_pool.sort().values, unseen).double() / len(of_pool))
+        shares = torch.cat(above)
+        if len(parts) < 2:
             return 1.0, _USUAL_WIDTH
-        parts = torch.stack([part.mean() for part in apart.chunk(_PARTS)])  # rows of a document are alike
-        error = float(parts.std()) * len(parts) ** -0.5
-        strength = min(1.0, max(0.0, (float(apart.mean()) - error) / _FULL_STRENGTH))
-        if len(apart) < _FEWEST_ROWS:
+        # rows of a document are alike, so the standard error is that between parts
+        error = float(torch.stack([part.mean() for part in higher]).std()) * len(parts) ** -0.5
+        strength = min(1.0, max(0.0, (float(torch.cat(higher).mean()) - error) / _FULL_STRENGTH))
+        if len(shares) < _FEWEST_ROWS:
             return strength, _USUAL_WIDTH
         return strength, min(1.0, max(_NARROWEST, float(shares.quantile(_HELD)) / _HELD))
 
@@ -194,32 +194,33 @@ class NGramPrior:
         return counts
 
 
-def _halves(batches: Sequence[Batch]) -> list[list[Batch]]:
-    """Return two halves of the rows, of each reference set, that share no document as far as that is known.
+def _parts(batches: Sequence[Batch]) -> list[list[Batch]]:
+    """Return up to eight parts of the rows, none empty; each takes its part of each reference set.
 
-    Both must know all that the set is of: records may come in the order of their kinds. So records that were cut into
-    several rows go to the halves by turns. Rows that are all of their own, or all of one record, may be pieces of
-    documents that follow each other: of these, eighths do.
+    What is left must know all kinds of which the set is, and records may come in the order of their kinds. So records
+    that were cut into several rows go to the parts by turns. Rows that are all of their own, or all of one record, may
+    be pieces of documents that follow each other: each part takes some that do.
     """
     lengths = [len(batch["input_ids"]) for batch in batches]
     place = torch.arange(sum(lengths))
     sets, records = (_column(batches, key, place) for key in (REFERENCE_SET, "record"))
-    is_second = torch.zeros(len(place), dtype=torch.bool)
-    for each in sets.unique() if REFERENCE_SET in batches[0] else [None]:
-        rows = place if each is None else (sets == each).nonzero().flatten()
+    part = torch.zeros_like(place)
+    for rows in [place] if sets is place else [(sets == each).nonzero().flatten() for each in sets.unique()]:
         found, numbers = records[rows].unique(return_inverse=True)
-        if not 1 < len(found) < len(rows):
-            numbers = (numbers if len(found) > 1 else place[: len(rows)]) * min(8, len(rows)) // len(rows)
-        is_second[rows] = numbers % 2 == 1
-    both = list(zip(batches, is_second.split(lengths), strict=True))
-    return [[_part(batch, ~second) for batch, second in both], [_part(batch, second) for batch, second in both]]
+        if 1 < len(found) < len(rows):
+            part[rows] = numbers % _PARTS
+        else:
+            numbers = numbers if len(found) > 1 else place[: len(rows)]
+            part[rows] = numbers * min(_PARTS, len(rows)) // max(1, len(rows))
+    both = list(zip(batches, part.split(lengths), strict=True))
+    return [[_rows_of(batch, of == number) for batch, of in both] for number in part.unique().tolist()]
 
 
 def _column(batches: Sequence[Batch], key: str, otherwise: Tensor) -> Tensor:
     return torch.cat([batch[key].cpu() for batch in batches]) if all(key in batch for batch in batches) else otherwise
 
 
-def _part(batch: Batch, kept: Tensor) -> Batch:
+def _rows_of(batch: Batch, kept: Tensor) -> Batch:
     """Return the rows of a batch that are ``kept (B,)``."""
     keys = ("input_ids", "labels", "attention_mask")
     return {key: batch[key][kept.to(batch[key].device)] for key in keys if key in batch}
