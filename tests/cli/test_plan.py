@@ -63,10 +63,11 @@ def test_a_plan_knows_the_sizes_of_the_run(planned):
     trial = found["trial"]
     assert (trial["total_steps"], trial["every_n_steps"], trial["global_batch"]) == (STEPS, EVERY, 4)
     assert (trial["asked"], trial["measured"]) == (24, 24)
-    assert trial["ratio"] == pytest.approx(0.5)  # the gate keeps twice the ratio
+    assert trial["ratio"] == pytest.approx(0.25)  # the gate keeps twice as much, of which half is chosen
     assert trial["passes"] == pytest.approx(STEPS * 4 / trial["pool"])
-    assert trial["epochs"] == pytest.approx(2 * trial["passes"])
+    assert trial["epochs"] == pytest.approx(4 * trial["passes"])
     assert trial["strength"] > 0.5
+    assert 0.05 <= trial["width"] < 0.5
 
 
 def test_a_plan_keeps_nothing(planned, folder):
@@ -161,6 +162,8 @@ def test_an_answer_comes_when_its_look_aheads_are_paid_for():
         ({"strength": 1.0}, 20.0, "LiveSelection"),
         ({"strength": 1.0}, 200.0, "prior"),
         ({"strength": 0.0}, 20.0, "random"),
+        ({"strength": 1.0, "width": 0.06}, 20.0, "LiveSelection"),
+        ({"strength": 1.0, "width": 0.7}, 20.0, "random"),
         ({"strength": 1.0, "pool": 100_000}, 20.0, "random"),
     ],
 )

@@ -70,7 +70,7 @@ def default(**settings):
         temperature=0.0,
         trained_share=0.25,
     )
-    return PriorSelector(inner, True, ratio=0.4, offset=1.0, **settings)
+    return PriorSelector(inner, True, ratio=0.4, offset=1.0, gate=2.0, **settings)
 
 
 def rounds_of(selector, estimator, source, count=10, watch=None, change=None):

@@ -168,7 +168,7 @@ def test_a_selector_keeps_the_width_that_was_found_and_a_gate_its_multiple():
         play(record, 50)
         share = record.ledger.rounds[0].metrics["prior/ratio"]
         assert share == pytest.approx(width if selector is plain else 2.5 * width)
-        assert selector.distinct_share() == pytest.approx(share)
+        assert selector.distinct_share() == pytest.approx(width)  # the gate lets the selector choose, and no more
     assert gated.warmup().distinct_share() == pytest.approx(width)
     for make in (ScoredSelector, partial(PriorSelector, UniformSelector())):
         with pytest.raises(ValueError, match="only an n-gram prior"):
@@ -258,6 +258,20 @@ def test_as_a_gate_it_narrows_and_as_an_offset_it_adds_standardised_scores():
     assert not offset[outside].any()
 
 
+@pytest.mark.parametrize(("share", "uniform"), [(0.25, 0.2), (0.5, 0.2), (0.75, 0.6), (1.0, 1.0)])
+def test_what_a_gate_cannot_let_through_is_drawn_uniformly(share, uniform):
+    """Inside of an open gate one of two is chosen: that is 0.75 of the pool when half of the budget is uniform."""
+    inner, prior = Sees(), NGramPrior()
+    selector = PriorSelector(inner, prior, ratio=None, gate=2.0, keep_general=0.2)
+    run = SelectionRun(selector, None, UniformSelector(), 0, kinds(0.5, references=60, candidates=1000))
+    prior.prepare(run.source, CostMeter())
+    prior.width = share
+    play(run, 200)
+    metrics = run.ledger.rounds[0].metrics
+    assert metrics["prior/ratio"] == min(1.0, 2 * share)
+    assert metrics["prior/uniform"] == pytest.approx(uniform, abs=1.01 / 200)  # one is left to the selector
+
+
 def test_an_offset_alone_moves_even_a_uniform_draw_towards_the_reference_set():
     source, planted = planted_source(candidates=600, share=0.1)
     shares = {}
@@ -282,7 +296,7 @@ def test_a_share_of_the_budget_is_kept_general():
 
 def test_the_warm_up_is_drawn_by_the_prior_and_not_at_random():
     source, planted = planted_source(candidates=600, share=0.1)
-    run = SelectionRun(PriorSelector(UniformSelector(), True, ratio=0.2), None, UniformSelector(), 1, source)
+    run = SelectionRun(PriorSelector(UniformSelector(), True, ratio=0.2, gate=2.0), None, UniformSelector(), 1, source)
     assert planted[play(run, 50).ids].float().mean() > 0.8
     assert run.ledger.rounds[0].selector == "ScoredSelector"
 

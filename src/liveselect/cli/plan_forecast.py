@@ -20,6 +20,9 @@ LIVE_GAIN = 0.05
 BLIND = 0.2
 """Strength of the n-gram prior below which words tell next to nothing of the reference set."""
 
+WIDE = 0.5
+"""Share of the pool from which on what is like the reference set is too much of it for leaving out the rest to pay."""
+
 SMALLEST_PROXY = 15e6
 """Parameters below which proxies were seen to rank data unlike a large model (arXiv 2602.12237: 0.73, against 0.89)."""
 
@@ -43,6 +46,7 @@ class Trial:
         pool: candidates.
         ratio: share of the pool that may be trained on.
         strength: of the n-gram prior; None where there is none.
+        width: likewise, the share of the pool that is like the reference set.
         step_seconds: of an optimizer step.
         step_flops: likewise, over all ranks.
         once_seconds: of what is done once: opening and checking the data, priors, the rehearsal.
@@ -80,6 +84,7 @@ class Trial:
     memory: int
     device: str
     strength: float | None = None
+    width: float | None = None
     before_seconds: float = 0.0
     before_flops: float = 0.0
     candidate_seconds: float = 0.0
@@ -242,11 +247,15 @@ def recommend(trial: Trial, methods: Sequence[MethodCost]) -> Recommendation:
             "and where it is the pool's own mixture there is nothing to select"
         )
         return Recommendation("random", because, warnings)
+    if trial.width is not None and trial.width >= WIDE:
+        because = f"{trial.width:.0%} of the pool is like the reference set, and leaving out the rest gains little"
+        return Recommendation("random", because, warnings)
     if trial.passes > MOST_EPOCHS:
         because = f"the run trains {trial.passes:.1f} times on the whole pool: leaving parts of it out repeats the rest"
         return Recommendation("random", because, warnings)
     apart = "a prior of words tells the reference set apart"
     apart += "" if strength is None else f" (strength {strength:.2f})"
+    apart += "" if trial.width is None else f", and {trial.width:.0%} of the pool is like it"
     live = costs.get("LiveSelection", math.inf) / max(1e-9, trial.training_seconds)
     if live <= LIVE_GAIN:
         because = f"{apart}, and live influence inside of it takes {live:.1%} of training's time"

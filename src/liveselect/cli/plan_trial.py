@@ -165,8 +165,8 @@ class PlanTrial(Callback):
         found = []
         with session.measuring():
             prior.prepare(run.source, CostMeter())
-            self.found = replace(trial, strength=prior.strength)
-            for name, selector in (("random", UniformSelector()), ("prior", ScoredSelector(prior, 0.2))):
+            self.found = replace(trial, strength=prior.strength, width=prior.width)
+            for name, selector in (("random", UniformSelector()), ("prior", ScoredSelector(prior, ratio=None))):
                 found.append(MethodCost(name, _seconds_of_choosing(run, selector, budget)))
             presets: dict[str, Callable[[], DataSelection]] = {
                 "LiveSelection": lambda: LiveSelection(every, prior=prior),

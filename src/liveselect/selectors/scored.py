@@ -215,10 +215,12 @@ class PriorSelector(Around):
         offset: weight with which the scores, in their standard deviations among the kept candidates, are added to what
             the other selector compares candidates by.
         keep_general: share of the budget that is drawn uniformly from the whole pool, 0..1. A narrow choice ruins what
-            the model knows of the rest.
+            the model knows of the rest. Where the scores would choose more than one of ``gate`` candidates of the whole
+            pool, more is drawn so, up to all of it.
         max_uses: how often the kept share is trained on before what is below it comes in; None for as often as need be.
-        gate: how many times as much is kept as the prior alone would choose, at least 1. Rounds before anything is
-            measured are drawn from the ratio over this.
+        gate: how many times as much is kept as the scores alone would choose, at least 1, where the selector chooses
+            among them. Scores alone would choose the ratio over this: rounds before anything is measured do, and when
+            as much was trained on, it comes again.
         find_width: find the ratio in the run, from ``ratio`` on: where better scores among what was measured are worth
             more, less of the pool is kept, where they are worth less, more, see
             :class:`~liveselect.selectors.width.Width`. For a selector that measures.
@@ -239,7 +241,7 @@ class PriorSelector(Around):
         offset: float = 0.0,
         keep_general: float = 0.0,
         max_uses: int | None = None,
-        gate: float = 2.0,
+        gate: float = 1.0,
         find_width: bool = False,
     ) -> None:
         check_plain(PriorSelector, locals())
@@ -265,7 +267,7 @@ class PriorSelector(Around):
         self.keep_general = keep_general
         self.max_uses = max_uses
         self.uses_groups |= groups is not None
-        self._warmup = ScoredSelector.over(self._table, self._first_share() / gate, temperature, keep_general)
+        self._warmup = ScoredSelector.over(self._table, self._first_share(), temperature, keep_general)
         if find_width and not self.needs_estimator:
             raise ValueError(
                 f"find_width finds the ratio from what is measured, and {type(selector).__name__} measures nothing: "
@@ -276,7 +278,7 @@ class PriorSelector(Around):
     def prepare(self, source: CandidateSource, meter: CostMeter) -> None:
         """Make the scores, where they are those of the run's own data, and let the selector prepare."""
         self._table.prepare(source, meter)
-        self._warmup.ratio = self._first_share() / self.gate
+        self._warmup.ratio = self._first_share()
         if self._width is not None:
             self._width.first = self._first_share()
         super().prepare(source, meter)
@@ -312,15 +314,30 @@ class PriorSelector(Around):
         return None
 
     def _share_used(self) -> float:
-        """Return which share of the pool is trained on when the kept share is."""
-        ratio = self._kept_share()
-        return ratio / (1 - self.keep_general + self.keep_general * ratio)
+        """Return which share of the pool is trained on when what the scores alone would choose is."""
+        ratio, general = self._share(), self._general_share()
+        return ratio / (1 - general + general * ratio)
 
     def _kept_share(self) -> float:
+        return min(1.0, self.gate * self._share())
+
+    def _share(self) -> float:
+        """Return which share of the pool the scores alone would choose."""
         return self._first_share() if self._width is None else self._width.share
 
     def _first_share(self) -> float:
-        return min(1.0, self.gate * self._table.share(None)) if self.ratio is None else self.ratio
+        return self._table.share(None) if self.ratio is None else self.ratio / self.gate
+
+    def _general_share(self) -> float:
+        """Return which share of the budget is drawn uniformly.
+
+        An open gate cannot be wider, and inside of it one of ``gate`` candidates is chosen. So the more of the pool the
+        scores would choose beyond that, the more is drawn uniformly: all of it where they would choose the whole pool.
+        """
+        share = self._share()
+        if self.gate * share <= 1:
+            return self.keep_general
+        return 1 - (1 - self.keep_general) * (1 - share) / (1 - 1 / self.gate)
 
     def distinct_share(self) -> float:
         """Return the share of the pool that is trained on before any of it comes again."""
@@ -350,9 +367,9 @@ class PriorSelector(Around):
         Raises:
             ValueError: the scores are not of this pool, or too few candidates may be chosen.
         """
-        general = _part_of(self.keep_general, budget)
         if self._width is not None:
             self._width.move(round.candidates, self._table.values(round.pool))
+        general = min(budget - 1, _part_of(self._general_share(), budget))
         narrowed, beyond, again = self._narrowed(round, budget - general)
         chosen = super().select(narrowed, budget - general)
         selection = Selection(chosen) if isinstance(chosen, Tensor) else chosen
@@ -360,6 +377,7 @@ class PriorSelector(Around):
             **selection.metrics,
             "prior/candidates": float(len(narrowed.candidates)),
             "prior/ratio": self._kept_share(),
+            "prior/uniform": general / budget,
             "prior/strength": self._table.strength,
         }
         if self._width is not None:
