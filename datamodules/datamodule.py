@@ -115,7 +115,7 @@ class ServedDataModule(pl.LightningDataModule, CandidateSource):
         return self.served.pool
 
     def cost_before_training(self) -> Mapping[str, Mapping[str, float]]:
-        """Return the ``seconds`` by phase that making the groups took, where they are clusters; else nothing."""
+        """Return what making the groups took, by kind and phase, where they are clusters; else nothing."""
         return {} if self._served is None else self._served.cost_of_groups
 
     def candidates(self, ids: Tensor) -> Iterator[Batch]:

@@ -29,7 +29,7 @@ class ServedPool:
     Attributes:
         opened: the rows of the pool.
         pool: the candidates.
-        cost_of_groups: the ``seconds`` by phase that making the groups took, where they are clusters; else nothing.
+        cost_of_groups: what making the groups took, by kind and phase, where they are clusters; else nothing.
         reference: batches of the reference set.
         reference_names: the sets that it is a mixture of, none where it is a single one.
         reference_fingerprint: a hash of them.

@@ -1,7 +1,7 @@
 """Clusters of a pool: made from its blocks, kept beside it, opened as the groups of its candidates.
 
-``POOL/clusters/`` holds ``clusters.json`` (settings, names, sizes, the pool's fingerprint, the seconds that it took,
-and size and hashes of the other files),
+``POOL/clusters/`` holds ``clusters.json`` (settings, names, sizes, the pool's fingerprint, seconds and FLOPs that it
+took, and size and hashes of the other files),
 ``assignment.npy`` (rows,) int32, ``offsets.npy`` (rows,) float32 distances to the own centroid, ``centroids.npy``
 (K, D), ``near.npz`` the cosine distances of near centroids as a sparse matrix, ``typical.npy`` (K, 8) the ids nearest
 to each centroid, and ``vectors.npy`` (rows, D) float16, from which other clusterings are made without a new embedding.
@@ -20,8 +20,17 @@ import torch
 from numpy.lib.format import open_memmap
 
 from liveselect import distributed
+from liveselect.cost import Cost, CostMeter
 from liveselect.datamodules.clusters.embedding import Embedder, make_embedder
-from liveselect.datamodules.clusters.kmeans import Engine, check_fit, fit_centroids, near_pairs, nearest, unit
+from liveselect.datamodules.clusters.kmeans import (
+    Engine,
+    check_fit,
+    fit_centroids,
+    kmeans_flops,
+    near_pairs,
+    nearest,
+    unit,
+)
 from liveselect.datamodules.clusters.naming import cluster_names
 from liveselect.datamodules.pools.display import PrepareDisplay
 from liveselect.datamodules.pools.integrity import entry_of
@@ -107,10 +116,13 @@ def cluster_pool(
     began = time.perf_counter()
     decode = _decoder(store)
     embedder = embedder or make_embedder(clustering.embed, store.rows, decode, clustering.dimensions, clustering.seed)
-    before = _embed(store, embedder, partial, clustering, display)
-    seconds = {"embed": before + time.perf_counter() - began}
+    before, flops = _embed(store, embedder, partial, clustering, display)
+    of_kmeans = kmeans_flops(store.rows, clustering.clusters, embedder.dimensions, clustering.epochs, clustering.engine)
+    cost: Cost = {"seconds": {"embed": before + time.perf_counter() - began}}
+    cost["flops"] = {"embed": flops, "cluster": of_kmeans}
+    cost["uncounted"] = dict.fromkeys(embedder.uncounted, 1.0)
     if distributed.rank() == 0:
-        _build(store, clustering, settings, partial, display, decode, seconds)
+        _build(store, clustering, settings, partial, display, decode, cost)
         _put_in_place(partial, path)
     distributed.gather_objects("clustered")  # the other ranks wait
     return Clusters(store, name)
@@ -145,9 +157,12 @@ def default_clusters(rows: int) -> int:
 
 def _embed(
     store: TokenStore, embedder: Embedder, folder: Path, clustering: Clustering, display: PrepareDisplay
-) -> float:
-    """Write ``vectors.npy``, each rank its share, continuing an interrupted call; return the seconds of that call."""
-    began = time.perf_counter()
+) -> tuple[float, float]:
+    """Write ``vectors.npy``, each rank its share, continuing an interrupted call.
+
+    Returns the seconds of the interrupted call, and the FLOPs of all ranks and both calls.
+    """
+    began, meter = time.perf_counter(), CostMeter()
     embedder.fit(_sample(store, embedder.sample_tokens, clustering.seed))
     file, shape = folder / "vectors.npy", (store.rows, embedder.dimensions)
     mine = distributed.shard(store.rows)
@@ -155,7 +170,7 @@ def _embed(
     wanted: Settings = {"pool": store.fingerprint, "embed": clustering.embed, "seed": clustering.seed}
     wanted |= {"dimensions": clustering.dimensions, "shape": list(shape)}
     is_there = _fits(file, shape)
-    start, before = (_rows_done(progress, wanted) if is_there else None) or (mine.start, 0.0)
+    start, before, earlier = (_rows_done(progress, wanted) if is_there else None) or (mine.start, 0.0, 0.0)
     distributed.gather_objects("looked")
     if distributed.rank() == 0 and not is_there:
         _reserve(file, shape)
@@ -164,16 +179,17 @@ def _embed(
     with display.phase(f"embedding {store.rows} blocks", _bytes(store, mine.stop - mine.start)):
         for first in range(start, mine.stop, ROWS_PER_CHUNK):
             ids = np.arange(first, min(first + ROWS_PER_CHUNK, mine.stop))
-            found = embedder.embed(ids, store.read(torch.from_numpy(ids)))
+            with meter.forwards(*embedder.networks):
+                found = embedder.embed(ids, store.read(torch.from_numpy(ids)))
             _check_finite(ids, found, clustering.embed)
             vectors[ids[0] : ids[-1] + 1] = unit(found)
             vectors.flush()
             stand = {**wanted, "done": int(ids[-1]) + 1, "seconds": before + time.perf_counter() - began}
+            stand["flops"] = earlier + sum(meter.flops.values())
             write_durably(progress, json.dumps(stand).encode())
             done = int(ids[-1]) + 1 - mine.start
             display.update(_bytes(store, done), done * store.block_size)
-    distributed.gather_objects("embedded")
-    return before
+    return before, sum(distributed.gather_objects(earlier + sum(meter.flops.values())))
 
 
 def _reserve(file: Path, shape: tuple[int, int]) -> None:
@@ -194,14 +210,14 @@ def _check_finite(ids: np.ndarray, vectors: np.ndarray, embed: str) -> None:
         )
 
 
-def _rows_done(progress: Path, wanted: Settings) -> tuple[int, float] | None:
-    """Return the number of the row to continue with, and the seconds of the interrupted call; None without one."""
+def _rows_done(progress: Path, wanted: Settings) -> tuple[int, float, float] | None:
+    """Return the row to continue with, and seconds and FLOPs of the interrupted call; None without one."""
     try:
         found = json.loads(progress.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    done, seconds = found.pop("done", 0), found.pop("seconds", 0.0)
-    return (done, seconds) if found == wanted else None
+    done, seconds, flops = (found.pop(key, 0) for key in ("done", "seconds", "flops"))
+    return (done, seconds, flops) if found == wanted else None
 
 
 def _fits(file: Path, shape: tuple[int, int]) -> bool:
@@ -239,9 +255,9 @@ def _build(
     folder: Path,
     display: PrepareDisplay,
     decode: Decode | None,
-    seconds: dict[str, float],
+    cost: Cost,
 ) -> None:
-    """Write all files but the vectors into ``folder``; the manifest gets the ``seconds`` spent so far, and these."""
+    """Write all files but the vectors into ``folder``; the manifest gets the ``cost`` so far, and these seconds."""
     began = time.perf_counter()
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     seed = derive_seed(clustering.seed, 0, "k-means") % 2**32  # what scikit-learn accepts
@@ -274,7 +290,8 @@ def _build(
         "sizes": sizes.tolist(),
         "names": names,
         "files": {file.name: entry_of(file) for file in sorted(folder.glob("*.np?"))},
-        "seconds": {**seconds, "cluster": time.perf_counter() - began},
+        **cost,
+        "seconds": {**cost["seconds"], "cluster": time.perf_counter() - began},
     }
     write_durably(folder / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1).encode())
 

@@ -31,11 +31,13 @@ class Embedder(Protocol):
         dimensions: D, length of a vector; known after ``fit``.
         sample_tokens: tokens of the sample that ``fit`` gets, at the most.
         networks: modules that it runs, whose FLOPs can be counted.
+        uncounted: names of its work whose FLOPs are not.
     """
 
     dimensions: int
     sample_tokens: int
     networks: tuple[nn.Module, ...]
+    uncounted: tuple[str, ...]
 
     def fit(self, blocks: Tensor) -> None:
         """Fit the embedding to a random sample of blocks, ``(m, T)``."""
@@ -57,6 +59,7 @@ class HashedEmbedder:
     """
 
     networks: tuple[nn.Module, ...] = ()
+    uncounted: tuple[str, ...] = ("sparse products and their decomposition (scipy)",)
 
     def __init__(self, dimensions: int = 128, buckets: int = 1 << 15, seed: int = 0) -> None:
         if dimensions < 1:
@@ -116,6 +119,7 @@ class TextEmbedder:
     """
 
     sample_tokens = 1
+    uncounted: tuple[str, ...] = ()  # looking up static vectors takes hardly any
 
     def __init__(
         self, encode: Encode, decode: Callable[[Tensor], list[str]], networks: tuple[nn.Module, ...] = ()
@@ -147,6 +151,7 @@ class ReadyVectors:
 
     sample_tokens = 1
     networks: tuple[nn.Module, ...] = ()
+    uncounted: tuple[str, ...] = ("vectors that were made elsewhere",)
 
     def __init__(self, vectors: str | Path | np.ndarray, rows: int) -> None:
         self._vectors = _load_array(Path(vectors)) if isinstance(vectors, (str, Path)) else vectors

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 Engine = Literal["sklearn", "faiss"]
 ROWS_PER_BLOCK = 256  # neighbouring rows that are read together: random order, at the speed of reading in order
 ROWS_PER_BATCH = 4096  # at least; large enough that reading, not the step of k-means, takes the time
+FAISS_PASSES = 20
 FAISS_ROWS_PER_CENTROID = 64  # faiss warns below 39
 
 
@@ -43,7 +44,7 @@ def fit_centroids(
     if engine == "faiss":
         sample = _sample(vectors, max(FAISS_ROWS_PER_CENTROID * clusters, ROWS_PER_BATCH), draws)
         faiss = _load_faiss().Kmeans(
-            sample.shape[1], clusters, niter=20, seed=seed, max_points_per_centroid=len(sample)
+            sample.shape[1], clusters, niter=FAISS_PASSES, seed=seed, max_points_per_centroid=len(sample)
         )
         faiss.train(np.ascontiguousarray(sample))
         advance(epochs * len(vectors))
@@ -57,6 +58,15 @@ def fit_centroids(
             model.partial_fit(batch)
             advance(len(batch))
     return np.asarray(model.cluster_centers_, dtype=np.float32)
+
+
+def kmeans_flops(rows: int, clusters: int, dimensions: int, epochs: int, engine: Engine) -> float:
+    """Return the FLOPs of comparing vectors with all centroids: in each pass of the fit, and to assign all rows."""
+    if engine == "faiss":
+        compared = FAISS_PASSES * min(rows, max(FAISS_ROWS_PER_CENTROID * clusters, ROWS_PER_BATCH)) + rows
+    else:
+        compared = (epochs + 1) * rows
+    return 2.0 * compared * clusters * dimensions
 
 
 def check_fit(rows: int, clusters: int, engine: str) -> None:

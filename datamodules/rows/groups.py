@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from liveselect.cost import Cost
 from liveselect.datamodules.pools.integrity import check_content
 from liveselect.datamodules.pools.pool_files import JsonObject
 from liveselect.datamodules.pools.token_files import TokenFiles
@@ -64,10 +65,9 @@ class Clusters:
         }
 
     @property
-    def cost(self) -> dict[str, dict[str, float]]:
-        """The ``seconds`` by phase that making them took; empty where they were not recorded."""
-        found: dict[str, float] = self.manifest.get("seconds", {})
-        return {"seconds": dict(found)} if found else {}
+    def cost(self) -> Cost:
+        """What making them took, by kind and phase; empty where it was not recorded."""
+        return {kind: dict(self.manifest[kind]) for kind in ("seconds", "flops", "uncounted") if kind in self.manifest}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -189,7 +189,7 @@ def open_pool(rows: Rows, groups: str | None) -> CandidatePool:
 
 
 def cost_of_groups(rows: Rows, groups: str | None) -> Mapping[str, Mapping[str, float]]:
-    """Return the ``seconds`` by phase that making the groups took, where they are clusters of a pool; else nothing."""
+    """Return what making the groups took, by kind and phase, where they are clusters of a pool; else nothing."""
     return Clusters(rows.store, groups).cost if rows.store is not None and groups is not None else {}
 
 

@@ -174,7 +174,43 @@ def test_the_seconds_of_an_interrupted_call_are_counted(pool, monkeypatch):
         cluster_pool(store, FOUR, quiet=True, embedder=Ticking(limit=120))
     clock.now += 1000.0
     clusters = cluster_pool(store, FOUR, quiet=True, embedder=Ticking(limit=ROWS))
-    assert clusters.cost == {"seconds": {"embed": 50.0, "cluster": 0.0}}
+    assert clusters.cost["seconds"] == {"embed": 50.0, "cluster": 0.0}
+
+
+class Network(Interrupted):
+    """Embeds blocks by a linear layer, and stops before ``limit`` rows."""
+
+    uncounted = ()
+
+    def __init__(self, limit):
+        super().__init__(limit)
+        self.layer = torch.nn.Linear(BLOCK, 3)
+        torch.nn.init.normal_(self.layer.weight, generator=torch.Generator().manual_seed(0))
+        self.networks = (self.layer,)
+
+    def fit(self, blocks):
+        self.dimensions = 3
+
+    def embed(self, ids, blocks):
+        if self.embedded + len(ids) > self.limit:
+            raise KeyboardInterrupt
+        self.embedded += len(ids)
+        with torch.no_grad():
+            return self.layer(blocks.float()).numpy()
+
+
+def test_the_flops_of_an_encoder_and_of_k_means_are_counted_over_an_interruption_too(pool, monkeypatch):
+    monkeypatch.setattr(cluster, "ROWS_PER_CHUNK", 50)
+    store, _ = pool
+    settings = Clustering(clusters=TOPICS, embed="hashed", dimensions=16)
+    with pytest.raises(KeyboardInterrupt):
+        cluster_pool(store, settings, quiet=True, embedder=Network(limit=120))
+    cost = cluster_pool(store, settings, quiet=True, embedder=Network(limit=ROWS)).cost
+    assert cost["flops"] == {"embed": 2 * ROWS * BLOCK * 3, "cluster": 2 * (settings.epochs + 1) * ROWS * TOPICS * 3}
+    assert not cost["uncounted"]
+    data = SelectionDataModule(pool=store.path, groups="clusters", reference=[{"input_ids": [1, 2]}], batch_size=4)
+    data.setup("fit")
+    assert data.cost_before_training()["flops"] == cost["flops"]
 
 
 def test_what_another_clustering_left_unfinished_is_not_continued(pool, monkeypatch):

@@ -139,8 +139,13 @@ def _embedding(source: CandidateSource, embedding: str, dimensions: int, pool_ro
         rows = max(2, embedder.sample_tokens // max(1, tokens.shape[1]))
         embedder.fit(tokens[:rows])
 
-    uncounted = ("sparse products and their decomposition (scipy)",) if embedding == "hashed" else ()
-    return _Embedding(embed=embed, fit_to=fit_to, pool_rows=pool_rows, networks=embedder.networks, uncounted=uncounted)
+    return _Embedding(
+        embed=embed,
+        fit_to=fit_to,
+        pool_rows=pool_rows,
+        networks=embedder.networks,
+        uncounted=embedder.uncounted,
+    )
 
 
 def _perplexity(band: Band = "middle", scorer: str | None = None) -> InfluenceEstimator:
