@@ -15,8 +15,8 @@ from liveselect.verdict import Verdict
 class Portfolio(DataSelection):
     r"""Finds the width of the choice in the run, and whether live influence is worth its cost.
 
-    **Idea.** The width of a choice is worth more than any estimate of influence, and nothing that is known before a run
-    tells the best one. So a prior of some widths, the prior with live influence, and random data compete: from the
+    **Idea.** The width of a choice is worth more than any estimate of influence, and what a prior finds before the run
+    is only a start: training with several widths shows which is best. So a prior of some widths, the prior with live influence, and random data compete: from the
     same state copies of training follow each for a round, and the next round follows what gained most for its cost. See
     :class:`~liveselect.selectors.PortfolioSelector`.
 
