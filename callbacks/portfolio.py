@@ -16,9 +16,9 @@ class Portfolio(DataSelection):
     r"""Finds the width of the choice in the run, and whether live influence is worth its cost.
 
     **Idea.** The width of a choice is worth more than any estimate of influence, and what a prior finds before the run
-    is only a start: training with several widths shows which is best. So a prior of some widths, the prior with live influence, and random data compete: from the
-    same state copies of training follow each for a round, and the next round follows what gained most for its cost. See
-    :class:`~liveselect.selectors.PortfolioSelector`.
+    is only a start: training with several widths shows which is best. So a prior of some widths, the prior with live
+    influence, and random data compete: from the same state copies of training follow each for a round, and the next
+    round follows what gained most for its cost. See :class:`~liveselect.selectors.PortfolioSelector`.
 
     **Cost.** ``share`` of the run's training steps at most, most of it early on. A contest of five policies takes four
     rounds, and two or three of them settle most; so a run should have at least a hundred rounds, of hundreds of steps
