@@ -26,7 +26,7 @@ def play(worth, rounds, noise=0.3, probes=24, first=0.4, seed=0):
 
 
 def test_where_better_scores_are_worth_more_the_choice_becomes_as_narrow_as_it_may():
-    assert play(lambda place: -5 * place, 20)[-1] == pytest.approx(0.4 / 16)
+    assert play(lambda place: -20 * place, 20)[-1] == pytest.approx(0.4 / 16)
 
 
 def test_where_better_scores_are_worth_less_it_becomes_the_whole_pool():

@@ -13,7 +13,7 @@ FEWEST = 8
 
 _KEPT = 0.8  # of the evidence, from one round to the next
 _AFTER_A_MOVE = 0.5  # of the evidence, which was that of another width
-_DEAD = 1.0  # standard errors within which evidence is chance
+_DEAD = 2.0  # standard errors within which evidence is chance
 _FULL = 2.0  # standard errors beyond them at which the width doubles or halves
 _REACH = 16.0  # times wider or narrower than at first
 
@@ -25,7 +25,7 @@ class Width:
     better scores are worth more to the model as it is now. Then the share is too wide; where they are worth less,
     because the model has learned what they hold, it is too narrow. Correlations of the last rounds are added up by
     their measurements, :math:`z = \bar\rho \sqrt{n}`, and the share is divided by :math:`2^s` with
-    :math:`s = (|z| - 1) / 2` within 0..1 and the sign of z. Chance moves it little, and a move spends half of the
+    :math:`s = (|z| - 2) / 2` within 0..1 and the sign of z. Chance moves it little, and a move spends half of the
     evidence.
 
     Attributes:
