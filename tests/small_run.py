@@ -282,11 +282,11 @@ def die_inside_the_checkpoint_of_step_8() -> None:
     torch.save = half_a_save
 
 
-def share_of_cases(rank: int, ranks: int, _, folder: Path) -> dict[str, list[int]]:
+def share_of_cases(rank: int, ranks: int, _, folder: Path, cases: list[tuple]) -> dict[str, list[int]]:
     """Run a share of the cases, each run in a forked child; returns the exit codes of each by its folder."""
     codes = {}
     whole = dict.fromkeys((method, workers, None) for method, workers, _ in CASES)
-    for method, workers, kill in [*whole, *CASES][rank::ranks]:
+    for method, workers, kill in [*whole, *cases][rank::ranks]:
         place = case(folder, method, workers, kill)
         place.mkdir(parents=True)
         codes[str(place.relative_to(folder))] = [forked(run, place, method, workers, kill)]

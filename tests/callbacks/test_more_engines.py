@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from lightning_ranks import batches, fit, on_lightning_ranks
+from sampling import chosen, mostly_slow
 
 from liveselect.callbacks import DataSelection
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence, PMPInfluence
@@ -24,25 +25,31 @@ ESTIMATORS = {
     ),
 }
 
+TEST = "test_two_ranks_measure_choose_and_train_on_what_one_process_does"
 
-def _all(folder, strategy) -> dict:
+
+def _all(folder, strategy, names) -> dict:
     found = {}
-    for name, make in ESTIMATORS.items():
+    for name in names:
         selector = RegressionSelector(HashedRidgeRegressor(), probes=13, ratio=0.5, min_spearman=None)
         dirpath = folder / str(strategy) / name
-        selection = DataSelection(selector, make(), every_n_steps=2, warmup_rounds=1, dirpath=dirpath)
+        selection = DataSelection(selector, ESTIMATORS[name](), every_n_steps=2, warmup_rounds=1, dirpath=dirpath)
         found[name] = fit(folder, selection, strategy, max_steps=4)
     return found
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("engines")
     torch.set_num_threads(1)
-    return json.loads(json.dumps(_all(folder, None))), on_lightning_ranks(_all, 2, folder, "ddp")
+    names = sorted(name for (name,) in chosen(request, TEST, "name"))
+    return json.loads(json.dumps(_all(folder, None, names))), on_lightning_ranks(_all, 2, folder, "ddp", names)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+# K-FAC on ranks with the whole model is compared in test_strategies.py, too
+@pytest.mark.parametrize(
+    "name", mostly_slow([*ESTIMATORS], ["central difference", "forward mode", "PMP by differences"])
+)
 def test_two_ranks_measure_choose_and_train_on_what_one_process_does(runs, name):
     alone, ranks = runs[0][name], [rank[name] for rank in runs[1]]
     assert batches(ranks) == batches([alone])

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import forked
-from small_run import ACCUMULATE, CASES, STEPS, case, share_of_cases
+from sampling import chosen, mostly_slow
+from small_run import ACCUMULATE, CASES, KILLS, STEPS, case, share_of_cases
 
 from liveselect.decisions import read_about, rounds_in
 from liveselect.decisions.files import read_rows
@@ -14,12 +15,23 @@ from liveselect.ledger import Ledger
 
 pytestmark = pytest.mark.timeout(900)  # the first test pays for all runs
 
+LEFT_OUT = ("first batch of a new epoch", "before the first checkpoint")  # other methods are killed there
+SAMPLE = [  # every place, and every method
+    *(("regression", 2 * (index % 2), kill) for index, kill in enumerate(KILLS) if kill not in LEFT_OUT),
+    ("quad", 0, "inside the step that is listened to"),
+    ("quad", 0, "first batch of a new epoch"),
+    ("pds", 0, "before the first checkpoint"),
+    ("pds", 2, "first batch of a new round"),
+]
+
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(tmp_path_factory, request) -> Path:
     """Every run, killed and resumed, two at a time."""
     folder = tmp_path_factory.mktemp("runs")
-    codes = {name: code for share in forked(share_of_cases, 2, folder) for name, code in share.items()}
+    asked = chosen(request, "test_a_killed_run_continues_to_the_bit", "method", "workers", "kill")
+    asked |= chosen(request, "test_a_killed_run_measures_and_pulls_the_same", "method", "workers", "kill")
+    codes = {name: code for share in forked(share_of_cases, 2, folder, sorted(asked)) for name, code in share.items()}
     (folder / "codes.json").write_text(json.dumps(codes))
     return folder
 
@@ -32,7 +44,7 @@ def name_of(value) -> str:
     return str(value).replace(" ", "_")
 
 
-@pytest.mark.parametrize(("method", "workers", "kill"), CASES, ids=name_of)
+@pytest.mark.parametrize(("method", "workers", "kill"), mostly_slow(CASES, SAMPLE), ids=name_of)
 def test_a_killed_run_continues_to_the_bit(runs, method, workers, kill):
     folder, untouched = case(runs, method, workers, kill), case(runs, method, workers, None)
     codes = json.loads((runs / "codes.json").read_text())[str(folder.relative_to(runs))]
@@ -52,7 +64,7 @@ COSTS = ["round_flops", "flops_before"]
 """What a resumed run may differ in: it does again what the checkpoint does not hold."""
 
 
-@pytest.mark.parametrize(("method", "workers", "kill"), CASES, ids=name_of)
+@pytest.mark.parametrize(("method", "workers", "kill"), mostly_slow(CASES, SAMPLE), ids=name_of)
 def test_a_killed_run_measures_and_pulls_the_same(runs, method, workers, kill):
     """And leaves the same decisions, under its own name."""
     places = [case(runs, method, workers, name) for name in (kill, None)]

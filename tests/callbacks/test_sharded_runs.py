@@ -3,7 +3,8 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_ranks import batches, fit, on_lightning_ranks
+from lightning_ranks import fit, on_lightning_ranks
+from sampling import chosen, mostly_slow
 from small_run import ProbingUniform
 
 from liveselect.callbacks import DataSelection
@@ -45,39 +46,36 @@ def _checkpointed(folder, strategy, **settings) -> dict:
     }
 
 
-def _everything(folder) -> dict:
+def _everything(folder, checkpoints, cases) -> dict:
     found = {}
     for strategy in STRATEGIES:
         place = folder / strategy
         precision = {} if strategy == "fsdp" else {"precision": "bf16-mixed"}
         found[strategy] = {
             kind: _checkpointed(place / kind, strategy, whole_checkpoint=kind == "full")
-            for where, kind in CHECKPOINTS
+            for where, kind in checkpoints
             if where == strategy
         }
         found[strategy]["off"] = trained(
             place / "off", strategy, UniformSelector(), accumulate_grad_batches=3, **precision
         )
-        for name in (name for where, name in CASES if where == strategy):
+        for name in (name for where, name in cases if where == strategy):
             probing = ProbingUniform()
             run = trained(place / name, strategy, probing, ESTIMATORS[name](), accumulate_grad_batches=3, **precision)
             found[strategy][name] = {**run, "influence": torch.stack(probing.influence).tolist()}
-    found["steady"] = _checkpointed(folder / "steady", "fsdp2", dropout=0.0)
     return found
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("sharded")
-
-
-@pytest.fixture(scope="module")
-def ranks(folder):
+def ranks(tmp_path_factory, request):
     torch.set_num_threads(1)
-    return on_lightning_ranks(_everything, 2, folder)
+    checkpoints = chosen(request, "test_a_run_resumed_inside_a_round_goes_on_bit_by_bit", "strategy", "kind")
+    cases = chosen(request, "test_training_with_measuring_equals_training_without", "strategy", "name")
+    return on_lightning_ranks(_everything, 2, tmp_path_factory.mktemp("sharded"), sorted(checkpoints), sorted(cases))
 
 
-@pytest.mark.parametrize(("strategy", "kind"), CHECKPOINTS)
+# in folders, ddp and fsdp2 are resumed to the bit in test_preempted_ranks.py
+@pytest.mark.parametrize(("strategy", "kind"), mostly_slow(CHECKPOINTS, [("fsdp", "sharded"), ("fsdp2", "full")]))
 def test_a_run_resumed_inside_a_round_goes_on_bit_by_bit(ranks, strategy, kind):
     for rank in ranks:
         saved = rank[strategy][kind]
@@ -87,19 +85,9 @@ def test_a_run_resumed_inside_a_round_goes_on_bit_by_bit(ranks, strategy, kind):
         assert saved["resumed"]["rounds"] == saved["whole"]["rounds"]
 
 
-def _on_one_rank(folder) -> dict:
-    path = folder / "steady" / "middle.ckpt"
-    return by_regression(folder / "one rank", "fsdp2", ckpt_path=path, dropout=0.0, ranks=1)
-
-
-def test_a_sharded_checkpoint_of_two_ranks_goes_on_on_one_with_the_same_choices(ranks, folder):
-    (alone,) = on_lightning_ranks(_on_one_rank, 1, folder)
-    both = [rank["steady"]["whole"] for rank in ranks]
-    assert batches([alone]) == batches(both)[MIDDLE:]
-    assert [plan for plan, *_ in alone["rounds"]] == [plan for plan, *_ in both[0]["rounds"]]
-
-
-@pytest.mark.parametrize(("strategy", "name"), CASES)
+@pytest.mark.parametrize(
+    ("strategy", "name"), mostly_slow(CASES, [("fsdp", "one step"), ("ddp", "K-FAC"), ("fsdp2", "first order")])
+)
 def test_training_with_measuring_equals_training_without(ranks, strategy, name):
     for rank in ranks:
         assert rank[strategy][name]["steps"] == rank[strategy]["off"]["steps"]

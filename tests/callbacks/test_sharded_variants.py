@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from lightning_ranks import DoubleLM, ShardedLM, batches, fit, on_lightning_ranks
+from sampling import chosen, mostly_slow
 from small_run import ProbingUniform
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -52,6 +53,10 @@ VARIANTS = {
 }
 CHOSEN = [(variant, name) for variant, (_, _, names, _) in VARIANTS.items() for name in names]
 MEASURED = [(variant, name) for variant, (*_, names) in VARIANTS.items() for name in names]
+TESTS = (
+    "test_a_variant_measures_chooses_and_trains_on_what_one_process_does",
+    "test_training_with_measuring_equals_training_without",
+)
 ESTIMATORS = {
     "one step": OneStepInfluence,
     "first order": FirstOrderInfluence,
@@ -74,10 +79,11 @@ def _chosen(folder, names, ranks=1, module=None) -> dict:
     return found
 
 
-def _all(folder, variant) -> dict:
-    module, ranks, chosen, measured = VARIANTS[variant]
-    found = {"chosen": _chosen(folder / "chosen", chosen, ranks, module), "on": {}}
-    found["off"] = _trained(folder / "off", UniformSelector(), None, ranks, module, dropout=0.1)["steps"]
+def _all(folder, variant, names, measured) -> dict:
+    module, ranks, *_ = VARIANTS[variant]
+    found = {"chosen": _chosen(folder / "chosen", names, ranks, module), "on": {}}
+    if measured:
+        found["off"] = _trained(folder / "off", UniformSelector(), None, ranks, module, dropout=0.1)["steps"]
     for name in measured:
         run = _trained(folder / "on" / name, ProbingUniform(), ESTIMATORS[name](), ranks, module, dropout=0.1)
         found["on"][name] = run["steps"]
@@ -91,17 +97,21 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, request):
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("variants")
-    return {
-        variant: on_lightning_ranks(_all, ranks, folder / variant, variant)
-        for variant, (_, ranks, *_) in VARIANTS.items()
-    }
+    folder, found = tmp_path_factory.mktemp("variants"), {}
+    for variant, (_, ranks, *_) in VARIANTS.items():
+        asked = [
+            sorted(name for each, name in chosen(request, test, "variant", "name") if each == variant) for test in TESTS
+        ]
+        if any(asked):
+            found[variant] = on_lightning_ranks(_all, ranks, folder / variant, variant, *asked)
+    return found
 
 
 @pytest.mark.parametrize(
-    ("variant", "name"), [(key, name) for key, (_, _, names, _) in VARIANTS.items() for name in names]
+    ("variant", "name"),
+    mostly_slow(CHOSEN, [("compiled", "K-FAC"), ("recomputed", "first order"), ("hybrid", "K-FAC")]),
 )
 def test_a_variant_measures_chooses_and_trains_on_what_one_process_does(runs, alone, variant, name):
     found = [rank["chosen"][name] for rank in runs[variant]]
@@ -112,7 +122,7 @@ def test_a_variant_measures_chooses_and_trains_on_what_one_process_does(runs, al
             torch.testing.assert_close(torch.tensor(influence), torch.tensor(expected[2]), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("variant", "name"), MEASURED)
+@pytest.mark.parametrize(("variant", "name"), mostly_slow(MEASURED, [("recomputed", "central difference")]))
 def test_training_with_measuring_equals_training_without(runs, variant, name):
     for rank in runs[variant]:
         assert rank["on"][name] == rank["off"]
