@@ -179,6 +179,14 @@ def test_the_recommended_settings_warn_of_nothing_and_a_hard_choice_without_memo
         LiveSelection(regressor=TokenTableRegressor(forgetting=0.0))
 
 
+def test_the_width_is_the_priors_own_where_it_has_one():
+    own, scores, wide = LiveSelection(), LiveSelection(prior=torch.arange(9.0).numpy()), LiveSelection(ratio=0.8)
+    assert (own.selector.ratio, own.selector.gate) == (None, 2.0)
+    assert (scores.selector.ratio, scores.selector.gate) == (pytest.approx(0.2), 2.0)
+    assert (wide.selector.ratio, wide.selector.gate) == (pytest.approx(1.0), 1.25)  # no gate is wider than the pool
+    assert wide.selector.selector.ratio == pytest.approx(0.8)
+
+
 def test_the_default_costs_what_it_says():
     budget = 1000 * 512
     selector, estimator = (part := LiveSelection(cost=0.02)).selector, part.estimator
