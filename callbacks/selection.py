@@ -227,7 +227,7 @@ class DataSelection(Callback):
         keys = {"global_batch", "conditions", "run", "overhearing", "random_states", "verdict"}
         changed = check_saved(state_dict, STATE_VERSION, self.seed, as_text(self._settings()), keys)
         self.overhearing.forget()
-        with damage_reported():
+        with damage_reported(state_dict):
             self._judging.load_state_dict(state_dict["verdict"])  # first: it says who chooses in the round to come
             self.run.load_state_dict(state_dict["run"])
             self.overhearing.load_state_dict(state_dict["overhearing"], self.estimator)

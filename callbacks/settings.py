@@ -32,17 +32,23 @@ DEFAULT_LOGGER_NAME = "lightning_logs"
 DIGEST = "digest"
 """The key of a hash of all the other entries."""
 
+_NOT_AS_WRITTEN = (
+    "the entry of DataSelection in the checkpoint is not what was written: it was damaged or changed. Resume from an "
+    "earlier checkpoint, or start a new run from the model's weights"
+)
+
 
 def check_digest(state: State) -> None:
     """Raise ValueError when a checkpoint's entry is not what was written; a file of PyTorch has no check that is used.
 
     Last, because other checks can say what is wrong.
     """
-    if digest_of({key: value for key, value in state.items() if key != DIGEST}) != state[DIGEST]:
-        raise ValueError(
-            "the entry of DataSelection in the checkpoint is not what was written: it was damaged or changed. Resume "
-            "from an earlier checkpoint, or start a new run from the model's weights"
-        )
+    if not _is_as_written(state):
+        raise ValueError(_NOT_AS_WRITTEN)
+
+
+def _is_as_written(state: State) -> bool:
+    return digest_of({key: value for key, value in state.items() if key != DIGEST}) == state[DIGEST]
 
 
 def check_arguments(
@@ -166,11 +172,18 @@ def _run_name(trainer: pl.Trainer) -> str:
 
 
 @contextmanager
-def damage_reported() -> Iterator[None]:
-    """Open a block in which state is restored; what is missing in it raises ValueError."""
+def damage_reported(state: State) -> Iterator[None]:
+    """Open a block in which ``state`` is restored; whatever is raised in it becomes a ValueError that says what to do.
+
+    A sentence of a part stays as it is, and a note says so where the state is not what was written.
+    """
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except ValueError as error:
+        if not _is_as_written(state):
+            error.add_note(_NOT_AS_WRITTEN)
+        raise
+    except Exception as error:  # parts of a user's own, too, take what they are given apart
         raise ValueError(
             f"the selection state of the checkpoint cannot be read ({type(error).__name__}: {error}): it was damaged, "
             "or a part has changed. Resume from an earlier checkpoint, or start a new run from the model's weights"

@@ -108,6 +108,11 @@ CHANGES = {
     ),
     "an empty ledger": (lambda state: state["run"].update(ledger={}), "cannot be read .KeyError"),
     "an empty entry": (lambda state: state.update(overhearing={}), "cannot be read .KeyError"),
+    "an example that is cut": (
+        lambda state: state["run"]["ledger"]["rounds"][0]["examples"][0].update(marks=[[0, 1]]),
+        "is not what was written",
+    ),
+    "uses as text": (lambda state: state["run"]["pool"].update(uses="none"), "cannot be read .AttributeError"),
     "no random state": (lambda state: state.update(random_states=[]), "holds no random states"),
     "a later version": (lambda state: state.update(version=3), "state of version 3"),
 }

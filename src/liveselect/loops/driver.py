@@ -218,7 +218,7 @@ class Driver:
         keys = {"step", "global_batch", "run", "random_states"}
         changed = check_saved(state, STATE_VERSION, self._selection.seed, as_text(self._settings()), keys)
         session = self.session
-        with damage_reported():
+        with damage_reported(state):
             session.run.load_state_dict(state["run"])
         check_digest(state)
         if changed:
