@@ -27,6 +27,12 @@ def test_what_needs_no_model_imports_neither_torch_nor_anything_else_heavy(argum
     assert done.returncode == 0, done.stderr
 
 
+def test_the_package_is_a_command_too():
+    command = [sys.executable, "-m", "liveselect", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "liveselect")
+
+
 def test_the_help_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
