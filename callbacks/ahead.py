@@ -19,7 +19,7 @@ from liveselect.rounds import finish_round, run_round
 log = logging.getLogger("liveselect")
 
 FIXED_SHARE = 0.5
-"""Of ``max_overhead``: what the ends of rounds may take of it before rounds become longer."""
+"""Of ``max_overhead``: what fits and the ends of rounds may take of it before rounds become longer."""
 
 MOST_REPAID_SHARE = 0.5
 """Of a round's share: what is saved in it of what earlier rounds have spent too much."""
@@ -109,8 +109,9 @@ class Governor:
 
     All that selection takes counts, choosing and records included: what a round has spent too much, the first one for
     instance, which measures in one pause, is saved in the rounds after it. A round's end costs something even where
-    nothing is measured: that is put aside while the round is trained on, and where it alone would take more than half
-    of the share, rounds become longer, since nothing else can be left out.
+    nothing is measured: that is put aside while the round is trained on. Where it and the estimator's fit, without
+    which nothing is measured, would take more than half of the share, rounds become longer, since nothing else can be
+    left out. A fit may grow with the round, and then longer rounds do not make it cheaper: the shortest one counts.
 
     Args:
         share: of selection in the time of training.
@@ -119,12 +120,14 @@ class Governor:
         fixed: seconds that the end of the last round took, without measuring.
         trained_before: seconds of training when the present round began.
         spent_before: seconds of selection then.
+        shortest_fit: seconds, 0 before the first.
     """
 
     share: float
     fixed: float = 0.0
     trained_before: float = 0.0
     spent_before: float = 0.0
+    shortest_fit: float = 0.0
 
     def left(self, trained: float, spent: float, progress: float) -> float:
         """Return the seconds that may be spent on measuring now, below 0 for none.
@@ -142,17 +145,21 @@ class Governor:
         saved = max(min(saved, earned), -MOST_REPAID_SHARE * earned)
         return saved + earned - (spent - self.spent_before) - self.fixed * progress
 
-    def begin_round(self, trained: float, spent: float, finishing: float) -> float:
+    def begin_round(self, trained: float, spent: float, finishing: float, fitting: float = 0.0) -> float:
         """Begin a round, and return how many times as long as the one that has ended rounds should be.
 
         Args:
             trained: seconds of training so far.
             spent: seconds of selection so far.
             finishing: seconds that the end of the last round took, without measuring; 0 where it measured in a pause.
+            fitting: seconds of the estimator's fits for it; 0 for none.
         """
         round_seconds = trained - self.trained_before
         self.trained_before, self.spent_before, self.fixed = trained, spent, finishing
-        return finishing / (FIXED_SHARE * self.share * round_seconds) if round_seconds > 0 else 1.0
+        if fitting:
+            self.shortest_fit = min(fitting, self.shortest_fit or fitting)
+        least = finishing + self.shortest_fit
+        return least / (FIXED_SHARE * self.share * round_seconds) if round_seconds > 0 else 1.0
 
 
 class Ahead:
@@ -167,6 +174,7 @@ class Ahead:
         self.governor = None if pace.max_overhead is None else Governor(pace.max_overhead)
         self._round: Round | None = None  # the one to come, opened at the first step that measures for it
         self._before_finish: float | None = None  # seconds of selection when the last round's end began
+        self._fitting = 0.0  # seconds of fits for the last round
 
     def begin_round(self, session: Session) -> None:
         """Begin to count the training of a round, and set the length of the next one where a share is kept."""
@@ -176,12 +184,13 @@ class Ahead:
             return
         spent = _spent_in_run(ledger)
         finishing = 0.0 if self._before_finish is None else spent - self._before_finish
-        wanted = governor.begin_round(ledger.training_seconds, spent, finishing)
-        self._before_finish = None
+        wanted = governor.begin_round(ledger.training_seconds, spent, finishing, self._fitting)
+        self._before_finish, self._fitting = None, 0.0
         if finishing and len(ledger.rounds) > 1:
             steps = ledger.rounds[-2].chosen / session.model.global_batch  # of the round that has ended
             wanted = float(distributed.gather_objects(wanted)[0]) * steps
-            session.stretch_rounds(wanted, f"its end takes {finishing:.2f} s, and max_overhead={governor.share:g}")
+            takes = f"a fit takes {governor.shortest_fit:.2g} s and its end {finishing:.2g} s"
+            session.stretch_rounds(wanted, f"{takes}, and max_overhead={governor.share:g}")
 
     def after_step(self, session: Session, steps: Steps) -> None:
         """Measure a little for the round to come, if there will be one that measures."""
@@ -240,7 +249,7 @@ class Ahead:
         ahead = run.ahead
         ahead.meter.progress = progress
         if limited:
-            self._before_finish = _spent_in_run(run.ledger)
+            self._before_finish, self._fitting = _spent_in_run(run.ledger), ahead.fit_seconds
             missing = ahead.cut(round)
         else:
             _advance(ahead, session, round)

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -101,6 +103,7 @@ class Measurement:
         restored: whether model and optimizer were the same, to the bit, after every piece.
         changed: a sentence on state that measuring has changed and nothing puts back, None where none was noticed.
         meter: what measuring has cost so far.
+        fit_seconds: of it, what fits of the estimator took in this process.
         selector_state: the selector's state before the first question.
     """
 
@@ -120,6 +123,7 @@ class Measurement:
         self.restored = True
         self.changed: str | None = None
         self.meter = meter or CostMeter()
+        self.fit_seconds = 0.0
         self.selector_state = copy.deepcopy(selector.state_dict())
         self._estimator = estimator
         self._selector = selector
@@ -227,6 +231,14 @@ class Measurement:
 
     # ---- parts -------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.fit_seconds += time.perf_counter() - began
+
     def _bits(self, model: LiveModel) -> int:
         with self.meter.phase("check restore"):
             return bit_sum(model.module, model.optimizer)
@@ -275,7 +287,7 @@ class Measurement:
         if self._fit is not None or self._estimator is None or self._disabled() is not None:
             return False
         try:
-            with self.meter.phase("fit estimator"), measuring(model.module, model.optimizer):
+            with self._fitting(), self.meter.phase("fit estimator"), measuring(model.module, model.optimizer):
                 return self._estimator.fit_ahead(model, round, examples)
         except NotMeasurableError:  # the fit says why
             return False
@@ -292,6 +304,7 @@ class Measurement:
             return fit
         try:
             with (
+                self._fitting(),
                 self.meter.tracked("fit estimator", 1, "fit") as advance,
                 measuring(model.module, model.optimizer),
             ):

@@ -129,6 +129,14 @@ def test_rounds_become_longer_where_choosing_alone_takes_most_of_the_share():
     assert governor.begin_round(200.0, 11.0, 10.0) == pytest.approx(4.0)
 
 
+def test_rounds_become_longer_for_a_fit_as_long_as_that_makes_it_cheaper():
+    governor = Governor(0.05)
+    governor.begin_round(0.0, 0.0, 0.0)
+    assert governor.begin_round(100.0, 5.0, 1.0, fitting=4.0) == pytest.approx(2.0)
+    # a round twice as long whose fit is, too: the part of it that does not grow is no more than the shortest
+    assert governor.begin_round(300.0, 15.0, 1.0, fitting=8.0) == pytest.approx(1.0)
+
+
 def test_longer_rounds_are_recorded_and_trained_on_and_resumed(tmp_path):
     def data():
         return SelectionDataModule(pool=rows(600, 1), reference=rows(6, 2), batch_size=2, probe_batch_size=4)
