@@ -3,11 +3,12 @@
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from liveselect import distributed
 from liveselect.datamodules.pools.display import PrepareDisplay
@@ -23,6 +24,7 @@ SPREAD_ROWS = 4096
 
 ROWS_READ_TWICE = 256  # to see whether they differ
 CHUNK_ROWS, CHUNK_TOKENS = 1024, 1 << 18  # read at once: bounds the memory
+_HASHED_APART = frozenset({"id", "input_ids", "labels", "attention_mask"})
 MAX_TOKEN_ID = 2**31 - 1  # ids are hashed as 32-bit numbers, so that the hash does not depend on their integer type
 
 
@@ -34,12 +36,14 @@ class Chunk(NamedTuple):
         tokens: ``(sum of lengths,)`` int64.
         labels: the same shape; another one where batches do not have one label for each token.
         mask: ``(sum of lengths,)`` bool attention mask, or None.
+        others: ``(16 x batches,)`` uint8, hashes of what else the batches of these rows hold, or None.
     """
 
     lengths: np.ndarray
     tokens: np.ndarray
     labels: np.ndarray
     mask: np.ndarray | None = None
+    others: np.ndarray | None = None
 
 
 Read = Callable[[Sequence[int], int], Chunk]
@@ -94,7 +98,9 @@ def survey(
     mean = max(1.0, float(spread.lengths.mean()))
     is_whole = size <= whole_rows and size * mean <= whole_tokens
     began = time.perf_counter()
-    is_stable = _equal(spread, read(first, 0))
+    again = read(first, 0)
+    is_stable = _equal(spread._replace(others=None), again._replace(others=None))
+    counts_others = np.array_equal(spread.others, again.others)  # type: ignore[arg-type] - what differs says nothing
     seconds_each = (time.perf_counter() - began) / len(first)
     at_once = int(max(1, min(CHUNK_ROWS, CHUNK_TOKENS // mean)))
     found = _Findings(name, strict)
@@ -103,7 +109,8 @@ def survey(
     with display.phase(f"reading {name}", len(every), " rows"):
         for number, start in enumerate(range(0, len(every), at_once)):
             ids = every[start : start + at_once]
-            found.add(read(ids, number), ids)
+            chunk = read(ids, number)
+            found.add(chunk if counts_others else chunk._replace(others=None), ids)
             display.update(start + len(ids))
     found.conclude()
     _warn_of_shifted_labels(spread, name)
@@ -136,6 +143,30 @@ def join(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Chunk:
     return Chunk(lengths, np.concatenate([r[0] for r in rows]), np.concatenate([r[1] for r in rows]))
 
 
+def hash_others(batch: Mapping[str, object]) -> np.ndarray | None:
+    """Return a hash of what a batch holds beside tokens, labels and mask, ``(16,)`` uint8; None where that is nothing.
+
+    Weights, positions and texts, for example, which a training step or a loss of the user's may use.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    found = False
+    for name in sorted(batch.keys() - _HASHED_APART, key=str):
+        value = batch[name]
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            value = value.double().numpy() if value.is_floating_point() else value.numpy()
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            kind = "<f8" if value.dtype.kind == "f" else "<i8"  # what a number is stored as does not count
+            content = repr(value.shape).encode() + value.astype(kind).tobytes()
+        elif isinstance(value, list | tuple) and all(isinstance(each, str | int | float) for each in value):
+            content = repr(list(value)).encode()
+        else:
+            continue
+        digest.update(f"{name!r} {len(content)} ".encode() + content)
+        found = True
+    return np.frombuffer(digest.digest(), np.uint8) if found else None
+
+
 def _equal(one: Chunk, other: Chunk) -> bool:
     pairs = zip(one, other, strict=True)
     return all(a is b if a is None or b is None else np.array_equal(a, b) for a, b in pairs)
@@ -155,6 +186,7 @@ class _Findings:
     other_labels: bool = False
     lengths: set[int] = field(default_factory=set)
     digests: list[hashlib.blake2b] = field(default_factory=lambda: [hashlib.blake2b(digest_size=16) for _ in range(4)])
+    others: hashlib.blake2b | None = None
 
     @property
     def block_size(self) -> int | None:
@@ -171,6 +203,9 @@ class _Findings:
             if array is not None:
                 small = array.astype("<i4") if array.dtype.kind in "iub" else array
                 digest.update(np.ascontiguousarray(small).data)
+        if chunk.others is not None:
+            self.others = self.others or hashlib.blake2b(digest_size=16)
+            self.others.update(chunk.others.data)
 
     def _check(self, chunk: Chunk, ids: Sequence[int]) -> None:
         if not chunk.lengths.all():
@@ -235,7 +270,7 @@ class _Findings:
         """Return a hash of the rows read, and of how they were read."""
         digest = hashlib.blake2b(f"{how} {size}".encode(), digest_size=16)
         if how != "length":
-            for part in self.digests:
+            for part in (*self.digests, *([] if self.others is None else [self.others])):
                 digest.update(part.digest())
         return digest.hexdigest()
 

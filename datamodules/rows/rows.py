@@ -12,7 +12,7 @@ from liveselect.datamodules.pools.tokens import TokenStore
 from liveselect.datamodules.rows import hugging_face, transport
 from liveselect.datamodules.rows.collating import check_order, unpadded
 from liveselect.datamodules.rows.columns import Columns
-from liveselect.datamodules.rows.content import WHOLE_ROWS, WHOLE_TOKENS, Chunk, join, spread_ids, survey
+from liveselect.datamodules.rows.content import WHOLE_ROWS, WHOLE_TOKENS, Chunk, hash_others, join, spread_ids, survey
 from liveselect.datamodules.rows.draws import Collate, MapStyle, candidate_seeds, fetch, load_rows, private_draws
 from liveselect.datamodules.rows.token_rows import WEIGHTS, check_map_style, complete_batch, pad_rows, token_row
 from liveselect.grammar import Batch
@@ -275,13 +275,15 @@ class CollatedRows(Rows):
             batch = self._complete(part, _first_seeded(seed + first, part))
             tokens, labels = (np.asarray(batch[name]) for name in ("input_ids", "labels"))
             mask = np.asarray(batch["attention_mask"]).ravel() != 0 if batch.get("attention_mask") is not None else None
-            chunks.append(Chunk(np.full(len(part), tokens.shape[1]), tokens.ravel(), labels.ravel(), mask))
-        lengths, all_tokens, all_labels, masks = zip(*chunks, strict=True)
+            lengths = np.full(len(part), tokens.shape[1])
+            chunks.append(Chunk(lengths, tokens.ravel(), labels.ravel(), mask, hash_others(batch)))
+        lengths, all_tokens, all_labels, masks, others = zip(*chunks, strict=True)
         return Chunk(
             np.concatenate(lengths),
             np.concatenate(all_tokens),
             np.concatenate(all_labels),
             None if masks[0] is None else np.concatenate(masks),
+            None if any(each is None for each in others) else np.concatenate(others),
         )
 
 

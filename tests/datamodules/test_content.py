@@ -135,6 +135,39 @@ def test_a_changed_mask_of_a_wrapped_dataset_changes_it():
     assert of(mask) != plain
 
 
+@pytest.mark.parametrize("name", ["weight", "position_ids", "note"])
+def test_whatever_else_a_wrapped_dataset_hands_to_training_counts(name):
+    def collate(batch):
+        first = {key: torch.stack([row[key] for row in batch]) for key in ("input_ids", "labels", "weight")}
+        first["position_ids"] = torch.stack([row["position_ids"] for row in batch])
+        return {**first, "note": [chr(97 + int(row["note"])) for row in batch]}
+
+    def of(**changed):
+        columns = columns_of(table(), labels=table().tolist(), weight=np.ones(COUNT), note=np.zeros(COUNT, int))
+        columns["position_ids"] = np.tile(np.arange(WIDTH), (COUNT, 1))
+        return CollatedRows(Tensors({**columns, **changed}), collate).fingerprint
+
+    values = {"weight": np.ones(COUNT), "note": np.zeros(COUNT, int)}.get(name)
+    values = np.tile(np.arange(WIDTH), (COUNT, 1)) if values is None else values
+    assert of(**{name: values.astype(np.float32 if name == "weight" else np.int32)}) == of()
+    values[501] += 1
+    assert of(**{name: values}) != of()
+
+
+def test_what_a_collate_function_counts_up_keeps_the_rows_from_being_compared_no_more_than_itself():
+    calls = []
+
+    def collate(batch):
+        calls.append(1)
+        tokens = torch.stack([row["input_ids"] for row in batch])
+        return {"input_ids": tokens, "labels": tokens, "made": torch.full((len(batch),), len(calls))}
+
+    changed = table()
+    changed[501, 2] += 1
+    one, again, other = (CollatedRows(Tensors(columns_of(t)), collate) for t in (table(), table(), changed))
+    assert one.fingerprint == again.fingerprint != other.fingerprint
+
+
 @pytest.mark.parametrize("kind", ["list", "hugging face", "subset"])
 def test_the_group_of_every_row_counts(kind):
     def pool(groups):
