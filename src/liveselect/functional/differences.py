@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from liveselect.functional.gradients import match_direction, mean_gradient
+from liveselect.functional.gradients import mean_gradient
+from liveselect.functional.layer_plans import match_direction
 from liveselect.functional.layer_pass import LossFn, T
 from liveselect.functional.sharding import like, local, reshard
 

@@ -1,12 +1,14 @@
 """Products of single examples' gradients with one direction in parameter space: exact, and without forming them."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Generic
+from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from liveselect.functional.coverage import described, hidden_layers
 from liveselect.functional.layer_pass import (
     LayerPlan,
     LossFn,
@@ -16,14 +18,12 @@ from liveselect.functional.layer_pass import (
     count_rows,
     make_anchor,
 )
-from liveselect.functional.layers import Dot, Rule, any_dot, row_dot, rule_for
-from liveselect.functional.taps import Observer, tapped
+from liveselect.functional.layer_plans import Gather, as_it_is, known_of, match_direction, pattern, sort_layers
+from liveselect.functional.layers import Dot, row_dot
+from liveselect.functional.sharding import is_sharded
+from liveselect.functional.taps import WAY_OUT, HiddenError, TapLog, tapped
 
-Gather = Callable[[Tensor], Tensor]
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+R = TypeVar("R")
 
 
 def example_dot(
@@ -32,7 +32,7 @@ def example_dot(
     batch: T,
     direction: Mapping[str, Tensor | None],
     check: bool = True,
-    whole: Gather = _as_it_is,
+    whole: Gather = as_it_is,
 ) -> Tensor:
     r"""Return the exact inner product of every example's gradient with one direction, ``(B,)``.
 
@@ -57,7 +57,13 @@ def example_dot(
     Source: the product of layer inputs and output gradients is that of Goodfellow 2015, arXiv 1510.01799; its use for
     data selection during training that of Wang et al. 2024, arXiv 2406.11011.
     """
-    return backward_through_layers(model, loss_fn, batch, plan_products(model, direction, whole), check=check)
+
+
+    def products() -> Tensor:
+        plan = plan_products(model, direction, whole)
+        return backward_through_layers(model, loss_fn, batch, plan, None, check, partial(require_known, model) if check else None)
+
+    return _with_a_second_look(model, loss_fn, batch, direction, products)
 
 
 _LOST = 0.02
@@ -70,7 +76,7 @@ def token_dots(
     batch: T,
     direction: Mapping[str, Tensor | None],
     check: bool = True,
-    whole: Gather = _as_it_is,
+    whole: Gather = as_it_is,
 ) -> Tensor:
     r"""Return the exact inner product of the gradient of every token's loss with one direction, ``(B, T)``.
 
@@ -90,16 +96,25 @@ def token_dots(
         ValueError: as above.
         RuntimeError: an operation has no second derivative.
     """
-    plan, rows = plan_products(model, direction, whole), count_rows(batch)
+
+    def products() -> Tensor:
+        return _token_dots(model, loss_fn, batch, plan_products(model, direction, whole), check)
+
+    return _with_a_second_look(model, loss_fn, batch, direction, products)
+
+
+def _token_dots(model: nn.Module, loss_fn: LossFn[T], batch: T, plan: LayerPlan, check: bool) -> Tensor:
+    rows = count_rows(batch)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         anchor = make_anchor(plan.parameters.values(), rows)
-        with tapped(model, plan.observers, anchor, rows) as log:
+        with tapped(model, plan.observers, anchor, rows, None, plan.replayed, plan.instead) as log:
             losses = loss_fn(model, batch)
             missing = losses.detach().isnan()
             weights = torch.ones_like(losses, requires_grad=True)
             total = (losses.masked_fill(missing, 0.0) * weights).sum()
             if check:
                 check_coverage(plan, total, log)
+                require_known(model, log)
             seen = _gradient(total, anchor, create_graph=True)
             found = torch.zeros_like(losses) if seen is None else _gradient(seen.sum(), weights)
     found = torch.zeros_like(losses) if found is None else found
@@ -124,8 +139,42 @@ def _gradient(value: Tensor, of: Tensor, create_graph: bool = False) -> Tensor |
     return torch.autograd.grad(value, [of], create_graph=create_graph, allow_unused=True)[0]
 
 
+def _with_a_second_look(
+    model: nn.Module, loss_fn: LossFn[T], batch: T, direction: Mapping[str, Tensor | None], products: Callable[[], R]
+) -> R:
+    """Return what ``products`` does, if need be after finding out where layers that hide theirs can be seen.
+
+    Raises:
+        HiddenError: some cannot be seen anywhere.
+    """
+    try:
+        return products()
+    except HiddenError:
+        if is_sharded(model):
+            raise
+        names = [name for name, value in direction.items() if value is not None]
+
+        def losses(model: nn.Module, batch: T) -> Tensor:
+            found = loss_fn(model, batch)
+            return found if found.dim() == 1 else found.nan_to_num(0.0).flatten(1).sum(dim=1)
+
+        hidden = hidden_layers(model, losses, batch, names)
+        if hidden:
+            raise HiddenError(
+                f"the gradients of single examples cannot be seen in these layers: {described(hidden)}: {WAY_OUT}"
+            ) from None
+    return products()
+
+
+def require_known(model: nn.Module, log: TapLog) -> None:
+    """Raise HiddenError where calls are out of the ordinary and were never compared with what autograd finds."""
+    new = {pattern(name) for name in log.unusual} - known_of(model).verified
+    if new:
+        raise HiddenError(f"the products of {sorted(new)} were not compared with gradients that autograd forms")
+
+
 def plan_products(
-    model: nn.Module, direction: Mapping[str, Tensor | None], whole: Gather = _as_it_is, dot: Dot = row_dot
+    model: nn.Module, direction: Mapping[str, Tensor | None], whole: Gather = as_it_is, dot: Dot = row_dot
 ) -> LayerPlan:
     """Find for every parameter of the direction the layers that hold it, and their rules, which sum as ``dot`` does.
 
@@ -138,35 +187,11 @@ def plan_products(
     if uncovered:
         names = sorted({name for _, own in uncovered for name in own})
         raise ValueError(
-            f"no rule gives the gradients of single examples for parameters {names}: their modules hold other layers, "
-            "or mix the examples of a batch. Leave them out (exclude=[...]), or measure with "
+            f"no rule gives the gradients of single examples for parameters {names}: their modules mix the "
+            "examples of a batch, or hold their parameters twice. Leave them out (exclude=[...]), or measure with "
             'engine="central_difference"'
         )
     return plan
-
-
-def sort_layers(
-    model: nn.Module, direction: Mapping[str, Tensor | None], whole: Gather = _as_it_is, dot: Dot = row_dot
-) -> tuple[LayerPlan, list[tuple[str, list[str]]]]:
-    """Return the layers that have rules as a plan, and the others with their parameters."""
-    parameters, values = match_direction(model, direction)
-    observers: dict[str, Observer] = {}
-    holders: dict[str, list[str]] = {name: [] for name in parameters}
-    opaque: set[str] = set()
-    uncovered: list[tuple[str, list[str]]] = []
-    for module_name, module, own in _owners(model, parameters):
-        rule = rule_for(module)
-        if rule is None:
-            uncovered.append((module_name, list(own.values())))
-            continue
-        moves = {its_name: values[name] for its_name, name in own.items()}
-        observers[module_name] = _bind(rule, module, moves, whole, dot)
-        for name in own.values():
-            holders[name].append(module_name)
-        if rule is any_dot:
-            opaque.update(own.values())
-    plan = LayerPlan(observers, parameters, {n: tuple(h) for n, h in holders.items()}, frozenset(opaque), model)
-    return plan, uncovered
 
 
 def forward_mode_dot(model: nn.Module, loss_fn: LossFn[T], batch: T, direction: Mapping[str, Tensor | None]) -> Tensor:
@@ -237,68 +262,6 @@ def mean_gradient(
 ) -> dict[str, Tensor]:
     """Return the gradient half of :func:`mean_loss_and_gradient`."""
     return mean_loss_and_gradient(model, loss_fn, batches, weights)[1]
-
-
-def match_direction(
-    model: nn.Module, direction: Mapping[str, Tensor | None]
-) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-    """Return the parameters that a direction moves, and the direction's tensors on their devices, both by name.
-
-    Raises:
-        TypeError: the direction is no mapping of names to tensors.
-        ValueError: unknown names, shapes that do not fit, one tied parameter twice, or none.
-    """
-    given: object = direction
-    if not isinstance(given, Mapping):
-        raise TypeError(f"expected a direction as a mapping of parameter names to tensors, got {type(given).__name__}")
-    known = dict(model.named_parameters(remove_duplicate=False))
-    unknown = sorted(map(str, set(direction) - set(known)))
-    if unknown:
-        raise ValueError(f"the direction names parameters that the model does not have: {unknown}")
-    parameters: dict[str, nn.Parameter] = {}
-    values: dict[str, Tensor] = {}
-    for name, value in direction.items():
-        if value is None:
-            continue
-        its_value: object = value
-        if not isinstance(its_value, Tensor):
-            raise TypeError(f"expected a direction's {name!r} to be a tensor, got {type(its_value).__name__}")
-        parameter = known[name]
-        if value.shape != parameter.shape:
-            raise ValueError(
-                f"expected a direction of shape {tuple(parameter.shape)} for {name!r}, got {tuple(value.shape)}"
-            )
-        parameters[name] = parameter
-        values[name] = value.detach().to(parameter.device)
-    if not parameters:
-        raise ValueError("expected a direction in at least one parameter, got none")
-    if len({id(parameter) for parameter in parameters.values()}) < len(parameters):
-        raise ValueError(
-            "the direction names one tied parameter twice: give it once, under the name of model.named_parameters()"
-        )
-    return parameters, values
-
-
-def _owners(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter]
-) -> Iterable[tuple[str, nn.Module, dict[str, str]]]:
-    """Yield (module name, module, {its own name: full name}) for every module that holds one of the parameters."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    for module_name, module in model.named_modules():
-        own = {
-            local: names[id(parameter)]
-            for local, parameter in module._parameters.items()
-            if parameter is not None and id(parameter) in names
-        }
-        if own:
-            yield module_name, module, own
-
-
-def _bind(rule: Rule, module: nn.Module, direction: Mapping[str, Tensor], whole: Gather, dot: Dot) -> Observer:
-    def observe(inputs: Tensor, delta: Tensor) -> Tensor:
-        return rule(module, inputs, delta, {name: whole(value) for name, value in direction.items()}, dot)
-
-    return observe
 
 
 class _LossOf(nn.Module, Generic[T]):

@@ -2,14 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from liveselect.functional.sharding import whole_twins
-from liveselect.functional.taps import Observer, TapLog, missed_uses, tapped
+from liveselect.functional.taps import CallObserver, HiddenError, Observer, TapLog, missed_uses, tapped
 
 T = TypeVar("T")
 
@@ -27,6 +27,8 @@ class LayerPlan:
         holders: for each parameter name, the observed modules that hold it; tied weights have several.
         opaque: parameters of layers that may read them several times in one call.
         model: holds the parameters; needed to recognise those of a sharded model in a graph.
+        replayed: observers of whole calls, by module name.
+        instead: observers that take the place of others where a call has several tensors.
     """
 
     observers: Mapping[str, Observer]
@@ -34,10 +36,18 @@ class LayerPlan:
     holders: Mapping[str, tuple[str, ...]]
     opaque: frozenset[str] = frozenset()
     model: nn.Module | None = None
+    replayed: Mapping[str, CallObserver] = field(default_factory=dict)
+    instead: Mapping[str, CallObserver] = field(default_factory=dict)
 
 
 def backward_through_layers(
-    model: nn.Module, loss_fn: LossFn[T], batch: T, plan: LayerPlan, weights: Tensor | None = None, check: bool = True
+    model: nn.Module,
+    loss_fn: LossFn[T],
+    batch: T,
+    plan: LayerPlan,
+    weights: Tensor | None = None,
+    check: bool = True,
+    seen: Callable[[TapLog], None] | None = None,
 ) -> Tensor:
     """Show input and output gradient of every call of the plan's layers to their observers.
 
@@ -51,6 +61,7 @@ def backward_through_layers(
         plan: the layers to observe.
         weights: ``(B,)``; None is ones.
         check: look through the graph of the loss for uses of the plan's parameters that no layer saw.
+        seen: called with what the taps saw in the forward.
 
     Returns:
         ``(B,)``, the sum of the observers' results.
@@ -61,33 +72,35 @@ def backward_through_layers(
     rows = count_rows(batch)
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         anchor = make_anchor(plan.parameters.values(), rows)
-        with tapped(model, plan.observers, anchor, rows) as log:
+        with tapped(model, plan.observers, anchor, rows, None, plan.replayed, plan.instead) as log:
             losses = loss_fn(model, batch)
             if losses.shape != (rows,):
                 raise ValueError(f"expected loss_fn to return ({rows},) losses, one per row, got {tuple(losses.shape)}")
             total = losses.sum() if weights is None else losses @ weights.to(losses)
             if check:
                 check_coverage(plan, total, log)
+            if seen is not None:
+                seen(log)
             if not total.requires_grad:
                 return torch.zeros_like(anchor)
-            (seen,) = torch.autograd.grad(total, [anchor], allow_unused=True)
-    return torch.zeros_like(anchor) if seen is None else seen
+            (products,) = torch.autograd.grad(total, [anchor], allow_unused=True)
+    return torch.zeros_like(anchor) if products is None else products
 
 
 def check_coverage(plan: LayerPlan, loss: Tensor, log: TapLog) -> None:
-    """Raise ValueError when ``loss`` depends on parameters of the plan in ways that its taps did not see.
+    """Raise HiddenError when ``loss`` depends on parameters of the plan in ways that its taps did not see.
 
     That happens where layers ran without gradients only (reentrant checkpointing), or weights were used without a call
     of their layer; the latter are found in the graph of the loss, in a few milliseconds.
     """
     unobserved, missed = find_missed(plan, loss, log)
     if unobserved:
-        raise ValueError(
+        raise HiddenError(
             f"modules {unobserved} ran without gradients, so their examples' gradients were not seen: use activation "
             "checkpointing with use_reentrant=False, and compute the loss outside of torch.no_grad"
         )
     if missed:
-        raise ValueError(
+        raise HiddenError(
             f"the loss uses parameters {missed} past the layers that hold them (a functional call, a fused kernel), "
             "where their examples' gradients cannot be seen: leave them out (exclude=[...]), or measure with "
             'engine="central_difference"'

@@ -1,13 +1,17 @@
 """How each kind of layer turns its input and output gradient into a product of gradient and direction."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from liveselect.functional.taps import Call, LayerError, floating_leaves
 
 _MIN_ENTRIES_FOR_DOT = 1 << 12  # of a row: shorter ones cost more as calls of their own than in one product
 _MAX_ENTRIES_PER_DOT = 1 << 16  # as many stay in a cache, and add up with little rounding
@@ -26,9 +30,9 @@ Rule = Callable[[Any, Tensor, Tensor, Direction, Dot], Tensor]
 def rule_for(module: nn.Module) -> Rule | None:
     """Return the rule for a layer's own parameters, None when there is none.
 
-    Layers with torch's own forward have closed forms. Any other layer that holds its parameters itself, and no layers
-    with parameters below it, is differentiated by forward-mode AD: norms and embeddings of all kinds come this way.
-    Layers that mix the examples of a batch, or do not map one tensor to one tensor, have no rule.
+    Layers with torch's own forward have closed forms. Any other is differentiated in the parameters that it holds
+    itself, as it computes once more: norms and embeddings of all kinds, routers, fused experts, state spaces.
+    Layers that mix the examples of a batch, or keep their parameters in other places too, have no rule.
     """
     if isinstance(module, _MODULES_WITHOUT_RULE) or getattr(module, "scale_grad_by_freq", False):
         return None
@@ -37,8 +41,6 @@ def rule_for(module: nn.Module) -> Rule | None:
             return rule
     if is_transposed_linear(module):
         return transposed_linear_dot
-    if any(next(child.parameters(), None) is not None for child in module.children()):
-        return None
     return any_dot
 
 
@@ -122,6 +124,122 @@ def any_dot(layer: nn.Module, x: Tensor, delta: Tensor, direction: Direction, do
     return dot(delta, _without_padding(layer, x, moved) if isinstance(layer, nn.Embedding) else moved)
 
 
+@dataclass(frozen=True)
+class Move:
+    """A direction in one parameter: the module that holds it, its name there, and the direction."""
+
+    module: nn.Module
+    name: str
+    value: Tensor
+
+
+def replayed_dot(
+    layer: nn.Module,
+    call: Call,
+    deltas: Sequence[Tensor | None],
+    moves: Sequence[Move],
+    dot: Dot = row_dot,
+    backwards: bool = False,
+) -> Tensor:
+    r"""Return :math:`\langle \delta, \partial_\theta f(x) V \rangle` for every tensor that a call returned, summed.
+
+    The layer computes once more with its inputs as they were, by forward-mode AD. Where an operation in it has no
+    forward-mode derivative, the product comes from its backward, differentiated in the gradient that it is given:
+    :math:`J V = \partial_u \langle J^\top u, V \rangle`. Its taps do not see it; other hooks of layers inside do.
+
+    Args:
+        layer: that was called.
+        call: what it was called with.
+        deltas: of the floating tensors that it returned, None where the loss does not depend on one.
+        moves: in its parameters, or in those of layers inside of it.
+        dot: as of other rules.
+        backwards: take the second way, which leaves out what backward leaves out: padding rows, parts under no_grad.
+
+    Raises:
+        LayerError: rows of the output are not those of examples, or it cannot be differentiated in either way.
+    """
+    device = next(delta.device for delta in deltas if delta is not None)
+    with call.again(device), sdpa_kernel(SDPBackend.MATH):
+        try:
+            moved = None if backwards else _forward_tangents(layer, call, moves)
+            if moved is None:
+                moved = _backward_tangents(layer, call, moves)
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError) as error:
+            got = "tensors by operations that cannot be differentiated twice"
+            raise LayerError(call.name, got, f"module {call.name!r} maps {got}: {error}") from error
+    parts = []
+    for delta, tangent in zip(deltas, moved, strict=True):
+        if delta is not None and tangent is not None:
+            parts.append(dot(call.by_example(delta), call.by_example(tangent.to(delta.dtype))))
+    if parts:
+        return sum(parts[1:], parts[0])
+    some = next(delta for delta in deltas if delta is not None)
+    apart = call.by_example(some)
+    return dot(apart, torch.zeros_like(apart))
+
+
+@contextmanager
+def _exchanged(moves: Sequence[Move], values: Sequence[Tensor]) -> Iterator[None]:
+    own = [(move, move.module._parameters[move.name]) for move in moves]
+    try:
+        for move, value in zip(moves, values, strict=True):
+            move.module._parameters[move.name] = value  # type: ignore[assignment]
+        yield
+    finally:
+        for move, parameter in own:
+            move.module._parameters[move.name] = parameter
+
+
+def _parameter_of(move: Move) -> Tensor:
+    parameter = move.module._parameters[move.name]
+    if parameter is None:
+        raise RuntimeError(f"the parameter {move.name!r} is gone")
+    return parameter.detach()
+
+
+def _forward_tangents(layer: nn.Module, call: Call, moves: Sequence[Move]) -> list[Tensor | None] | None:
+    """Return the derivative of each floating output along the moves; None where an operation has none forwards."""
+    try:
+        with torch.no_grad(), forward_ad.dual_level():
+            values = [_parameter_of(move) for move in moves]
+            duals = [forward_ad.make_dual(v, m.value.to(v.dtype)) for v, m in zip(values, moves, strict=True)]
+            with _exchanged(moves, duals):
+                leaves, _, floating = floating_leaves(layer.forward(*call.arguments, **call.options))
+            return [forward_ad.unpack_dual(leaves[index]).tangent for index in floating]
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _backward_tangents(layer: nn.Module, call: Call, moves: Sequence[Move]) -> list[Tensor | None]:
+    """Return the same from the layer's own backward."""
+    with torch.enable_grad():
+        values = [_parameter_of(move).requires_grad_() for move in moves]
+        with _exchanged(moves, values):
+            leaves, _, floating = floating_leaves(layer.forward(*call.arguments, **call.options))
+        outputs = [(place, leaves[index]) for place, index in enumerate(floating) if leaves[index].requires_grad]
+        found: list[Tensor | None] = [None] * len(floating)
+        if not outputs:
+            return found
+        given = [torch.zeros_like(output, requires_grad=True) for _, output in outputs]
+        heads = [output for _, output in outputs]
+        back = torch.autograd.grad(heads, values, given, create_graph=True, allow_unused=True)
+        products = [
+            (gradient * move.value.to(gradient.dtype)).sum()
+            for gradient, move in zip(back, moves, strict=True)
+            if gradient is not None and gradient.requires_grad
+        ]
+        if not products:
+            return found
+        tangents = torch.autograd.grad(sum(products[1:], products[0]), given, allow_unused=True)
+        for (place, _), tangent in zip(outputs, tangents, strict=True):
+            found[place] = None if tangent is None else tangent.detach()
+    return found
+
+
 def _products(a: Tensor, b: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return a.to(dtype) * b.to(dtype)
@@ -181,7 +299,7 @@ def _forward_is(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module).forward is kind.forward and "forward" not in vars(module)
 
 
-_MODULES_WITHOUT_RULE = (nn.modules.batchnorm._BatchNorm, nn.RNNBase, ParametrizationList)
+_MODULES_WITHOUT_RULE = (nn.modules.batchnorm._BatchNorm, nn.RNNBase)
 
 _CLOSED_FORMS: dict[type[nn.Module], Rule] = {
     nn.Linear: linear_dot,

@@ -16,7 +16,12 @@ _ROWS = 2  # one alone does not show which dimension counts examples
 
 
 def refuse_hidden(
-    model: LiveModel, round: Round, names: Collection[str], what: str, advice: Callable[[list[Hidden]], str]
+    model: LiveModel,
+    round: Round,
+    names: Collection[str],
+    what: str,
+    advice: Callable[[list[Hidden]], str],
+    replays: bool = True,
 ) -> None:
     """Raise ValueError when layers hide the gradients of single examples in the parameters ``names``.
 
@@ -26,10 +31,11 @@ def refuse_hidden(
         names: of the parameters.
         what: cannot see them, for the message.
         advice: returns what helps against these layers.
+        replays: whether a layer may be seen as it computes once more.
     """
     batch = next(round.batches(round.candidates[:_ROWS]))
     rows = {name: value[:_ROWS] if isinstance(value, Tensor) else value for name, value in batch.items()}
-    hidden = hidden_layers(model.module, model.loss_fn, model.to_device(rows), names)
+    hidden = hidden_layers(model.module, model.loss_fn, model.to_device(rows), names, replays)
     model.view.reshard()
     if hidden:
         raise ValueError(

@@ -185,7 +185,7 @@ class KFACInfluence(InfluenceEstimator):
             )
 
         with model.autocast():
-            refuse_hidden(model, round, names, type(self).__name__, advice)
+            refuse_hidden(model, round, names, type(self).__name__, advice, replays=False)
         trained = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
         warn_of_share(
             type(self).__name__,

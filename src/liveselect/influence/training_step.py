@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liveselect.cost import CostMeter, Stopwatch
-from liveselect.functional.gradients import plan_products
+from liveselect.functional.gradients import plan_products, require_known
 from liveselect.functional.layer_pass import LayerPlan, check_coverage, count_rows, make_anchor
 from liveselect.functional.layers import position_dot, row_dot, whole_dot
-from liveselect.functional.taps import Observer, TapLog, tapped
+from liveselect.functional.taps import Call, CallObserver, Observer, TapLog, tapped
 from liveselect.grammar import IGNORE_INDEX, Batch
 from liveselect.losses import shifted_targets, target_counts
 from liveselect.parameters import ParameterView
@@ -125,7 +125,12 @@ class TrainingStepScores:
                 name: partial(self._show_first, name, observe, products)
                 for name, observe in self._plan.observers.items()
             }
-            taps = tapped(self._model, observers, self._open.anchor, rows, self._open.errors.append)
+            replayed, instead = (
+                {name: partial(self._show_call, name, observe, products) for name, observe in calls.items()}
+                for calls in (self._plan.replayed, self._plan.instead)
+            )
+            errors = self._open.errors.append
+            taps = tapped(self._model, observers, self._open.anchor, rows, errors, replayed, instead)
             self._open.log = self._stack.enter_context(taps)
         if from_total:
             self.meter.add_flops(2.0 * sum(parameter.numel() for parameter in self._plan.parameters.values()))
@@ -140,6 +145,7 @@ class TrainingStepScores:
         if self._open is not None and self._open.log is not None:
             self._open.refuse_errors()
             check_coverage(self._plan, loss, self._open.log)
+            require_known(self._model, self._open.log)
 
     def collect(self, weights: Tensor) -> Tensor:
         """Return the influence of the micro-batch's examples, ``(B,)`` float32 on CPU, and remove the hooks.
@@ -184,6 +190,17 @@ class TrainingStepScores:
         look = partial(observe, own, delta[:rows])
         with self.watch.lap(delta.device), self.meter.counting(self._layers[name], *work, trial=look):
             return look()
+
+    def _show_call(
+        self, name: str, observe: CallObserver, rows: int, call: Call, deltas: tuple[Tensor | None, ...]
+    ) -> Tensor | None:
+        """Show an observer a whole call, keep what it finds for the first examples, and count what it computes."""
+        look = partial(observe, call, deltas)
+        shapes = tuple(None if delta is None else delta.shape for delta in deltas)
+        device = next(delta.device for delta in deltas if delta is not None)
+        with self.watch.lap(device), self.meter.counting(self._layers[name], "observe a call", shapes, trial=look):
+            found = look()
+        return None if found is None else found[:rows]
 
     def _dot_by_position(self, a: Tensor, b: Tensor) -> Tensor:
         return position_dot(a, b, 1 if self._open is None or self._open.positions is None else self._open.positions)
