@@ -1,6 +1,7 @@
 """Which layers hide the gradients of single examples, and where what they do can be seen instead."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -102,8 +103,8 @@ def _look(
     )
     errors: list[Exception] = []
     rows = count_rows(batch)
-    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        anchor = make_anchor(parameters.values(), rows)
+    anchor = make_anchor(parameters.values(), rows)
+    with _passes(anchor.device):
         with tapped(model, plan.observers, anchor, rows, errors.append, plan.replayed, plan.instead) as log:
             loss = loss_fn(model, batch).sum()
             unobserved, missed = find_missed(plan, loss, log)
@@ -135,7 +136,8 @@ def _compare(
     parameters = {name: every[name] for name in names if every[name].requires_grad}
     rows = count_rows(batch)
     compared = min(rows, _ROWS_COMPARED)
-    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+    device = next(iter(every.values())).device
+    with _passes(device):
         losses = loss_fn(model, batch)
         gradients = [
             torch.autograd.grad(losses[row], list(parameters.values()), retain_graph=row + 1 < compared, allow_unused=True)
@@ -162,7 +164,7 @@ def _compare(
     def noted(observers: Mapping[str, Callable[..., Tensor | None]]) -> dict[str, Callable[..., Tensor | None]]:
         return {name: partial(note, name, observe) for name, observe in observers.items()}
 
-    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+    with _passes(device):
         anchor = make_anchor(parameters.values(), rows)
         looks = noted(plan.observers), noted(plan.replayed), noted(plan.instead)
         with tapped(model, looks[0], anchor, rows, errors.append, looks[1], looks[2]) as log:
@@ -182,6 +184,14 @@ def _compare(
             odd = [name for name in modules if name in log.unusual] or modules
             found += [Hidden(name, kinds[name], _OTHER_PRODUCTS, tuple(own)) for name in odd]
     return found
+
+
+@contextmanager
+def _passes(device: torch.device) -> Iterator[None]:
+    """Open a block for a forward and a backward that draw the random numbers of any other such block."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _fits(seen: Tensor, by_row: list[dict[str, Tensor]], names: Iterable[str], tolerance: float) -> bool:

@@ -232,9 +232,13 @@ def _backward_tangents(layer: nn.Module, call: Call, moves: Sequence[Move]) -> l
             for gradient, move in zip(back, moves, strict=True)
             if gradient is not None and gradient.requires_grad
         ]
-        if not products:
+        if not products and all(gradient is None for gradient in back):
             return found
+        if not products:
+            raise RuntimeError("its backward has no derivative")
         tangents = torch.autograd.grad(sum(products[1:], products[0]), given, allow_unused=True)
+        if all(tangent is None for tangent in tangents):  # autograd leaves out what it cannot differentiate again
+            raise RuntimeError("its backward has no derivative")
         for (place, _), tangent in zip(outputs, tangents, strict=True):
             found[place] = None if tangent is None else tangent.detach()
     return found
