@@ -55,7 +55,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, object]]] = {
     "GPT-NeoX": ("GPTNeoX", _but("num_key_value_heads")),
     "OPT": (
         "OPT",
-        _but("intermediate_size", "num_key_value_heads", "initializer_range", ffn_dim=32, word_embed_proj_dim=16),
+        _but("intermediate_size", "num_key_value_heads", "initializer_range", "pad_token_id", ffn_dim=32, word_embed_proj_dim=16),
     ),
     "BLOOM": ("Bloom", {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 2}),
     "Phi-3": ("Phi3", _COMMON),
