@@ -9,7 +9,8 @@ from liveselect.datamodules.opening import OpenedRows, fingerprint_of, mixture_o
 from liveselect.datamodules.reference import ReferenceSet
 from liveselect.datamodules.rows.rows import DatasetRows
 from liveselect.datamodules.settings import ServingSettings
-from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence
+from liveselect.cli.score_method import _refuse_weights
+from liveselect.influence import FirstOrderInfluence, KFACInfluence, LESSInfluence, OneStepInfluence, PMPInfluence
 
 POOL = torch.randint(0, VOCAB, (32, 12), generator=torch.Generator().manual_seed(0))
 OPENED = OpenedRows(DatasetRows(POOL), 4)
@@ -61,6 +62,42 @@ def test_equal_weights_are_equal_sets_whatever_their_size():
     even, _ = measured(OneStepInfluence(), mixture(short=2.0, long=2.0))
     apart = [measured(OneStepInfluence(), SETS[name])[0] for name in SETS]
     torch.testing.assert_close(even, sum(apart) / 2, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["tokens", "examples"])
+def test_pmp_pulls_back_the_weighted_mean_of_the_sets(weighting):
+    def make():
+        # one step, from which influence is linear in the gradient of the reference loss
+        return PMPInfluence(1, 1, dynamics="sgd", batch_size=4, reference_weighting=weighting)
+
+    def of(reference):
+        context, estimator = warm_context(source=Served(reference)), make()
+        context.fit(estimator)
+        return context.score_ids(estimator, torch.arange(4)).double()
+
+    alone = {name: of(SETS[name]) for name in SETS}
+    expected = sum(WEIGHTS[name] * alone[name] for name in SETS) / 4
+    torch.testing.assert_close(of(mixture(**WEIGHTS)), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_less_takes_the_weighted_mean_of_the_sets():
+    def make():
+        return LESSInfluence(dimensions=None, features="gradient")
+
+    alone = {name: measured(make(), SETS[name])[0] for name in SETS}
+    found, _ = measured(make(), mixture(**WEIGHTS))
+    expected = sum(WEIGHTS[name] * alone[name] for name in SETS) / 4
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_cheap_methods_refuse_weights_and_take_equal_sets():
+    source = Served(mixture(**WEIGHTS))
+    with pytest.raises(ValueError, match=r"short: 0.75, long: 0.25.*leave the weights out"):
+        _refuse_weights(source.batches, source.reference_names)
+    even = Served(mixture(short=2.0, long=2.0))
+    _refuse_weights(even.batches, even.reference_names)
+    alone = Served(SETS["long"])
+    _refuse_weights(alone.batches, alone.reference_names)
 
 
 def test_the_forms_of_a_mixture():

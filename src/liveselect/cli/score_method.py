@@ -1,6 +1,6 @@
 """``liveselect score --method NAME``: scores of every sequence of a pool by one of the known methods."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,9 @@ from liveselect import distributed
 from liveselect.cli.score_job import PoolJob, agreed, read_or_refuse, wait_for_all
 from liveselect.cli.score_methods import BuiltMethod
 from liveselect.functional.sampling import uniform_subset
-from liveselect.grammar import Batch, CandidateSource, InfluenceEstimator, text_tokens
+from liveselect.grammar import REFERENCE_SET, Batch, CandidateSource, InfluenceEstimator, text_tokens
 from liveselect.json_lines import whole_file
+from liveselect.losses import token_weights
 from liveselect.preserve import measuring
 from liveselect.scoring.scorer import Rows, Scorer
 
@@ -61,7 +62,9 @@ class MethodJob(PoolJob):
         if scorer.shares_pool:
             ids = ids[distributed.shard(len(ids))]
         pool = (rows_of(batch, scorer.reads, round.source) for batch in self._rows(ids))
-        reference = (rows_of(batch, scorer.reads, round.source) for batch in round.source.reference())
+        batches = list(round.source.reference())
+        _refuse_weights(batches, round.source.reference_names)
+        reference = (rows_of(batch, scorer.reads, round.source) for batch in batches)
         with round.meter.forwards(*scorer.networks):
             scorer.fit(reference, pool, distributed.sum_over_ranks)
         for name in scorer.uncounted:
@@ -107,6 +110,20 @@ class MethodJob(PoolJob):
             with self.round.meter.counting():
                 found = self.method.part.finished(found)
         return self.method.finish(found).numpy()
+
+
+def _refuse_weights(batches: Iterable[Batch], names: Sequence[str]) -> None:
+    """Raise ValueError where the sets of a mixture have unequal weights, for which cheap methods have no place."""
+    weights = dict.fromkeys(range(len(names)), 0.0)
+    for batch in batches if names else ():
+        weights[int(batch[REFERENCE_SET][0])] += float(token_weights(batch).double().sum())
+    total = sum(weights.values())
+    if total and max(weights.values()) - min(weights.values()) > 1e-6 * total:
+        shares = ", ".join(f"{names[number]}: {weight / total:.3g}" for number, weight in weights.items())
+        raise ValueError(
+            f"cheap methods take the examples of all reference sets alike, but these have weights ({shares}): leave "
+            "the weights out, or score with an estimator (FirstOrderInfluence, LESSInfluence, PMPInfluence)"
+        )
 
 
 def rows_of(batch: Batch, reads: str, source: CandidateSource) -> Rows:

@@ -18,7 +18,7 @@ from liveselect.functional.sketches import CountSketch, DenseSketch, LowRankSket
 from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, State
 from liveselect.influence.one_step import trainable_parameters
 from liveselect.influence.other_weights import OtherWeights
-from liveselect.influence.reference import charge_gradient, split_rows
+from liveselect.influence.reference import charge_gradient, example_weights, split_rows
 
 Features = Literal["adam", "adam_slope", "gradient"]
 Form = Literal["published", "optimizer"]
@@ -72,7 +72,7 @@ class LESSInfluence(InfluenceEstimator):
     over subtasks j of the reference set and checkpoints c, with :math:`\Gamma` what Adam makes of the candidate's
     gradient, plain gradients of the reference examples z', and a random projection R. Reference records name their
     subtask in a column of that name (or another, ``ReferenceSet(columns={"subtask": "subject"})``); without it they
-    are all of one. Gradients are taken one example at a time: six times the
+    are all of one. In a mixture of reference sets the mean over examples gives each set its weight. Gradients are taken one example at a time: six times the
     parameters in FLOPs for each token and checkpoint. A number in -1..1; larger is better.
 
     Args:
@@ -147,16 +147,17 @@ class LESSInfluence(InfluenceEstimator):
                     rows = [row for batch in round.source.reference() for row in split_rows(model.to_device(batch), 1)]
                     found = [self._unit(model, row, parameters, {}) for row in rows]
                 subtasks = [int(row[SUBTASK]) if SUBTASK in row else 0 for row in rows]
-                known: dict[int, list[Tensor]] = {}
-                for subtask, unit in zip(subtasks, found, strict=True):
+                weights = [float(weight) for weight in example_weights(rows)]
+                known: dict[int, list[tuple[float, Tensor]]] = {}
+                for subtask, weight, unit in zip(subtasks, weights, found, strict=True):
                     if unit is not None:
-                        known.setdefault(subtask, []).append(unit)
+                        known.setdefault(subtask, []).append((weight, unit))
                 if set(known) != set(subtasks):
                     raise NotMeasurableError(
                         f"none of the reference examples of {len(set(subtasks) - set(known))} of {len(set(subtasks))} "
                         "subtasks has a finite gradient other than zero: look at their labels, and at the training loss"
                     )
-                self._toward.append(torch.stack([torch.stack(known[each]).mean(dim=0) for each in sorted(known)]))
+                self._toward.append(torch.stack([_mean(known[each]) for each in sorted(known)]))
         coordinates = sum(parameter.numel() for parameter in parameters.values())
         moments = [len(each.moments) for each in self._opened]
         return {
@@ -258,6 +259,11 @@ class LESSInfluence(InfluenceEstimator):
             steps=moments.steps if self.form == "optimizer" else None,
             momentum=self.features == "adam",
         )
+
+
+def _mean(weighted: Sequence[tuple[float, Tensor]]) -> Tensor:
+    total = sum(weight for weight, _ in weighted)
+    return torch.stack([unit * (weight / total) for weight, unit in weighted]).sum(dim=0)
 
 
 def _weights_of(checkpoint: _Checkpoint, model: LiveModel) -> AbstractContextManager[None]:

@@ -124,6 +124,13 @@ class ReferencePass:
         """Their weights added up, which are 1 each unless sets have weights of their own."""
         return sum(float(count.sum()) for count in self.counts)
 
+    def example_weights(self) -> list[Tensor]:
+        """Return for each batch ``(B,)`` what its examples count in a mean over examples; 0 without a target.
+
+        In a mixture the examples of each set share out its weight, whatever their number.
+        """
+        return example_weights(self.batches)
+
     def by_set(self) -> dict[str, tuple[float, float]]:
         """Return the mean loss of each set in the last pass, and the weight of its tokens, by name of the metric."""
         weights = dict.fromkeys(self.parts, 0.0)
@@ -315,6 +322,24 @@ def held_out_loss(model: LiveModel, source: CandidateSource, ids: Tensor) -> flo
 
 def _set_of(batch: Batch) -> int:
     return int(batch[REFERENCE_SET][0]) if REFERENCE_SET in batch else 0
+
+
+def example_weights(batches: Sequence[Batch]) -> list[Tensor]:
+    """Return for each batch ``(B,)`` float64 on CPU what its examples count in a mean over reference examples.
+
+    Those of one set count alike, and the sets of a mixture as they are weighted; examples without a target count 0.
+    """
+    counted = [(target_counts(batch) > 0).cpu().double() for batch in batches]
+    sets = [_set_of(batch) for batch in batches]
+    total, present = dict.fromkeys(sets, 0.0), dict.fromkeys(sets, 0.0)
+    for batch, own, number in zip(batches, counted, sets, strict=True):
+        total[number] += float(token_weights(batch).double().sum())
+        present[number] += float(own.sum())
+    everything = sum(total.values())
+    return [
+        own * total[number] / max(present[number], 1.0) * sum(present.values()) / max(everything, 1e-30)
+        for own, number in zip(counted, sets, strict=True)
+    ]
 
 
 def _by_set(batches: list[Batch]) -> list[list[Batch]]:

@@ -17,6 +17,7 @@ from liveselect.report.choices import choices_section, drift_section
 from liveselect.report.cluster_map import map_section
 from liveselect.report.cost import cost_section
 from liveselect.report.marks import marked
+from liveselect.report.references import references_section
 from liveselect.report.runs import Axis, Run, Section, choose_metric
 from liveselect.report.summary import summary_of
 from liveselect.report.verdict import timed
@@ -31,7 +32,7 @@ POINTS_DRAWN = 400
 """Points of a curve, whose chart is a few hundred pixels wide."""
 POINTS_OF_ALL = 24_000
 """Points of all curves together, so that a page about many runs stays small."""
-SECTIONS_OF_A_RUN = (choices_section, arms_section, map_section, drift_section)
+SECTIONS_OF_A_RUN = (references_section, choices_section, arms_section, map_section, drift_section)
 _AXES: dict[Axis, str] = {"step": "Steps", "seconds": "Time", "flops": "FLOPs"}
 
 

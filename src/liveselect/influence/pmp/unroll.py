@@ -184,7 +184,7 @@ class Unroll:
         """Return J at a state, and its gradient."""
         self._load(state)
         counts = self.reference.counts
-        weights = counts if self.weighting == "tokens" else [(count > 0).long() for count in counts]
+        weights = counts if self.weighting == "tokens" else self.reference.example_weights()
         loss, gradient = self.reference.gradient(self.model, self.parameters, weights)
         if not math.isfinite(loss):
             raise NotMeasurableError(
