@@ -23,6 +23,7 @@ _COMMON = {
     "eos_token_id": 2,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+_SHORT = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 2}
 _SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
 _DEEPSEEK = {
     "kv_lora_rank": 8,
@@ -49,15 +50,18 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, object]]] = {
     "Llama, tied": ("Llama", _but("pad_token_id", tie_word_embeddings=True)),
     "Qwen2": ("Qwen2", _COMMON),
     "Qwen3": ("Qwen3", _but(head_dim=8)),
-    "Gemma 2": ("Gemma2", _but(head_dim=8, query_pre_attn_scalar=8)),
-    "Gemma 3": ("Gemma3Text", _but(head_dim=8, sliding_window=4)),
-    "GPT-2": ("GPT2", {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, **_SPECIAL}),
+    "Gemma 2": ("Gemma2", _but(head_dim=8, query_pre_attn_scalar=8, pad_token_id=None)),
+    "Gemma 3": ("Gemma3Text", _but(head_dim=8, sliding_window=4, pad_token_id=None)),
+    "GPT-2": ("GPT2", {**_SHORT, "n_embd": 16, "n_positions": 64, **_SPECIAL}),
     "GPT-NeoX": ("GPTNeoX", _but("num_key_value_heads")),
     "OPT": (
         "OPT",
-        _but("intermediate_size", "num_key_value_heads", "initializer_range", "pad_token_id", ffn_dim=32, word_embed_proj_dim=16),
+        _but(
+            "intermediate_size", "num_key_value_heads", "initializer_range",
+            ffn_dim=32, word_embed_proj_dim=16, pad_token_id=None,
+        ),
     ),
-    "BLOOM": ("Bloom", {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 2}),
+    "BLOOM": ("Bloom", {**_SHORT, "hidden_size": 16}),
     "Phi-3": ("Phi3", _COMMON),
     "OLMo 2": ("Olmo2", _COMMON),
     "SmolLM3": ("SmolLM3", _COMMON),
@@ -94,10 +98,10 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, object]]] = {
             layer_types=["linear_attention", "full_attention"],
         ),
     ),
-    "LFM2": ("Lfm2", _but(layer_types=["conv", "full_attention"])),
+    "LFM2": ("Lfm2", _but(layer_types=["conv", "full_attention"], pad_token_id=None)),
     "RecurrentGemma": (
         "RecurrentGemma",
-        _but(num_hidden_layers=3, head_dim=8, lru_width=16, attention_window_size=8, conv1d_width=4),
+        _but(num_hidden_layers=3, head_dim=8, lru_width=16, attention_window_size=8, conv1d_width=4, pad_token_id=None),
     ),
 }  # fmt: skip
 """Name: the first part of the class in transformers, and what its configuration gets."""

@@ -5,11 +5,11 @@ import torch
 from fakes import FakeSource
 from probing import VOCAB, candidate_batch, warm_context
 
+from liveselect.cli.score_method import _refuse_weights
 from liveselect.datamodules.opening import OpenedRows, fingerprint_of, mixture_of, open_mixture
 from liveselect.datamodules.reference import ReferenceSet
 from liveselect.datamodules.rows.rows import DatasetRows
 from liveselect.datamodules.settings import ServingSettings
-from liveselect.cli.score_method import _refuse_weights
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, LESSInfluence, OneStepInfluence, PMPInfluence
 
 POOL = torch.randint(0, VOCAB, (32, 12), generator=torch.Generator().manual_seed(0))

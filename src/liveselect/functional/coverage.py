@@ -81,8 +81,7 @@ def hidden_layers(
     if not hidden:
         return []
     left = dict.fromkeys(name for each in hidden for name in each.parameters)
-    found = dict.fromkeys(reasons[name] if name in reasons else None for name in left)
-    return [each for each in found if each is not None] or hidden
+    return list(dict.fromkeys(reasons[name] for name in left if name in reasons)) or hidden
 
 
 def _look(
@@ -104,20 +103,17 @@ def _look(
     errors: list[Exception] = []
     rows = count_rows(batch)
     anchor = make_anchor(parameters.values(), rows)
-    with _passes(anchor.device):
-        with tapped(model, plan.observers, anchor, rows, errors.append, plan.replayed, plan.instead) as log:
-            loss = loss_fn(model, batch).sum()
-            unobserved, missed = find_missed(plan, loss, log)
+    taps = tapped(model, plan.observers, anchor, rows, errors.append, plan.replayed, plan.instead)
+    with _passes(anchor.device), taps as log:
+        loss = loss_fn(model, batch).sum()
+        unobserved, missed = find_missed(plan, loss, log)
     kinds, held = _kinds(model), _held(plan)
-    found = [
-        Hidden(name, kinds[name], _MIXES, tuple(own)) for name, own in uncovered
-    ]
+    found = [Hidden(name, kinds[name], _MIXES, tuple(own)) for name, own in uncovered]
     for error in errors:
         if not isinstance(error, LayerError):
             raise error
         found.append(Hidden(error.module, kinds[error.module], f"maps {error.got}", tuple(held.get(error.module, ()))))
-    for name in unobserved:
-        found.append(Hidden(name, kinds[name], _WITHOUT_GRADIENTS, tuple(held.get(name, ()))))
+    found += [Hidden(name, kinds[name], _WITHOUT_GRADIENTS, tuple(held.get(name, ()))) for name in unobserved]
     without = {name for _, own in uncovered for name in own}
     for name in (each for each in missed if each not in without):
         holder = plan.holders[name][0]
@@ -140,7 +136,9 @@ def _compare(
     with _passes(device):
         losses = loss_fn(model, batch)
         gradients = [
-            torch.autograd.grad(losses[row], list(parameters.values()), retain_graph=row + 1 < compared, allow_unused=True)
+            torch.autograd.grad(
+                losses[row], list(parameters.values()), retain_graph=row + 1 < compared, allow_unused=True
+            )
             for row in range(compared)
         ]
     tolerance = _tolerance(parameters.values(), losses.device)

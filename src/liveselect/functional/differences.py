@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from liveselect.functional.gradients import mean_gradient
-from liveselect.functional.layer_plans import match_direction
 from liveselect.functional.layer_pass import LossFn, T
+from liveselect.functional.layer_plans import match_direction
 from liveselect.functional.sharding import like, local, reshard
 
 DISPLACEMENT_SHARES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}

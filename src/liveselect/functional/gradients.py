@@ -58,10 +58,11 @@ def example_dot(
     data selection during training that of Wang et al. 2024, arXiv 2406.11011.
     """
 
-
     def products() -> Tensor:
         plan = plan_products(model, direction, whole)
-        return backward_through_layers(model, loss_fn, batch, plan, None, check, partial(require_known, model) if check else None)
+        return backward_through_layers(
+            model, loss_fn, batch, plan, None, check, partial(require_known, model) if check else None
+        )
 
     return _with_a_second_look(model, loss_fn, batch, direction, products)
 

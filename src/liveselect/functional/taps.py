@@ -299,9 +299,7 @@ class _CallHook:
                 values[index] = tensor
             given, named = tree_unflatten(values, in_spec)
             widths = frozenset(self.log.widths)
-            return self.observe(
-                Call(self.name, given, named, self.rows, widths, autocast, random, self.log), deltas
-            )
+            return self.observe(Call(self.name, given, named, self.rows, widths, autocast, random, self.log), deltas)
 
         kind = self.anchor.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -394,7 +392,9 @@ def _per_example(name: str, module: nn.Module, inputs: Tensor, output: Tensor, r
         )
     if positions:
         output = output.unsqueeze(0)
-    shared = output.dim() > 2 or rows == 1 or not inputs.is_floating_point()  # else a row of tokens that are one by chance
+    shared = (
+        output.dim() > 2 or rows == 1 or not inputs.is_floating_point()
+    )  # else a row of tokens that are one by chance
     if output.dim() < 2 or (output.shape[0] != rows and not (shared and output.shape[0] == 1)):
         raise LayerError(
             name,

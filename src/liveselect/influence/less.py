@@ -72,8 +72,9 @@ class LESSInfluence(InfluenceEstimator):
     over subtasks j of the reference set and checkpoints c, with :math:`\Gamma` what Adam makes of the candidate's
     gradient, plain gradients of the reference examples z', and a random projection R. Reference records name their
     subtask in a column of that name (or another, ``ReferenceSet(columns={"subtask": "subject"})``); without it they
-    are all of one. In a mixture of reference sets the mean over examples gives each set its weight. Gradients are taken one example at a time: six times the
-    parameters in FLOPs for each token and checkpoint. A number in -1..1; larger is better.
+    are all of one. In a mixture of reference sets the mean over examples gives each set its weight. Gradients are taken
+    one example at a time: six times the parameters in FLOPs for each token and checkpoint. A number in -1..1; larger is
+    better.
 
     Args:
         checkpoints: checkpoints of the Trainer, with the optimizer's state; by default the live model is the only one.
