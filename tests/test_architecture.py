@@ -21,6 +21,7 @@ ENGINE = ROOT / "src" / "liveselect"
 LINKED = ("callbacks", "datamodules", "configs")
 MATHEMATICS = {"torch", "numpy", "scipy", "torchmetrics", "math"}
 MATHEMATICS |= {"collections", "typing", "dataclasses", "functools", "inspect", "contextlib", "sys"}
+MATHEMATICS |= {"weakref"}  # what was found out about a model goes with it
 DATA_LIBRARIES = {"datasets", "pyarrow"}
 
 # `Any` in 1,000 lines of product code: what comparable libraries have at most

@@ -100,7 +100,8 @@ def survey(
     began = time.perf_counter()
     again = read(first, 0)
     is_stable = _equal(spread._replace(others=None), again._replace(others=None))
-    counts_others = np.array_equal(spread.others, again.others)  # type: ignore[arg-type] - what differs says nothing
+    others, others_again = spread.others, again.others  # what differs from one reading to the next says nothing
+    counts_others = others is not None and others_again is not None and np.array_equal(others, others_again)
     seconds_each = (time.perf_counter() - began) / len(first)
     at_once = int(max(1, min(CHUNK_ROWS, CHUNK_TOKENS // mean)))
     found = _Findings(name, strict)

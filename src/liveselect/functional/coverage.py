@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -59,7 +58,7 @@ def hidden_layers(
         replays: whether a layer may be seen as it computes once more; False asks for input and output of each.
     """
     names = list(names)
-    known = deepcopy(known_of(model)) if replays else Known()
+    known = known_of(model).copy() if replays else Known()
     can_rise = replays and not is_sharded(model)
     reasons: dict[str, Hidden] = {}
     for _ in range(_MAX_LOOKS):

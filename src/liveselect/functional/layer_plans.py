@@ -28,6 +28,10 @@ class Known:
     backwards: set[str] = field(default_factory=set)
     verified: set[str] = field(default_factory=set)
 
+    def copy(self) -> "Known":
+        """Return the same, to be added to by itself."""
+        return Known(dict(self.levels), set(self.backwards), set(self.verified))
+
 
 _KNOWN: "WeakKeyDictionary[nn.Module, Known]" = WeakKeyDictionary()
 
