@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_ranks import fit, on_lightning_ranks
+from sampling import mostly_slow
 from small_run import SIMPLE, BigramLM, Place, SmallLM, Trace, rows, small_data, small_trainer
 
 from liveselect.callbacks import DataSelection, Portfolio
@@ -152,7 +153,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:.*dirpath has changed")
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("step", mostly_slow([1, 2, 3, 4, 7], [3, 4]))
 def test_a_run_that_is_resumed_anywhere_chooses_the_same(whole, tmp_path, step):
     folder, trace, selection = whole
     resumed, again = trained(tmp_path, ckpt_path=folder / f"step={step}.ckpt")

@@ -35,22 +35,18 @@ def trained(folder, selector, estimator=None, workers=0, **settings) -> list[str
     return trace.read_text().splitlines()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("step", ["published", "in_batch"])
-def test_training_with_measuring_equals_training_without(tmp_path, workers, step):
-    (tmp_path / "on").mkdir()
-    (tmp_path / "off").mkdir()
-    probing = ProbingUniform()
-    on = trained(tmp_path / "on", probing, OneStepInfluence(step=step), workers)
-    off = trained(tmp_path / "off", UniformSelector(), workers=workers)
-    assert on == off
-    assert len(probing.influence) == 4
-    assert all(torch.isfinite(values).all() and values.std() > 0 for values in probing.influence)
-
-
 @pytest.fixture(scope="module")
 def without_measuring(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("off"), UniformSelector())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("step", ["published", "in_batch"])
+def test_training_with_measuring_equals_training_without(tmp_path, workers, step, without_measuring):
+    probing = ProbingUniform()
+    assert trained(tmp_path, probing, OneStepInfluence(step=step), workers) == without_measuring
+    assert len(probing.influence) == 4
+    assert all(torch.isfinite(values).all() and values.std() > 0 for values in probing.influence)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +68,8 @@ def test_no_estimator_changes_a_bit_of_the_training(tmp_path, estimator, without
     assert all(torch.isfinite(values).all() and values.std() > 0 for values in probing.influence)
 
 
-def test_the_comparison_sees_a_probe_that_does_not_restore(tmp_path):
-    (tmp_path / "on").mkdir()
-    (tmp_path / "off").mkdir()
-    assert trained(tmp_path / "on", ProbingUniform(), Leaky()) != trained(tmp_path / "off", UniformSelector())
+def test_the_comparison_sees_a_probe_that_does_not_restore(tmp_path, without_measuring):
+    assert trained(tmp_path, ProbingUniform(), Leaky()) != without_measuring
 
 
 @pytest.mark.parametrize(
