@@ -17,7 +17,6 @@ from liveselect.functional.confidence import (
     blocks_needed,
     confidence_sequence,
     mixture_bounds,
-    mixture_log_evidence,
     values_needed,
 )
 
@@ -40,17 +39,11 @@ def integrated_log_evidence(values: np.ndarray, mean: float, variance: float) ->
     return math.log(mixed / over_noise(0.0))
 
 
-@pytest.mark.parametrize(("count", "shift", "variance"), [(3, 0.4, 0.5), (10, -0.8, 2.0)])
-def test_the_evidence_is_the_integral_of_the_mixture(count, shift, variance):
-    values = np.random.default_rng(count).standard_normal(count) * 3 + shift
-    expected = integrated_log_evidence(values, 0.5, variance)
-    assert mixture_log_evidence(torch.tensor(values), 0.5, variance) == pytest.approx(expected, abs=1e-6)
-
-
-def test_the_bounds_are_where_the_integral_reaches_the_limit():
-    values = np.random.default_rng(0).standard_normal(7) + 2
-    for bound in mixture_bounds(torch.tensor(values), 0.1, 0.5):
-        assert integrated_log_evidence(values, bound, 0.5) == pytest.approx(-math.log(0.1), abs=1e-5)
+@pytest.mark.parametrize(("count", "shift", "variance"), [(7, 2.0, 0.5), (5, -0.8, 2.0)])
+def test_the_bounds_are_where_the_integral_of_the_mixture_reaches_the_limit(count, shift, variance):
+    values = np.random.default_rng(count).standard_normal(count) + shift
+    for bound in mixture_bounds(torch.tensor(values), 0.1, variance):
+        assert integrated_log_evidence(values, bound, variance) == pytest.approx(-math.log(0.1), abs=1e-5)
 
 
 def test_too_few_values_rule_out_nothing():

@@ -93,19 +93,6 @@ def mixture_bounds(values: Tensor, error: float, variance: float = _MIXTURE_VARI
     return mean - radius, mean + radius
 
 
-def mixture_log_evidence(values: Tensor, mean: float = 0.0, variance: float = _MIXTURE_VARIANCE) -> float:
-    """Return the logarithm of the mixture martingale against ``mean``, for independent ``values (n,)``.
-
-    The bounds of :func:`mixture_bounds` are where it reaches ``-log(error)``.
-    """
-    count, values, prior = len(values), values.double() - mean, 1 / variance
-    total, square = float(values.sum()), float(values.square().sum())
-    if not square:
-        return 0.0
-    explained = total * total / ((count + prior) * square)
-    return -0.5 * math.log1p(count / prior) - 0.5 * count * math.log1p(-min(explained, 1 - 1e-15))
-
-
 def autocorrelation(values: Tensor) -> float:
     """Return the correlation of neighbouring ``values (n,)`` around their trend; NaN below 6 values.
 
