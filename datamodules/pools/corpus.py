@@ -25,7 +25,16 @@ from liveselect.datamodules.pools.sources import Source, describe_source, parts_
 from liveselect.datamodules.pools.tokenizers import bpe_size
 from liveselect.grammar import IGNORE_INDEX
 
-BESIDE_IDS = ("attention_mask", "labels")
+SEEN = ("attention_mask", "input_mask")
+"""Columns with 1 where ready ids are tokens, and 0 where they are padding."""
+
+COUNTED = ("loss_mask", "completion_mask", "assistant_mask", "assistant_masks")
+"""Columns with 1 where ready ids carry loss, and 0 where they do not: padding, but prompts too."""
+
+UNCLEAR = ("padding_mask", "pad_mask", "key_padding_mask", "mask")
+"""Columns of which some tools say padding with 1, and others tokens."""
+
+BESIDE_IDS = (*SEEN, *COUNTED, *UNCLEAR, "labels")
 """Columns that say which of the ids in another column are padding."""
 
 
@@ -195,8 +204,8 @@ class Corpus:
 
         A pool has neither: every token of its blocks is seen and carries loss.
         """
-        mask, labels = (_beside(record, name, len(ids)) for name in BESIDE_IDS)
-        if mask is None and labels is None:
+        beside = {name: _beside(record, name, len(ids)) for name in BESIDE_IDS}
+        if all(values is None for values in beside.values()):
             return ids
         try:
             tokens = np.asarray(ids)
@@ -204,24 +213,20 @@ class Corpus:
             return ids
         if tokens.ndim != 1:
             return ids  # whoever encodes it says what is wrong, as without a mask
-        seen = np.ones(len(tokens), bool) if mask is None else mask != 0
-        if labels is not None:
-            carries = labels != IGNORE_INDEX
-            if (labels != tokens)[carries].any():
-                raise RecordError(
-                    f"{record.where}: the labels are neither the token ids nor {IGNORE_INDEX}, and a pool has no "
-                    "labels: remove them (losses shift labels themselves), or pass the rows as a map-style dataset"
-                )
-            seen &= _until_the_last(carries)
-            first = int((carries & seen).argmax())
-            if first > 1 and (tokens[:first] == tokens[0]).all():  # padding on the left
-                seen[:first] = False
-            if (seen & ~carries)[int(seen.argmax()) + 1 :].any():
-                raise RecordError(
-                    f"{record.where}: labels of {IGNORE_INDEX} hide tokens before others, such as those of a prompt, "
-                    "and in a pool every token carries loss: remove the labels to train on all of them, or pass the "
-                    "rows as a map-style dataset, which keeps labels"
-                )
+        seen = np.ones(len(tokens), bool)
+        for name, values in beside.items():
+            if values is None:
+                continue
+            if name in SEEN:
+                seen &= values != 0
+            elif name in UNCLEAR:
+                if values.min() != values.max():
+                    raise RecordError(
+                        f"{record.where}: {name!r} has 1 for padding in some tools, and for tokens in others: call it "
+                        "'attention_mask', with 1 for tokens and 0 for padding, or cut the padding off"
+                    )
+            else:
+                seen &= _not_padding(record, name, tokens, values, seen)
         if seen.all():
             return ids
         self.tally["padded"] += 1
@@ -247,6 +252,33 @@ class Corpus:
         return str(record.values[column])
 
 
+def _not_padding(record: Record, name: str, tokens: np.ndarray, values: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Return which ``tokens (n,)`` are no padding by their labels, or by a mask of the loss; of the ``seen (n,)`` ones.
+
+    Raises:
+        RecordError: they hide more than padding, and a pool cannot keep that.
+    """
+    carries = values != (IGNORE_INDEX if name == "labels" else 0)
+    if name == "labels" and (values != tokens)[carries].any():
+        raise RecordError(
+            f"{record.where}: the labels are neither the token ids nor {IGNORE_INDEX}, and a pool has no labels: "
+            "remove them (losses shift labels themselves), or pass the rows as a map-style dataset"
+        )
+    kept = _until_the_last(carries)
+    first = int((carries & seen & kept).argmax())
+    if first > 1 and (tokens[:first] == tokens[0]).all():  # padding on the left
+        kept[:first] = False
+    shown = seen & kept
+    if (shown & ~carries)[int(shown.argmax()) + 1 :].any():
+        hiding = f"labels of {IGNORE_INDEX} hide" if name == "labels" else f"zeros of {name!r} hide"
+        raise RecordError(
+            f"{record.where}: {hiding} tokens before others, such as those of a prompt, and in a pool every token "
+            f"carries loss: remove {'the labels' if name == 'labels' else repr(name)} to train on all of them, or pass "
+            "the rows as a map-style dataset with labels, which keeps them"
+        )
+    return kept
+
+
 def _beside(record: Record, name: str, length: int) -> np.ndarray | None:
     """Return the column that says something about each of ``length`` ids, or None without one."""
     value = record.values.get(name)
@@ -256,10 +288,16 @@ def _beside(record: Record, name: str, length: int) -> np.ndarray | None:
         found = np.asarray(value)
     except ValueError:
         found = np.empty(0, object)
-    if found.shape != (length,) or found.dtype.kind not in "iub":
+    is_mask = name != "labels"
+    if found.shape != (length,) or found.dtype.kind not in ("iubf" if is_mask else "iub"):
         raise RecordError(
             f"{record.where}: expected {name!r} as one integer for each of the {length} token ids, got "
             f"{str(value)[:60]}: mend or remove it"
+        )
+    if is_mask and not ((found == 0) | (found == 1)).all():
+        raise RecordError(
+            f"{record.where}: expected {name!r} to hold 0 and 1 only, got {str(value)[:60]}: a pool weighs no tokens; "
+            "mend or remove it"
         )
     return found
 

@@ -150,6 +150,10 @@ PADDED = {
         "attention_mask": [0] + [1] * 6 + [0] * 3,
         "labels": [-100] + [5] * 6 + [-100] * 3,
     },
+    "input mask": {"input_ids": [5] * 6 + [0] * 4, "input_mask": [True] * 6 + [False] * 4},
+    "loss mask right": {"input_ids": [5] * 6 + [0] * 4, "loss_mask": [1.0] * 6 + [0.0] * 4},
+    "loss mask left": {"input_ids": [0] * 4 + [5] * 6, "loss_mask": [0] * 4 + [1] * 6},
+    "completion mask": {"input_ids": [5] * 6 + [0] * 4, "completion_mask": [1] * 6 + [0] * 4},
     "end of text": {"input_ids": [5] * 6 + [99] * 4},
     "nothing hidden": {"input_ids": [5] * 6, "attention_mask": [1] * 6, "labels": [-100] + [5] * 5},
 }
@@ -197,6 +201,25 @@ def test_labels_that_a_pool_cannot_keep_are_refused_with_their_line(tmp_path, la
     (tmp_path / "rows.jsonl").write_bytes(line(input_ids=[1, 2, 3, 4, 5, 6], labels=labels))
     with pytest.raises(DataError, match=f"line 1: .*{said}"):
         packed(tmp_path / "rows.jsonl", tmp_path, **IDS)
+
+
+@pytest.mark.parametrize("metadata", [None, ()])
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        ({"padding_mask": [0, 0, 0, 0, 1, 1]}, "'padding_mask' has 1 for padding in some tools"),
+        ({"mask": [True] * 4 + [False] * 2}, "'mask' has 1 for padding in some tools"),
+        ({"loss_mask": [0, 0, 0, 1, 1, 1]}, "zeros of 'loss_mask' hide tokens before others"),
+        ({"assistant_masks": [0, 0, 0, 1, 1, 0]}, "zeros of 'assistant_masks' hide tokens before others"),
+        ({"loss_mask": [0.5] * 6}, "expected 'loss_mask' to hold 0 and 1 only"),
+        ({"input_mask": [1, 0]}, "expected 'input_mask' as one integer for each of the 6 token ids"),
+    ],
+    ids=["unclear", "nameless", "prompt", "chat", "weights", "short"],
+)
+def test_masks_that_a_pool_cannot_keep_are_refused_with_their_line(tmp_path, mask, said, metadata):
+    (tmp_path / "rows.jsonl").write_bytes(line(input_ids=[1, 2, 3, 4, 5, 6], **mask))
+    with pytest.raises(DataError, match=f"line 1: .*{said}"):
+        packed(tmp_path / "rows.jsonl", tmp_path, metadata=metadata, **IDS)
 
 
 @pytest.mark.parametrize("ids", [[[1], [2, 3]], [[1, 2], [3, 4]], [1, None]])
