@@ -23,7 +23,7 @@ from liveselect.datamodules.pools.sources import read_records
 from liveselect.datamodules.pools.tokens import TokenStore
 from liveselect.datamodules.rows.columns import by_role, is_array
 from liveselect.datamodules.rows.draws import candidate_seeds, fetch, private_draws
-from liveselect.datamodules.rows.token_rows import WEIGHTS, check_map_style, token_row
+from liveselect.datamodules.rows.token_rows import FOR_MASKS, WEIGHTS, check_map_style, masks_of, token_row
 from liveselect.grammar import IGNORE_INDEX
 from liveselect.seeding import generator_for
 
@@ -291,7 +291,7 @@ def _records(source: object, reference: ReferenceSet) -> Iterator[Numbered]:
         found = read_task(path, reference.split) if is_task_file(path) else read_records(source)
         yield from _reservoir(enumerate(found), reference)
         return
-    dataset = check_map_style(source, "the reference set")
+    dataset = check_map_style(source, "the reference set", "Read its records into a list, list(stream)")
     drawn = _drawn(len(dataset), reference)
     for first in range(0, len(drawn), RECORDS_PER_BATCH):
         ids = drawn[first : first + RECORDS_PER_BATCH]
@@ -463,9 +463,11 @@ def _split_of(source: object, split: str | None) -> Any:
 
 
 def _look_at_others(record: Mapping, columns: Sequence[str], subtask: str, where: str, seen: _Seen) -> None:
-    """Note the fields of a record without effect; raise ValueError for a weight."""
+    """Note the fields of a record without effect; raise ValueError for a weight, or a mask of its tokens."""
     used = {*columns, subtask, *(("labels", "attention_mask") if columns == ["input_ids"] else ())}
     others = [str(name) for name, value in record.items() if name not in used and value is not None]
+    if columns == ["input_ids"] and (masks := masks_of(record)):
+        raise ValueError(f"{where} has the field {masks[0]!r}, {FOR_MASKS}")
     if weights := [name for name in others if name in WEIGHTS]:
         raise ValueError(
             f"{where} has the field {weights[0]!r}, which has no effect: all reference records count alike. Repeat "

@@ -14,7 +14,15 @@ from liveselect.datamodules.rows.collating import check_order, unpadded
 from liveselect.datamodules.rows.columns import Columns
 from liveselect.datamodules.rows.content import WHOLE_ROWS, WHOLE_TOKENS, Chunk, hash_others, join, spread_ids, survey
 from liveselect.datamodules.rows.draws import Collate, MapStyle, candidate_seeds, fetch, load_rows, private_draws
-from liveselect.datamodules.rows.token_rows import WEIGHTS, check_map_style, complete_batch, pad_rows, token_row
+from liveselect.datamodules.rows.token_rows import (
+    FOR_MASKS,
+    WEIGHTS,
+    check_map_style,
+    complete_batch,
+    masks_of,
+    pad_rows,
+    token_row,
+)
 from liveselect.grammar import Batch
 
 ARROW_TOKENS = 1 << 29  # Hugging Face datasets are read by columns, which is fast: this many tokens take some seconds
@@ -193,7 +201,14 @@ class DatasetRows(Rows):
             (row, *_) = fetch(self._view, [0], candidate_seeds([0]), seed)
         if self._columns is not None:
             return  # what is read was named
-        if isinstance(row, Mapping) and (weights := sorted(WEIGHTS & {str(name) for name in row})):
+        if not isinstance(row, Mapping):
+            return
+        if masks := masks_of(row):
+            raise ValueError(
+                f"rows of the pool have the field {masks[0]!r}, {FOR_MASKS}; or pass a collate_fn that hands it "
+                "on, and a loss_fn that uses it"
+            )
+        if weights := sorted(WEIGHTS & {str(name) for name in row}):
             raise ValueError(
                 f"rows of the pool have the field {weights[0]!r}, which has no effect: batches hold input_ids and "
                 "labels. Leave it out, or pass a collate_fn that hands it on, and a loss_fn that uses it"

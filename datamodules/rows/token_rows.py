@@ -16,11 +16,31 @@ from liveselect.grammar import IGNORE_INDEX
 WEIGHTS = frozenset({"weight", "weights", "sample_weight", "example_weight", "loss_weight", "importance", "loss_mask"})
 """Fields that would change the loss if they had an effect."""
 
+MASKS = frozenset(
+    {"loss_mask", "completion_mask", "assistant_mask", "assistant_masks", "padding_mask", "pad_mask"}
+    | {"key_padding_mask", "input_mask", "mask"}
+)
+"""Fields that would hide tokens if they had an effect."""
 
-def check_map_style(dataset: object, what: str) -> MapStyle:
+FOR_MASKS = (
+    "which has no effect: tokens are hidden by an attention_mask, with 1 for tokens and 0 for padding, or by labels of "
+    f"{IGNORE_INDEX}. Rename it, or leave it out"
+)
+"""What is said of such a field, after its name."""
+
+
+def masks_of(row: Mapping) -> list[str]:
+    """Return the names of what would hide tokens of a row, and has no effect."""
+    return sorted(name for name in MASKS & {str(key) for key in row} if np.ndim(row.get(name)) > 0)
+
+
+def check_map_style(
+    dataset: object, what: str, instead: str = "Write the stream to disk with `liveselect prepare`"
+) -> MapStyle:
     """Return ``dataset``; raise unless it has a length and rows that can be read by position.
 
-    A dataset that calls itself iterable and can be asked by position comes back as one that is.
+    A dataset that calls itself iterable and can be asked by position comes back as one that is. ``instead`` says what
+    to do with a stream.
     """
     if isinstance(dataset, torch.utils.data.IterableDataset) and is_readable_by_position(dataset):
         dataset = ByPosition(dataset)
@@ -29,8 +49,8 @@ def check_map_style(dataset: object, what: str) -> MapStyle:
     ):
         raise TypeError(
             f"expected {what} as a map-style dataset (with __len__ and __getitem__), got {type(dataset).__name__}: "
-            "selection reads rows by their position, which a stream does not allow. Write the stream to disk with "
-            "`liveselect prepare`, or pass a map-style dataset"
+            f"selection reads rows by their position, which a stream does not allow. {instead}, or pass a map-style "
+            "dataset"
         )
     if isinstance(dataset, Mapping) and 0 not in dataset:
         raise TypeError(

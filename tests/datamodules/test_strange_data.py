@@ -347,6 +347,16 @@ def test_weights_of_rows_and_records_are_refused(tokenizer, name):
             opened(tokenized(tokenizer), [{**record, name: 2.0}], tokenizer=tokenizer)
 
 
+@pytest.mark.parametrize("name", ["loss_mask", "padding_mask", "assistant_masks", "mask"])
+def test_masks_without_effect_are_refused_with_what_has_one(name):
+    said = f"has? the field '{name}', which has no effect: tokens are hidden by an attention_mask"
+    masked = [{**row, name: [1] * len(row["input_ids"])} for row in rows()]
+    with pytest.raises(ValueError, match=f"rows of the pool have the field '{name}', which has no effect: tokens are"):
+        opened(masked, REFERENCE)
+    with pytest.raises(ValueError, match=f"record 0 of the reference set .* {said}"):
+        opened(rows(), masked[:2])
+
+
 def test_other_fields_without_effect_are_named_once_and_descriptions_are_not(tokenizer):
     records = [{"text": "some text", "id": 1, "source": "web", "choices": ["a"]}, {"text": "more", "label": 3}]
     with pytest.warns(SelectionWarning, match=r"no effect.*: 'choices' \(1\), 'label' \(1\)\. Leave") as warned:
