@@ -1,5 +1,6 @@
 """Signals wait until a checkpoint would be right: nothing displaced, and every optimizer step counted."""
 
+import functools
 import logging
 import os
 import signal
@@ -44,10 +45,10 @@ class SignalGate:
         self._pending: list[int] = []
         self._closed = 0
         self._process = os.getpid()
-        self._guarded: Strategy | None = None
-        self._in_order = threading.Event()
-        self._in_order.set()
+        self._guarded: list[tuple[pl.Trainer | Strategy, dict[str, Any]]] = []
+        self._changed = threading.Condition()
         self._measuring_thread: int | None = None
+        self._savers: list[int] = []  # threads that write a checkpoint now
 
     def install(self, trainer: pl.Trainer | None = None, *others: int) -> None:
         """Stand before the handlers of :data:`HELD` and of ``others``; they are put back by :meth:`remove`.
@@ -56,7 +57,7 @@ class SignalGate:
         """
         self.remove()
         if trainer is not None:
-            self._guard(trainer.strategy)
+            self._guard(trainer, trainer.strategy)  # the first also gathers what it saves
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may set handlers, and only it runs them
         self._process = os.getpid()
@@ -78,19 +79,34 @@ class SignalGate:
         for number in self._pending:
             log.warning("the run ended before %s could be handled", signal.Signals(number).name)
         self._handlers, self._pending, self._closed = {}, [], 0
-        if self._guarded is not None:
-            del self._guarded.save_checkpoint
-            self._guarded = None
+        for owner, own in self._guarded:
+            del owner.save_checkpoint
+            vars(owner).update(own)
+        self._guarded = []
 
-    def _guard(self, strategy: Strategy) -> None:
-        save = strategy.save_checkpoint
+    def _guard(self, *owners: pl.Trainer | Strategy) -> None:
+        for owner in owners:
+            own = {name: value for name, value in vars(owner).items() if name == "save_checkpoint"}  # a user's
+            self._guarded.append((owner, own))
+            owner.save_checkpoint = self._in_order(owner.save_checkpoint)  # type: ignore[method-assign]
 
+    def _in_order(self, save: Callable[..., None]) -> Callable[..., None]:
+        """Return a way to save that begins when nothing is displaced, and while which nothing is."""
+
+        @functools.wraps(save)
         def save_in_order(*arguments: Any, **settings: Any) -> None:
-            self.wait_until_in_order()
-            save(*arguments, **settings)
+            own = threading.get_ident()
+            with self._changed:
+                self._wait()
+                self._savers.append(own)
+            try:
+                save(*arguments, **settings)
+            finally:
+                with self._changed:
+                    self._savers.remove(own)
+                    self._changed.notify_all()
 
-        strategy.save_checkpoint = save_in_order  # type: ignore[method-assign]
-        self._guarded = strategy
+        return save_in_order
 
     def hold(self) -> None:
         """Hold signals until :meth:`release`."""
@@ -112,13 +128,12 @@ class SignalGate:
     def measuring(self) -> Iterator[None]:
         """Hold signals in this block, in which weights may be displaced; all ranks get what one of them got."""
         self.hold()
-        self._in_order.clear()
-        self._measuring_thread = threading.get_ident()
+        outer = self._measuring_thread
+        self._displace(threading.get_ident())
         try:
             yield
         finally:
-            self._in_order.set()
-            self._measuring_thread = None
+            self._displace(outer)
             self._closed = max(0, self._closed - 1)
         self._agree(frozenset())
         if not self._closed:
@@ -133,13 +148,12 @@ class SignalGate:
         """Run the handlers of what has come; called inside of :meth:`measuring` where nothing is displaced."""
         if not self._pending:
             return
-        thread, self._measuring_thread = self._measuring_thread, None
-        self._in_order.set()
+        thread = self._measuring_thread
+        self._displace(None)
         try:
             self.deliver()
         finally:
-            self._in_order.clear()
-            self._measuring_thread = thread
+            self._displace(thread)
 
     def wait_until_in_order(self) -> None:
         """Return when nothing is displaced; called before a checkpoint is written.
@@ -147,12 +161,24 @@ class SignalGate:
         Raises:
             RuntimeError: it is called by what measures, such as a loss function, which cannot wait for itself.
         """
+        with self._changed:
+            self._wait()
+
+    def _displace(self, thread: int | None) -> None:
+        """Note which thread measures from now on, None for none; not before the checkpoints of others are written."""
+        with self._changed:
+            if thread is not None:
+                self._changed.wait_for(lambda: all(saver == thread for saver in self._savers))
+            self._measuring_thread = thread
+            self._changed.notify_all()
+
+    def _wait(self) -> None:
         if self._measuring_thread == threading.get_ident():
             raise RuntimeError(
                 "a checkpoint was to be written while influence is measured, when weights are displaced: save after "
                 "an optimizer step, and not from the loss function or from hooks of the model"
             )
-        self._in_order.wait()
+        self._changed.wait_for(lambda: self._measuring_thread is None)
 
     def deliver(self) -> None:
         """Run the handlers of the signals that wait."""

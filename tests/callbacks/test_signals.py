@@ -224,6 +224,55 @@ def test_a_thread_that_saves_waits_until_nothing_is_displaced():
     assert order == ["measured", "saved"]
 
 
+@pytest.mark.parametrize("owner", ["trainer", "strategy"])
+def test_nothing_is_displaced_before_a_checkpoint_of_a_thread_is_written(owner):
+    trainer, gate, order, begun, may_end = (
+        pl.Trainer(logger=False),
+        SignalGate(),
+        [],
+        threading.Event(),
+        threading.Event(),
+    )
+    saves = trainer if owner == "trainer" else trainer.strategy
+
+    def write(*arguments, **settings):
+        order.append("begins")
+        begun.set()
+        may_end.wait(10)
+        order.append("ends")
+
+    saves.save_checkpoint = write
+    gate.install(trainer)
+    thread = threading.Thread(target=saves.save_checkpoint)
+    thread.start()
+    assert begun.wait(10)
+    threading.Timer(0.1, may_end.set).start()
+    with gate.measuring():
+        order.append("measured")
+    thread.join()
+    gate.remove()
+    assert order == ["begins", "ends", "measured"]
+    assert saves.save_checkpoint is write
+
+
+def test_a_measurement_inside_of_another_keeps_threads_waiting():
+    gate, order = SignalGate(), []
+
+    def save():
+        gate.wait_until_in_order()
+        order.append("saved")
+
+    with gate.measuring():
+        with gate.measuring():
+            pass
+        thread = threading.Thread(target=save)
+        thread.start()
+        thread.join(0.1)
+        order.append("measured")
+    thread.join()
+    assert order == ["measured", "saved"]
+
+
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_a_loss_function_that_saves_is_refused(tmp_path, weights_only):
     holder = {}
