@@ -31,7 +31,7 @@ FOR_MASKS = (
 
 def masks_of(row: Mapping) -> list[str]:
     """Return the names of what would hide tokens of a row, and has no effect."""
-    return sorted(name for name in MASKS & {str(key) for key in row} if np.ndim(row.get(name)) > 0)
+    return sorted(name for name in MASKS & {str(key) for key in row} if np.ndim(row.get(name, 0)) > 0)
 
 
 def check_map_style(
