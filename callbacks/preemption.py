@@ -144,6 +144,11 @@ class SignalGate:
         """Whether a signal waits."""
         return bool(self._pending)
 
+    @property
+    def waits_to_end(self) -> bool:
+        """Whether a signal waits that ends a run."""
+        return not _OF_EACH_RANK.isdisjoint(self._pending)
+
     def let_through(self) -> None:
         """Run the handlers of what has come; called inside of :meth:`measuring` where nothing is displaced."""
         if not self._pending:

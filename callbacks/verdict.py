@@ -38,6 +38,8 @@ PHASE = "look-ahead"
 CONTEST = "contest"
 
 _SPENT_ONCE = ("check data", "rehearsal")
+_MOST_RESTARTS = 3
+"""Of one look-ahead, for signals: those that come again and again would keep training from going on."""
 
 
 def check_verdict(verdict: object) -> Verdict | None:
@@ -86,6 +88,7 @@ class Judging:
         self._seed = seed
         self._random_states = random_states
         self._steps: TrainingSteps | None = None  # None also where the run cannot find out
+        self._restarts = 0
         self._warned = False
 
     def at_random(self, round_index: int) -> bool:
@@ -123,7 +126,8 @@ class Judging:
             return
         run.shown = HalfReference(run.source, self._seed)
         self._steps = replace(
-            training_steps(trainer, pl_module, self._random_states, lambda: session.gate.waits), flops=session.flops_of
+            training_steps(trainer, pl_module, self._random_states, lambda: self._interrupted(session)),
+            flops=session.flops_of,
         )
         total, window = trainer.estimated_stepping_batches, trainer.accumulate_grad_batches
         if look.answer is None and trainer.is_global_zero:
@@ -242,13 +246,14 @@ class Judging:
         self, session: Session, trainer: pl.Trainer, phase: str, train: Callable[[LiveModel], None]
     ) -> None:
         """Train copies, again from the start where a signal has come between; give the verdict up where that fails."""
-        look = self._look
+        look, self._restarts = self._look, 0
         while look is not None:
             try:
                 with self._charged(session, phase) as model, session.measuring():
                     train(model)
                 return
             except RoundInterruptedError as stopped:
+                self._restarts += 1
                 session.gate.deliver()
                 if trainer.received_sigterm:
                     log.info("%s: the run ends now, and continues from its last checkpoint", stopped)
@@ -259,6 +264,11 @@ class Judging:
                 look.to_begin = look.contest_to_begin = None
                 self._give_up(session, trainer, f"a {phase} failed: {error}")
                 return
+
+    def _interrupted(self, session: Session) -> bool:
+        """Return whether a signal waits; only those that end the run, where others have come too often to get on."""
+        gate = session.gate
+        return gate.waits if self._restarts < _MOST_RESTARTS else gate.waits_to_end
 
     def _give_up(self, session: Session, trainer: pl.Trainer, reason: str) -> None:
         self._steps = None

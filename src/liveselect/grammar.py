@@ -372,6 +372,23 @@ class Part(ABC):  # noqa: B024 - what is abstract is declared by the kinds of pa
             raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint holds {sorted(state)} for it")
 
 
+@dataclass(frozen=True)
+class SmallFit:
+    """An estimator whose fit is not rehearsed, made so small that it can be timed before training starts.
+
+    Attributes:
+        estimator: a copy with little work.
+        fit: how many times as long its fit takes in the whole, a round's share of it where a fit lasts for several.
+        phases: the same for single phases of its cost; what is not in one of these counts by ``fit``.
+        score: how many times as long it takes to score a candidate.
+    """
+
+    estimator: "InfluenceEstimator"
+    fit: float = 1.0
+    phases: Mapping[str, float] = field(default_factory=dict)
+    score: float = 1.0
+
+
 class InfluenceEstimator(Part):
     """Measures influence with the live model.
 
@@ -381,7 +398,7 @@ class InfluenceEstimator(Part):
         spreadable: whether a round may be measured between training steps at all.
         at_once: whether :meth:`score_ids` measures many candidates for less than :meth:`score` does batch by batch.
         rehearsed: whether a copy is fitted and scores two candidates before training starts. Where that costs too
-            much, say False and let :meth:`check` raise what would fail.
+            much, say False, let :meth:`check` raise what would fail, and :meth:`small_fit` tell how long a fit takes.
         has_direction: whether influence is the product of a gradient with :meth:`direction`.
     """
 
@@ -394,6 +411,10 @@ class InfluenceEstimator(Part):
     @abstractmethod
     def score(self, model: LiveModel, batch: Batch) -> Tensor:
         """Return the influence of each example, ``(B,)``, nats per unit learning rate; NaN where it has none."""
+
+    def small_fit(self, round: Round) -> SmallFit | None:
+        """Return what tells, before training starts, how long a fit takes that is not rehearsed; None for nothing."""
+        return None
 
     def score_tokens(self, model: LiveModel, batch: Batch) -> Tensor | None:
         """Return the influence of each token, ``(B, T)``, or None where it is not known.

@@ -9,7 +9,7 @@ from torch import Tensor
 from liveselect import distributed
 from liveselect.cost import CostMeter
 from liveselect.functional.sharding import is_sharded
-from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, Selector
+from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, Selector, SmallFit
 from liveselect.parts import fit_metrics
 from liveselect.preserve import measuring
 
@@ -54,7 +54,7 @@ def price_of_round(
 
     Args:
         selector: of the run.
-        estimator: of the run; one that is not rehearsed is not timed either.
+        estimator: of the run; of one that is not rehearsed a small fit is timed, where it has one.
         model: the live model.
         round: a round that measures.
         examples: that a round trains on, all ranks together.
@@ -64,16 +64,21 @@ def price_of_round(
         candidates = asked_for(selector, round)
         if not candidates:
             return None
-        if not estimator.rehearsed:
+        small = SmallFit(estimator) if estimator.rehearsed else estimator.small_fit(round)
+        if small is None:
             return Price(candidates)
         ranks = distributed.world_size()
         try:
             batch = next(round.batches(_spread(round.candidates, max(_CANDIDATES, round.source.batch_size))))
             few = {name: value[:_CANDIDATES] if isinstance(value, Tensor) else value for name, value in batch.items()}
             tried = batch if len(batch["input_ids"]) <= _QUICK_SHARE * examples / ranks else few
-            per_fit, per_candidate = _measuring(copy.deepcopy(estimator), model, round, few, tried)
+            per_fit, per_candidate = _measuring(small, model, round, few, tried)
         except NotMeasurableError:  # a later round may be able to
             return Price(candidates)
+        except Exception:
+            if estimator.rehearsed or ranks > 1:  # the other ranks would wait for this one
+                raise
+            return Price(candidates)  # the round itself reports what is wrong
         seconds = per_fit + per_candidate * -(-candidates // ranks)
         return Price(candidates, seconds, _training(model, tried) * examples / ranks)
 
@@ -94,13 +99,14 @@ def asked_for(selector: Selector, round: Round) -> int:
     return count
 
 
-def _measuring(
-    estimator: InfluenceEstimator, model: LiveModel, round: Round, few: Batch, batch: Batch
-) -> tuple[float, float]:
+def _measuring(small: SmallFit, model: LiveModel, round: Round, few: Batch, batch: Batch) -> tuple[float, float]:
     """Return the seconds of a fit, and of one candidate of a batch, or of the few where that is not quick."""
-    clock = CostMeter()
+    clock, estimator = CostMeter(), copy.deepcopy(small.estimator)
     with clock.phase("fit"):
         fit_metrics(estimator, model, round)
+    apart = {phase: model.meter.seconds.get(phase, 0.0) for phase in small.phases}
+    fit = (clock.seconds["fit"] - sum(apart.values())) * small.fit
+    fit += sum(apart[phase] * times for phase, times in small.phases.items())
     estimator.score(model, few)  # what is done once only, such as allocating memory
     with clock.phase("few"):
         estimator.score(model, few)
@@ -111,7 +117,7 @@ def _measuring(
         with clock.phase("batch"):
             estimator.score(model, batch)
         seconds = clock.seconds["batch"] / rows[1]
-    return clock.seconds["fit"], seconds
+    return fit, seconds * small.score
 
 
 def _training(model: LiveModel, batch: Batch) -> float:

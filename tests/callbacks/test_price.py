@@ -12,8 +12,8 @@ from small_run import BATCH, SIMPLE, ProbingUniform, SmallLM, small_data, small_
 
 from liveselect.callbacks import DataSelection, Quad
 from liveselect.callbacks.lines import say_price
-from liveselect.grammar import InfluenceEstimator, SelectionWarning
-from liveselect.influence import FirstOrderInfluence, OneStepInfluence
+from liveselect.grammar import InfluenceEstimator, SelectionWarning, SmallFit
+from liveselect.influence import FirstOrderInfluence, KFACInfluence, OneStepInfluence, PMPInfluence
 from liveselect.preserve import checksum
 from liveselect.price import Price, price_of_round
 from liveselect.regressors import HashedRidgeRegressor
@@ -36,13 +36,26 @@ class Costly(Slow):
     rehearsed = False
 
 
+class Scaled(Costly):
+    """Would take ten times as long to fit, five times to score, as its small copy; half of a fit is for 3 rounds."""
+
+    def fit(self, model, round):
+        with model.meter.phase("shared"):
+            time.sleep(0.15)
+        time.sleep(0.15)
+        return {}
+
+    def small_fit(self, round):
+        return SmallFit(self, fit=10.0, phases={"shared": 1 / 3}, score=5.0)
+
+
 def regression(probes=12):
     return RegressionSelector(HashedRidgeRegressor(), probes=probes, ratio=0.5, min_spearman=None)
 
 
-def said_by_run(folder, caplog, selection):
-    """What a run of two rounds says about the cost of a round: log lines, and warnings."""
-    options = {**SIMPLE, "max_steps": 1, "precision": "32-true"}
+def said_by_run(folder, caplog, selection, steps=1):
+    """What a short run says about the cost of a round: log lines, and warnings."""
+    options = {**SIMPLE, "max_steps": steps, "precision": "32-true"}
     with warnings.catch_warnings(record=True) as said, caplog.at_level(logging.INFO, logger="liveselect"):
         warnings.simplefilter("always")
         small_trainer(folder, [selection], **options).fit(SmallLM(), datamodule=small_data())
@@ -61,6 +74,31 @@ def test_measuring_is_priced_by_the_clock():
     assert price.measuring_seconds == pytest.approx(0.3 + 12 * 0.1, rel=0.3)
     assert 0 < price.training_seconds < 1
     assert price.share == pytest.approx(price.measuring_seconds / (price.measuring_seconds + price.training_seconds))
+
+
+def test_what_is_not_rehearsed_is_priced_by_a_small_fit():
+    source = random_source(candidates=40)
+    context = fake_context(source, loss_fn=lambda model, batch: model.weight.sum() * batch["input_ids"].float().mean(1))
+    price = price_of_round(regression(), Scaled(), context.live, context.round, 100)
+    assert price.measuring_seconds == pytest.approx(10 * 0.15 + 0.15 / 3 + 12 * 5 * 0.1, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        KFACInfluence(factor_examples=24, factors_every=2),
+        PMPInfluence(steps=6, score_every=2, batch_size=2),
+    ],
+    ids=["k-fac", "pmp"],
+)
+def test_the_costliest_estimators_are_priced_before_training(tmp_path, caplog, estimator):
+    round = fake_context(random_source(candidates=40)).round
+    small = estimator.small_fit(round)
+    assert (small.fit, small.score) == ((3.0, 3.0) if isinstance(estimator, PMPInfluence) else (1.0, 1.0))
+    lines, texts = said_by_run(
+        tmp_path, caplog, DataSelection(regression(), estimator, 2, 1, dirpath=tmp_path), steps=3
+    )
+    assert re.match(r"every 2 steps 12 candidates are measured: about [\d.]+ (s|min) beside", (lines + texts)[0])
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,28 @@ def test_a_signal_inside_of_the_random_arm_saves_the_weights_of_training(whole, 
     assert looks(again) == looks(selection)
 
 
+class Insisting(Busy):
+    """Sends a signal in every training step of the random arm, as one that comes again and again would."""
+
+    def training_step(self, batch, batch_index):
+        if self.trainer.global_step == 4 and len(self.seen) >= 17:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super().training_step(batch, batch_index)
+
+
+def test_signals_that_come_all_the_time_do_not_keep_a_look_ahead_from_its_end(whole, tmp_path):
+    _, trace, _, selection = whole
+    got = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: got.append(number))
+    try:
+        signalled, _, goes_on = trained(tmp_path, OFTEN, module=Insisting())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(got) > 3
+    assert signalled == trace
+    assert looks(goes_on) == looks(selection)
+
+
 def test_a_run_whose_look_ahead_fails_goes_on(tmp_path):
     class Failing(SmallLM):
         def training_step(self, batch, batch_index):

@@ -1,5 +1,6 @@
 """Influence under Kronecker-factored curvature: the effect of a natural-gradient step on the reference loss."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,7 +22,7 @@ from liveselect.functional.factors import (
     zero_sums,
 )
 from liveselect.functional.kronecker import relative_damping, solve
-from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, State
+from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, SmallFit, State
 from liveselect.influence.blocks import Blocks, Variant
 from liveselect.influence.direction import Direction
 from liveselect.influence.fisher import Labels, active_tokens, with_sampled_labels
@@ -32,6 +33,7 @@ from liveselect.losses import target_counts
 
 FactorsOf = Literal["training", "candidates"]
 
+_FEW_FACTORS = 8  # examples of factors from which the time of more is found
 _MAX_KEPT_BYTES = 1 << 29  # of observed tensors, from one pass over the factor examples to the next
 
 
@@ -170,6 +172,14 @@ class KFACInfluence(InfluenceEstimator):
             "direction_norm": model.view.norm(list(direction.values())),
             "measured_share": size / sum(p.numel() for p in model.module.parameters() if p.requires_grad),
         }
+
+    def small_fit(self, round: Round) -> SmallFit:
+        """Return a copy that measures curvature on a batch of examples; the reference set is read in full."""
+        small = copy.deepcopy(self)
+        small.factor_examples = min(self.factor_examples, max(_FEW_FACTORS, round.source.batch_size))
+        small._factors_from = small._reference_from = None
+        whole = self.factor_examples / small.factor_examples / self.factors_every
+        return SmallFit(small, fit=1 / self.reference_every, phases={"factors": whole})
 
     def check(self, model: LiveModel, round: Round) -> None:
         """Raise the errors of :meth:`fit` about layers, all at once; warn where these are little of the model."""

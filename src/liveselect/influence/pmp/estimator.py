@@ -1,5 +1,6 @@
 """PDS's influence by Pontryagin's maximum principle: the effect of an example on all future reference losses."""
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from liveselect.functional.adjoint import Dynamics
 from liveselect.functional.differences import central_difference_dots, parameters_kept
 from liveselect.functional.gradients import example_dot
 from liveselect.functional.updates import Vector
-from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round
+from liveselect.grammar import Batch, InfluenceEstimator, LiveModel, NotMeasurableError, Round, SmallFit
 from liveselect.influence.hidden import refuse_hidden
 from liveselect.influence.pmp.dynamics import live_dynamics, moving_parameters, sgd_dynamics
 from liveselect.influence.pmp.unroll import HessianKind, Unroll, Weighting, load_parameters, pair_name, unrolled_ids
@@ -29,6 +30,8 @@ DynamicsKind = Literal["live", "sgd"]
 ProductKind = Literal["exact", "central_difference"]
 
 PUBLISHED_LEARNING_RATE = 0.008  # of plain SGD in the unroll
+
+_FEW_STEPS = 2  # of an unroll from which the time of more is found
 
 
 class PMPInfluence(InfluenceEstimator):
@@ -188,6 +191,14 @@ class PMPInfluence(InfluenceEstimator):
     def release(self) -> None:
         """Free the memory of ``fit``, which training does not need; files in ``directory`` stay."""
         self._solved = None
+
+    def small_fit(self, round: Round) -> SmallFit:
+        """Return a copy that unrolls few steps, in memory, with the learning rates of the first ones."""
+        small = copy.copy(self)
+        small.steps, small.directory, small._solved = min(_FEW_STEPS, self.steps), None, None
+        small.schedule = self.schedule[: small.steps]
+        scored = len(self.scored_steps) / len(small.scored_steps)
+        return SmallFit(small, fit=self.steps / small.steps, score=scored)
 
     def check(self, model: LiveModel, round: Round) -> None:
         """Raise the errors of :meth:`fit` and :meth:`score` that show without an unroll."""
