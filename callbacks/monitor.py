@@ -89,9 +89,12 @@ class SelectionMonitor(Callback, LogsRounds):
         return {**shown, "names": list(self._names)}
 
     def load_state_dict(self, state_dict: State) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        self._rounds_shown, self._evaluations_shown = state_dict["rounds"], state_dict["evaluations"]
-        self._names, self._verdict_shown = list(state_dict["names"]), state_dict.get("verdict", "")
+        """Restore what :meth:`state_dict` returned; without what is damaged, everything is shown again."""
+        with only_looking("what SelectionMonitor has shown before the checkpoint is not known, and is shown again"):
+            rounds, evaluations = int(state_dict["rounds"]), int(state_dict["evaluations"])
+            names, verdict = [str(name) for name in state_dict["names"]], str(state_dict.get("verdict", ""))
+            self._rounds_shown, self._evaluations_shown = max(0, rounds), max(0, evaluations)
+            self._names, self._verdict_shown = names, verdict
 
     # ---- hooks -------------------------------------------------------------------------------------------------
 

@@ -219,3 +219,14 @@ def test_a_display_that_fails_is_given_up_after_one_warning():
         warnings.simplefilter("error")
         display.advance(1)
         display.stop()
+
+
+@pytest.mark.parametrize("damage", [{"rounds": None}, {"evaluations": float("nan")}, {"names": 3}, None])
+def test_a_damaged_state_of_the_monitor_costs_a_warning(damage):
+    whole = {"rounds": 2, "evaluations": 1, "verdict": "", "names": ["one"]}
+    monitor = SelectionMonitor()
+    with pytest.warns(SelectionWarning, match="is shown again"):
+        monitor.load_state_dict({} if damage is None else {**whole, **damage})
+    assert monitor.state_dict() == SelectionMonitor().state_dict()
+    monitor.load_state_dict(whole)
+    assert monitor.state_dict() == whole
