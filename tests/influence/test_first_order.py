@@ -438,6 +438,43 @@ def test_the_slope_reads_the_live_optimizer_and_changes_nothing_in_it():
     assert checksum(context.model, context.optimizer) == before
 
 
+@pytest.mark.parametrize("shape", [(4, 4), (3, 5), (8, 2)])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_orthogonalised_steps_have_no_slopes_before_the_first_step_either(shape, steps):
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(shape, generator=generator))
+    optimizer = torch.optim.Muon([weight], lr=0.1)
+    for _ in range(steps):
+        weight.grad = torch.randn(shape, generator=generator)
+        optimizer.step()
+    with pytest.raises(TypeError, match=r'depends on the gradients of others.*engine="optimizer_step"'):
+        step_slope(optimizer, weight, torch.rand(shape, generator=generator) + 0.1)
+
+
+class Holding(torch.optim.Optimizer):
+    """Steps by optimizers that it holds, as a pair of Muon and AdamW in one class does."""
+
+    def __init__(self, parameters, keep):
+        inner = torch.optim.AdamW(parameters, lr=0.1)
+        self.held = keep(inner)
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure=None):
+        held = self.held.values() if isinstance(self.held, dict) else self.held
+        for each in held if isinstance(self.held, (dict, list)) else [self.held]:
+            each.step()
+
+
+@pytest.mark.parametrize("keep", [lambda o: o, lambda o: [o], lambda o: {"a": o}], ids=["one", "list", "dict"])
+def test_an_optimizer_that_steps_by_others_is_refused_and_moves_nothing(keep):
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = Holding([weight], keep)
+    weight.grad = torch.ones(3)
+    with pytest.raises(TypeError, match=r"Holding takes its steps by other optimizers.*engine="):
+        step_slope(optimizer, weight, torch.ones(3))
+    assert weight.tolist() == [1.0] * 3
+
+
 def test_typical_sizes_of_a_rare_row_are_those_of_the_texts_that_hold_it():
     source = random_source(candidates=12, length=8, vocab=VOCAB)
     source.tokens[:, :] = 1

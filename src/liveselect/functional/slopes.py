@@ -45,10 +45,16 @@ def step_slope(optimizer: torch.optim.Optimizer, parameter: Tensor, amplitude: T
         return slope
     amplitude = amplitude.double()
     owner = owner_of(optimizer, parameter)
+    if _holds_others(owner):  # a twin would step with the live ones
+        raise TypeError(
+            f"{type(owner).__name__} takes its steps by other optimizers that it holds, so they cannot be taken on a "
+            'copy of one parameter: take the steps themselves with engine="optimizer_step", or let '
+            "configure_optimizers return the others as a list, with manual optimization"
+        )
     forth, back = (_stepped(optimizer, parameter, sign * amplitude) for sign in (1, -1))
     if amplitude.numel() > 1:
-        half = torch.arange(amplitude.numel(), device=amplitude.device).view(amplitude.shape) % 2
-        alone = _stepped(optimizer, parameter, (2 * half - 1) * amplitude)  # every second coordinate forth, others back
+        half = _scattered_half(amplitude)
+        alone = _stepped(optimizer, parameter, (2 * half - 1) * amplitude)  # half of the coordinates forth, others back
         apart = torch.where(half == 1, forth, back)
         if float((alone - apart).abs().max()) > _COUPLING_TOLERANCE * float((forth - back).abs().max()):
             raise TypeError(
@@ -125,6 +131,24 @@ def _stepped(optimizer: torch.optim.Optimizer, parameter: Tensor, gradient: Tens
         twin.state[value] = {name: _copied(item) for name, item in optimizer.state[parameter].items()}
     type(optimizer).step(twin)
     return value
+
+
+def _holds_others(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer keeps others among its attributes."""
+    items: list[object] = []
+    for item in vars(optimizer).values():
+        items.extend(item if isinstance(item, (list, tuple)) else item.values() if isinstance(item, dict) else [item])
+    return any(isinstance(item, torch.optim.Optimizer) for item in items)
+
+
+def _scattered_half(like: Tensor) -> Tensor:
+    """Return 0 or 1 for each coordinate, in no order of rows or columns.
+
+    Orthogonalised steps (Muon) on a gradient with the signs of whole columns turned are the same steps with these signs
+    turned, so columns would not show that coordinates are coupled.
+    """
+    places = torch.arange(like.numel(), device=like.device)
+    return ((places * 2654435761 >> 31) & 1).view(like.shape)  # multiplicative hashing
 
 
 def _copied(item: object) -> object:
