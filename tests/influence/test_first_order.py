@@ -451,6 +451,25 @@ def test_orthogonalised_steps_have_no_slopes_before_the_first_step_either(shape,
         step_slope(optimizer, weight, torch.rand(shape, generator=generator) + 0.1)
 
 
+class Listing(torch.optim.SGD):
+    """Keeps its scale in a list, and doubles it at each step."""
+
+    def step(self, closure=None):
+        (weight,) = self.param_groups[0]["params"]
+        scales = self.state[weight].setdefault("scales", [torch.eye(2)])
+        weight -= scales[0] @ weight.grad
+        scales[0].mul_(2)
+
+
+@torch.no_grad()
+def test_matrices_in_lists_of_the_state_are_copied():
+    weight = nn.Parameter(torch.ones(2, 1))
+    optimizer = Listing([weight])
+    optimizer.state[weight] = {"scales": [torch.eye(2)]}
+    assert step_slope(optimizer, weight, torch.ones(2, 1)).flatten().tolist() == [-1.0, -1.0]
+    assert optimizer.state[weight]["scales"][0].equal(torch.eye(2))
+
+
 class Holding(torch.optim.Optimizer):
     """Steps by optimizers that it holds, as a pair of Muon and AdamW in one class does."""
 

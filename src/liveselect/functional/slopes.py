@@ -152,6 +152,10 @@ def _scattered_half(like: Tensor) -> Tensor:
 
 
 def _copied(item: object) -> object:
+    if isinstance(item, list):  # SOAP and Shampoo keep a matrix for each dimension
+        return [_copied(each) for each in item]
+    if isinstance(item, dict):
+        return {name: _copied(each) for name, each in item.items()}
     if not isinstance(item, Tensor):
         return item
     item = local(item)
