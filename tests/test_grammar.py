@@ -255,6 +255,7 @@ MISSPELT = {
         "checks": "check",
         "directions": "direction",
         "fits_ahead": "fit_ahead",
+        "small_fits": "small_fit",
         "fited_state": "fitted_state",
         "load_fited_state": "load_fitted_state",
         "released": "release",

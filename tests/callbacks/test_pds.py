@@ -191,7 +191,7 @@ def test_solving_on_the_live_model_leaves_training_bit_for_bit_as_it_was(tmp_pat
         )
         _, module, trained_on = fit(folder, selection, accumulate_grad_batches=3)
         hashes.append((weights_hash(module), trained_on))
-    assert Watching.rounds == 2
+    assert Watching.rounds == 1 + 2  # a small fit is timed before training, then two rounds
     assert hashes[0] == hashes[1]
 
 

@@ -342,11 +342,11 @@ def test_layers_that_cannot_be_heard_leave_the_step_as_it_was_and_are_told(rows)
     if rows == 1:  # one example alone needs no layers
         assert scores.collect(mean_weights(batch)).isfinite().all()
         return
-    with pytest.raises(ValueError, match=r"expected module 'gate' .* one row for each of the 3 examples"):
+    with pytest.raises(ValueError, match=r"expected module 'experts.0' .* one row for each of the 3 examples"):
         scores.collect(mean_weights(batch))
     scores.attach(batch)
     loss = training_loss(model, batch)
-    with pytest.raises(ValueError, match="training step cannot be scored: expected module 'gate'"):
+    with pytest.raises(ValueError, match="training step cannot be scored: expected module 'experts.0'"):
         scores.check(loss)
     scores.detach()
     assert not any(module._forward_hooks for module in model.modules())
