@@ -346,7 +346,7 @@ def test_layers_that_cannot_be_heard_leave_the_step_as_it_was_and_are_told(rows)
         scores.collect(mean_weights(batch))
     scores.attach(batch)
     loss = training_loss(model, batch)
-    with pytest.raises(ValueError, match="training step cannot be scored: expected module 'experts.0'"):
+    with pytest.raises(ValueError, match=r"training step cannot be scored: expected module 'experts.0'"):
         scores.check(loss)
     scores.detach()
     assert not any(module._forward_hooks for module in model.modules())
