@@ -63,7 +63,7 @@ def round_line(record: RoundRecord, share: float | None) -> str:
     epochs = record.metrics.get("effective_epochs", 1.0)
     again = f", {epochs:.1f} times each by now" if epochs >= _REPEATED else ""
     kept = record.metrics.get("prior/ratio")
-    among = "" if kept is None else f", from the best {kept:.2g} of the pool"
+    among = "" if kept is None or kept == 1 else f", from the best {kept:.1%} of the pool"
     taken = "" if share is None else f"; selection took {share:.1%} of the time"
     return (
         f"round {record.round}, step {record.step}: {record.selector} {measured}chose {record.chosen} of "

@@ -9,9 +9,9 @@ from liveselect.grammar import InfluenceEstimator, InfluenceRegressor, Selector
 from liveselect.influence import FirstOrderInfluence
 from liveselect.regressors import TokenTableRegressor
 from liveselect.selectors import CappedSelector, NGramPrior, PriorSelector, RegressionSelector
+from liveselect.selectors.ngram_prior import USUAL_WIDTH
 
 _REFERENCE_ROWS = 64
-_USUAL_RATIO = 0.1
 
 
 class LiveSelection(DataSelection):
@@ -91,7 +91,7 @@ class LiveSelection(DataSelection):
     ) -> None:
         check_plain(LiveSelection, locals())
         if ratio is None and not (prior is True or isinstance(prior, NGramPrior)):
-            ratio = _USUAL_RATIO
+            ratio = USUAL_WIDTH
         if ratio is not None and not 0.0 < ratio <= 1.0:
             raise ValueError(f"expected ratio, the share that is chosen, above 0 and up to 1, got {ratio}")
         if not gate >= 1.0:

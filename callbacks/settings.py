@@ -183,6 +183,8 @@ def damage_reported(state: State) -> Iterator[None]:
         if not _is_as_written(state):
             error.add_note(_NOT_AS_WRITTEN)
         raise
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:  # parts of a user's own, too, take what they are given apart
         raise ValueError(
             f"the selection state of the checkpoint cannot be read ({type(error).__name__}: {error}): it was damaged, "

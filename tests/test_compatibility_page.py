@@ -10,14 +10,6 @@ QUICK_OPTIMIZERS = ["AdamW", "Muon and AdamW", "Adafactor without a rate"]
 QUICK_FEATURES = ["gradient_clip_val, by norm", "overfit_batches", "StochasticWeightAveraging"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_the_page_has_a_row_for_all_that_is_tried_and_no_other():
     assert list(PAGE["Models"]) == compatibility.MODELS
     assert list(PAGE["Optimizers"]) == list(compatibility.OPTIMIZERS)

@@ -20,7 +20,7 @@ import torch
 from numpy.lib.format import open_memmap
 
 from liveselect import distributed
-from liveselect.cost import Cost, CostMeter
+from liveselect.cost import Cost, CostMeter, added
 from liveselect.datamodules.clusters.embedding import Embedder, make_embedder
 from liveselect.datamodules.clusters.kmeans import (
     Engine,
@@ -116,11 +116,11 @@ def cluster_pool(
     began = time.perf_counter()
     decode = _decoder(store)
     embedder = embedder or make_embedder(clustering.embed, store.rows, decode, clustering.dimensions, clustering.seed)
-    before, flops = _embed(store, embedder, partial, clustering, display)
+    before, spent = _embed(store, embedder, partial, clustering, display)
     of_kmeans = kmeans_flops(store.rows, clustering.clusters, embedder.dimensions, clustering.epochs, clustering.engine)
     cost: Cost = {"seconds": {"embed": before + time.perf_counter() - began}}
-    cost["flops"] = {"embed": flops, "cluster": of_kmeans}
-    cost["uncounted"] = dict.fromkeys(embedder.uncounted, 1.0)
+    cost["flops"] = {"embed": sum(spent["flops"].values()), "cluster": of_kmeans}
+    cost["uncounted"] = {**dict.fromkeys(embedder.uncounted, 1.0), **spent["uncounted"]}
     if distributed.rank() == 0:
         _build(store, clustering, settings, partial, display, decode, cost)
         _put_in_place(partial, path)
@@ -157,10 +157,10 @@ def default_clusters(rows: int) -> int:
 
 def _embed(
     store: TokenStore, embedder: Embedder, folder: Path, clustering: Clustering, display: PrepareDisplay
-) -> tuple[float, float]:
+) -> tuple[float, Cost]:
     """Write ``vectors.npy``, each rank its share, continuing an interrupted call.
 
-    Returns the seconds of the interrupted call, and the FLOPs of all ranks and both calls.
+    Returns the seconds of the interrupted call, and ``flops`` and ``uncounted`` of all ranks and both calls.
     """
     began, meter = time.perf_counter(), CostMeter()
     embedder.fit(_sample(store, embedder.sample_tokens, clustering.seed))
@@ -170,7 +170,7 @@ def _embed(
     wanted: Settings = {"pool": store.fingerprint, "embed": clustering.embed, "seed": clustering.seed}
     wanted |= {"dimensions": clustering.dimensions, "shape": list(shape)}
     is_there = _fits(file, shape)
-    start, before, earlier = (_rows_done(progress, wanted) if is_there else None) or (mine.start, 0.0, 0.0)
+    start, before, earlier = (_rows_done(progress, wanted) if is_there else None) or (mine.start, 0.0, {})
     distributed.gather_objects("looked")
     if distributed.rank() == 0 and not is_there:
         _reserve(file, shape)
@@ -185,11 +185,18 @@ def _embed(
             vectors[ids[0] : ids[-1] + 1] = unit(found)
             vectors.flush()
             stand = {**wanted, "done": int(ids[-1]) + 1, "seconds": before + time.perf_counter() - began}
-            stand["flops"] = earlier + sum(meter.flops.values())
+            stand["cost"] = _networks_cost(earlier, meter)
             write_durably(progress, json.dumps(stand).encode())
             done = int(ids[-1]) + 1 - mine.start
             display.update(_bytes(store, done), done * store.block_size)
-    return before, sum(distributed.gather_objects(earlier + sum(meter.flops.values())))
+    total: Cost = {"flops": {}, "uncounted": {}}
+    for of_rank in distributed.gather_objects(_networks_cost(earlier, meter)):
+        total = added(total, of_rank)
+    return before, total
+
+
+def _networks_cost(earlier: Cost, meter: CostMeter) -> Cost:
+    return added(earlier, {kind: spent for kind, spent in meter.spent().items() if kind != "seconds"})
 
 
 def _reserve(file: Path, shape: tuple[int, int]) -> None:
@@ -210,14 +217,14 @@ def _check_finite(ids: np.ndarray, vectors: np.ndarray, embed: str) -> None:
         )
 
 
-def _rows_done(progress: Path, wanted: Settings) -> tuple[int, float, float] | None:
-    """Return the row to continue with, and seconds and FLOPs of the interrupted call; None without one."""
+def _rows_done(progress: Path, wanted: Settings) -> tuple[int, float, Cost] | None:
+    """Return the row to continue with, and seconds and other cost of the interrupted call; None without one."""
     try:
         found = json.loads(progress.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    done, seconds, flops = (found.pop(key, 0) for key in ("done", "seconds", "flops"))
-    return (done, seconds, flops) if found == wanted else None
+    done, seconds, cost = found.pop("done", 0), found.pop("seconds", 0.0), found.pop("cost", {})
+    return (done, seconds, cost) if found == wanted else None
 
 
 def _fits(file: Path, shape: tuple[int, int]) -> bool:

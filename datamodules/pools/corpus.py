@@ -23,16 +23,8 @@ from liveselect.datamodules.pools.readers import (
 )
 from liveselect.datamodules.pools.sources import Source, describe_source, parts_of
 from liveselect.datamodules.pools.tokenizers import bpe_size
+from liveselect.datamodules.rows.token_rows import COUNTED, SEEN, UNCLEAR
 from liveselect.grammar import IGNORE_INDEX
-
-SEEN = ("attention_mask", "input_mask")
-"""Columns with 1 where ready ids are tokens, and 0 where they are padding."""
-
-COUNTED = ("loss_mask", "completion_mask", "assistant_mask", "assistant_masks")
-"""Columns with 1 where ready ids carry loss, and 0 where they do not: padding, but prompts too."""
-
-UNCLEAR = ("padding_mask", "pad_mask", "key_padding_mask", "mask")
-"""Columns of which some tools say padding with 1, and others tokens."""
 
 BESIDE_IDS = (*SEEN, *COUNTED, *UNCLEAR, "labels")
 """Columns that say which of the ids in another column are padding."""

@@ -16,11 +16,17 @@ from liveselect.grammar import IGNORE_INDEX
 WEIGHTS = frozenset({"weight", "weights", "sample_weight", "example_weight", "loss_weight", "importance", "loss_mask"})
 """Fields that would change the loss if they had an effect."""
 
-MASKS = frozenset(
-    {"loss_mask", "completion_mask", "assistant_mask", "assistant_masks", "padding_mask", "pad_mask"}
-    | {"key_padding_mask", "input_mask", "mask"}
-)
-"""Fields that would hide tokens if they had an effect."""
+SEEN = ("attention_mask", "input_mask")
+"""Fields with 1 where ready ids are tokens, and 0 where they are padding."""
+
+COUNTED = ("loss_mask", "completion_mask", "assistant_mask", "assistant_masks")
+"""Fields with 1 where ready ids carry loss, and 0 where they do not: padding, but prompts too."""
+
+UNCLEAR = ("padding_mask", "pad_mask", "key_padding_mask", "mask")
+"""Fields in which some tools mark padding with 1, and others tokens."""
+
+MASKS = frozenset({*SEEN, *COUNTED, *UNCLEAR} - {"attention_mask"})
+"""Fields that would hide tokens of a row if they had an effect."""
 
 FOR_MASKS = (
     "which has no effect: tokens are hidden by an attention_mask, with 1 for tokens and 0 for padding, or by labels of "

@@ -398,7 +398,7 @@ class InfluenceEstimator(Part):
         spreadable: whether a round may be measured between training steps at all.
         at_once: whether :meth:`score_ids` measures many candidates for less than :meth:`score` does batch by batch.
         rehearsed: whether a copy is fitted and scores two candidates before training starts. Where that costs too
-            much, say False, let :meth:`check` raise what would fail, and :meth:`small_fit` tell how long a fit takes.
+            much, say False, let :meth:`check` raise what would fail, and :meth:`small_fit` show how long a fit takes.
         has_direction: whether influence is the product of a gradient with :meth:`direction`.
     """
 
@@ -413,7 +413,7 @@ class InfluenceEstimator(Part):
         """Return the influence of each example, ``(B,)``, nats per unit learning rate; NaN where it has none."""
 
     def small_fit(self, round: Round) -> SmallFit | None:
-        """Return what tells, before training starts, how long a fit takes that is not rehearsed; None for nothing."""
+        """Return what shows, before training starts, how long a fit takes that is not rehearsed; None for nothing."""
         return None
 
     def score_tokens(self, model: LiveModel, batch: Batch) -> Tensor | None:

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from families import Kernel
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     Gemma3ForCausalLM,
@@ -35,14 +35,6 @@ VOCAB = 61
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 # norms of these models compute in float32 whatever the model's precision, in both ways of measuring
 ROUNDED = {"rtol": 1e-5, "atol": 1e-7}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def llama(**settings):
@@ -448,20 +440,6 @@ def test_a_use_past_the_layer_is_seen_under_autocast_and_checkpointing():
     found, expected = example_dot(model, loss_fn, batch, direction), one_by_one(model, batch, direction)
     assert (found - expected).norm() < 0.04 * expected.norm()
     assert {"tokens.weight", "inner.weight"} <= set(known_of(model).levels)
-
-
-class Kernel(torch.autograd.Function):
-    """Has neither a forward-mode nor a second derivative, as kernels written by hand."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x.tanh())
-        return x.tanh()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, delta):
-        return delta * (1 - ctx.saved_tensors[0].square())
 
 
 class Fused(HandMade):

@@ -7,28 +7,14 @@ import pytest
 import torch
 from cases import VOCABULARY, Bigrams, tiny_neox
 from fakes import fake_context, random_source
+from families import Kernel
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from liveselect.grammar import NotMeasurableError, SelectionWarning
 from liveselect.influence import FirstOrderInfluence, KFACInfluence, PMPInfluence
 from liveselect.losses import causal_lm_loss
 from liveselect.rehearsal import rehearse
 from liveselect.selectors import UniformSelector
-
-
-class Kernel(torch.autograd.Function):
-    """Has neither a forward-mode nor a second derivative, as kernels written by hand."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x.tanh())
-        return x.tanh()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, delta):
-        return delta * (1 - ctx.saved_tensors[0].square())
 
 
 class Gate(nn.Module):

@@ -23,14 +23,6 @@ from liveselect.preserve import checksum
 VARIANTS = ["kfac", "ekfac", "output_only", "diagonal", "identity"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Small(nn.Module):
     """A language model whose queries, keys and values come from one layer or from three."""
 

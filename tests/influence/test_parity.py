@@ -20,14 +20,6 @@ VOCAB = 40
 REFERENCES, CANDIDATES, LENGTH = 6, 24, 12
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Decoder(nn.Module):
     """A small causal language model of plain linear layers; kronfluence ignores embeddings, norms and the head."""
 

@@ -36,14 +36,6 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(name, dtype=torch.float64):
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(1)

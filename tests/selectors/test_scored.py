@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from fakes import FakeSource, fake_context, random_source
+from fakes import FakeSource, fake_context, play, random_source
 
-from liveselect.grammar import InfluenceRegressor, SelectionWarning
+from liveselect.grammar import InfluenceRegressor, SelectionWarning, Selector
 from liveselect.rounds import SelectionRun
 from liveselect.scores import write_scores
 from liveselect.selectors import PriorSelector, RegressionSelector, ScoredSelector, UniformSelector
@@ -299,3 +299,19 @@ def test_a_prior_narrows_what_is_measured_and_what_is_predicted():
     assert torch.equal(resumed.select(context.round, 9).ids, selection.ids)
     with pytest.raises(ValueError, match="state of the selector inside the prior RegressionSelector"):
         PriorSelector(UniformSelector(), scores, ratio=0.5).load_state_dict(state)
+
+
+class TakesTheWorst(Selector):
+    """Takes the last of what it is shown, which are the worst where scores fall."""
+
+    def select(self, round, budget):
+        return round.candidates[-budget:]
+
+
+def test_what_a_selector_takes_from_anywhere_inside_of_a_gate_uses_up_its_share():
+    """A gate of 40 lets 20 be chosen: when 20 were, whichever they are, these come again."""
+    source = random_source(candidates=100)
+    selector = PriorSelector(TakesTheWorst(), -torch.arange(100.0).numpy(), ratio=0.4, temperature=0.0, gate=2.0)
+    run = SelectionRun(selector, None, UniformSelector(), 0, source)
+    plans = [set(play(run, 10).ids.tolist()) for _ in range(4)]
+    assert plans[0] | plans[1] == plans[2] | plans[3] == set(range(20, 40))

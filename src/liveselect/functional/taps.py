@@ -392,9 +392,8 @@ def _per_example(name: str, module: nn.Module, inputs: Tensor, output: Tensor, r
         )
     if positions:
         output = output.unsqueeze(0)
-    shared = (
-        output.dim() > 2 or rows == 1 or not inputs.is_floating_point()
-    )  # else a row of tokens that are one by chance
+    # else one row may be one token by chance
+    shared = output.dim() > 2 or rows == 1 or not inputs.is_floating_point()
     if output.dim() < 2 or (output.shape[0] != rows and not (shared and output.shape[0] == 1)):
         raise LayerError(
             name,

@@ -25,6 +25,9 @@ from liveselect.seeding import generator_for
 TEMPERATURE = 0.3
 """Strength of the noise with which the prior is drawn from, in its standard deviations."""
 
+USUAL_WIDTH = 0.1
+"""Share of a pool to choose where nothing shows a better one."""
+
 _COUNTED_CANDIDATES = 32_768  # of the pool, for the frequencies of its words: more would hardly change them
 _COMPARED_CANDIDATES = 2048  # of the pool, against halves of the reference set
 _FULL_STRENGTH = 0.5  # standard deviations by which unseen reference text scores above the pool
@@ -32,7 +35,6 @@ _HELD = 0.75  # of unseen reference text that the width must hold
 _PARTS = 8  # of the reference set, each of which is left out once
 _FEWEST_ROWS = 16  # of the reference set, from which its quarters are known
 _NARROWEST = 0.05  # what is chosen repeats soon, and narrower was not seen to be better
-_USUAL_WIDTH = 0.1
 _GRID = 2.0**20  # steps of a table to one nat: sums of such numbers are exact, in whatever batches rows are read
 
 
@@ -76,7 +78,7 @@ class NGramPrior:
         self._ratios = torch.zeros(2, buckets)
         self._made_for: tuple[str, str | None] = ("", None)  # pool and reference set
         self._counted: str | None = None  # hash of the counts of the reference set
-        self.strength, self.width = 1.0, _USUAL_WIDTH
+        self.strength, self.width = 1.0, USUAL_WIDTH
         self._expected: tuple[str, str] | None = None  # that hash, and the scores, of a checkpoint
 
     @property
@@ -174,12 +176,12 @@ class NGramPrior:
             above.append(1 - torch.searchsorted(of_pool.sort().values, unseen).double() / len(of_pool))
         shares = torch.cat(above)
         if len(parts) < 2:
-            return 1.0, _USUAL_WIDTH
+            return 1.0, USUAL_WIDTH
         # rows of a document are alike, so the standard error is that between parts
         error = float(torch.stack([part.mean() for part in higher]).std()) * len(parts) ** -0.5
         strength = min(1.0, max(0.0, (float(torch.cat(higher).mean()) - error) / _FULL_STRENGTH))
         if len(shares) < _FEWEST_ROWS:
-            return strength, _USUAL_WIDTH
+            return strength, USUAL_WIDTH
         return strength, min(1.0, max(_NARROWEST, float(shares.quantile(_HELD)) / _HELD))
 
     @staticmethod

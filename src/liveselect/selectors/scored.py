@@ -308,7 +308,8 @@ class PriorSelector(Around):
         if self.keep_general:  # what was drawn uniformly belongs to it
             used = _used_up(pool, eligible, share, budget)
         else:
-            used = _used_up(pool, eligible, share, budget, self._table.values(pool), self.temperature)
+            values, kept = self._table.values(pool), self._kept_share()
+            used = _used_up(pool, eligible, share, budget, values, self.temperature, kept)
         if used is None or self.max_uses is None or int(pool.uses[used].min()) < self.max_uses:
             return used
         return None
@@ -456,18 +457,22 @@ def _used_up(
     budget: int,
     values: Tensor | None = None,
     temperature: float = 0.0,
+    kept: float = 0.0,
 ) -> Tensor | None:
     """Return which of the ``eligible (size,)`` were trained on, ``(size,)`` bool, if these are the share; else None.
 
-    With ``values (size,)`` only those count that a draw at this temperature takes, which warm-up rounds do not look at.
+    With ``values (size,)`` only those count that a draw of the share, or of what is ``kept``, takes at this
+    temperature, which warm-up rounds do not look at.
     """
     used = pool.uses > 0 if eligible is None else (pool.uses > 0) & eligible
-    count = max(budget, round(share * (pool.size if eligible is None else int(eligible.sum()))))
+    size = pool.size if eligible is None else int(eligible.sum())
+    count = max(budget, round(share * size))
     if int(used.sum()) < count:
         return None
     if values is not None:
         among = values if eligible is None else values[eligible]
-        used &= values >= float(among.topk(count).values[-1]) - NOISE_REACH * temperature
+        drawn = min(size, max(count, round(kept * size)))
+        used &= values >= float(among.topk(drawn).values[-1]) - NOISE_REACH * temperature
     return used if int(used.sum()) >= count else None
 
 
