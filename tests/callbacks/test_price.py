@@ -49,6 +49,14 @@ class Scaled(Costly):
         return SmallFit(self, fit=10.0, phases={"shared": 1 / 3}, score=5.0)
 
 
+@pytest.fixture
+def stopped_clock(monkeypatch):
+    """A clock on which only sleeping takes time."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+
+
 def regression(probes=12):
     return RegressionSelector(HashedRidgeRegressor(), probes=probes, ratio=0.5, min_spearman=None)
 
@@ -66,21 +74,26 @@ def said_by_run(folder, caplog, selection, steps=1):
     ]
 
 
-def test_measuring_is_priced_by_the_clock():
-    source = random_source(candidates=40)
-    context = fake_context(source, loss_fn=lambda model, batch: model.weight.sum() * batch["input_ids"].float().mean(1))
+def slow_loss(model, batch):
+    time.sleep(0.02 * len(batch["input_ids"]))
+    return model.weight.sum() * batch["input_ids"].float().mean(1)
+
+
+@pytest.mark.usefixtures("stopped_clock")
+def test_measuring_and_training_are_priced_by_the_clock():
+    context = fake_context(random_source(candidates=40), loss_fn=slow_loss)
     price = price_of_round(regression(), Slow(), context.live, context.round, 100)
     assert price.candidates == 12
-    assert price.measuring_seconds == pytest.approx(0.3 + 12 * 0.1, rel=0.3)
-    assert 0 < price.training_seconds < 1
-    assert price.share == pytest.approx(price.measuring_seconds / (price.measuring_seconds + price.training_seconds))
+    assert price.measuring_seconds == pytest.approx(0.3 + 12 * 0.1)
+    assert price.training_seconds == pytest.approx(100 * 0.02)
+    assert price.share == pytest.approx(1.5 / 3.5)
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_what_is_not_rehearsed_is_priced_by_a_small_fit():
-    source = random_source(candidates=40)
-    context = fake_context(source, loss_fn=lambda model, batch: model.weight.sum() * batch["input_ids"].float().mean(1))
+    context = fake_context(random_source(candidates=40), loss_fn=slow_loss)
     price = price_of_round(regression(), Scaled(), context.live, context.round, 100)
-    assert price.measuring_seconds == pytest.approx(10 * 0.15 + 0.15 / 3 + 12 * 5 * 0.1, rel=0.3)
+    assert price.measuring_seconds == pytest.approx(10 * 0.15 + 0.15 / 3 + 12 * 5 * 0.1)
 
 
 @pytest.mark.parametrize(
