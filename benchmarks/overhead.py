@@ -1,9 +1,10 @@
 """What selection does to the steps of a training, and what watching it costs.
 
-1. What the recommended default, LiveSelection as it comes, takes of a run, beside the same run without selection, just
-   before it, for rounds of several lengths. Seconds are processor time, of which other work on the machine takes
-   nothing; on a GPU they are those of the clock. Each run is one process. That of the default has a round that the
-   prior draws and two that are measured. What is done once, before the first step, is printed apart.
+1. What the recommended default, LiveSelection as it comes, takes of a run, for rounds of several lengths: by how much
+   its steps take longer than those steps of the same run after which nothing is measured, and its longest step beside
+   that of a run without selection. Seconds are processor time, of which other work on the machine takes nothing; on a
+   GPU they are those of the clock. Each run is one process. That of the default has a round that the prior draws and
+   two that are measured, from a prepared pool. What is done once, before the first step, is printed apart.
 2. Step times and peak memory with selection off, in one pause between rounds, spread over the steps, and within a share
    of the time. Each way trains in a process of its own, one after the other.
 3. Decisions, alarms and SelectionMonitor (W&B offline, TensorBoard, CSV), each as a share of the training time of one
@@ -38,7 +39,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from liveselect.callbacks import MATES, DataSelection, LiveSelection, SelectionMonitor
 from liveselect.cli.model import CausalLM
-from liveselect.datamodules import SelectionDataModule
+from liveselect.datamodules import SelectionDataModule, write_store
 from liveselect.influence import FirstOrderInfluence
 from liveselect.regressors import HashedRidgeRegressor
 from liveselect.selectors import RegressionSelector, UniformSelector
@@ -216,12 +217,14 @@ def train_with_default(arguments: argparse.Namespace) -> None:
     )  # the first and last are not timed
     clock = Clock(arguments.accelerator == "cpu", steps)
     arguments.steps = 3 * arguments.every  # a shorter last round would measure less
-    data = SelectionDataModule(
-        pool=rows_of_kinds(arguments, 5 * arguments.steps * arguments.batch, 1, KINDS),
-        reference=rows_of_kinds(arguments, 256, 2, 1),
-        batch_size=arguments.batch,
-    )
+    pool = rows_of_kinds(arguments, 5 * arguments.steps * arguments.batch, 1, KINDS)
     with tempfile.TemporaryDirectory() as name:
+        documents = [row["input_ids"].numpy() for row in pool]
+        shape = {"block_size": arguments.tokens, "vocab_size": SIZES[arguments.size][2]}
+        store = write_store(Path(name) / "pool", documents, eos_id=None, **shape)
+        data = SelectionDataModule(
+            str(store.path), rows_of_kinds(arguments, 256, 2, 1), batch_size=arguments.batch, overlap="allow"
+        )
         selection: DataSelection
         if arguments.way == "off":
             selection = DataSelection(UniformSelector(), every_n_steps=10**6, dirpath=name)
@@ -231,8 +234,10 @@ def train_with_default(arguments: argparse.Namespace) -> None:
     ledger = selection.run.ledger
     flops = [sum(record.flops.values()) for record in ledger.rounds]
     training = ledger.training_flops / len(clock.begun)
+    seconds, pace, every = clock.seconds, selection.ahead.pace, arguments.every
     found = {
-        "seconds": clock.seconds[1:],  # the first step allocates memory
+        "seconds": seconds[1:],  # the first step allocates memory
+        "plain": [each for i, each in enumerate(seconds) if i and pace.is_early(every, every - 1 - i % every)],
         "flops": sum(flops) / (sum(flops) + training * 2 * arguments.every),
         "before": clock.begun[0] - clock.started,
         "measured": [len(record.measured) for record in ledger.rounds],
@@ -255,8 +260,8 @@ def price_the_default(arguments: argparse.Namespace) -> None:
     for every in SHORT_LENGTHS if arguments.short else LENGTHS:
         off, on = (run_again("--tables", "default", "--way", way, "--every", str(every)) for way in ("off", "default"))
         median, longest = statistics.median(on["seconds"]), max(on["seconds"])
-        plain, without = statistics.median(off["seconds"]), statistics.fmean(off["seconds"])
-        share = 1 - without / statistics.fmean(on["seconds"])
+        plain = statistics.median(off["seconds"])
+        share = 1 - statistics.fmean(on["plain"]) / statistics.fmean(on["seconds"])
         ratios = longest / median, max(off["seconds"]) / plain
         cells = [every, on["measured"][1], f"{on['references'][1]:.0f}", f"{on['flops']:.1%}", f"{share:.1%}"]
         print("|", " | ".join(map(str, [*cells, *(f"{ratio:.2f}" for ratio in ratios)])), "|", flush=True)

@@ -24,8 +24,11 @@ FIXED_SHARE = 0.5
 MOST_REPAID_SHARE = 0.5
 """Of a round's share: what is saved in it of what earlier rounds have spent too much."""
 
-LEAST_LAST_STEPS = 2
-"""Steps over which a round is spread where it is over the last ones: one for a fit, one for candidates."""
+LEAST_LAST_STEPS = 4
+"""Steps over which a round is spread where it is over the last ones: two for a fit, two for candidates."""
+
+PART_OF_STEP = 0.25
+"""Examples of a part of a fit beside those of a training step, each of which costs as much."""
 
 PAUSE_SHARE = 0.01
 """Of a round's time: what a training step may be held up by measuring, unless a single candidate takes longer."""
@@ -222,7 +225,7 @@ class Ahead:
             return (0 if ahead is None else self.pace.affordable(ahead, *self._left(session))), None
         todo = len(ahead.questions[-1].todo) if ahead.questions else 0
         # all that is left of the fit is done after the last step but one, and nothing of it in the pause at the end
-        part = max(1, session.model.global_batch // 2) if steps > 1 else None
+        part = max(1, int(PART_OF_STEP * session.model.global_batch)) if steps > 1 else None
         return max(1, -(-todo // max(1, steps))), part
 
     def _left(self, session: Session) -> tuple[float, float]:

@@ -42,8 +42,9 @@ class LiveSelection(DataSelection):
     scores are worth more, less of the pool is kept; once the model has learned what they hold, more. Where the
     reference set is the pool's own mixture there is nothing to select, and selection only costs.
 
-    All this is spread over the last steps of a round, half a step's work after each, which holds none of them up for
-    long: what is measured is a few steps old. Other paces can be set, see :class:`~liveselect.callbacks.DataSelection`.
+    All this is spread over the last steps of a round, a quarter of a step's work after each, so no step is held up for
+    long, and what is measured is a few steps old. Other paces can be set, see
+    :class:`~liveselect.callbacks.DataSelection`.
 
     The first rounds, in which nothing is measured, are drawn by the prior alone.
 
@@ -131,7 +132,7 @@ class LiveSelection(DataSelection):
                 reference_rows=_REFERENCE_ROWS,
                 reference_share=cost / 2,
             )
-        self.own_last_share = min(1.0, 2 * cost)  # half a step's work after each of them
+        self.own_last_share = min(1.0, 4 * cost)  # a quarter of a step's work after each of them
         super().__init__(
             selector=selector,
             estimator=estimator,

@@ -60,19 +60,9 @@ class TrainingLossCheck:
             self._tries_left = int(not session.plan.round & (session.plan.round + 1))
         if not self._tries_left or run.estimator is None or run.disabled is not None:
             return
-        self._draws = []
-        with session.charged("rehearsal"), session.measuring():
-            model = session.model
-            try:
-                with measuring(model.module, model.optimizer, training_mode=True), torch.no_grad(), model.autocast():
-                    self._batch = batch
-                    self._draws = [self._losses(model)]
-                    again = self._losses(model)
-                    random = not torch.equal(again, self._draws[0])
-                    if distributed.any_rank(random) if model.view.in_parts else random:
-                        self._draws += [again, *(self._losses(model) for _ in range(_DRAWS - 2))]
-            except Exception:  # the batch is in a form that training_step alone knows: nothing can be compared
-                self._draws = []
+        self._batch = batch
+        # ranks that hold parts of the parameters cannot compute more losses before a backward, if only some need them
+        self._draws = self._drawn(session, _DRAWS if session.model.view.in_parts else 1)
 
     def compare(self, trainer: pl.Trainer, session: Session, loss: Tensor) -> None:
         """Compare with the loss of the training step, which was divided by the batches of an optimizer step.
@@ -91,6 +81,11 @@ class TrainingLossCheck:
         value = float(loss.detach()) * trainer.accumulate_grad_batches
         least = 0.0 if self._first_loss is None else _GROSS
         found = self._judge(trainer, session.model, value, least, loss.dtype, draws, batch, counts, total)
+        if found and len(draws) == 1:  # in training mode a model may drop what it likes
+            self._batch = batch
+            draws += self._drawn(session, _DRAWS - 1)
+            self._batch = {}
+            found = self._judge(trainer, session.model, value, least, loss.dtype, draws, batch, counts, total)
         verdicts, losses = zip(*distributed.gather_objects((found, value)), strict=True)
         if all(verdict is None for verdict in verdicts):
             return
@@ -105,8 +100,21 @@ class TrainingLossCheck:
         if not abs(losses[0] - self._first_loss) <= _MOVED * abs(self._first_loss):
             self._repeats = False
 
-    def _losses(self, model: LiveModel) -> Tensor:
-        return model.losses(self._batch).detach().double().cpu()
+    def _drawn(self, session: Session, count: int) -> list[Tensor]:
+        """Return the losses ``(B,)`` of the batch: once, and up to ``count`` times where two computations differ."""
+        draws: list[Tensor] = []
+        with session.charged("rehearsal"), session.measuring():
+            model = session.model
+            try:
+                with measuring(model.module, model.optimizer, training_mode=True), torch.no_grad(), model.autocast():
+                    while len(draws) < count:
+                        draws.append(model.losses(self._batch).detach().double().cpu())
+                        differ = len(draws) != 2 or not torch.equal(*draws)
+                        if not (distributed.any_rank(differ) if model.view.in_parts else differ):
+                            break
+            except Exception:  # the batch is in a form that training_step alone knows: nothing can be compared
+                return []
+        return draws
 
     def _judge(
         self,

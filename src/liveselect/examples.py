@@ -99,8 +99,14 @@ def places(source: CandidateSource, row: Tensor, text: str) -> list[int]:
         return ends
     ends = []
     for length in range(1, len(row) + 1):
-        begun = zip(source.decode(row[None, :length])[0], text, strict=False)
-        ends.append(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], begun)))
+        ends.append(_common(source.decode(row[None, :length])[0], text))
         if ends[-1] == len(text):
             break
     return ends
+
+
+def _common(begun: str, text: str) -> int:
+    """Return how many characters both begin with."""
+    if text.startswith(begun):
+        return len(begun)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(begun, text, strict=False)))

@@ -132,7 +132,7 @@ def test_where_nothing_can_be_spread_all_is_measured_between_rounds():
     assert not LiveSelection(every_n_steps=1).ahead.pace
     assert not LiveSelection(estimator=PMPInfluence()).ahead.pace
     assert LiveSelection(max_overhead=0.05).ahead.pace == Pace(max_overhead=0.05)
-    assert LiveSelection(cost=0.01).ahead.pace == Pace(last_share=0.02)
+    assert LiveSelection(cost=0.01).ahead.pace == Pace(last_share=0.04)
 
 
 def two_ranks_parts():
