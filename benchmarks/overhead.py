@@ -237,7 +237,7 @@ def train_with_default(arguments: argparse.Namespace) -> None:
     seconds, pace, every = clock.seconds, selection.ahead.pace, arguments.every
     found = {
         "seconds": seconds[1:],  # the first step allocates memory
-        "plain": [each for i, each in enumerate(seconds) if i and pace.is_early(every, every - 1 - i % every)],
+        "unmeasured": [each for i, each in enumerate(seconds) if i and pace.is_early(every, every - 1 - i % every)],
         "flops": sum(flops) / (sum(flops) + training * 2 * arguments.every),
         "before": clock.begun[0] - clock.started,
         "measured": [len(record.measured) for record in ledger.rounds],
@@ -261,7 +261,7 @@ def price_the_default(arguments: argparse.Namespace) -> None:
         off, on = (run_again("--tables", "default", "--way", way, "--every", str(every)) for way in ("off", "default"))
         median, longest = statistics.median(on["seconds"]), max(on["seconds"])
         plain = statistics.median(off["seconds"])
-        share = 1 - statistics.fmean(on["plain"]) / statistics.fmean(on["seconds"])
+        share = 1 - statistics.fmean(on["unmeasured"]) / statistics.fmean(on["seconds"])
         ratios = longest / median, max(off["seconds"]) / plain
         cells = [every, on["measured"][1], f"{on['references'][1]:.0f}", f"{on['flops']:.1%}", f"{share:.1%}"]
         print("|", " | ".join(map(str, [*cells, *(f"{ratio:.2f}" for ratio in ratios)])), "|", flush=True)

@@ -81,7 +81,7 @@ class TrainingLossCheck:
         value = float(loss.detach()) * trainer.accumulate_grad_batches
         least = 0.0 if self._first_loss is None else _GROSS
         found = self._judge(trainer, session.model, value, least, loss.dtype, draws, batch, counts, total)
-        if found and len(draws) == 1:  # in training mode a model may drop what it likes
+        if found and len(draws) == 1:  # dropout may be drawn at another moment: the spread decides
             self._batch = batch
             draws += self._drawn(session, _DRAWS - 1)
             self._batch = {}
@@ -109,9 +109,10 @@ class TrainingLossCheck:
                 with measuring(model.module, model.optimizer, training_mode=True), torch.no_grad(), model.autocast():
                     while len(draws) < count:
                         draws.append(model.losses(self._batch).detach().double().cpu())
-                        differ = len(draws) != 2 or not torch.equal(*draws)
-                        if not (distributed.any_rank(differ) if model.view.in_parts else differ):
-                            break
+                        if len(draws) == 2:
+                            differ = not torch.equal(*draws)
+                            if not (distributed.any_rank(differ) if model.view.in_parts else differ):
+                                break
             except Exception:  # the batch is in a form that training_step alone knows: nothing can be compared
                 return []
         return draws

@@ -125,6 +125,20 @@ def test_a_gross_difference_is_seen_with_dropout(tmp_path):
         train(tmp_path, model)
 
 
+class DrawsFirst(Training):
+    """Draws a number before its forward, so that its dropout is not that of a forward alone."""
+
+    def training_step(self, batch, batch_index):
+        torch.rand(1)
+        return super().training_step(batch, batch_index)
+
+
+def test_dropout_that_is_drawn_at_another_moment_is_no_other_loss(tmp_path):
+    assert train(tmp_path, DrawsFirst(tokens, dropout=0.1)).global_step == 4
+    with pytest.raises(MisconfigurationException, match="no mean or sum"):
+        train(tmp_path / "wrong", DrawsFirst(WRONG["a factor"][0], dropout=0.1))
+
+
 def test_what_is_meant_is_trained_on(tmp_path):
     smoothed = WRONG["smoothing"][0]
     assert train(tmp_path / "said", Training(smoothed), training_loss_differs=True).global_step == 4
